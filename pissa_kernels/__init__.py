@@ -1,0 +1,26 @@
+"""PiSSA for PEFT: the exact principal adapter for the price of a rough sketch.
+
+The names listed in ``__all__`` are the public ones. Importing this package imports torch and nothing heavier: no PEFT,
+no Triton, no question to a GPU.
+"""
+
+from . import ops
+from .decompose import Decomposition, decompose
+from .init import LayerReport, pissa_init
+from .peft import PatchedPeft, patch_peft, unpatch_peft
+from .svd import Certificate, TruncatedSVD, truncated_svd
+
+__version__ = "0.1.0"
+__all__ = [
+    "Certificate",
+    "Decomposition",
+    "LayerReport",
+    "PatchedPeft",
+    "TruncatedSVD",
+    "decompose",
+    "ops",
+    "patch_peft",
+    "pissa_init",
+    "truncated_svd",
+    "unpatch_peft",
+]
