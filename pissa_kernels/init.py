@@ -42,8 +42,8 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
 
     The signature and the contract of PEFT's ``LoraLayer.pissa_init``. Afterwards ``lora_A`` and ``lora_B`` hold
     √(S/s)·Vᵀ (r, in) and U·√(S/s) (out, r) in float32 on the weight's device, rounded to the weight's dtype because
-    PEFT stores them in it; the weight holds W − s·B·A in its own storage, layout and dtype. An adapter on the meta device
-    will be filled from a checkpoint: everything is left as it is.
+    PEFT stores them in it; the weight holds W − s·B·A in its own storage, layout and dtype. An adapter on the meta
+    device will be filled from a checkpoint: everything is left as it is.
 
     Args:
         self: a LoRA layer with ``get_base_layer()``, ``r``, ``scaling``, ``lora_A``, ``lora_B``, ``fan_in_fan_out``.

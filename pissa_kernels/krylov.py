@@ -13,7 +13,7 @@ Measured on a 4096×4096 bf16 weight (power law and Gaussian bulk), rank 16: an 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,24 @@ class Operator(Protocol):
     def apply(self, X: Tensor) -> Tensor: ...
 
     def adjoint(self, Y: Tensor) -> Tensor: ...
+
+
+class Subspace(NamedTuple):
+    """What :func:`block_krylov` found.
+
+    Attributes:
+        V: (n, rank) float32, orthonormal: the leading Ritz vectors.
+        missing: estimated energy deficit, ``inf`` where there were too few steps for an estimate.
+        beyond: the Ritz value of AᵀA some places after the last wanted one, which tells a cluster from a decay.
+    """
+
+    V: Tensor
+    missing: float
+    beyond: float
+
+
+# How far after the last wanted Ritz value ``Subspace.beyond`` is read. A chance neighbour of σ_r is no cluster.
+BEYOND = 8
 
 
 def block_size(rank: int, niter: int | None) -> int:
@@ -75,8 +93,8 @@ def basis_size(rank: int, block: int, niter: int | None) -> int:
 
 def block_krylov(
     operator: Operator, rank: int, *, tol: float, niter: int | None, max_products: int, seed: int
-) -> tuple[Tensor, float]:
-    """Orthonormal V (n, rank) that spans the leading right singular subspace, and an estimate of what it lacks.
+) -> Subspace:
+    """The leading right singular subspace of A, and an estimate of what it lacks.
 
     Args:
         operator: A, finite, scaled so that ‖A‖_F⁴ neither overflows nor vanishes in float32.
@@ -85,9 +103,6 @@ def block_krylov(
         niter: instead, do what N rounds of subspace iteration would achieve on any matrix.
         max_products: give up after about so many products; the estimate then says how far it came.
         seed: of the sketch, drawn on the CPU so that every device starts from the same one.
-
-    Returns:
-        V in float32, and the estimated energy deficit, ``inf`` where there were too few steps for one.
     """
     m, n = operator.shape
     block = block_size(rank, niter)
@@ -111,7 +126,7 @@ def block_krylov(
         products += 1
         if deficient:
             captured.clear()  # what an arbitrary block brings shows a step later: that pause is not the end
-        if size >= rank and (steps is None or step >= steps - 2):
+        if size >= rank and (steps is None or step >= steps - 4):
             captured.append(_captured_energy(T[:size, :size], rank))
         missing = estimated_deficit(captured)
         if products >= max_products or (missing <= tol if steps is None else step >= steps):
@@ -121,23 +136,25 @@ def block_krylov(
         panel, deficient = orthonormalize(Z, basis[:size])
         coupling = torch.cat([basis.new_zeros(old, block), Z.mT @ panel])
         if size + block > limit:
-            size, coupling = _restart(basis, T, coupling, keep=rank + block // 2)
+            size, coupling = _restart(basis[:size], T, coupling, keep=rank + block // 2)
         step += 1
-    _, vectors = torch.linalg.eigh(T[:size, :size])
-    return basis[:size].mT @ vectors[:, -rank:], missing
+    values, vectors = torch.linalg.eigh(T[:size, :size])
+    beyond = float(values[max(0, size - rank - BEYOND)])
+    return Subspace(basis[:size].mT @ vectors[:, -rank:], missing, beyond)
 
 
 def estimated_deficit(captured: list[float]) -> float:
-    """Share of the energy still to be gained, from what the last steps captured.
+    """Share of the energy still to be gained, from what the last steps captured; ``inf`` before the fourth.
 
-    The gains g of successive steps fall at least geometrically, so what is left after the last is at most
-    g·ρ/(1−ρ) with ρ the ratio of the last two: an overestimate, because Krylov convergence is superlinear.
+    Gains G fall at least geometrically, so what is left after the last is at most G·R/(1−R) with R the ratio of the
+    last two: an overestimate, because Krylov convergence is superlinear. Gains are taken over two steps each: between
+    two clusters of singular values every other step gains nothing, and a single small gain means nothing.
     """
-    if len(captured) < 3:
+    if len(captured) < 4:
         return math.inf
-    first, second, last = captured[-3:]
+    last, middle, first = captured[-1], captured[-3], captured[max(-5, -len(captured))]
     noise = 4 * torch.finfo(torch.float32).eps * last  # of energies that were summed in float32
-    gain, before = last - second, second - first
+    gain, before = last - middle, middle - first
     if gain <= noise:
         return 0.0 if last <= 0 else noise / last
     ratio = gain / before if before > 0 else math.inf
@@ -150,7 +167,7 @@ def _captured_energy(T: Tensor, rank: int) -> float:
 
 def _restart(basis: Tensor, T: Tensor, coupling: Tensor, keep: int) -> tuple[int, Tensor]:
     """Compress a full basis to its leading Ritz vectors (thick restart, Wu & Simon 2000), in place."""
-    values, vectors = torch.linalg.eigh(T)
+    values, vectors = torch.linalg.eigh(T[: len(basis), : len(basis)])
     vectors = vectors[:, -keep:]
     basis[:keep] = vectors.mT @ basis
     T.zero_()

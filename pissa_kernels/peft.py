@@ -83,7 +83,7 @@ class PatchedPeft:
                     )
             for owner, attribute, wrapper in self._seams:
                 replacement = wrapper(vars(owner)[attribute])
-                replacement._pissa_kernels_patch = self
+                replacement.__dict__["_pissa_kernels_patch"] = self
                 setattr(owner, attribute, replacement)
             _active.append(self)
 

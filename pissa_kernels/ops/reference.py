@@ -86,9 +86,11 @@ def subtract_lowrank_(
 
 
 def sum_of_squares(weight: Tensor, scale: float = 1.0) -> float:
-    """‖scale·W‖_F², the squares taken in float32 block by block. NaN or Inf in W show in the result."""
+    """‖scale·W‖_F², in float32 along rows and in float64 across them. NaN or Inf in W show in the result."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     view = weight.mT if is_column_major(weight) else weight
     for _, _, block in row_blocks(view, torch.float32):
-        total += torch.linalg.vector_norm(block if scale == 1.0 else block * scale).double() ** 2
+        # one norm of the whole block would lose five digits: torch sums it in a handful of float32 lanes
+        norms = torch.linalg.vector_norm(block if scale == 1.0 else block * scale, dim=1)
+        total += norms.double().square().sum()
     return float(total)

