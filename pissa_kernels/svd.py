@@ -17,16 +17,13 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_rank, check_weight
-from .krylov import basis_size, block_krylov, block_size, steps_for_niter
+from .krylov import basis_size, block_krylov, block_size, missing_energy, steps_for_niter
 from .ops import reference
 from .orthogonalize import orthonormalize
 
 MAX_PRODUCTS = 120
 # A spectrum too flat for Krylov is handed to the dense method up to this width, where that takes 0.2 s.
 CHEAP_GRAM = 1024
-# Energy that may hide in a cluster, in tolerances, before Krylov's own estimate is not believed: the figure for it is
-# within a factor of two of the truth in a cluster, and three to ten times too large on decaying spectra.
-CLUSTERED = 10
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -39,8 +36,8 @@ class Certificate:
         energy: Σσ̂²/‖W‖_F², the share of W's energy that the triplets capture; 1 for a zero matrix.
         residual: max ρ/σ₁ with ρᵢ = max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖): the triplets are the exact ones of a matrix
             within √2·max ρ of W. Measured in float32, with that measurement's own rounding added.
-        converged: the estimated energy deficit is below the tolerance, or a dense method answered. An estimate: where
-            hundreds of singular values agree to three or more digits it can be short by ten tolerances.
+        converged: the energy deficit, estimated from the residuals, is below the tolerance, or a dense method answered.
+            Where singular values cluster across index r the estimate may be short by a factor of five.
         method: "krylov", or "gram" and "svd" for the two dense ones.
     """
 
@@ -72,7 +69,7 @@ def truncated_svd(
         weight: (m, n), float32, float16 or bfloat16, any strides, finite.
         rank: 1 ≤ rank ≤ min(m, n).
         tol: on the energy deficit 1 − ‖W·V‖_F²/Σ_{i≤r}σᵢ². Iterates until the estimate of what is left is below it, or
-            reports ``converged=False``. Below 5e-7, float32 cannot tell and a dense method answers.
+            reports ``converged=False``.
         niter: instead of ``tol``, promise at least the accuracy of that many rounds of subspace iteration with a block
             of ``rank`` columns, as ``torch.svd_lowrank(W, rank, niter=niter)`` does them.
         seed: of the sketch; equal seeds give equal bits on one machine.
@@ -92,7 +89,7 @@ def truncated_svd(
         raise ValueError(f"niter must be 0 or more, got {niter}")
     with exact_arithmetic(weight.device):
         operator = TallOperator(weight.detach())
-        method = choose_method(*operator.shape, rank, tol=tol, niter=niter)
+        method = choose_method(*operator.shape, rank, niter)
         if method == "krylov":
             try:
                 result = _krylov(operator, rank, tol, niter, seed)
@@ -141,7 +138,7 @@ class TallOperator:
         return ops.rmatmul(self.weight, Y if self.scale == 1.0 else Y * self.scale)
 
 
-def choose_method(m: int, n: int, rank: int, *, tol: float, niter: int | None) -> str:
+def choose_method(m: int, n: int, rank: int, niter: int | None) -> str:
     """The method for a tall (m, n) operator: "krylov", "gram" or "svd", by estimated cost.
 
     The constants are seconds on two AVX2 cores: products at 100 GFLOP/s with 0.6 ms of overhead for each step,
@@ -151,7 +148,7 @@ def choose_method(m: int, n: int, rank: int, *, tol: float, niter: int | None) -
         return "svd"
     block = block_size(rank, niter)
     too_large = basis_size(rank, block, niter) + block > n
-    if too_large or (niter is None and tol < 4 * FLOAT32_EPS):
+    if too_large:
         return "gram"
     steps = (6 if block > rank else 9) if niter is None else steps_for_niter(niter) + 1
     krylov = steps * (4 * m * n * block / 1e11 + 6e-4) + 4 * (steps * block) ** 2 * n / 1e11
@@ -160,16 +157,12 @@ def choose_method(m: int, n: int, rank: int, *, tol: float, niter: int | None) -
 
 
 def _krylov(operator: TallOperator, rank: int, tol: float, niter: int | None, seed: int) -> TruncatedSVD:
-    found = block_krylov(operator, rank, tol=tol, niter=niter, max_products=MAX_PRODUCTS, seed=seed)
-    result, residuals = _certify(operator, *_rayleigh_ritz(operator, found.V), method="krylov")
-    # In a cluster the gains stop long before the energy is found. The residual tells: a triplet that is off by r (as an
-    # eigenpair of AᵀA) lacks about r²/gap of its energy, and r where the gap to what follows is smaller than r.
-    energies = (result.S * operator.scale).double().square()
-    errors = residuals.double() * energies.sqrt()
-    hidden = errors.square() / (energies - found.beyond).clamp(min=0).add(errors).clamp(min=1e-300)
-    clustered = float(hidden.sum()) > CLUSTERED * tol * float(energies.sum())
-    certificate = replace(result.certificate, converged=found.missing <= tol and not clustered)
-    return result._replace(certificate=certificate)
+    V, beyond = block_krylov(operator, rank, tol=tol, niter=niter, max_products=MAX_PRODUCTS, seed=seed)
+    result, residuals = _certify(operator, *_rayleigh_ritz(operator, V), method="krylov")
+    # the residual of an eigenpair of AᵀA is σ times that of the triplet
+    values = result.S * operator.scale
+    converged = missing_energy(values.square(), residuals * values, beyond) <= tol
+    return result._replace(certificate=replace(result.certificate, converged=converged))
 
 
 def _gram(operator: TallOperator, rank: int) -> tuple[Tensor, Tensor, Tensor]:

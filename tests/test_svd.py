@@ -39,8 +39,8 @@ def check_triplets(W: Tensor, rank: int, result: pk.TruncatedSVD) -> None:
         share = float(exact[:rank].square().sum() / exact.square().sum())
         assert certificate.energy <= share * (1 + 1e-5)
     if certificate.converged:
-        # ten tolerances is what the estimate may be short by in a cluster
-        assert certificate.energy == 1 if exact[0] == 0 else energy_deficit(W, Vh) <= 1.5e-5
+        # five tolerances is what the estimate may be short by in a cluster
+        assert certificate.energy == 1 if exact[0] == 0 else energy_deficit(W, Vh) <= 5e-6
 
 
 @pytest.mark.parametrize("rank", [4, 16, 64])
@@ -169,6 +169,20 @@ def test_any_matrix_by_krylov(
     check_triplets(W, rank, result)
 
 
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tolerance_is_met_and_not_by_much(tol: float, dtype: torch.dtype) -> None:
+    W = realistic(900, 700).to(dtype)
+    passes = []
+    for requested in (tol, tol / 1e3):
+        result = pk.truncated_svd(W, 8, tol=requested)
+        assert result.certificate.method == "krylov"
+        assert result.certificate.converged
+        assert energy_deficit(W, result.Vh) <= requested + 1e-13
+        passes.append(result.certificate.passes)
+    assert passes[0] < passes[1]
+
+
 def test_restarts_still_converge(monkeypatch: pytest.MonkeyPatch) -> None:
     W = realistic(600, 600).float()
     monkeypatch.setattr(krylov, "basis_size", lambda rank, block, niter: 4 * block)
@@ -216,20 +230,19 @@ def test_a_failed_eigensolver_falls_back_to_a_dense_method(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "rank", "tol", "niter", "method"),
+    ("m", "n", "rank", "niter", "method"),
     [
-        (4096, 4096, 16, 1e-6, None, "krylov"),
-        (4096, 4096, 16, 1e-9, None, "gram"),
-        (4096, 4096, 3000, 1e-6, None, "svd"),
-        (4096, 4096, 1500, 1e-6, None, "gram"),
-        (64, 64, 8, 1e-6, None, "gram"),
-        (64, 64, 64, 1e-6, None, "svd"),
-        (1, 1, 1, 1e-6, None, "svd"),
-        (128256, 4096, 16, 1e-6, 4, "krylov"),
+        (4096, 4096, 16, None, "krylov"),
+        (4096, 4096, 3000, None, "svd"),
+        (4096, 4096, 1500, None, "gram"),
+        (64, 64, 8, None, "gram"),
+        (64, 64, 64, None, "svd"),
+        (1, 1, 1, None, "svd"),
+        (128256, 4096, 16, 4, "krylov"),
     ],
 )
-def test_cost_model(m: int, n: int, rank: int, tol: float, niter: int | None, method: str) -> None:
-    assert svd.choose_method(m, n, rank, tol=tol, niter=niter) == method
+def test_cost_model(m: int, n: int, rank: int, niter: int | None, method: str) -> None:
+    assert svd.choose_method(m, n, rank, niter) == method
 
 
 @pytest.mark.parametrize("rank", [1, 16])
