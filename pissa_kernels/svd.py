@@ -24,6 +24,9 @@ from .orthogonalize import orthonormalize
 MAX_PRODUCTS = 120
 # A spectrum too flat for Krylov is handed to the dense method up to this width, where that takes 0.2 s.
 CHEAP_GRAM = 1024
+# What a float32 Gram matrix leaves on a well-conditioned weight is below this; where it leaves more, singular values
+# below √ε·σ₁ are wanted, and only a float64 one knows them.
+GRAM_RESIDUAL = 1e-5
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -99,8 +102,12 @@ def truncated_svd(
                 if result.certificate.converged or niter is not None or operator.shape[1] > CHEAP_GRAM:
                     return result
                 method = "gram"
-        triplets = (_gram if method == "gram" else _svd)(operator, rank)
-        return _certify(operator, *triplets, method=method)[0]
+        if method == "svd":
+            return _certify(operator, *_svd(operator, rank), method=method)[0]
+        result, _ = _certify(operator, *_gram(operator, rank, torch.float32), method=method)
+        if result.certificate.residual > GRAM_RESIDUAL:
+            result, _ = _certify(operator, *_gram(operator, rank, torch.float64), method=method)
+        return result
 
 
 class TallOperator:
@@ -141,8 +148,8 @@ class TallOperator:
 def choose_method(m: int, n: int, rank: int, niter: int | None) -> str:
     """The method for a tall (m, n) operator: "krylov", "gram" or "svd", by estimated cost.
 
-    The constants are seconds on two AVX2 cores: products at 100 GFLOP/s with 0.6 ms of overhead for each step,
-    float64 ``eigh`` at 1.5e-10·n³, float64 Gram matrix at 40 GFLOP/s. Only their ratios matter.
+    The constants are seconds on two AVX2 cores: products at 100 GFLOP/s with 1 ms for the small work of each step,
+    float32 ``eigh`` at 9e-11·n³, Gram matrix at 80 GFLOP/s. Only their ratios matter.
     """
     if 2 * rank > n:
         return "svd"
@@ -150,9 +157,11 @@ def choose_method(m: int, n: int, rank: int, niter: int | None) -> str:
     too_large = basis_size(rank, block, niter) + block > n
     if too_large:
         return "gram"
-    steps = (6 if block > rank else 9) if niter is None else steps_for_niter(niter) + 1
-    krylov = steps * (4 * m * n * block / 1e11 + 6e-4) + 4 * (steps * block) ** 2 * n / 1e11
-    gram = 1.5e-10 * n**3 + 2 * m * n * n / 4e10
+    steps = (8 if block > rank else 12) if niter is None else steps_for_niter(niter) + 1
+    basis = steps * block
+    looks = 1 if niter is not None else 2
+    krylov = steps * (4 * m * n * block / 1e11 + 1e-3) + 4 * basis**2 * n / 1e11 + looks * 9e-11 * basis**3
+    gram = 9e-11 * n**3 + 2 * m * n * n / 8e10
     return "krylov" if krylov < gram else "gram"
 
 
@@ -165,13 +174,11 @@ def _krylov(operator: TallOperator, rank: int, tol: float, niter: int | None, se
     return result._replace(certificate=replace(result.certificate, converged=converged))
 
 
-def _gram(operator: TallOperator, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvectors of AᵀA in float64, where squaring costs nothing that float32 could show."""
-    gram = torch.zeros(operator.shape[1], operator.shape[1], dtype=torch.float64, device=operator.device)
-    weight = operator.weight
-    # either orientation: AᵀA is a sum over blocks of rows of A, and rows of A may be columns in memory
-    for start in range(0, operator.shape[0], step := max(1, (1 << 21) // operator.shape[1])):
-        rows = weight[start : start + step].double() * operator.scale
+def _gram(operator: TallOperator, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
+    gram = torch.zeros(operator.shape[1], operator.shape[1], dtype=dtype, device=operator.device)
+    for _, _, rows in reference.row_blocks(operator.weight, dtype):
+        rows = rows if operator.scale == 1.0 else rows * operator.scale
         gram.addmm_(rows.mT, rows)
     operator.products += 2
     _, vectors = torch.linalg.eigh(gram)

@@ -36,6 +36,15 @@ SMALL = "small-512x384-mix-r8-bf16"
 OURS = f"^{SMALL}/ours pissa$"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Two threads that wait for each other through thousands of small products crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "CACHE", tmp_path / "cache")
@@ -47,7 +56,7 @@ def run_quick(out: Path, *arguments: str) -> tuple[int, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick(tmp_path_factory, _one_thread):
     folder = tmp_path_factory.mktemp("quick")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "CACHE", folder / "cache")
