@@ -53,7 +53,7 @@ class DemoResult:
 
     Attributes:
         layers: one report for each initialised layer.
-        output_moved: ‖y' − y‖_F/‖y‖_F of the model's output y, the adapter in place, on two sentences.
+        output_moved: ‖y' − y‖_F/‖y‖_F of the model's output y, the adapter in place, on a sentence or two.
         output_allowed: what rounding may move it by: 8 unit roundoffs of the dtype times the root of the layers, whose
             errors add like a random walk.
         reconstruction: worst |W − (W_res + s·B·A)| over the bound that the storage dtype allows; ≤ 1 holds.
@@ -255,7 +255,8 @@ def _compare(
 
 def _inputs(model: Any, tokenizer: Any) -> dict[str, Tensor]:
     if tokenizer is not None:
-        tokens = tokenizer(SENTENCES, padding=tokenizer.pad_token is not None, truncation=True, return_tensors="pt")
+        padded = tokenizer.pad_token is not None  # without it only one sentence makes a batch
+        tokens = tokenizer(SENTENCES if padded else SENTENCES[:1], padding=padded, return_tensors="pt")
         return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
     generator = torch.Generator().manual_seed(0)
     return {"input_ids": torch.randint(0, model.config.vocab_size, (2, 16), generator=generator)}

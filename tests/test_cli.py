@@ -74,6 +74,22 @@ def test_conv1d_model_saved_and_loaded_back(gpt2: Path, dtype: str, tmp_path: Pa
     assert (output(loaded) - expected).norm() <= 2 * own
 
 
+def test_a_tokenizer_without_a_padding_token(tmp_path: Path) -> None:
+    """As Llama's and GPT-2's come: sentences of two lengths cannot be put into one batch."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    build("gpt2").save_pretrained(tmp_path)
+    words = sorted({word for sentence in demo.SENTENCES for word in sentence.replace(".", " .").split()})
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["?", *words])}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path)
+    model, loaded = demo.load_model(tmp_path, "auto")
+    assert loaded is not None
+    assert loaded.pad_token is None
+    assert demo.run_demo(tmp_path, rank=4, compare=False).holds
+    assert demo._inputs(model, loaded)["input_ids"].shape[0] == 1
+
+
 def test_target_modules_and_niter(gpt2: Path) -> None:
     done = run(
         "demo", gpt2, "--target-modules", "c_attn", "--init", "pissa_niter_2", "--rank", 8, "--json", "--no-compare"
