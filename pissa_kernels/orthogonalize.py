@@ -1,9 +1,12 @@
 """Orthonormal panels: CholeskyQR where it is safe, Householder where it is not.
 
 A tall panel Z (n, b), b ≪ n, is orthonormalised through its b×b Gram matrix (CholeskyQR2, Fukaya et al. 2014):
-matrix products and a small Cholesky factorisation, several times faster than Householder QR on every device.
+matrix products and a small Cholesky factorisation, several times faster than Householder QR on every device. The
+factor's inverse is formed and multiplied with: a triangular solve with a 4096×64 panel takes three times as long.
 In float32 it needs cond(Z) < 1/√ε ≈ 3·10³ after its columns are scaled to unit length; a factor that fails or
 shows a tiny pivot sends the panel to Householder QR, which also takes rank-deficient and zero panels.
+
+Everything works on stacks (batch, n, b), and every decision is one transfer to the host for the whole stack.
 """
 
 from __future__ import annotations
@@ -19,19 +22,23 @@ SETTLED = 0.99
 MAX_ROUNDS = 6
 
 
-def cholesky_qr(Z: Tensor) -> tuple[Tensor | None, float]:
-    """One CholeskyQR round of Z (n, b), or None where Z is too ill-conditioned, and Z's shortest column norm."""
+def cholesky_qr(Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One CholeskyQR round of Z (batch, n, b).
+
+    Returns:
+        The panel, and for each of the stack the factor's smallest pivot (batch,), 0 or NaN where the panel is
+        worthless, and Z's shortest column norm (batch,).
+    """
     gram = Z.mT @ Z
-    norms = gram.diagonal().sqrt()
-    factor, info = torch.linalg.cholesky_ex(gram / (norms[:, None] * norms))
-    # one transfer for the whole decision; a zero column makes NaN, and NaN > x is False
-    failed, pivot, shortest = torch.stack([info.to(Z.dtype), factor.diagonal().min(), norms.min()]).tolist()
-    if failed or not pivot > MIN_PIVOT:
-        return None, shortest
-    return torch.linalg.solve_triangular(factor.mT, Z / norms, upper=True, left=False), shortest
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = norms.reciprocal()
+    factor, info = torch.linalg.cholesky_ex(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1).masked_fill(info != 0, 0.0)
+    inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False)
+    return Z @ inverse.mT, pivot, norms.amin(-1)
 
 
-def orthonormalize(Z: Tensor, basis: Tensor | None = None) -> tuple[Tensor, bool]:
+def orthonormalize(Z: Tensor, basis: Tensor | None = None, near: Tensor | None = None) -> tuple[Tensor, list[bool]]:
     """Orthonormal columns that span what Z adds to a basis.
 
     Block Gram–Schmidt, each projection followed by a CholeskyQR round, until a projection removes nothing. Two are
@@ -40,25 +47,37 @@ def orthonormalize(Z: Tensor, basis: Tensor | None = None) -> tuple[Tensor, bool
     rank-deficient against the basis, arbitrary directions orthogonal to everything else fill the panel.
 
     Args:
-        Z: (n, b) float32 or float64; k + b ≤ n.
-        basis: (k, n), orthonormal rows, or None.
+        Z: (batch, n, b) float32 or float64; k + b ≤ n.
+        basis: (batch, k, n), orthonormal rows, or None.
+        near: the rows of the basis that Z overlaps in exact arithmetic, where that is known: the first projection is
+            onto these alone.
 
     Returns:
-        The panel (n, b), and whether Z was deficient, so that part of the panel is arbitrary.
+        The panel (batch, n, b), and for each of the stack whether Z was deficient, so that part of the panel is
+        arbitrary.
     """
-    for number in range(MAX_ROUNDS):
-        Z = _project_out(Z, basis)
-        panel, shortest = cholesky_qr(Z)
-        if panel is None:
-            return _fill(Z, basis), True
-        Z = panel
-        if number > 0 and shortest > SETTLED:
+    panel, first, _ = cholesky_qr(_project_out(Z, basis if near is None else near))
+    for number in range(1, MAX_ROUNDS):
+        panel, pivot, shortest = cholesky_qr(_project_out(panel, basis))
+        checks = [first, pivot, shortest] if number == 1 else [pivot, pivot, shortest]
+        health = torch.stack(checks, dim=-1).tolist()
+        # NaN > x is False: a zero column makes NaN
+        sound = [a > MIN_PIVOT and b > MIN_PIVOT for a, b, _ in health]
+        if not all(sound):
+            bad = [index for index, good in enumerate(sound) if not good]
+            panel[bad] = _fill(Z[bad], None if basis is None else basis[bad])
+            # the others may not have settled: a further round harms no panel
+            good = [index for index, good in enumerate(sound) if good]
+            if good:
+                panel[good], _ = orthonormalize(panel[good], None if basis is None else basis[good])
+            return panel, [not good for good in sound]
+        if all(norm > SETTLED for _, _, norm in health):
             break
-    return Z, False
+    return panel, [False] * len(Z)
 
 
 def _project_out(Z: Tensor, basis: Tensor | None) -> Tensor:
-    return Z if basis is None or not len(basis) else torch.addmm(Z, basis.mT, basis @ Z, alpha=-1)
+    return Z if basis is None or not basis.shape[1] else torch.baddbmm(Z, basis.mT, basis @ Z, alpha=-1)
 
 
 def _fill(Z: Tensor, basis: Tensor | None) -> Tensor:
@@ -68,11 +87,12 @@ def _fill(Z: Tensor, basis: Tensor | None) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(0)
     for _ in range(MAX_ROUNDS):
         panel, factor = torch.linalg.qr(Z)
-        pivots = factor.diagonal().abs()
-        missing = pivots <= 10 * torch.finfo(Z.dtype).eps * pivots.max()
-        draws = torch.randn(Z.shape, generator=generator, dtype=Z.dtype, device="cpu").to(Z.device)
-        Z = _project_out(torch.where(missing, draws, panel), basis)
-        if not missing.any().item() and torch.linalg.vector_norm(Z, dim=0).min().item() > SETTLED:
+        pivots = factor.diagonal(dim1=-2, dim2=-1).abs()
+        missing = pivots <= 10 * torch.finfo(Z.dtype).eps * pivots.amax(-1, keepdim=True)
+        draws = torch.randn(Z.shape[1:], generator=generator, dtype=Z.dtype, device="cpu").to(Z.device)
+        Z = _project_out(torch.where(missing.unsqueeze(-2), draws, panel), basis)
+        norms = torch.linalg.vector_norm(Z, dim=-2)
+        if (~missing.any() & (norms.amin() > SETTLED)).item():
             break
     filled: Tensor = torch.linalg.qr(Z)[0]
     return filled

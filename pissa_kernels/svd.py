@@ -1,7 +1,10 @@
-"""Truncated SVD with a certificate: the engine's public face and the one place that chooses a method.
+"""Truncated SVD with a certificate: the engine's public face.
 
-The methods work on a tall operator, so a wide weight is seen through its transpose (a view). Whatever found the
-subspace, :func:`_rayleigh_ritz` turns it into triplets and :func:`_certify` measures them against the weight itself.
+Every step works on a stack of weights of equal shape, of which a single weight is the smallest, and is written in
+products with the weights, orthonormalisation and small dense problems, so that it runs wherever the weights are.
+The methods work on tall operators; a wide weight is seen through its transpose (a view). :mod:`pissa_kernels.cost`
+chooses among them. Whatever found the subspace, :func:`_rayleigh_ritz` turns it into triplets and :func:`_certify`
+measures them against the weight itself.
 """
 
 from __future__ import annotations
@@ -9,24 +12,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
+from .chebyshev import chebyshev_subspace
 from .checks import check_rank, check_weight
-from .krylov import basis_size, block_krylov, block_size, missing_energy, steps_for_niter
-from .ops import reference
+from .cost import CHEAP_GRAM, Plan, plan
+from .krylov import block_krylov
+from .operators import GramOperator, WeightOperator
 from .orthogonalize import orthonormalize
 
-MAX_PRODUCTS = 120
-# A spectrum too flat for Krylov is handed to the dense method up to this width, where that takes 0.2 s.
-CHEAP_GRAM = 1024
+ITERATIONS = ("krylov", "chebyshev")
+# Products with AᵀA before an iteration gives up.
+MAX_STEPS = 100
 # What a float32 Gram matrix leaves on a well-conditioned weight is below this; where it leaves more, singular values
 # below √ε·σ₁ are wanted, and only a float64 one knows them.
 GRAM_RESIDUAL = 1e-5
+# σ_r/σ₁ below which σ_r² is near the rounding of σ₁² in float32.
+STEEP = 1e-2
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -41,7 +47,7 @@ class Certificate:
             within √2·max ρ of W. Measured in float32, with that measurement's own rounding added.
         converged: the energy deficit, estimated from the residuals, is below the tolerance, or a dense method answered.
             Where singular values cluster across index r the estimate may be short by a factor of five.
-        method: "krylov", or "gram" and "svd" for the two dense ones.
+        method: "krylov" or "chebyshev", or "gram" and "svd" for the two dense ones.
     """
 
     passes: int
@@ -65,8 +71,9 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """The leading ``rank`` singular triplets of a weight, to a tolerance on the captured energy.
 
-    Block Krylov (:mod:`pissa_kernels.krylov`) where it is the cheaper way, a dense factorisation elsewhere. The
-    weight is read as it is stored; torch's global random state is neither used nor changed.
+    Block Krylov (:mod:`pissa_kernels.krylov`) or filtered subspace iteration (:mod:`pissa_kernels.chebyshev`) where
+    they are the cheaper way, a dense factorisation elsewhere. The weight is read as it is stored; torch's global random
+    state is neither used nor changed.
 
     Args:
         weight: (m, n), float32, float16 or bfloat16, any strides, finite.
@@ -86,137 +93,137 @@ def truncated_svd(
     """
     check_weight(weight)
     check_rank(rank, weight.shape)
+    return truncated_svd_stack(weight.unsqueeze(0), rank, tol=tol, niter=niter, seed=seed)[0]
+
+
+def truncated_svd_stack(
+    weights: Tensor, rank: int, *, tol: float = 1e-6, niter: int | None = None, seed: int = 0
+) -> list[TruncatedSVD]:
+    """:func:`truncated_svd` of each weight of a stack (batch, m, n), with the small problems shared.
+
+    Every weight starts from the same sketch, so its triplets do not depend on its company beyond rounding and beyond
+    the steps that are taken until the slowest has converged.
+
+    Args:
+        weights: (batch, m, n), batch ≥ 1, else as :func:`truncated_svd` takes them.
+        rank, tol, niter, seed: as there.
+
+    Returns:
+        One result for each weight.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    if weights.ndim != 3 or not len(weights):
+        raise ValueError(f"the stack must have shape (batch, m, n) with batch ≥ 1, got {tuple(weights.shape)}")
+    check_weight(weights[0])
+    check_rank(rank, weights.shape[1:])
     if niter is None and not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}")
     if niter is not None and niter < 0:
         raise ValueError(f"niter must be 0 or more, got {niter}")
-    with exact_arithmetic(weight.device):
-        operator = TallOperator(weight.detach())
-        method = choose_method(*operator.shape, rank, niter)
-        if method == "krylov":
+    with exact_arithmetic(weights.device):
+        operator = WeightOperator(weights.detach())
+        batch, m, n = operator.shape
+        chosen = plan(m, n, rank, niter, device=weights.device.type, batch=batch)
+        if chosen.method in ITERATIONS:
             try:
-                result = _krylov(operator, rank, tol, niter, seed)
+                triplets, converged = _iterate(operator, rank, chosen, tol, seed)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                method = "gram"
+                pass
             else:
-                if result.certificate.converged or niter is not None or operator.shape[1] > CHEAP_GRAM:
-                    return result
-                method = "gram"
-        if method == "svd":
-            return _certify(operator, *_svd(operator, rank), method=method)[0]
-        result, _ = _certify(operator, *_gram(operator, rank, torch.float32), method=method)
-        if result.certificate.residual > GRAM_RESIDUAL:
-            result, _ = _certify(operator, *_gram(operator, rank, torch.float64), method=method)
-        return result
+                if chosen.steps is not None or all(converged) or n > CHEAP_GRAM:
+                    return _results(operator, triplets, converged, chosen.method)
+        if chosen.method == "svd":
+            return _results(operator, _svd(operator, rank), [True] * batch, "svd")
+        triplets = _gram(operator, rank, torch.float32)
+        if (triplets.residuals.amax(-1) > GRAM_RESIDUAL * triplets.S[:, 0]).any().item():
+            triplets = _gram(operator, rank, torch.float64)
+        return _results(operator, triplets, [True] * batch, "gram")
 
 
-class TallOperator:
-    """A weight seen as A (m, n), m ≥ n, times a power of two that keeps its squares inside float32's range.
+class Triplets(NamedTuple):
+    """Triplets of a stack of tall operators A, scaled as these are: U (batch, m, r), S (batch, r), V (batch, n, r).
 
-    The power is applied to the panels, where it is exact, so the weight is never copied. ``products`` counts.
+    ``residuals`` (batch, r) are ρᵢ = max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖), measured.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.wide = weight.shape[0] < weight.shape[1]
-        self.weight = weight.mT if self.wide else weight
-        self.shape: tuple[int, int] = (self.weight.shape[0], self.weight.shape[1])
-        self.device = weight.device
-        self.products = 0
-        self.scale = 1.0
-        self.energy = reference.sum_of_squares(weight)
-        if math.isnan(self.energy):
-            raise ValueError("the weight holds NaN")
-        # Krylov squares the operator: fourth powers of its norm have to stay inside float32
-        if not 1e-8 < self.energy < 1e8:
-            largest = float(weight.abs().amax())
-            if math.isinf(largest):
-                raise ValueError("the weight holds Inf")
-            if largest > 0:
-                exponent = -math.frexp(largest)[1] - math.frexp(math.sqrt(weight.numel()))[1]
-                self.scale = 2.0 ** max(-126, min(126, exponent))
-                self.energy = reference.sum_of_squares(weight, self.scale)
-
-    def apply(self, X: Tensor) -> Tensor:
-        self.products += 1
-        return ops.matmul(self.weight, X if self.scale == 1.0 else X * self.scale)
-
-    def adjoint(self, Y: Tensor) -> Tensor:
-        self.products += 1
-        return ops.rmatmul(self.weight, Y if self.scale == 1.0 else Y * self.scale)
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    residuals: Tensor
 
 
-def choose_method(m: int, n: int, rank: int, niter: int | None) -> str:
-    """The method for a tall (m, n) operator: "krylov", "gram" or "svd", by estimated cost.
-
-    The constants are seconds on two AVX2 cores: products at 100 GFLOP/s with 1 ms for the small work of each step,
-    float32 ``eigh`` at 9e-11·n³, Gram matrix at 80 GFLOP/s. Only their ratios matter.
-    """
-    if 2 * rank > n:
-        return "svd"
-    block = block_size(rank, niter)
-    too_large = basis_size(rank, block, niter) + block > n
-    if too_large:
-        return "gram"
-    steps = (8 if block > rank else 12) if niter is None else steps_for_niter(niter) + 1
-    basis = steps * block
-    looks = 1 if niter is not None else 2
-    krylov = steps * (4 * m * n * block / 1e11 + 1e-3) + 4 * basis**2 * n / 1e11 + looks * 9e-11 * basis**3
-    gram = 9e-11 * n**3 + 2 * m * n * n / 8e10
-    return "krylov" if krylov < gram else "gram"
-
-
-def _krylov(operator: TallOperator, rank: int, tol: float, niter: int | None, seed: int) -> TruncatedSVD:
-    V, beyond = block_krylov(operator, rank, tol=tol, niter=niter, max_products=MAX_PRODUCTS, seed=seed)
-    result, residuals = _certify(operator, *_rayleigh_ritz(operator, V), method="krylov")
+def _iterate(operator: WeightOperator, rank: int, chosen: Plan, tol: float, seed: int) -> tuple[Triplets, list[bool]]:
+    """The triplets that an iteration comes to, and for each weight whether they meet the tolerance."""
+    H = GramOperator(operator.gram(torch.float32), operator.shape[1]) if chosen.through_gram else operator
+    if chosen.method == "chebyshev":
+        found = chebyshev_subspace(H, rank, block=chosen.block, tol=tol, max_products=MAX_STEPS, seed=seed)
+    else:
+        found = block_krylov(
+            H,
+            rank,
+            block=chosen.block,
+            limit=chosen.limit,
+            tol=tol,
+            steps=chosen.steps,
+            max_steps=MAX_STEPS,
+            seed=seed,
+        )
+    triplets = _rayleigh_ritz(operator, found.V)
+    if chosen.steps is not None and (triplets.S[:, -1] < STEEP * triplets.S[:, 0]).any().item():
+        # float32 squares mix directions this far below the first, which the rounds that were promised would tell apart
+        triplets = _rayleigh_ritz(operator, operator.adjoint(triplets.U))
     # the residual of an eigenpair of AᵀA is σ times that of the triplet
-    values = result.S * operator.scale
-    converged = missing_energy(values.square(), residuals * values, beyond) <= tol
-    return result._replace(certificate=replace(result.certificate, converged=converged))
+    missing = found.missing(triplets.S.square(), triplets.residuals * triplets.S)
+    return triplets, (missing <= tol).tolist()
 
 
-def _gram(operator: TallOperator, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
-    gram = torch.zeros(operator.shape[1], operator.shape[1], dtype=dtype, device=operator.device)
-    for _, _, rows in reference.row_blocks(operator.weight, dtype):
-        rows = rows if operator.scale == 1.0 else rows * operator.scale
-        gram.addmm_(rows.mT, rows)
-    operator.products += 2
-    _, vectors = torch.linalg.eigh(gram)
-    return _rayleigh_ritz(operator, vectors[:, -rank:])
+def _gram(operator: WeightOperator, rank: int, dtype: torch.dtype) -> Triplets:
+    """From the leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
+    _, vectors = torch.linalg.eigh(operator.gram(dtype))
+    return _rayleigh_ritz(operator, vectors[:, :, -rank:])
 
 
-def _svd(operator: TallOperator, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _svd(operator: WeightOperator, rank: int) -> Triplets:
     """LAPACK's or cuSOLVER's own, for ranks that leave little to truncate."""
-    U, S, Vh = torch.linalg.svd(operator.weight.float() * operator.scale, full_matrices=False)
-    operator.products += 2
-    return U[:, :rank].contiguous(), S[:rank], Vh[:rank].mT.contiguous()
+    U, S, Vh = torch.linalg.svd(operator.dense(), full_matrices=False)
+    V = Vh[:, :rank].mT.contiguous()
+    return _measured(operator, U[:, :, :rank].contiguous(), S[:, :rank], V, operator.apply(V))
 
 
-def _rayleigh_ritz(operator: TallOperator, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rayleigh_ritz(operator: WeightOperator, V: Tensor) -> Triplets:
     """Triplets of A on the subspace of V: A·V = Q·R, R = X·S·Zᵀ, U = Q·X. Orthonormal even where S is zero."""
     V, _ = orthonormalize(V)
     Y = operator.apply(V)
     Q, _ = orthonormalize(Y)
     X, S, Zh = torch.linalg.svd((Q.mT @ Y).double())
-    return (Q @ X.to(Q.dtype)).float(), S.float(), (V @ Zh.mT.to(V.dtype)).float()
+    U, Z = (Q @ X.to(Q.dtype)).float(), Zh.mT.to(V.dtype)
+    return _measured(operator, U, S.float(), (V @ Z).float(), (Y @ Z).float())
 
 
-def _certify(operator: TallOperator, U: Tensor, S: Tensor, V: Tensor, *, method: str) -> tuple[TruncatedSVD, Tensor]:
-    """The result with its measured certificate, and each triplet's residual ρᵢ (r,), times the operator's scale."""
-    left = torch.linalg.vector_norm(operator.apply(V) - U * S, dim=0)
-    right = torch.linalg.vector_norm(operator.adjoint(U) - V * S, dim=0)
-    residuals = torch.maximum(left, right)
-    largest = float(S[0])
-    # float32 products of unit vectors are off by a few ε·σ₁ themselves
-    residual = float(residuals.max()) / largest + 4 * FLOAT32_EPS if largest > 0 else 0.0
-    energy = float(S.double().square().sum()) / operator.energy if operator.energy > 0 else 1.0
-    S = S / operator.scale
-    if not torch.isfinite(S).all():
-        raise ValueError("the weight's singular values exceed float32's range")
-    certificate = Certificate(operator.products, min(energy, 1.0), residual, True, method)
-    if operator.wide:
-        U, V = V, U
-    return TruncatedSVD(U.contiguous(), S, V.mT.contiguous(), certificate), residuals
+def _measured(operator: WeightOperator, U: Tensor, S: Tensor, V: Tensor, AV: Tensor) -> Triplets:
+    left = torch.linalg.vector_norm(AV - U * S.unsqueeze(-2), dim=-2)
+    right = torch.linalg.vector_norm(operator.adjoint(U) - V * S.unsqueeze(-2), dim=-2)
+    return Triplets(U, S, V, torch.maximum(left, right))
+
+
+def _results(operator: WeightOperator, triplets: Triplets, converged: list[bool], method: str) -> list[TruncatedSVD]:
+    U, V = (triplets.V, triplets.U) if operator.wide else (triplets.U, triplets.V)
+    S = triplets.S if operator.scale is None else triplets.S / operator.scale.squeeze(-1)
+    captured = triplets.S.double().square().sum(-1)
+    figures = torch.stack([triplets.residuals.amax(-1), triplets.S[:, 0], S[:, 0]], dim=-1).tolist()
+    results = []
+    for index, (residual, largest, unscaled) in enumerate(figures):
+        if not math.isfinite(unscaled):
+            raise ValueError("the weight's singular values exceed float32's range")
+        # float32 products of unit vectors are off by a few ε·σ₁ themselves
+        relative = residual / largest + 4 * FLOAT32_EPS if largest > 0 else 0.0
+        energy = operator.energy[index]
+        share = min(float(captured[index]) / energy, 1.0) if energy > 0 else 1.0
+        certificate = Certificate(operator.passes, share, relative, converged[index], method)
+        results.append(TruncatedSVD(U[index].contiguous(), S[index], V[index].mT.contiguous(), certificate))
+    return results
 
 
 @contextlib.contextmanager

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from pissa_kernels import TruncatedSVD
+
+EPS = torch.finfo(torch.float32).eps
 # Unit roundoff of a dtype, from its machine epsilon (twice that).
 ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -69,3 +75,47 @@ def realistic(m: int, n: int, seed: int = 0) -> Tensor:
     spectrum = real_spectrum()
     stretched = torch.nn.functional.interpolate(spectrum[None, None], size=min(m, n), mode="linear", align_corners=True)
     return with_spectrum(m, n, stretched[0, 0], seed)
+
+
+KINDS = ("gaussian", "geometric", "clustered", "low rank", "zero", "equal", "ill-conditioned")
+
+
+def matrix(kind: str, m: int, n: int, seed: int) -> Tensor:
+    """An m×n float64 matrix of one of :data:`KINDS`."""
+    k = min(m, n)
+    index = torch.arange(k, dtype=torch.float64)
+    if kind == "gaussian":
+        return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    spectrum = {
+        "geometric": 0.8**index,
+        "clustered": torch.where(index < k // 2 + 1, 2.0, 1.0),
+        "low rank": torch.where(index < max(1, k // 4), 1.0, 0.0),
+        "zero": torch.zeros(k),
+        "equal": torch.ones(k),
+        "ill-conditioned": torch.logspace(0, -12, k, dtype=torch.float64),
+    }[kind]
+    return with_spectrum(m, n, spectrum, seed)
+
+
+def check_triplets(W: Tensor, rank: int, result: TruncatedSVD) -> None:
+    """What must hold of any result on any matrix, converged or not."""
+    U, S, Vh, certificate = result
+    m, n = W.shape
+    assert (U.shape, S.shape, Vh.shape) == ((m, rank), (rank,), (rank, n))
+    assert all(t.dtype == torch.float32 and t.is_contiguous() and bool(t.isfinite().all()) for t in (U, S, Vh))
+    assert (S[:-1] >= S[1:]).all()
+    assert (S >= 0).all()
+    identity = torch.eye(rank, dtype=torch.float64)
+    assert (U.double().mT @ U.double() - identity).norm() <= 20 * EPS * math.sqrt(rank)
+    assert (Vh.double() @ Vh.double().mT - identity).norm() <= 20 * EPS * math.sqrt(rank)
+    exact = torch.linalg.svdvals(W.double())
+    assert true_residual(W, U, S, Vh) <= certificate.residual * float(S[0]) * (1 + 1e-3)
+    # a float32 product of length n is off by about √n·ε (Higham & Mary 2019), LAPACK's float32 SVD by some ε
+    rounding = EPS * (16 + math.sqrt(max(m, n))) * exact[0]
+    assert (S.double() - exact[:rank]).max() <= rounding, "no Ritz value exceeds its singular value"
+    if exact[0] > 0:
+        share = float(exact[:rank].square().sum() / exact.square().sum())
+        assert certificate.energy <= share * (1 + 1e-5)
+    if certificate.converged:
+        # five tolerances is what the estimate may be short by in a cluster
+        assert certificate.energy == 1 if exact[0] == 0 else energy_deficit(W, Vh) <= 5e-6

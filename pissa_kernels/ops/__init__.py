@@ -11,9 +11,11 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["backend", "matmul", "rmatmul", "subtract_lowrank_", "transpose_cast"]
+__all__ = ["backend", "matmul", "normal", "rmatmul", "subtract_lowrank_", "transpose_cast"]
 
-VERBS = ("matmul", "rmatmul", "transpose_cast", "subtract_lowrank_")
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
+# These take a stack of weights (batch, m, n) too, with a stack of panels.
+STACK_VERBS = ("matmul", "rmatmul", "normal")
 BACKENDS = {"torch": reference}
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,11 +24,11 @@ def backend(verb: str, weight: Tensor) -> str:
     """Name of the backend that ``verb`` would run on for ``weight``.
 
     Raises:
-        ValueError: ``verb`` is not one of ``matmul``, ``rmatmul``, ``transpose_cast``, ``subtract_lowrank_``.
+        ValueError: ``verb`` is not one of :data:`VERBS`.
     """
     if verb not in VERBS:
         raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {verb!r}")
-    _check_weight(verb, weight)
+    _check_weight(verb, weight, stack=verb in STACK_VERBS)
     return next(iter(BACKENDS))
 
 
@@ -34,17 +36,17 @@ def matmul(weight: Tensor, X: Tensor) -> Tensor:
     """W·X without a float32 copy of W.
 
     Args:
-        weight: (m, n) in float32, float16 or bfloat16, any strides.
-        X: (n, k) in float32, or float64 for a product in double precision; same device.
+        weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
+        X: (n, k), or (batch, n, k), in float32, or float64 for a product in double precision; same device.
 
     Returns:
-        (m, k) in the dtype of ``X``, contiguous.
+        (m, k), or (batch, m, k), in the dtype of ``X``, contiguous.
 
     Raises:
         TypeError: a dtype other than those.
         ValueError: shapes or devices that do not fit.
     """
-    _check_panel("matmul", weight, X, weight.shape[-1])
+    _check_panel("matmul", weight, X, axis=-1)
     return reference.matmul(weight, X)
 
 
@@ -52,18 +54,36 @@ def rmatmul(weight: Tensor, Y: Tensor) -> Tensor:
     """Wᵀ·Y without a copy or a transpose of W.
 
     Args:
-        weight: (m, n) in float32, float16 or bfloat16, any strides.
-        Y: (m, k) in float32, or float64 for a product in double precision; same device.
+        weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
+        Y: (m, k), or (batch, m, k), in float32, or float64 for a product in double precision; same device.
 
     Returns:
-        (n, k) in the dtype of ``Y``, contiguous.
+        (n, k), or (batch, n, k), in the dtype of ``Y``, contiguous.
 
     Raises:
         TypeError: a dtype other than those.
         ValueError: shapes or devices that do not fit.
     """
-    _check_panel("rmatmul", weight, Y, weight.shape[0] if weight.ndim else 0)
+    _check_panel("rmatmul", weight, Y, axis=-2)
     return reference.rmatmul(weight, Y)
+
+
+def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Y = W·X and Z = Wᵀ·Y, from one read of W where its rows are contiguous.
+
+    Args:
+        weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
+        X: (n, k), or (batch, n, k), in float32, or float64 for products in double precision; same device.
+
+    Returns:
+        Y (m, k) and Z (n, k), or stacks of these, in the dtype of ``X``, contiguous.
+
+    Raises:
+        TypeError: a dtype other than those.
+        ValueError: shapes or devices that do not fit.
+    """
+    _check_panel("normal", weight, X, axis=-1)
+    return reference.normal(weight, X)
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,18 +155,24 @@ def has_overlap(weight: Tensor) -> bool:
     return (cols > 1 and minor == 0) or (rows > 1 and major <= (cols - 1) * minor)
 
 
-def _check_weight(verb: str, weight: Tensor) -> None:
-    if weight.ndim != 2:
-        raise ValueError(f"{verb}: weight must be 2-D, got shape {tuple(weight.shape)}")
+def _check_weight(verb: str, weight: Tensor, stack: bool = False) -> None:
+    if weight.ndim != 2 and not (stack and weight.ndim == 3):
+        accepted = "2-D, or 3-D for a stack" if stack else "2-D"
+        raise ValueError(f"{verb}: weight must be {accepted}, got shape {tuple(weight.shape)}")
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{verb}: weight must be float32, float16 or bfloat16, got {weight.dtype}")
 
 
-def _check_panel(verb: str, weight: Tensor, panel: Tensor, rows: int) -> None:
-    _check_weight(verb, weight)
+def _check_panel(verb: str, weight: Tensor, panel: Tensor, axis: int) -> None:
+    """``axis`` of the weight is the one that the panel's rows are multiplied along."""
+    _check_weight(verb, weight, stack=True)
     if panel.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{verb}: the panel must be float32 or float64, got {panel.dtype}")
-    if panel.ndim != 2 or panel.shape[0] != rows:
-        raise ValueError(f"{verb}: weight {tuple(weight.shape)} takes a panel ({rows}, k), got {tuple(panel.shape)}")
+    leading = (*weight.shape[:-2], weight.shape[axis])
+    if panel.ndim != weight.ndim or panel.shape[:-1] != leading:
+        raise ValueError(
+            f"{verb}: weight {tuple(weight.shape)} takes a panel ({', '.join(map(str, leading))}, k), "
+            f"got {tuple(panel.shape)}"
+        )
     if weight.device != panel.device:
         raise ValueError(f"{verb}: weight is on {weight.device}, the panel on {panel.device}")

@@ -1,0 +1,147 @@
+"""The cost model: which method, and with what block, for a stack of weights. The only place that decides.
+
+Times are estimates from a handful of constants per kind of device. They need to rank the methods where these differ
+by much; ``python -m bench.run --suite engine`` and the tests check that the choice is never far from the best one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .krylov import BEYOND, steps_for_niter
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Constants of a kind of device.
+
+    Attributes:
+        flops: float32 operations a second in a matrix product.
+        touch: seconds to read one element of a weight, widening it.
+        call: seconds for one small operation, its launch or its way through Python.
+        eigh: coefficients (n, n², n³) of the seconds for float32 ``eigh``.
+    """
+
+    flops: float
+    touch: float
+    call: float
+    eigh: tuple[float, float, float]
+
+    def eigenproblem(self, n: int) -> float:
+        linear, square, cube = self.eigh
+        return linear * n + square * n**2 + cube * n**3
+
+    def product(self, m: int, n: int, columns: int) -> float:
+        return self.touch * m * n + 2 * m * n * columns / self.flops + self.call
+
+
+MACHINES = {
+    # two AVX2 cores, measured
+    "cpu": Machine(flops=1.5e11, touch=1e-10, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11)),
+    # an H100, estimated: float32 without TF32 at 40 TFLOP/s, 2 bytes an element at 2 TB/s, cuSOLVER's syevd
+    "cuda": Machine(flops=4e13, touch=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
+}
+# Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
+PANEL_CALLS = 35
+ROUND_CALLS = 20
+# A spectrum too flat for an iteration is handed to the dense method up to this width, where that takes 0.2 s.
+CHEAP_GRAM = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to find the leading r eigenvectors of AᵀA.
+
+    Attributes:
+        method: "krylov", "chebyshev", "gram" or "svd".
+        seconds: the estimate that it was chosen by.
+        block: columns of a block, 0 for the dense methods.
+        limit: columns of the largest Krylov basis, else 0.
+        steps: Krylov steps where their number is fixed, None to iterate to a tolerance.
+        through_gram: iterate with the matrix AᵀA instead of with A.
+    """
+
+    method: str
+    seconds: float
+    block: int = 0
+    limit: int = 0
+    steps: int | None = None
+    through_gram: bool = False
+
+
+def plan(m: int, n: int, rank: int, niter: int | None, *, device: str = "cpu", batch: int = 1) -> Plan:
+    """The cheapest of :func:`candidates`."""
+    return min(candidates(m, n, rank, niter, device=device, batch=batch), key=lambda plan: plan.seconds)
+
+
+def candidates(m: int, n: int, rank: int, niter: int | None, *, device: str = "cpu", batch: int = 1) -> list[Plan]:
+    """Every plan that fits, the iterations only where their blocks leave most of A's smaller side free.
+
+    Args:
+        m, n, rank: a tall matrix (m, n), m ≥ n, and r ≤ n.
+        niter: None for a tolerance, else the rounds of subspace iteration to be matched.
+        device: torch's device type.
+        batch: weights that share the small operations; the estimate is for each of them.
+    """
+    machine = MACHINES.get(device, MACHINES["cuda"])
+    call = machine.call / batch
+    if 2 * rank > n:  # little to truncate; the small problems would be as large as the large one
+        return [Plan("svd", 3 * machine.eigenproblem(n))]
+    gram = 2 * machine.touch * m * n + 2 * m * n * n / machine.flops
+    dense = [Plan("gram", gram + machine.eigenproblem(n) + ROUND_CALLS * call)]
+    if niter is not None:
+        return dense + _fixed_plans(machine, m, n, rank, call, niter)
+    return dense + _krylov_plans(machine, m, n, rank, call) + _chebyshev_plans(machine, m, n, rank, call, gram)
+
+
+def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> list[Plan]:
+    """Krylov to a tolerance, one plan for each block: whole multiples of 16, because BLAS takes 24 for 32."""
+    plans = []
+    for block in range(16, _multiple_of_16(rank + BEYOND) + 1, 16):
+        limit = block * max(6, math.ceil(max(4 * rank, 256) / block))
+        if limit + block > n:
+            continue
+        columns = 5 * rank + 7 * block  # for an energy deficit of 1e-6, see krylov.py
+        steps = math.ceil(columns / block)
+        looks = 3 * machine.eigenproblem(min(columns, limit))
+        seconds = steps * _krylov_step(machine, m, n, block, min(columns, limit), call) + looks
+        plans.append(Plan("krylov", seconds, block=block, limit=limit))
+    return plans
+
+
+def _fixed_plans(machine: Machine, m: int, n: int, rank: int, call: float, niter: int) -> list[Plan]:
+    """Krylov that matches ``niter`` rounds: a block that holds a component of each wanted vector from the start."""
+    steps = steps_for_niter(niter)
+    block = rank + BEYOND
+    if (steps + 2) * block > n:
+        return []
+    limit = (steps + 1) * block
+    seconds = (steps + 1) * _krylov_step(machine, m, n, block, limit, call) + machine.eigenproblem(limit)
+    return [Plan("krylov", seconds, block=block, limit=limit, steps=steps)]
+
+
+def _chebyshev_plans(machine: Machine, m: int, n: int, rank: int, call: float, gram: float) -> list[Plan]:
+    block = _multiple_of_16(rank + max(16, rank // 2))
+    if 2 * block > n:
+        return []
+    products, rounds = 12, 3  # typical of MiniLM's weights
+    small = rounds * (
+        machine.eigenproblem(block) + (PANEL_CALLS + ROUND_CALLS) * call + 20 * n * block**2 / machine.flops
+    )
+    direct = products * (2 * machine.product(m, n, block) + 4 * call)
+    through = gram + products * (2 * n * n * block / machine.flops + 5 * call)
+    return [
+        Plan("chebyshev", direct + small, block=block),
+        Plan("chebyshev", through + small, block=block, through_gram=True),
+    ]
+
+
+def _krylov_step(machine: Machine, m: int, n: int, block: int, basis: int, call: float) -> float:
+    """Two products, one of two projections against half the final basis, two CholeskyQR rounds."""
+    orthogonal = (2 * basis + 8 * block) * n * block / machine.flops
+    return 2 * machine.product(m, n, block) + orthogonal + PANEL_CALLS * call
+
+
+def _multiple_of_16(columns: int) -> int:
+    return -(-columns // 16) * 16
