@@ -44,7 +44,7 @@ def chebyshev_subspace(
     X, _ = orthonormalize(operator.sketch(block, seed))
     products = 0
     while True:
-        projection, Z = operator.project(X)
+        projection, Z, _ = operator.project(X)
         products += 1
         values, vectors = torch.linalg.eigh(projection)
         X, Z = X @ vectors, Z @ vectors
@@ -55,7 +55,7 @@ def chebyshev_subspace(
         # the one transfer of a round
         figures = torch.stack([missing.float(), values[:, 0], values[:, -rank], values[:, -1]], dim=-1).tolist()
         if all(lacking <= tol for lacking, *_ in figures) or products >= max_products:
-            return Subspace(X[:, :, -rank:], beyond, SAFETY)
+            return Subspace(X[:, :, -rank:], None, beyond, SAFETY)
         edge = torch.maximum(values[:, 0], FLATTEST * values[:, -1])
         edge = torch.where(edge > 0, edge, 1.0)[:, None, None]  # a zero matrix in the stack stays zero
         X, _ = orthonormalize(_filtered(operator, X, Z, edge, degree := _degree(figures, tol)))
@@ -77,7 +77,7 @@ def _degree(figures: list[list[float]], tol: float) -> int:
         # T_d(x) = cosh(d·arcosh x) beyond 1
         growth = math.acosh(max(2 * last / edge - 1, 1 + 1e-6))
         spread = math.acosh(max(2 * first / edge - 1, 1.0)) - growth
-        needed = max(needed, math.ceil((math.log(missing / tol) / 2 + 0.7) / growth))
+        needed = max(needed, math.ceil((math.log(missing / tol) / 2 + 1.5) / growth))
         if spread > 0:
             allowed = min(allowed, int(math.log(MAX_SPREAD) / spread))
     return max(2, min(needed, allowed))

@@ -31,11 +31,13 @@ class Subspace(NamedTuple):
 
     Attributes:
         V: (batch, n, rank) float32, orthonormal: the leading Ritz vectors of H.
+        AV: (batch, m, rank) A·V where it came for nothing, else None.
         beyond: (batch,) the Ritz value some places after the last wanted one.
         safety: what to multiply the estimate of the missing energy with.
     """
 
     V: Tensor
+    AV: Tensor | None
     beyond: Tensor
     safety: float = 1.0
 
@@ -125,6 +127,7 @@ def block_krylov(
     progress = Progress(rank, tol, block)
     panel, deficient = orthonormalize(operator.sketch(block, seed))
     coupling = basis.new_zeros(batch, 0, block)  # of the basis' last rows, all that H couples the panel to
+    images: list[Tensor] = []  # A·Q, panel by panel, as far as it is known
     size = step = 0
     while True:
         old, size = size, size + block
@@ -132,10 +135,12 @@ def block_krylov(
         basis[:, old:size] = panel.mT
         T[:, old:size, near:old] = coupling.mT
         if step == steps or step >= max_steps or progress.last_step:
-            T[:, old:size, old:size] = operator.compress(panel)
+            T[:, old:size, old:size], image = operator.compress(panel)
             values, vectors = torch.linalg.eigh(T[:, :size, :size])
-            return _leading(basis, values, vectors, rank)
-        T[:, old:size, old:size], Z = operator.project(panel)
+            images += [] if image is None else [image]
+            return _leading(basis, images, values, vectors, rank)
+        T[:, old:size, old:size], Z, image = operator.project(panel)
+        images += [] if image is None else [image]
         before = deficient
         panel, deficient = orthonormalize(Z, basis[:, :size], basis[:, near:size])
         coupling = Z.mT @ panel
@@ -151,18 +156,22 @@ def block_krylov(
             # and only a basis that has it can tell.
             settled = all(was or not now for was, now in zip(before, deficient, strict=True))
             if progress.look(step, max(missing), settled):
-                return _leading(basis, values, vectors, rank)
+                return _leading(basis, images, values, vectors, rank)
         if full:
             keep = min(2 * rank + block, limit - 2 * block)
             basis[:, :keep] = vectors[:, :, -keep:].mT @ basis[:, :size]
             T.zero_().diagonal(dim1=-2, dim2=-1)[:, :keep] = values[:, -keep:]
             coupling = vectors[:, old:, -keep:].mT @ coupling
             size = keep
+            images.clear()
 
 
-def _leading(basis: Tensor, values: Tensor, vectors: Tensor, rank: int) -> Subspace:
+def _leading(basis: Tensor, images: list[Tensor], values: Tensor, vectors: Tensor, rank: int) -> Subspace:
     size = values.shape[-1]
-    return Subspace(basis[:, :size].mT @ vectors[:, :, -rank:], values[:, max(0, size - rank - BEYOND)])
+    wanted = vectors[:, :, -rank:]
+    AQ = torch.cat(images, dim=-1) if images else None
+    AV = AQ @ wanted if AQ is not None and AQ.shape[-1] == size else None
+    return Subspace(basis[:, :size].mT @ wanted, AV, values[:, max(0, size - rank - BEYOND)])
 
 
 class Progress:

@@ -7,13 +7,21 @@ weight. Panels are (batch, n, k) float32.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .ops import reference
+
+
+class Projection(NamedTuple):
+    """XᵀHX (batch, k, k), H·X (batch, n, k), and A·X (batch, m, k) where it was computed on the way."""
+
+    small: Tensor
+    product: Tensor
+    image: Tensor | None
 
 
 class Operator(Protocol):
@@ -36,11 +44,11 @@ class Operator(Protocol):
     def multiply(self, X: Tensor) -> Tensor:
         """H·X (batch, n, k)."""
 
-    def project(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """XᵀHX (batch, k, k) and H·X (batch, n, k)."""
+    def project(self, X: Tensor) -> Projection:
+        """XᵀHX and H·X."""
 
-    def compress(self, X: Tensor) -> Tensor:
-        """XᵀHX (batch, k, k)."""
+    def compress(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
+        """XᵀHX and A·X alone, for half a product."""
 
 
 class WeightOperator:
@@ -103,14 +111,14 @@ class WeightOperator:
     def multiply(self, X: Tensor) -> Tensor:
         return self._normal(X)[1]
 
-    def project(self, X: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, X: Tensor) -> Projection:
         # not XᵀZ: the square of AX keeps directions that are small against A
         Y, Z = self._normal(X)
-        return Y.mT @ Y, Z
+        return Projection(Y.mT @ Y, Z, Y)
 
-    def compress(self, X: Tensor) -> Tensor:
+    def compress(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
         Y = self.apply(X)
-        return Y.mT @ Y
+        return Y.mT @ Y, Y
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """AᵀA (batch, n, n), summed in ``dtype``."""
@@ -162,12 +170,12 @@ class GramOperator:
     def multiply(self, X: Tensor) -> Tensor:
         return self.gram @ X
 
-    def project(self, X: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, X: Tensor) -> Projection:
         Z = self.multiply(X)
-        return X.mT @ Z, Z
+        return Projection(X.mT @ Z, Z, None)
 
-    def compress(self, X: Tensor) -> Tensor:
-        return X.mT @ self.multiply(X)
+    def compress(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
+        return X.mT @ self.multiply(X), None
 
 
 def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:

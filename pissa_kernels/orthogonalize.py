@@ -11,31 +11,46 @@ Everything works on stacks (batch, n, b), and every decision is one transfer to 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 # Smallest pivot of the scaled Gram matrix's factor that one CholeskyQR round is trusted with: below it the first
 # round may lose orthogonality altogether (ε·cond² ≈ 1), and the second could not bring it back.
 MIN_PIVOT = 1e-3
+# Smallest pivot for which one round is as good as two: the columns were nearly orthogonal to begin with.
+EASY_PIVOT = 0.5
 # A projection that leaves unit columns this long has found next to nothing along the basis.
 SETTLED = 0.99
 MAX_ROUNDS = 6
 
 
-def cholesky_qr(Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One CholeskyQR round of Z (batch, n, b).
+class CholeskyQR(NamedTuple):
+    """One round of CholeskyQR on Z (batch, n, b).
 
-    Returns:
-        The panel, and for each of the stack the factor's smallest pivot (batch,), 0 or NaN where the panel is
-        worthless, and Z's shortest column norm (batch,).
+    Attributes:
+        panel: (batch, n, b) Z·change.
+        change: (batch, b, b).
+        pivot: (batch,) the smallest pivot of the Gram matrix's factor; 0 or NaN where the panel is worthless.
+        shortest: (batch,) the shortest column norm of Z.
     """
+
+    panel: Tensor
+    change: Tensor
+    pivot: Tensor
+    shortest: Tensor
+
+
+def cholesky_qr(Z: Tensor) -> CholeskyQR:
+    """Z made orthonormal as far as one round does it: to ε·cond(Z)²."""
     gram = Z.mT @ Z
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = norms.reciprocal()
     factor, info = torch.linalg.cholesky_ex(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))
     pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1).masked_fill(info != 0, 0.0)
-    inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False)
-    return Z @ inverse.mT, pivot, norms.amin(-1)
+    change = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False).mT
+    return CholeskyQR(Z @ change, change, pivot, norms.amin(-1))
 
 
 def orthonormalize(Z: Tensor, basis: Tensor | None = None, near: Tensor | None = None) -> tuple[Tensor, list[bool]]:
@@ -56,24 +71,29 @@ def orthonormalize(Z: Tensor, basis: Tensor | None = None, near: Tensor | None =
         The panel (batch, n, b), and for each of the stack whether Z was deficient, so that part of the panel is
         arbitrary.
     """
-    panel, first, _ = cholesky_qr(_project_out(Z, basis if near is None else near))
+    panel, _, first, _ = cholesky_qr(_project_out(Z, basis if near is None else near))
+    if basis is None and all(pivot > EASY_PIVOT for pivot in first.tolist()):
+        return panel, [False] * len(Z)
     for number in range(1, MAX_ROUNDS):
-        panel, pivot, shortest = cholesky_qr(_project_out(panel, basis))
-        checks = [first, pivot, shortest] if number == 1 else [pivot, pivot, shortest]
-        health = torch.stack(checks, dim=-1).tolist()
+        panel, _, pivot, shortest = cholesky_qr(_project_out(panel, basis))
+        health = torch.stack([first if number == 1 else pivot, pivot, shortest], dim=-1).tolist()
         # NaN > x is False: a zero column makes NaN
         sound = [a > MIN_PIVOT and b > MIN_PIVOT for a, b, _ in health]
         if not all(sound):
-            bad = [index for index, good in enumerate(sound) if not good]
-            panel[bad] = _fill(Z[bad], None if basis is None else basis[bad])
-            # the others may not have settled: a further round harms no panel
-            good = [index for index, good in enumerate(sound) if good]
-            if good:
-                panel[good], _ = orthonormalize(panel[good], None if basis is None else basis[good])
-            return panel, [not good for good in sound]
+            return _repair(Z, panel, basis, sound), [not good for good in sound]
         if all(norm > SETTLED for _, _, norm in health):
             break
     return panel, [False] * len(Z)
+
+
+def _repair(Z: Tensor, panel: Tensor, basis: Tensor | None, sound: list[bool]) -> Tensor:
+    """The panels that CholeskyQR could not make by Householder's way, and one more look at those that it could."""
+    bad = [index for index, good in enumerate(sound) if not good]
+    panel[bad] = _fill(Z[bad], None if basis is None else basis[bad])
+    good = [index for index, good in enumerate(sound) if good]
+    if good:  # they may not have settled; a further round harms no panel
+        panel[good], _ = orthonormalize(panel[good], None if basis is None else basis[good])
+    return panel
 
 
 def _project_out(Z: Tensor, basis: Tensor | None) -> Tensor:
