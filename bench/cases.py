@@ -1,7 +1,4 @@
-"""What is measured: cases, and the suites that group them.
-
-A suite is a name and a tuple of cases; a new one is one more entry in :data:`SUITES`.
-"""
+"""One weight to measure on; :mod:`bench.suites` groups them."""
 
 from __future__ import annotations
 
@@ -54,57 +51,3 @@ class Case:
             weight = synthetic_weight(self.shape, self.spectrum, source=self.source, seed=self.seed)
         stored = weight.mT if self.fan_in_fan_out else weight
         return stored.to(DTYPES[self.dtype]).contiguous().to(device)
-
-
-MINILM_LINEARS = {
-    "attention.self.query": (384, 384),
-    "attention.self.key": (384, 384),
-    "attention.self.value": (384, 384),
-    "attention.output.dense": (384, 384),
-    "intermediate.dense": (1536, 384),
-    "output.dense": (384, 1536),
-}
-SQUARE, UP, DOWN = (
-    f"encoder.layer.2.{linear}.weight" for linear in ("attention.output.dense", "intermediate.dense", "output.dense")
-)
-
-
-def minilm(layer: int, linear: str, rank: int) -> Case:
-    """A real weight of all-MiniLM-L6-v2, in the precision it is published in."""
-    return Case(
-        f"minilm-{layer}.{linear}",
-        MINILM_LINEARS[linear],
-        rank,
-        dtype="fp32",
-        spectrum="real",
-        source=f"encoder.layer.{layer}.{linear}.weight",
-    )
-
-
-LLAMA = "llama2-7b"
-SUITES: dict[str, tuple[Case, ...]] = {
-    "init": (
-        Case(LLAMA, (4096, 4096), 16),
-        Case(LLAMA, (4096, 4096), 128),
-        Case(LLAMA, (4096, 4096), 16, spectrum="real-like", source=SQUARE),
-        minilm(2, "attention.output.dense", 16),
-        minilm(2, "attention.output.dense", 64),
-        minilm(2, "intermediate.dense", 16),
-        minilm(2, "intermediate.dense", 64),
-    ),
-    "shapes": (
-        minilm(2, "output.dense", 16),
-        Case("gpt2-c_attn", (2304, 768), 16, spectrum="real-like", fan_in_fan_out=True, source=UP),
-        Case("llama3.2-1b", (2048, 2048), 16),
-        Case("llama3.2-1b", (2048, 2048), 64, spectrum="real-like", source=SQUARE),
-        Case(f"{LLAMA}-gate", (11008, 4096), 16, spectrum="real-like", source=UP),
-        Case(f"{LLAMA}-down", (4096, 11008), 16, spectrum="real-like", source=DOWN),
-        Case(LLAMA, (4096, 4096), 16, spectrum="flat"),
-    ),
-    "real": tuple(minilm(layer, linear, 16) for layer in range(6) for linear in MINILM_LINEARS),
-    "quick": (
-        minilm(2, "attention.output.dense", 8),
-        Case("small", (512, 384), 8),
-        Case("small", (320, 256), 4, dtype="fp16", spectrum="real-like", fan_in_fan_out=True, source=UP),
-    ),
-}

@@ -1,4 +1,4 @@
-"""``python -m bench.plot ROWS PNG``: accuracy against time, one panel for each case."""
+"""``python -m bench.plot ROWS PNG``: accuracy against time, one panel for each case, one curve for each family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rows import Row, by_case, read_rows
 # Okabe and Ito's palette, told apart by every kind of colour vision. The marker tells the method.
 COLOURS = {"ours": "#0072B2", "peft": "#D55E00"}
 OTHER_COLOUR = "#7F7F7F"
-MARKERS = {"pissa": "*", "pissa_niter_4": "^", "pissa_niter_16": "s"}
+MARKERS = {"pissa": "*", "pissa_niter_1": "o", "pissa_niter_4": "^", "pissa_niter_16": "s"}
 OTHER_MARKER = "v"
 # Below this a deficit is as good as none: PEFT's full SVD is at 1e-12, or at a negative rounding error.
 FLOOR = 1e-9
@@ -50,6 +50,8 @@ def plot(rows: list[Row], path: str | Path) -> None:
     legend: dict[str, Any] = {}
     lowest = min(max(row["energy_deficit"], FLOOR) for row in timed)
     for panel, group in zip(panels.flat, cases.values(), strict=False):
+        for family in COLOURS:
+            _join(panel, family, group)
         for row in group:
             legend.setdefault(row["provider"], _draw(panel, row))
         _dress(panel, group, lowest)
@@ -77,6 +79,18 @@ def _place_legend(figure: Any, handles: dict[str, Any]) -> None:
     figure.legend(
         [handle for handle, _ in entries], labels, loc="lower center", ncols=len(families), frameon=False, fontsize=9
     )
+
+
+def _join(panel: Any, family: str, group: list[Row]) -> None:
+    """One family's curve over its numbers of rounds."""
+    points = {
+        int(row["provider"].rpartition("_")[2]): (row["median_ms"], max(row["energy_deficit"], FLOOR))
+        for row in group
+        if row["provider"].startswith(f"{family} pissa_niter_")
+    }
+    if len(points) > 1:
+        times, deficits = zip(*(points[rounds] for rounds in sorted(points)), strict=True)
+        panel.plot(times, deficits, color=COLOURS[family], linewidth=1.0, alpha=0.6, zorder=1)
 
 
 def _draw(panel: Any, row: Row) -> Any:

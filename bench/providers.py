@@ -181,15 +181,11 @@ def lora_layer(weight: Tensor, rank: int, fan_in_fan_out: bool) -> Any:
     return inject_adapter_in_model(config, nn.Sequential(base), ADAPTER)[0]
 
 
+INITS = ("pissa", *(f"pissa_niter_{rounds}" for rounds in (1, 4, 16)))
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("ours pissa", "ours", "pissa"),
-        Provider("ours pissa_niter_4", "ours", "pissa_niter_4"),
-        Provider("ours pissa_niter_16", "ours", "pissa_niter_16"),
-        Provider("peft pissa", "peft", "pissa"),
-        Provider("peft pissa_niter_4", "peft", "pissa_niter_4"),
-        Provider("peft pissa_niter_16", "peft", "pissa_niter_16"),
+        *(Provider(f"{family} {init}", family, init) for family in ("ours", "peft") for init in INITS),
         Provider("torch svd_lowrank niter 4 (SVD only)", "torch", "pissa_niter_4"),
     )
 }

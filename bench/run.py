@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from . import environment, gate, memory
-from .cases import SUITES, Case
+from .cases import Case
 from .gate import Accuracy
 from .providers import PROVIDERS, Provider, Subject
 from .rows import Row, read_rows, write_row
+from .suites import SUITES
 from .table import table
 from .timing import Times, interleaved, timed
 
@@ -104,11 +105,12 @@ def make_row(case: Case, trial: Trial, device: str, about: Row) -> Row:
 
 
 def select(suite: str, only: str) -> list[tuple[Case, list[Provider]]]:
-    """Cases of a suite, each with the providers for which ``only`` is found in "case/provider"."""
+    """Cases of a suite, each with those of its providers for which ``only`` is found in "case/provider"."""
     pattern = re.compile(only)
     chosen = []
-    for case in SUITES[suite]:
-        providers = [provider for name, provider in PROVIDERS.items() if pattern.search(f"{case.name}/{name}")]
+    for case in SUITES[suite].cases:
+        names = [name for name in SUITES[suite].providers if pattern.search(f"{case.name}/{name}")]
+        providers = [PROVIDERS[name] for name in names]
         if providers:
             chosen.append((case, providers))
     return chosen

@@ -11,6 +11,7 @@ set by ε (Marchenko and Pastur's law, met to about n^(−2/3)).
 - "mix": d_j = j^(−0.3), k = n/16, the edge at d_{k/8}. The first k/8 spikes stand clear of the bulk, the rest sink in
   it: at n = 4096 a rank of 16 lies among the spikes and a rank of 128 in the bulk, and ``torch.svd_lowrank`` with
   niter=4 loses 3 % and 5 % of the energy there.
+- "power": d_j = j^(−0.5), k = n/4, the edge at d_k: heavier at the head, a smooth tail.
 - "real-like": d is the normalised spectrum of a MiniLM weight, interpolated linearly over the relative index
   (i − 1)/(n − 1), k = n/4, the edge at d_k. Behind index k, the real square weights have a root mean square of 0.47 to
   0.58·d_k, the bulk of a square one has 0.5. Stretching a spectrum stretches its head too: neighbours lie closer
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LARGEST = 3.0
+SEED_OFFSET = 1_000_003
 
 
 def synthetic_weight(shape: tuple[int, int], spectrum: str, *, source: str = "", seed: int = 0) -> Tensor:
@@ -38,14 +40,15 @@ def synthetic_weight(shape: tuple[int, int], spectrum: str, *, source: str = "",
 
     Args:
         shape: (m, n), each at least 128.
-        spectrum: "mix", "real-like" or "flat".
+        spectrum: "mix", "power", "real-like" or "flat".
         source: for "real-like", the tensor in the MiniLM checkpoint whose spectrum is taken.
         seed: of the generator for U, V and G.
 
     Raises:
         ValueError: another spectrum.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
+    # not the seed itself: an engine may draw its sketch from it, and find U there
+    generator = torch.Generator("cpu").manual_seed(SEED_OFFSET + seed)
     if spectrum == "flat":
         return torch.randn(shape, generator=generator).mul_(LARGEST / (math.sqrt(shape[0]) + math.sqrt(shape[1])))
     values, edge = leading_values(min(shape), spectrum, source=source)
@@ -58,12 +61,15 @@ def leading_values(n: int, spectrum: str, *, source: str = "") -> tuple[Tensor, 
         k = n // 16
         values = torch.arange(1, k + 1, dtype=torch.float64) ** -0.3
         edge = float(values[k // 8 - 1])
+    elif spectrum == "power":
+        values = torch.arange(1, n // 4 + 1, dtype=torch.float64) ** -0.5
+        edge = float(values[-1])
     elif spectrum == "real-like":
         real = torch.linalg.svdvals(minilm_weight(source).double()).numpy()
         values = torch.from_numpy(stretched(real / real[0], n)[: n // 4])
         edge = float(values[-1])
     else:
-        raise ValueError(f"spectrum must be 'mix', 'real-like' or 'flat', got {spectrum!r}")
+        raise ValueError(f"spectrum must be 'mix', 'power', 'real-like' or 'flat', got {spectrum!r}")
     return LARGEST * values, LARGEST * edge
 
 

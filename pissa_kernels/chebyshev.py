@@ -9,6 +9,7 @@ small weights through their Gram matrix, and on a GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -24,8 +25,6 @@ MAX_SPREAD = 1e4
 MAX_DEGREE = 16
 # The least edge of the unwanted part, relative to θ_1: below it float32 knows no eigenvalues.
 FLATTEST = 1e-6
-# The estimate of the missing energy is divided by 3 for Krylov's sake; at the edge of a block it is 2 times too small.
-SAFETY = 3
 
 
 def chebyshev_subspace(
@@ -50,12 +49,13 @@ def chebyshev_subspace(
         X, Z = X @ vectors, Z @ vectors
         wanted = values[:, -rank:]
         residuals = torch.linalg.vector_norm(Z[:, :, -rank:] - X[:, :, -rank:] * wanted.unsqueeze(-2), dim=1)
+        # the gap to the edge of the block would leave out what the block itself has not resolved
         beyond = values[:, block - rank - BEYOND]
-        missing = SAFETY * missing_energy(wanted, residuals, beyond)
+        missing = missing_energy(wanted, residuals, beyond)
         # the one transfer of a round
         figures = torch.stack([missing.float(), values[:, 0], values[:, -rank], values[:, -1]], dim=-1).tolist()
         if all(lacking <= tol for lacking, *_ in figures) or products >= max_products:
-            return Subspace(X[:, :, -rank:], None, beyond, SAFETY)
+            return Subspace(X[:, :, -rank:], None, functools.partial(missing_energy, edge=beyond))
         edge = torch.maximum(values[:, 0], FLATTEST * values[:, -1])
         edge = torch.where(edge > 0, edge, 1.0)[:, None, None]  # a zero matrix in the stack stays zero
         X, _ = orthonormalize(_filtered(operator, X, Z, edge, degree := _degree(figures, tol)))

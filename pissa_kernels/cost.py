@@ -61,6 +61,7 @@ class Plan:
         block: columns of a block, 0 for the dense methods.
         limit: columns of the largest Krylov basis, else 0.
         steps: Krylov steps where their number is fixed, None to iterate to a tolerance.
+        patience: Krylov steps that may pass between two looks at the projected problem, 1 where these cost little.
         through_gram: iterate with the matrix AᵀA instead of with A.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     block: int = 0
     limit: int = 0
     steps: int | None = None
+    patience: int = 1
     through_gram: bool = False
 
 
@@ -111,14 +113,14 @@ def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> l
     """Krylov to a tolerance, one plan for each block: whole multiples of 16, because BLAS takes 24 for 32."""
     plans = []
     for block in range(16, _multiple_of_16(rank + BEYOND) + 1, 16):
-        limit = block * max(6, math.ceil(max(4 * rank, 256) / block))
+        limit = block * math.ceil(max(256, min(6 * rank, 512), 4 * rank, 6 * block) / block)
         if limit + block > n:
             continue
         columns = 5 * rank + 9 * block  # for an energy deficit of 1e-6, see krylov.py
-        steps = math.ceil(columns / block)
-        looks = 4 * machine.eigenproblem(min(columns, limit))
-        seconds = steps * _krylov_step(machine, m, n, block, min(columns, limit), call) + looks
-        plans.append(Plan("krylov", seconds, block=block, limit=limit))
+        basis = min(columns, limit)
+        step, look = _krylov_step(machine, m, n, block, basis, call), machine.eigenproblem(basis)
+        seconds = math.ceil(columns / block) * step + 4 * look
+        plans.append(Plan("krylov", seconds, block=block, limit=limit, patience=math.ceil(3 * look / step)))
     return plans
 
 

@@ -21,10 +21,11 @@ pytest.importorskip("matplotlib")
 
 import pissa_kernels
 from bench import environment, gate, memory, plot, run, spectra, timing
-from bench.cases import SUITES, Case
+from bench.cases import Case
 from bench.gate import Accuracy
 from bench.providers import PROVIDERS, SCALING
 from bench.rows import read_rows
+from bench.suites import SUITES
 from bench.table import table
 
 FIELDS = {
@@ -66,7 +67,7 @@ def quick(tmp_path_factory, _one_thread):
 
 def test_quick_suite_measures_every_provider_on_every_case(quick):
     assert quick.code == 0
-    expected = [(case.name, provider) for case in SUITES["quick"] for provider in PROVIDERS]
+    expected = [(case.name, provider) for case in SUITES["quick"].cases for provider in SUITES["quick"].providers]
     assert [(row["case"], row["provider"]) for row in quick.rows] == expected
     for row in quick.rows:
         assert row.keys() >= FIELDS
@@ -228,7 +229,7 @@ def test_reference_is_the_spectrum_and_is_cached_by_content(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (512, 768), (768, 512)])
-@pytest.mark.parametrize("spectrum", ["mix", "real-like"])
+@pytest.mark.parametrize("spectrum", ["mix", "power", "real-like"])
 def test_synthetic_weights_have_the_spectrum_they_document(shape, spectrum):
     source = "encoder.layer.2.attention.output.dense.weight"
     prescribed, edge = spectra.leading_values(min(shape), spectrum, source=source)
@@ -272,12 +273,13 @@ def test_weights_are_deterministic_and_stored_as_their_layer_stores_them():
 
 
 def test_names_are_unique_and_real_shapes_are_real():
-    for suite, cases in SUITES.items():
-        assert len({case.name for case in cases}) == len(cases), suite
-    for case in SUITES["real"]:
+    for name, suite in SUITES.items():
+        assert len({case.name for case in suite.cases}) == len(suite.cases), name
+        assert set(suite.providers) <= set(PROVIDERS), name
+    for case in SUITES["real"].cases:
         assert tuple(case.weight().shape) == case.shape
     with pytest.raises(ValueError, match="has shape"):
-        Case("x", (384, 1536), 4, spectrum="real", source=SUITES["real"][0].source).weight()
+        Case("x", (384, 1536), 4, spectrum="real", source=SUITES["real"].cases[0].source).weight()
 
 
 @pytest.mark.parametrize("name", ["ours pissa", "peft pissa", "peft pissa_niter_4"])

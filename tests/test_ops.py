@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import pissa_kernels as pk
+from pissa_kernels.ops import reference
 
 from .reference import ROUNDOFF
 
@@ -38,6 +39,49 @@ def test_products_match_fp64_as_well_as_torch_does(shape: tuple[int, int], dtype
         assert got.is_contiguous()
         # half an ulp of the result for the cases where torch happens to be exact
         assert (got - exact).norm() <= 1.1 * torchs + exact.norm() * 2**-24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (600, 514)])
+@pytest.mark.parametrize("layout", ["row", "column", "strided"])
+def test_normal_is_both_products(shape: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randn(shape, generator=generator).to(dtype)
+    X = torch.randn(shape[1], 5, generator=generator)
+    Y, Z = pk.ops.normal(layouts(dense)[layout], X)
+    assert (Y.dtype, Z.dtype, Y.is_contiguous(), Z.is_contiguous()) == (torch.float32, torch.float32, True, True)
+    exact = dense.double() @ X.double()
+    exact_twice = dense.double().mT @ exact
+    torchs = dense.float() @ X
+    torchs_twice = dense.float().mT @ torchs
+    assert (Y - exact).norm() <= 1.1 * (torchs - exact).norm() + exact.norm() * 2**-24
+    assert (Z - exact_twice).norm() <= 1.1 * (torchs_twice - exact_twice).norm() + exact_twice.norm() * 2**-24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("elements", [1 << 20, 700])
+def test_a_stack_is_its_weights(
+    dtype: torch.dtype, transposed: bool, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(reference.BLOCK_ELEMENTS, "cpu", elements)  # the second: three rows of each at a time
+    generator = torch.Generator().manual_seed(6)
+    W = torch.randn(5, 40, 37, generator=generator).to(dtype)
+    W = W.mT if transposed else W
+    X = torch.randn(5, W.shape[2], 3, generator=generator)
+    Y = torch.randn(5, W.shape[1], 3, generator=generator)
+    exact = {
+        "matmul": W.double() @ X.double(),
+        "rmatmul": W.double().mT @ Y.double(),
+        "normal": W.double().mT @ (W.double() @ X.double()),
+    }
+    got = {"matmul": pk.ops.matmul(W, X), "rmatmul": pk.ops.rmatmul(W, Y), "normal": pk.ops.normal(W, X)[1]}
+    for verb, result in got.items():
+        assert result.is_contiguous()
+        assert (result - exact[verb]).norm() <= 4 * 2**-24 * exact[verb].norm(), verb
+    torch.testing.assert_close(pk.ops.normal(W, X)[0], got["matmul"], rtol=1e-6, atol=1e-5)
+    with pytest.raises(ValueError, match=r"takes a panel \(5, \d+, k\), got \(4, "):
+        pk.ops.matmul(W, X[:4])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +159,7 @@ def test_wrong_arguments_are_named(call, error: type[Exception], words: str) -> 
     assert torch.equal(W, torch.ones(6, 4))
 
 
-@pytest.mark.parametrize("verb", ["matmul", "rmatmul", "transpose_cast", "subtract_lowrank_"])
+@pytest.mark.parametrize("verb", ["matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_"])
 def test_every_verb_has_a_backend(verb: str) -> None:
     assert pk.ops.backend(verb, torch.ones(2, 2)) == "torch"
 
