@@ -47,6 +47,8 @@ MACHINES = {
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
 PANEL_CALLS = 50
 ROUND_CALLS = 20
+# What turning a subspace into triplets takes beyond measuring them.
+DENSE_CALLS = 60
 # A spectrum too flat for an iteration is handed to the dense method up to this width, where that takes 0.2 s.
 CHEAP_GRAM = 1024
 
@@ -100,10 +102,11 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, device: str = "c
     """
     machine = MACHINES.get(device, MACHINES["cuda"])
     call = machine.call / batch
-    if 2 * rank > n:  # little to truncate; the small problems would be as large as the large one
-        return [Plan("svd", 3 * machine.eigenproblem(n))]
     gram = 2 * machine.touch * m * n + 2 * m * n * n / machine.flops
-    dense = [Plan("gram", gram + machine.eigenproblem(n) + ROUND_CALLS * call)]
+    # LAPACK's SVD of a tall matrix starts with its QR factorisation; a Gram matrix leaves a small SVD in float64
+    factorised = 2.4 * machine.eigenproblem(n) + (4 * m * n * n / machine.flops if m > n else 0.0)
+    through_gram = gram + machine.eigenproblem(n) + 6 * machine.eigenproblem(rank) + DENSE_CALLS * call
+    dense = [Plan("gram", through_gram), Plan("svd", factorised)]
     if niter is not None:
         return dense + _fixed_plans(machine, m, n, rank, call, niter)
     return dense + _krylov_plans(machine, m, n, rank, call) + _chebyshev_plans(machine, m, n, rank, call, gram)
