@@ -30,7 +30,7 @@ LEGEND_INCHES = 0.9
 
 
 def plot(rows: list[Row], path: str | Path) -> None:
-    """Energy deficit against median time, both logarithmic; whiskers from the 20th to the 80th percentile.
+    """Energy deficit against the shortest time, both logarithmic; whiskers up to the 80th percentile.
 
     Args:
         rows: as :func:`bench.rows.read_rows` gives them; red rows are left out.
@@ -39,7 +39,7 @@ def plot(rows: list[Row], path: str | Path) -> None:
     Raises:
         ValueError: no row has a time.
     """
-    timed = [row for row in rows if row["ok"] and row["median_ms"] is not None]
+    timed = [row for row in rows if row["ok"] and row["min_ms"] is not None]
     cases = by_case(timed)
     if not cases:
         raise ValueError("no row has a time to plot")
@@ -84,7 +84,7 @@ def _place_legend(figure: Any, handles: dict[str, Any]) -> None:
 def _join(panel: Any, family: str, group: list[Row]) -> None:
     """One family's curve over its numbers of rounds."""
     points = {
-        int(row["provider"].rpartition("_")[2]): (row["median_ms"], max(row["energy_deficit"], FLOOR))
+        int(row["provider"].rpartition("_")[2]): (row["min_ms"], max(row["energy_deficit"], FLOOR))
         for row in group
         if row["provider"].startswith(f"{family} pissa_niter_")
     }
@@ -95,12 +95,12 @@ def _join(panel: Any, family: str, group: list[Row]) -> None:
 
 def _draw(panel: Any, row: Row) -> Any:
     family, _, method = row["provider"].partition(" ")
-    median, deficit = row["median_ms"], max(row["energy_deficit"], FLOOR)
+    shortest, deficit = row["min_ms"], max(row["energy_deficit"], FLOOR)
     colour, exact = COLOURS.get(family, OTHER_COLOUR), method == "pissa"
-    panel.plot([row["p20_ms"], row["p80_ms"]], [deficit, deficit], color=colour, linewidth=1.2, alpha=0.5, zorder=2)
+    panel.plot([shortest, row["p80_ms"]], [deficit, deficit], color=colour, linewidth=1.2, alpha=0.5, zorder=2)
     # hollow, so that one that lies on another hides nothing
     return panel.scatter(
-        [median],
+        [shortest],
         [deficit],
         s=130 if exact else 45,
         marker=MARKERS.get(method, OTHER_MARKER),
@@ -121,7 +121,7 @@ def _dress(panel: Any, group: list[Row], lowest: float) -> None:
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_ylim(lowest / 4, 1)
-    left, right = min(row["p20_ms"] for row in group) / 1.7, max(row["p80_ms"] for row in group) * 1.7
+    left, right = min(row["min_ms"] for row in group) / 1.7, max(row["p80_ms"] for row in group) * 1.7
     panel.set_xlim(left, right)
     panel.axhline(TOLERANCE, color="0.5", linewidth=1.0, linestyle=(0, (5, 3)), zorder=2)
     panel.text(right, TOLERANCE * 1.3, "tolerance ", ha="right", va="bottom", fontsize=7, color="0.45")
@@ -134,7 +134,7 @@ def _dress(panel: Any, group: list[Row], lowest: float) -> None:
     panel.grid(True, which="major", color="0.92", zorder=0)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.set_xlabel("median time", fontsize=9)
+    panel.set_xlabel("shortest time", fontsize=9)
 
 
 def _milliseconds(value: float, _: int) -> str:

@@ -3,7 +3,7 @@
 Every step works on a stack of weights of equal shape, of which a single weight is the smallest, and is written in
 products with the weights, orthonormalisation and small dense problems, so that it runs wherever the weights are.
 The methods work on tall operators; a wide weight is seen through its transpose (a view). :mod:`pissa_kernels.cost`
-chooses among them. Whatever found the subspace, :func:`_rayleigh_ritz` turns it into triplets and :func:`_certify`
+chooses among them. Whatever found the subspace, :func:`_rayleigh_ritz` turns it into triplets and :func:`_measured`
 measures them against the weight itself.
 """
 

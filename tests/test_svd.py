@@ -167,9 +167,13 @@ def test_layouts_and_flags_do_not_change_the_answer() -> None:
     check_triplets(expanded, 3, pk.truncated_svd(expanded, 3))
 
 
-def test_ambient_modes_do_not_change_the_answer() -> None:
-    W = realistic(500, 600).bfloat16()
+@pytest.mark.parametrize(
+    ("shape", "method"), [((60, 50), "svd"), ((200, 150), "gram"), ((500, 600), "chebyshev"), ((1300, 1400), "krylov")]
+)
+def test_ambient_modes_do_not_change_the_answer(shape: tuple[int, int], method: str) -> None:
+    W = realistic(*shape).bfloat16()
     expected = pk.truncated_svd(W, 8)
+    assert expected.certificate.method == method
 
     def same() -> None:
         result = pk.truncated_svd(W, 8)
