@@ -106,6 +106,18 @@ SUITES = {
         ),
         STANDARD,
     ),
+    "small": Suite(
+        (
+            Case("tiny", (64, 64), 16, spectrum="flat"),
+            Case("tiny", (128, 128), 16, spectrum="flat"),
+            Case("tiny", (256, 256), 16, spectrum="flat"),
+            Case("tiny", (256, 256), 128, spectrum="flat"),
+            Case("tiny", (768, 768), 384, spectrum="flat"),
+            minilm(2, "attention.output.dense", 192),
+            minilm(2, "attention.output.dense", 384),
+        ),
+        ("ours pissa", "peft pissa"),
+    ),
     "real": Suite(
         tuple(minilm(layer, linear, rank) for rank in (16, 64) for layer in range(6) for linear in MINILM_LINEARS),
         ("ours pissa", "ours pissa_niter_4", "peft pissa", "peft pissa_niter_4"),
