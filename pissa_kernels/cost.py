@@ -1,7 +1,7 @@
 """The cost model: which method, and with what block, for a stack of weights. The only place that decides.
 
 Times are estimates from a handful of constants per kind of device. They need to rank the methods where these differ
-by much; ``python -m bench.run --suite engine`` and the tests check that the choice is never far from the best one.
+by much; the tests pin the choice where it was measured, ``python -m bench.run --suite engine`` times what was chosen.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PANEL_CALLS = 50
 ROUND_CALLS = 20
 # What turning a subspace into triplets takes beyond measuring them.
 DENSE_CALLS = 60
-# A spectrum too flat for an iteration is handed to the dense method up to this width, where that takes 0.2 s.
+# A spectrum too flat for an iteration is handed to the dense method up to this width, where that takes 0.1 s.
 CHEAP_GRAM = 1024
 
 
@@ -119,7 +119,7 @@ def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> l
         limit = block * math.ceil(max(256, min(6 * rank, 512), 4 * rank, 6 * block) / block)
         if limit + block > n:
             continue
-        columns = 5 * rank + 9 * block  # for an energy deficit of 1e-6, see krylov.py
+        columns = 5 * rank + 9 * block  # krylov.py's, and two blocks for an estimate on the safe side
         basis = min(columns, limit)
         step, look = _krylov_step(machine, m, n, block, basis, call), machine.eigenproblem(basis)
         seconds = math.ceil(columns / block) * step + 4 * look
