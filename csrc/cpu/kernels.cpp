@@ -1,0 +1,55 @@
+// One instruction set's bodies. PISSA_ISA names it: the build compiles this file once for each.
+#include "kernels.h"
+
+#include "subtract_lowrank.h"
+#include "transpose_cast.h"
+
+#define PISSA_STRING_(x) #x
+#define PISSA_STRING(x) PISSA_STRING_(x)
+
+namespace {
+
+using pissa::Dtype;
+using pissa::Matrix;
+
+template <class From>
+void transpose_cast_from(const Matrix& weight, const Matrix& out, int64_t begin, int64_t end) {
+  switch (out.dtype) {
+    case Dtype::f32:
+      return transpose_cast<From, Float32>(weight, out, begin, end);
+    case Dtype::f16:
+      return transpose_cast<From, Float16>(weight, out, begin, end);
+    case Dtype::bf16:
+      return transpose_cast<From, BFloat16>(weight, out, begin, end);
+  }
+}
+
+void transpose_cast_any(const Matrix& weight, const Matrix& out, int64_t begin, int64_t end) {
+  switch (weight.dtype) {
+    case Dtype::f32:
+      return transpose_cast_from<Float32>(weight, out, begin, end);
+    case Dtype::f16:
+      return transpose_cast_from<Float16>(weight, out, begin, end);
+    case Dtype::bf16:
+      return transpose_cast_from<BFloat16>(weight, out, begin, end);
+  }
+}
+
+void subtract_lowrank_any(const Matrix& weight, const Matrix& left, const Matrix& right, float scaling, int64_t begin,
+                          int64_t end, float* workspace) {
+  switch (weight.dtype) {
+    case Dtype::f32:
+      return subtract_lowrank<Float32>(weight, left, right, scaling, begin, end, workspace);
+    case Dtype::f16:
+      return subtract_lowrank<Float16>(weight, left, right, scaling, begin, end, workspace);
+    case Dtype::bf16:
+      return subtract_lowrank<BFloat16>(weight, left, right, scaling, begin, end, workspace);
+  }
+}
+
+}  // namespace
+
+namespace pissa::cpu {
+extern const Kernels PISSA_ISA;
+const Kernels PISSA_ISA = {PISSA_STRING(PISSA_ISA), transpose_cast_any, subtract_lowrank_any, subtract_workspace};
+}  // namespace pissa::cpu

@@ -1,0 +1,73 @@
+// The CPU bodies under their schema: tensors to matrices, rows to threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "../tensors.h"
+#include "kernels.h"
+
+namespace pissa::cpu {
+
+extern const Kernels generic;
+#if defined(PISSA_X86)
+extern const Kernels avx2;
+extern const Kernels avx512;
+#endif
+
+const Kernels& kernels() {
+#if defined(PISSA_X86)
+  static const Kernels& best = __builtin_cpu_supports("x86-64-v4")   ? avx512
+                               : __builtin_cpu_supports("x86-64-v3") ? avx2
+                                                                     : generic;
+  return best;
+#else
+  return generic;
+#endif
+}
+
+namespace {
+
+using torch::stable::Tensor;
+
+// Elements below which another thread costs more than it saves.
+constexpr int64_t GRAIN = 32 << 10;
+
+// Rows to a thread: a multiple of `unit`, and no fewer than GRAIN elements.
+int64_t grain(int64_t cols, int64_t unit) {
+  const int64_t rows = GRAIN / (cols > 0 ? cols : 1) + 1;
+  return (rows + unit - 1) / unit * unit;
+}
+
+Tensor transpose_cast(const Tensor& weight, torch::headeronly::ScalarType dtype) {
+  const Matrix W = matrix_of(weight);
+  STD_TORCH_CHECK(W.row_contiguous() || W.transposed().row_contiguous(),
+                  "pissa_kernels: one dimension of the weight must be contiguous");
+  Tensor result = torch::stable::new_empty(weight, {W.cols, W.rows}, dtype);
+  const Matrix out = matrix_of(result);
+  torch::stable::parallel_for(0, out.rows, grain(out.cols, 64), [&](int64_t begin, int64_t end) {
+    kernels().transpose_cast(W, out, begin, end);
+  });
+  return result;
+}
+
+void subtract_lowrank(const Tensor& weight, const Tensor& lora_B, const Tensor& lora_A, double scaling,
+                      bool fan_in_fan_out) {
+  const auto [W, left, right] = subtraction_of(weight, lora_B, lora_A, fan_in_fan_out);
+  const Kernels& body = kernels();
+  const int64_t workspace = body.subtract_workspace(left.cols);
+  // structured bindings cannot be captured in C++17
+  torch::stable::parallel_for(
+      0, W.rows, grain(W.cols, 6), [&, &W = W, &left = left, &right = right](int64_t begin, int64_t end) {
+        const std::unique_ptr<float[]> buffer(new float[workspace]);
+        body.subtract_lowrank(W, left, right, static_cast<float>(scaling), begin, end, buffer.get());
+      });
+}
+
+}  // namespace
+}  // namespace pissa::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {
+  library.impl("transpose_cast", TORCH_BOX(&pissa::cpu::transpose_cast));
+  library.impl("subtract_lowrank_", TORCH_BOX(&pissa::cpu::subtract_lowrank));
+}
