@@ -1,5 +1,121 @@
-"""The metadata is in pyproject.toml; the extensions of csrc/ will be declared here. None is built today."""
+"""The metadata is in pyproject.toml; this builds the libraries of csrc/ where PISSA_KERNELS_BUILD asks for them.
 
-from setuptools import setup
+    PISSA_KERNELS_BUILD=cpu  pip install --no-build-isolation .    C++ for CPUs
+    PISSA_KERNELS_BUILD=cuda pip install --no-build-isolation .    and CUDA C++, with nvcc; no GPU is looked for
+    PISSA_KERNELS_BUILD=0    (or unset)                            nothing; every verb runs in Triton or plain torch
 
-setup()
+torch's headers are needed, hence no build isolation. A build that was asked for and cannot be made says why and is left
+out: the package works without.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+# Only what torch 2.10 has of the stable ABI: a library built with a newer torch loads in an older one.
+DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+X86 = platform.machine() in ("x86_64", "AMD64")
+# Compiled once each; the library takes the best that the CPU has.
+INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]} if X86 else {})}
+CUDA_ARCHITECTURES = ("80", "90", "100", "120")
+
+
+def say(message: str) -> None:
+    print(f"pissa_kernels: {message}", flush=True)
+
+
+def asked() -> list[str]:
+    """Devices to build for; says what is done and why."""
+    choice = os.environ.get("PISSA_KERNELS_BUILD", "0").lower()
+    if choice not in ("0", "cpu", "cuda"):
+        raise SystemExit(f"pissa_kernels: PISSA_KERNELS_BUILD must be 0, cpu or cuda, got {choice!r}")
+    if choice == "0":
+        say("csrc is not built (PISSA_KERNELS_BUILD=cpu or cuda asks for it)")
+        return []
+    devices = ["cpu", "cuda"] if choice == "cuda" else ["cpu"]
+    possible = [device for device in devices if not obstacle(device)]
+    for device in devices:
+        say(f"csrc for {device}: {obstacle(device) or 'will be built'}")
+    return possible if "cpu" in possible else []
+
+
+def obstacle(device: str) -> str | None:
+    """Why csrc cannot be built for ``device``, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "left out, torch is not importable here (install it first, then pip install --no-build-isolation)"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        return f"left out, torch {torch.__version__} is older than 2.10"
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        return "left out, there is no C++ compiler (CXX names one)"
+    if device == "cuda" and not shutil.which("nvcc"):
+        return "left out, nvcc is not on the PATH"
+    if device == "cuda" and torch.version.cuda is None:
+        return f"left out, torch {torch.__version__} is a build without CUDA"
+    return None
+
+
+class BuildLibraries(build_ext):
+    """Plain shared libraries: they are loaded by torch, not imported, so no Python is in their names."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        return ext_name.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        device = ext.name.rpartition("_")[2]
+        self.include_dirs = include_paths(device_type=device)
+        objects = self.cuda_objects() if device == "cuda" else self.cpu_objects()
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # the compiler's own driver, because Python's link command may carry another compiler's options
+        libraries = [f"-L{path}" for path in library_paths(device_type=device)]
+        libraries += [
+            "-lc10",
+            "-ltorch_cpu",
+            *(("-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt", "-lpthread") if device == "cuda" else ()),
+        ]
+        self.run_compiler([*objects, "-shared", "-o", str(target), *libraries])
+        say(f"built {target.name}, {target.stat().st_size >> 10} KiB")
+
+    def cpu_objects(self) -> list[str]:
+        flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
+        objects = [self.compile(CSRC / name, flags) for name in ("registration.cpp", "cpu/verbs.cpp")]
+        for name, options in INSTRUCTION_SETS.items():
+            body = [*flags, *options, f"-DPISSA_ISA={name}"]
+            objects.append(self.compile(CSRC / "cpu" / "kernels.cpp", body, suffix=name))
+        return objects
+
+    def cuda_objects(self) -> list[str]:
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+        targets.append("-gencode=arch=compute_90,code=compute_90")  # for what is not in the list
+        flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *targets]
+        return [self.compile(source, flags, compiler="nvcc") for source in sorted((CSRC / "cuda").glob("*.cu"))]
+
+    def compile(self, source: Path, flags: list[str], suffix: str = "", compiler: str | None = None) -> str:
+        target = Path(self.build_temp) / source.with_suffix(f".{suffix}.o" if suffix else ".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        defines = [f"-D{name}={value}" for name, value in DEFINES]
+        includes = [f"-I{path}" for path in self.include_dirs]
+        self.run_compiler([*flags, *defines, *includes, "-c", str(source), "-o", str(target)], compiler)
+        return str(target)
+
+    def run_compiler(self, arguments: list[str], compiler: str | None = None) -> None:
+        subprocess.run([compiler or os.environ.get("CXX", "c++"), *arguments], check=True)
+
+
+setup(
+    ext_modules=[Extension(f"pissa_kernels.ops._csrc_{device}", sources=[]) for device in asked()],
+    cmdclass={"build_ext": BuildLibraries},
+)

@@ -1,43 +1,67 @@
 """The verbs: everything that this package does with a whole weight, under one name each.
 
-Shapes are checked here, so that the bodies hold only maths. A verb runs on the first backend of
-:data:`BACKENDS` that has it; plain torch has all of them on every device.
+Shapes are checked here, so that the bodies hold only maths; :mod:`.dispatch` chooses whose body runs. No verb records
+an autograd graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, dispatch
+from .checks import WEIGHT_DTYPES, has_overlap
+from .dispatch import BACKENDS
 
-__all__ = ["backend", "matmul", "normal", "rmatmul", "subtract_lowrank_", "transpose_cast"]
-
-VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
-# These take a stack of weights (batch, m, n) too, with a stack of panels.
-STACK_VERBS = ("matmul", "rmatmul", "normal")
-BACKENDS = {"torch": reference}
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = [
+    "BACKENDS",
+    "WEIGHT_DTYPES",
+    "backend",
+    "grouped_matmul",
+    "grouped_rmatmul",
+    "has_overlap",
+    "matmul",
+    "normal",
+    "refusals",
+    "rmatmul",
+    "subtract_lowrank_",
+    "transpose_cast",
+]
 
 
 def backend(verb: str, weight: Tensor) -> str:
-    """Name of the backend that ``verb`` would run on for ``weight``.
+    """Name of the backend that ``verb`` would run on for ``weight``: "csrc", "triton" or "torch".
 
     Raises:
-        ValueError: ``verb`` is not one of :data:`VERBS`.
+        TypeError: a weight of another dtype than the verbs take.
+        ValueError: ``verb`` is not one of :data:`checks.VERBS`, or the weight's shape is not one that it takes.
+        RuntimeError: ``PISSA_KERNELS_BACKEND`` forces a backend that cannot run it, with its reasons.
     """
-    if verb not in VERBS:
-        raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {verb!r}")
-    _check_weight(verb, weight, stack=verb in STACK_VERBS)
-    return next(iter(BACKENDS))
+    checks.check_verb(verb, weight)
+    return dispatch.select(verb, weight)
 
 
-def matmul(weight: Tensor, X: Tensor) -> Tensor:
+def refusals(verb: str, weight: Tensor) -> dict[str, list[str]]:
+    """For each of :data:`BACKENDS`, its reasons against running ``verb`` on ``weight``; an empty list where it can.
+
+    Raises:
+        TypeError, ValueError: as :func:`backend` does.
+    """
+    checks.check_verb(verb, weight)
+    return dispatch.refusals(verb, weight)
+
+
+def matmul(weight: Tensor, X: Tensor, *, pieces: int = 3) -> Tensor:
     """W·X without a float32 copy of W.
 
     Args:
         weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
         X: (n, k), or (batch, n, k), in float32, or float64 for a product in double precision; same device.
+        pieces: bf16 pieces (1, 2 or 3) that tensor cores see the panel as: an error of 2⁻⁹, 2⁻¹⁷ or
+            float32's own, relative to |W|·|X|. A backend without such arithmetic is as good as 3 with any.
 
     Returns:
         (m, k), or (batch, m, k), in the dtype of ``X``, contiguous.
@@ -46,16 +70,19 @@ def matmul(weight: Tensor, X: Tensor) -> Tensor:
         TypeError: a dtype other than those.
         ValueError: shapes or devices that do not fit.
     """
-    _check_panel("matmul", weight, X, axis=-1)
-    return reference.matmul(weight, X)
+    checks.check_panel("matmul", weight, X, axis=-1)
+    result: Tensor = _product("matmul", weight, X, pieces)
+    return result
 
 
-def rmatmul(weight: Tensor, Y: Tensor) -> Tensor:
+def rmatmul(weight: Tensor, Y: Tensor, *, pieces: int = 3) -> Tensor:
     """Wᵀ·Y without a copy or a transpose of W.
 
     Args:
         weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
         Y: (m, k), or (batch, m, k), in float32, or float64 for a product in double precision; same device.
+        pieces: bf16 pieces (1, 2 or 3) that tensor cores see the panel as: an error of 2⁻⁹, 2⁻¹⁷ or
+            float32's own, relative to |W|·|X|. A backend without such arithmetic is as good as 3 with any.
 
     Returns:
         (n, k), or (batch, n, k), in the dtype of ``Y``, contiguous.
@@ -64,16 +91,19 @@ def rmatmul(weight: Tensor, Y: Tensor) -> Tensor:
         TypeError: a dtype other than those.
         ValueError: shapes or devices that do not fit.
     """
-    _check_panel("rmatmul", weight, Y, axis=-2)
-    return reference.rmatmul(weight, Y)
+    checks.check_panel("rmatmul", weight, Y, axis=-2)
+    result: Tensor = _product("rmatmul", weight, Y, pieces)
+    return result
 
 
-def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+def normal(weight: Tensor, X: Tensor, *, pieces: int = 3) -> tuple[Tensor, Tensor]:
     """Y = W·X and Z = Wᵀ·Y, from one read of W where its rows are contiguous.
 
     Args:
         weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
         X: (n, k), or (batch, n, k), in float32, or float64 for products in double precision; same device.
+        pieces: bf16 pieces (1, 2 or 3) that tensor cores see the panel as: an error of 2⁻⁹, 2⁻¹⁷ or
+            float32's own, relative to |W|·|X|. A backend without such arithmetic is as good as 3 with any.
 
     Returns:
         Y (m, k) and Z (n, k), or stacks of these, in the dtype of ``X``, contiguous.
@@ -82,8 +112,9 @@ def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: a dtype other than those.
         ValueError: shapes or devices that do not fit.
     """
-    _check_panel("normal", weight, X, axis=-1)
-    return reference.normal(weight, X)
+    checks.check_panel("normal", weight, X, axis=-1)
+    result: tuple[Tensor, Tensor] = _product("normal", weight, X, pieces)
+    return result
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,10 +131,13 @@ def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         TypeError: a dtype other than those.
         ValueError: ``weight`` is not 2-D.
     """
-    _check_weight("transpose_cast", weight)
+    checks.check_weight("transpose_cast", weight)
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"transpose_cast: dtype must be float32, float16 or bfloat16, got {dtype}")
-    return reference.transpose_cast(weight, dtype)
+    with torch.no_grad():
+        body = dispatch.load(dispatch.select("transpose_cast", weight))
+        result: Tensor = body.transpose_cast(weight, dtype)
+    return result
 
 
 def subtract_lowrank_(
@@ -126,53 +160,61 @@ def subtract_lowrank_(
         TypeError: a dtype other than those.
         ValueError: shapes or devices that do not fit, or a weight whose elements share memory.
     """
-    _check_weight("subtract_lowrank_", weight)
-    if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
-        raise TypeError(f"subtract_lowrank_: A and B must be float32, got {lora_A.dtype} and {lora_B.dtype}")
-    out_features, in_features = weight.mT.shape if fan_in_fan_out else weight.shape
-    rank = lora_A.shape[0] if lora_A.ndim else 0
-    if tuple(lora_B.shape) != (out_features, rank) or tuple(lora_A.shape) != (rank, in_features):
-        raise ValueError(
-            f"subtract_lowrank_: weight {tuple(weight.shape)} with fan_in_fan_out={fan_in_fan_out} takes "
-            f"B ({out_features}, r) and A (r, {in_features}), got B {tuple(lora_B.shape)} and A {tuple(lora_A.shape)}"
-        )
-    if not weight.device == lora_A.device == lora_B.device:
-        raise ValueError(
-            f"subtract_lowrank_: weight, B and A are on {weight.device}, {lora_B.device} and {lora_A.device}"
-        )
-    if has_overlap(weight):
-        raise ValueError(
-            f"subtract_lowrank_: elements of the weight share memory (strides {weight.stride()}); clone it first"
-        )
-    return reference.subtract_lowrank_(weight, lora_B, lora_A, float(scaling), fan_in_fan_out)
+    checks.check_subtraction(weight, lora_B, lora_A, fan_in_fan_out)
+    with torch.no_grad():
+        body = dispatch.load(dispatch.select("subtract_lowrank_", weight))
+        body.subtract_lowrank_(weight, lora_B, lora_A, float(scaling), fan_in_fan_out)
+    return weight
 
 
-def has_overlap(weight: Tensor) -> bool:
-    """Whether two elements of a 2-D ``weight`` may live at one address, as in an expanded tensor."""
-    (major, rows), (minor, cols) = sorted(zip(weight.stride(), weight.shape, strict=True), reverse=True)
-    if rows == 0 or cols == 0:
-        return False
-    return (cols > 1 and minor == 0) or (rows > 1 and major <= (cols - 1) * minor)
+def grouped_matmul(weights: Sequence[Tensor], panels: Sequence[Tensor], *, pieces: int = 3) -> list[Tensor]:
+    """W·X for many weights of possibly different shapes: on GPUs in one launch.
+
+    Args:
+        weights: each (m, n), all of one dtype and on one device.
+        panels: for each weight (n, k) float32, k the same for all.
+        pieces: as for :func:`matmul`.
+
+    Returns:
+        For each weight (m, k) float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`matmul` does, or the lists do not fit each other.
+    """
+    return _grouped("matmul", weights, panels, pieces)
 
 
-def _check_weight(verb: str, weight: Tensor, stack: bool = False) -> None:
-    if weight.ndim != 2 and not (stack and weight.ndim == 3):
-        accepted = "2-D, or 3-D for a stack" if stack else "2-D"
-        raise ValueError(f"{verb}: weight must be {accepted}, got shape {tuple(weight.shape)}")
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise TypeError(f"{verb}: weight must be float32, float16 or bfloat16, got {weight.dtype}")
+def grouped_rmatmul(weights: Sequence[Tensor], panels: Sequence[Tensor], *, pieces: int = 3) -> list[Tensor]:
+    """Wᵀ·Y for many weights of possibly different shapes: on GPUs in one launch.
+
+    Args:
+        weights: each (m, n), all of one dtype and on one device.
+        panels: for each weight (m, k) float32, k the same for all.
+        pieces: as for :func:`matmul`.
+
+    Returns:
+        For each weight (n, k) float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`rmatmul` does, or the lists do not fit each other.
+    """
+    return _grouped("rmatmul", weights, panels, pieces)
 
 
-def _check_panel(verb: str, weight: Tensor, panel: Tensor, axis: int) -> None:
-    """``axis`` of the weight is the one that the panel's rows are multiplied along."""
-    _check_weight(verb, weight, stack=True)
-    if panel.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{verb}: the panel must be float32 or float64, got {panel.dtype}")
-    leading = (*weight.shape[:-2], weight.shape[axis])
-    if panel.ndim != weight.ndim or panel.shape[:-1] != leading:
-        raise ValueError(
-            f"{verb}: weight {tuple(weight.shape)} takes a panel ({', '.join(map(str, leading))}, k), "
-            f"got {tuple(panel.shape)}"
-        )
-    if weight.device != panel.device:
-        raise ValueError(f"{verb}: weight is on {weight.device}, the panel on {panel.device}")
+def _product(verb: str, weight: Tensor, panel: Tensor, pieces: int) -> Any:
+    checks.check_pieces(verb, pieces)
+    with torch.no_grad():
+        body = dispatch.load(dispatch.select(verb, weight, panel.dtype))
+        return getattr(body, verb)(weight, panel, pieces)
+
+
+def _grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], pieces: int) -> list[Tensor]:
+    checks.check_pieces(verb, pieces)
+    checks.check_group(f"grouped_{verb}", weights, panels, axis=-1 if verb == "matmul" else -2)
+    if not weights:
+        return []
+    with torch.no_grad():
+        chosen = {dispatch.select(verb, weight, panel.dtype) for weight, panel in zip(weights, panels, strict=True)}
+        body = dispatch.load(chosen.pop() if len(chosen) == 1 else "torch")
+        results: list[Tensor] = body.grouped(verb, weights, panels, pieces)
+    return results

@@ -14,15 +14,21 @@ Products take one weight (m, n) or a stack of them (batch, m, n). Measured there
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
 # Elements of the widened block. 4 MiB of float32 stay inside a CPU's L3 slice; a GPU wants few, large launches.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Columns of Wᵀ·Y below which another thread is not worth its own matrix product.
 COLUMNS_PER_THREAD = 256
+
+
+def refusals(verb: str, weight: Tensor) -> list[str]:
+    """None: plain torch runs everywhere."""
+    return []
 
 
 def is_column_major(weight: Tensor) -> bool:
@@ -100,18 +106,18 @@ def _adjoint_product(weight: Tensor, Y: Tensor) -> Tensor:
     return total.result()
 
 
-def matmul(weight: Tensor, X: Tensor) -> Tensor:
-    """W·X in the arithmetic of ``X``; see :func:`pissa_kernels.ops.matmul`."""
+def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
+    """W·X in the arithmetic of ``X``, whatever ``pieces``; see :func:`pissa_kernels.ops.matmul`."""
     return _adjoint_product(weight.mT, X) if is_column_major(weight) else _product(weight, X)
 
 
-def rmatmul(weight: Tensor, Y: Tensor) -> Tensor:
-    """Wᵀ·Y in the arithmetic of ``Y``; see :func:`pissa_kernels.ops.rmatmul`."""
+def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
+    """Wᵀ·Y in the arithmetic of ``Y``, whatever ``pieces``; see :func:`pissa_kernels.ops.rmatmul`."""
     return _product(weight.mT, Y) if is_column_major(weight) else _adjoint_product(weight, Y)
 
 
-def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """Y = W·X and Wᵀ·Y in the arithmetic of ``X``; see :func:`pissa_kernels.ops.normal`."""
+def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
+    """Y = W·X and Wᵀ·Y in the arithmetic of ``X``, whatever ``pieces``; see :func:`pissa_kernels.ops.normal`."""
     if is_column_major(weight):  # Wᵀ needs all of Y first
         Y = matmul(weight, X)
         return Y, rmatmul(weight, Y)
@@ -125,6 +131,12 @@ def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
             Y.copy_(block @ X)
         total.add(block, Y)
     return out, total.result()
+
+
+def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], pieces: int = 3) -> list[Tensor]:
+    """``matmul`` or ``rmatmul`` of each weight with its panel, one after the other."""
+    product = {"matmul": matmul, "rmatmul": rmatmul}[verb]
+    return [product(weight, panel) for weight, panel in zip(weights, panels, strict=True)]
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,7 +154,7 @@ def subtract_lowrank_(
         view, left, right = view.mT, right.mT, left.mT
     for start, stop, block in row_blocks(view, torch.float32):
         block.addmm_(left[start:stop], right, alpha=-scaling)
-        if block.data_ptr() != view.data_ptr():
+        if block is not view:
             view[start:stop].copy_(block)
     return weight
 

@@ -1,0 +1,91 @@
+"""Which arguments the verbs take: one clear error for the rest, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
+# These take a stack of weights (batch, m, n) too, with a stack of panels.
+STACK_VERBS = ("matmul", "rmatmul", "normal")
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def has_overlap(weight: Tensor) -> bool:
+    """Whether two elements of a 2-D ``weight`` may live at one address, as in an expanded tensor."""
+    (major, rows), (minor, cols) = sorted(zip(weight.stride(), weight.shape, strict=True), reverse=True)
+    if rows == 0 or cols == 0:
+        return False
+    return (cols > 1 and minor == 0) or (rows > 1 and major <= (cols - 1) * minor)
+
+
+def check_verb(verb: str, weight: Tensor) -> None:
+    if verb not in VERBS:
+        raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {verb!r}")
+    check_weight(verb, weight, stack=verb in STACK_VERBS)
+
+
+def check_pieces(verb: str, pieces: int) -> None:
+    if pieces not in (1, 2, 3):
+        raise ValueError(f"{verb}: pieces must be 1, 2 or 3, got {pieces!r}")
+
+
+def check_weight(verb: str, weight: Tensor, stack: bool = False) -> None:
+    if weight.ndim != 2 and not (stack and weight.ndim == 3):
+        accepted = "2-D, or 3-D for a stack" if stack else "2-D"
+        raise ValueError(f"{verb}: weight must be {accepted}, got shape {tuple(weight.shape)}")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{verb}: weight must be float32, float16 or bfloat16, got {weight.dtype}")
+
+
+def check_panel(verb: str, weight: Tensor, panel: Tensor, axis: int) -> None:
+    """``axis`` of the weight is the one that the panel's rows are multiplied along."""
+    check_weight(verb, weight, stack=True)
+    if panel.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{verb}: the panel must be float32 or float64, got {panel.dtype}")
+    leading = (*weight.shape[:-2], weight.shape[axis])
+    if panel.ndim != weight.ndim or panel.shape[:-1] != leading:
+        raise ValueError(
+            f"{verb}: weight {tuple(weight.shape)} takes a panel ({', '.join(map(str, leading))}, k), "
+            f"got {tuple(panel.shape)}"
+        )
+    if weight.device != panel.device:
+        raise ValueError(f"{verb}: weight is on {weight.device}, the panel on {panel.device}")
+
+
+def check_subtraction(weight: Tensor, lora_B: Tensor, lora_A: Tensor, fan_in_fan_out: bool) -> None:
+    check_weight("subtract_lowrank_", weight)
+    if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
+        raise TypeError(f"subtract_lowrank_: A and B must be float32, got {lora_A.dtype} and {lora_B.dtype}")
+    out_features, in_features = weight.mT.shape if fan_in_fan_out else weight.shape
+    rank = lora_A.shape[0] if lora_A.ndim else 0
+    if tuple(lora_B.shape) != (out_features, rank) or tuple(lora_A.shape) != (rank, in_features):
+        raise ValueError(
+            f"subtract_lowrank_: weight {tuple(weight.shape)} with fan_in_fan_out={fan_in_fan_out} takes "
+            f"B ({out_features}, r) and A (r, {in_features}), got B {tuple(lora_B.shape)} and A {tuple(lora_A.shape)}"
+        )
+    if not weight.device == lora_A.device == lora_B.device:
+        raise ValueError(
+            f"subtract_lowrank_: weight, B and A are on {weight.device}, {lora_B.device} and {lora_A.device}"
+        )
+    if has_overlap(weight):
+        raise ValueError(
+            f"subtract_lowrank_: elements of the weight share memory (strides {weight.stride()}); clone it first"
+        )
+
+
+def check_group(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], axis: int) -> None:
+    """``axis`` of each weight is the one that its panel's rows are multiplied along."""
+    if len(weights) != len(panels):
+        raise ValueError(f"{verb}: {len(weights)} weights and {len(panels)} panels")
+    for index, (weight, panel) in enumerate(zip(weights, panels, strict=True)):
+        check_weight(verb, weight)
+        check_panel(verb, weight, panel, axis)
+        first = (weights[0].dtype, weights[0].device, panels[0].dtype, panels[0].shape[1])
+        if (weight.dtype, weight.device, panel.dtype, panel.shape[1]) != first:
+            raise ValueError(
+                f"{verb}: weight {index} is {weight.dtype} on {weight.device} with a {panel.dtype} panel of "
+                f"{panel.shape[1]} columns; the first is {first[0]} on {first[1]} with a {first[2]} panel of {first[3]}"
+            )

@@ -1,0 +1,78 @@
+"""The bodies of csrc/, where they were built: C++ for CPUs, CUDA C++ for GPUs.
+
+The libraries hold operators of ``torch.ops.pissa_kernels`` and link against torch's stable ABI alone, so that one
+binary serves every torch from 2.10 on. They are loaded at the first question, not at import.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VERBS = ("transpose_cast", "subtract_lowrank_")
+# The first holds the schemas too, so it is loaded on every device.
+LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
+FOLDER = Path(__file__).parent
+OLDEST_TORCH = (2, 10)
+
+
+def refusals(verb: str, weight: Tensor) -> list[str]:
+    """Reasons why ``verb`` cannot run on ``weight``; none when it can."""
+    device = weight.device.type
+    if device not in LIBRARIES:
+        return [f"it has no body for {device} tensors"]
+    reasons = [_failure("cpu"), _failure(device) if device != "cpu" else None]
+    if 1 not in weight.stride() and weight.numel() > 1:
+        reasons.append(f"neither dimension of the weight is contiguous (strides {weight.stride()})")
+    return [reason for reason in reasons if reason]
+
+
+@functools.cache
+def _failure(device: str) -> str | None:
+    """Load the library for ``device``, once; why it cannot be, or None."""
+    library = FOLDER / LIBRARIES[device]
+    if not library.exists():
+        return f"csrc was not built for {device} (PISSA_KERNELS_BUILD={device} at installation does that)"
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
+        return f"its library needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}"
+    try:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"its library does not load: {error}"
+    if device == "cpu":
+        _register_fakes()
+    return None
+
+
+def _register_fakes() -> None:
+    """What the operators return for tensors without data, as torch.compile traces them."""
+
+    def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        m, n = weight.shape
+        return weight.new_empty(n, m, dtype=dtype)
+
+    def subtract_lowrank_(
+        weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float, fan_in_fan_out: bool = False
+    ) -> None:
+        return None
+
+    for fake in (transpose_cast, subtract_lowrank_):
+        torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
+
+
+def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Wᵀ in ``dtype``; see :func:`pissa_kernels.ops.transpose_cast`."""
+    result: Tensor = torch.ops.pissa_kernels.transpose_cast(weight, dtype)
+    return result
+
+
+def subtract_lowrank_(
+    weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float, fan_in_fan_out: bool = False
+) -> Tensor:
+    """W −= s·B·A in place; see :func:`pissa_kernels.ops.subtract_lowrank_`."""
+    torch.ops.pissa_kernels.subtract_lowrank_(weight, lora_B, lora_A, scaling, fan_in_fan_out)
+    return weight

@@ -1,0 +1,91 @@
+"""Which backend runs a verb: one rule for all of them.
+
+Backends are asked in the order that was measured to be fastest on the weight's kind of device
+(``python -m bench.run --suite kernels``); the first that gives no reason against itself runs, plain torch at last.
+``PISSA_KERNELS_BACKEND=name`` forces a backend for the verbs that it has, and raises where it cannot run the weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "PISSA_KERNELS_BACKEND"
+# Imported when first asked, so that importing the package neither loads a library nor imports triton.
+MODULES = {"csrc": ".csrc", "triton": ".triton", "torch": ".reference"}
+BACKENDS = tuple(MODULES)
+
+MEMORY_BOUND = ("transpose_cast", "subtract_lowrank_")
+PRODUCTS = ("matmul", "rmatmul", "normal")
+ORDER: dict[str, dict[str, tuple[str, ...]]] = {
+    # csrc, where it was built, takes a half to nine tenths of torch's time here; products are BLAS's.
+    # Triton runs on the CPU under its interpreter, which is for tests: never by itself.
+    "cpu": dict.fromkeys(MEMORY_BOUND, ("csrc", "torch")) | dict.fromkeys(PRODUCTS, ("torch",)),
+    # By estimate, not yet by figures: one read and one write of W against three or more of torch. csrc first, because
+    # its binary needs no compiler at the first call; an initializer calls each verb once a weight.
+    "cuda": dict.fromkeys(MEMORY_BOUND, ("csrc", "triton", "torch")) | dict.fromkeys(PRODUCTS, ("triton", "torch")),
+}
+
+
+def load(name: str) -> Any:
+    """The backend's module.
+
+    It has some of the verbs, each with the signature of :mod:`pissa_kernels.ops.reference`'s, their names in ``VERBS``,
+    and ``refusals(verb, weight)``: the reasons why a verb cannot run on a weight, none when it can.
+    """
+    return importlib.import_module(MODULES[name], __package__)
+
+
+def refusals(verb: str, weight: Tensor) -> dict[str, list[str]]:
+    """For each backend, its reasons against running ``verb`` on ``weight``; an empty list where it can."""
+    return {name: _reasons(name, verb, weight) for name in BACKENDS}
+
+
+def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the backend that runs ``verb`` on ``weight``.
+
+    Args:
+        verb: one of the verbs.
+        weight: (m, n), or (batch, m, n).
+        dtype: in which a product is asked for. Only torch has float64.
+
+    Raises:
+        ValueError: ``PISSA_KERNELS_BACKEND`` names no backend.
+        RuntimeError: it names one that cannot run this, with its reasons.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        if forced not in MODULES:
+            raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {forced!r}")
+        if verb in load(forced).VERBS and dtype == torch.float32:
+            reasons = _reasons(forced, verb, weight)
+            if reasons:
+                raise RuntimeError(
+                    f"{verb}: {VARIABLE}={forced} cannot run on a {tuple(weight.shape)} {_name(weight.dtype)} weight "
+                    f"on {weight.device}: {'; '.join(reasons)}"
+                )
+            return forced
+    if dtype == torch.float32:
+        for name in ORDER.get(weight.device.type, {}).get(verb, ()):
+            if not _reasons(name, verb, weight):
+                return name
+    return "torch"
+
+
+def _reasons(name: str, verb: str, weight: Tensor) -> list[str]:
+    try:
+        backend = load(name)
+    except ImportError as error:
+        return [f"it cannot be imported: {error}"]
+    if verb not in backend.VERBS:
+        return [f"it has no {verb}"]
+    reasons: list[str] = backend.refusals(verb, weight)
+    return reasons
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

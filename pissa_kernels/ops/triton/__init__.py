@@ -1,0 +1,50 @@
+"""The verbs as Triton kernels: CUDA tensors of sm_80 and up, AMD's by way of torch's "cuda", CPU tensors interpreted.
+
+One kernel and its launch per file. Triton compiles at the first call for each combination of dtypes and layouts, and
+keeps the result on disk.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .grouped import grouped
+from .product import matmul, normal, rmatmul
+from .subtract_lowrank import subtract_lowrank_
+from .transpose_cast import kernel, transpose_cast
+
+__all__ = ["VERBS", "grouped", "matmul", "normal", "refusals", "rmatmul", "subtract_lowrank_", "transpose_cast"]
+
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
+OLDEST_CAPABILITY = (8, 0)
+# TRITON_INTERPRET=1 counts where it was set before triton was imported
+INTERPRETED = not isinstance(kernel, triton.runtime.JITFunction)
+
+
+def refusals(verb: str, weight: Tensor) -> list[str]:
+    """Reasons why ``verb`` cannot run on ``weight``; none when it can."""
+    if weight.device.type == "cuda":
+        reason = _device_reason(weight.device.index or 0)
+    elif weight.device.type == "cpu" and INTERPRETED:
+        reason = None
+    elif weight.device.type == "cpu":
+        reason = "the weight is on the CPU and TRITON_INTERPRET was not 1 when triton was imported"
+    else:
+        reason = f"it has no body for {weight.device.type} tensors"
+    reasons = [reason] if reason else []
+    if torch.compiler.is_compiling() or isinstance(weight, FakeTensor):
+        reasons.append("the weight is being traced")
+    return reasons
+
+
+@cache
+def _device_reason(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        return f"the device's compute capability is {capability[0]}.{capability[1]}, below 8.0"
+    return None

@@ -1,0 +1,54 @@
+"""Wᵀ in another dtype: one read of W and one write of the result, both along contiguous memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import is_column_major
+from .launch import parameters
+
+
+@triton.jit
+def kernel(
+    source,
+    result,
+    rows,
+    cols,
+    row_stride,
+    col_stride,
+    COLUMN_MAJOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """result (cols, rows) = source (rows, cols)ᵀ, a tile to a program."""
+    across = tl.cdiv(cols, BLOCK_COLS)
+    tile = tl.program_id(0)
+    # 64-bit from here on: a weight may have more than 2³¹ elements, or strides that reach as far
+    row = (tile // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = (tile % across).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside = (col[:, None] < cols) & (row[None, :] < rows)
+    if COLUMN_MAJOR:  # already in the order of the result
+        turned = tl.load(source + col[:, None] * col_stride + row[None, :] * row_stride, mask=inside, other=0.0)
+    else:
+        mask = (row[:, None] < rows) & (col[None, :] < cols)
+        straight = tl.load(source + row[:, None] * row_stride + col[None, :] * col_stride, mask=mask, other=0.0)
+        turned = tl.trans(straight)
+    # by way of float32, so that fp16 to bf16 is rounded in every version of Triton
+    value = turned.to(tl.float32).to(result.dtype.element_ty)
+    tl.store(result + col[:, None] * rows + row[None, :], value, mask=inside)
+
+
+def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Wᵀ in ``dtype``; see :func:`pissa_kernels.ops.transpose_cast`."""
+    m, n = weight.shape
+    result = weight.new_empty(n, m, dtype=dtype)
+    if result.numel() == 0:
+        return result
+    launch = parameters("transpose_cast", weight.device, bytes=weight.element_size() + result.element_size())
+    tiles = triton.cdiv(m, launch["BLOCK_ROWS"]) * triton.cdiv(n, launch["BLOCK_COLS"])
+    with torch.cuda.device_of(weight):
+        kernel[(tiles,)](weight, result, m, n, *weight.stride(), COLUMN_MAJOR=is_column_major(weight), **launch)
+    return result
