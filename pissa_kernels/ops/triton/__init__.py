@@ -9,21 +9,19 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .grouped import grouped
+from .pieces import INTERPRETED
 from .product import matmul, normal, rmatmul
 from .subtract_lowrank import subtract_lowrank_
-from .transpose_cast import kernel, transpose_cast
+from .transpose_cast import transpose_cast
 
 __all__ = ["VERBS", "grouped", "matmul", "normal", "refusals", "rmatmul", "subtract_lowrank_", "transpose_cast"]
 
 VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
 OLDEST_CAPABILITY = (8, 0)
-# TRITON_INTERPRET=1 counts where it was set before triton was imported
-INTERPRETED = not isinstance(kernel, triton.runtime.JITFunction)
 
 
 def refusals(verb: str, weight: Tensor) -> list[str]:

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .pieces import multiply
-from .product import half_precision
+from .pieces import arithmetic, multiply
 
 # Fields of a group's row in the table.
 FIELDS = ("weight", "panel", "result", "rows", "inner", "weight_row", "weight_inner", "panel_inner", "panel_col")
@@ -28,31 +27,34 @@ def kernel(
     ELEMENT: tl.constexpr,
     INNER_CONTIGUOUS: tl.constexpr,
     ROW_CONTIGUOUS: tl.constexpr,
+    PANEL_CONTIGUOUS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PIECES: tl.constexpr,
-    HALF_PRECISION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A tile of rows of one group's result to a program; ``tiles`` says which: (group, first row) for each."""
+    """A tile of rows of one group's result to a program; ``tiles`` says which: (group, tile) for each."""
     program = tl.program_id(0).to(tl.int64)
     group = table + tl.load(tiles + 2 * program) * 9
-    first_row = tl.load(tiles + 2 * program + 1)
+    first_row = tl.load(tiles + 2 * program + 1) * BLOCK_ROWS
     weight = tl.load(group).to(tl.pointer_type(ELEMENT))
     panel = tl.load(group + 1).to(tl.pointer_type(tl.float32))
     result = tl.load(group + 2).to(tl.pointer_type(tl.float32))
     rows = tl.load(group + 3)
-    inner = tl.load(group + 4)
+    inner = tl.load(group + 4).to(tl.int32)
     weight_row = tl.load(group + 5)
     weight_inner = tl.load(group + 6)
     panel_inner = tl.load(group + 7)
     panel_col = tl.load(group + 8)
-    # what a launch would learn from its arguments
-    if ALIGNED:
+    result = tl.multiple_of(result, 16)  # fresh from torch's allocator
+    if ALIGNED:  # what a launch would have seen in its arguments
         weight = tl.multiple_of(weight, 16)
+        panel = tl.multiple_of(panel, 16)
         weight_row = tl.multiple_of(weight_row, 16)
         weight_inner = tl.multiple_of(weight_inner, 16)
+        panel_inner = tl.multiple_of(panel_inner, 16)
         rows = tl.multiple_of(rows, 16)
         inner = tl.multiple_of(inner, 16)
     row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -64,14 +66,15 @@ def kernel(
         along_inner = index[None, :] if INNER_CONTIGUOUS else index[None, :] * weight_inner
         W = tl.load(weight + along_row + along_inner, mask=(row[:, None] < rows) & (index[None, :] < inner), other=0.0)
         X = tl.load(
-            panel + index[:, None] * panel_inner + col[None, :] * panel_col,
+            panel + index[:, None] * panel_inner + (col[None, :] if PANEL_CONTIGUOUS else col[None, :] * panel_col),
             mask=(index[:, None] < inner) & (col[None, :] < cols),
             other=0.0,
         )
-        total = multiply(W, X, total, PIECES, HALF_PRECISION)
+        total = multiply(W, X, total, PIECES, ARITHMETIC)
     tl.store(result + row[:, None] * cols + col[None, :], total, mask=(row[:, None] < rows) & (col[None, :] < cols))
 
 
+ELEMENTS_BY_NAME = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -85,26 +88,30 @@ def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], piec
     table, tiles = [], []
     for group, (view, panel, result) in enumerate(zip(views, panels, results, strict=True)):
         table.append((*(t.data_ptr() for t in (view, panel, result)), *view.shape, *view.stride(), *panel.stride()))
-        tiles += [(group, first) for first in range(0, view.shape[0], launch["BLOCK_ROWS"])]
+        tiles += [(group, tile) for tile in range(triton.cdiv(view.shape[0], launch["BLOCK_ROWS"]))]
     if not tiles or cols == 0:
         return results
     # one copy to the device for both
     host = torch.tensor([*(field for row in table for field in row), *(part for tile in tiles for part in tile)])
     arrays = host.to(device)
     split = len(table) * len(FIELDS)
-    strides = [view.stride() for view in views]
-    numbers = [number for view in views for number in (view.data_ptr(), *view.shape, *view.stride()) if number != 1]
+    # a hint holds for every group, or is not given
+    *numbers, weight_row, weight_inner, panel_inner, panel_col = zip(*table, strict=True)
+    divisible = all(number % 16 == 0 for column in numbers for number in column)
+    strides = [weight_row, weight_inner, panel_inner]
+    divisible &= all(set(column) == {1} or all(stride % 16 == 0 for stride in column) for column in strides)
     with torch.cuda.device_of(views[0]):
         kernel[(len(tiles), triton.cdiv(cols, launch["BLOCK_COLS"]))](
             arrays[:split],
             arrays[split:],
             cols,
             ELEMENT=ELEMENTS[views[0].dtype],
-            INNER_CONTIGUOUS=all(inner == 1 for _, inner in strides),
-            ROW_CONTIGUOUS=all(row == 1 for row, _ in strides),
-            ALIGNED=all(number % 16 == 0 for number in numbers),
+            INNER_CONTIGUOUS=set(weight_inner) == {1},
+            ROW_CONTIGUOUS=set(weight_row) == {1},
+            PANEL_CONTIGUOUS=set(panel_col) == {1},
+            ALIGNED=divisible,
             PIECES=pieces,
-            HALF_PRECISION=half_precision(),
+            ARITHMETIC=arithmetic(views[0].dtype),
             **launch,
         )
     return results

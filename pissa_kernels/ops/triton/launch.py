@@ -30,13 +30,13 @@ def slug(name: str) -> str:
 @cache
 def table(device_name: str | None) -> dict[str, list[Entry]]:
     """Every verb's entries for a device: ``{"features": {…}, "parameters": {…}}`` each."""
-    entries: dict[str, list[Entry]] = _read(DEFAULT)
+    entries: dict[str, list[Entry]] = read(DEFAULT)
     if device_name is not None:
         words = slug(device_name).split("_")
         files = [path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem != DEFAULT]
         nearest = max(files, key=lambda stem: _common(words, stem.split("_")), default=None)
         if nearest is not None and _common(words, nearest.split("_")) >= RELATED:
-            entries = entries | _read(nearest)
+            entries = entries | read(nearest)
     return entries
 
 
@@ -56,7 +56,8 @@ def _parameters(verb: str, device_name: str | None, features: tuple[tuple[str, i
     def distance(entry: Entry) -> float:
         return sum(abs(math.log2(value / entry["features"][name])) for name, value in features)
 
-    return min(table(device_name)[verb], key=distance)["parameters"]
+    # said aloud, because Triton is about to change its default: without it a float32 product takes twice the operations
+    return min(table(device_name)[verb], key=distance)["parameters"] | {"enable_fp_fusion": True}
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -79,7 +80,8 @@ def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def _read(stem: str) -> dict[str, list[Entry]]:
+def read(stem: str) -> dict[str, list[Entry]]:
+    """The contents of a file of launch/."""
     contents: dict[str, list[Entry]] = json.loads((FOLDER / f"{stem}.json").read_text())
     return contents
 

@@ -6,6 +6,7 @@ Heinecke 2019, arXiv 1904.06376).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,33 +22,53 @@ def split(X):
 
 
 @triton.jit
-def multiply(W, X, total, PIECES: tl.constexpr, HALF_PRECISION: tl.constexpr):
-    """total + W·X, X in the largest ``PIECES`` of its pieces, the smallest first.
-
-    fp16 is not a subset of bf16, but it is one of TF32, and so is bf16: with fp16 weights the pieces are multiplied in
-    ``HALF_PRECISION``, "tf32" or "ieee". float32 weights are multiplied as they are.
-    """
+def multiply(W, X, total, PIECES: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """total + W·X, X in the largest ``PIECES`` of its pieces, the smallest first; a float32 W with X as it is."""
     if W.dtype == tl.float32:
-        return tl.dot(W, X, total, input_precision="ieee")
-    first, second, third = split(X)
-    if PIECES == 3:
-        total = _exact(W, third, total, HALF_PRECISION)
-    if PIECES >= 2:
-        total = _exact(W, second, total, HALF_PRECISION)
-    return _exact(W, first, total, HALF_PRECISION)
+        total = tl.dot(W, X, total, input_precision="ieee")
+    else:
+        first, second, third = split(X)
+        if PIECES == 3:
+            total = _exact(W, third, total, ARITHMETIC)
+        if PIECES >= 2:
+            total = _exact(W, second, total, ARITHMETIC)
+        total = _exact(W, first, total, ARITHMETIC)
+    return total
 
 
 @triton.jit
-def multiply_floats(B, A, total):
+def multiply_floats(B, A, total, ARITHMETIC: tl.constexpr):
     """total + B·A, both float32, in the six products of their pieces that float32 can tell from nothing."""
     B1, B2, B3 = split(B)
     A1, A2, A3 = split(A)
-    total = tl.dot(B3, A1, tl.dot(B1, A3, tl.dot(B2, A2, total)))
-    return tl.dot(B1, A1, tl.dot(B2, A1, tl.dot(B1, A2, total)))
+    total = _exact(B2, A2, total, ARITHMETIC)
+    total = _exact(B1, A3, total, ARITHMETIC)
+    total = _exact(B3, A1, total, ARITHMETIC)
+    total = _exact(B1, A2, total, ARITHMETIC)
+    total = _exact(B2, A1, total, ARITHMETIC)
+    return _exact(B1, A1, total, ARITHMETIC)
 
 
 @triton.jit
-def _exact(W, piece, total, HALF_PRECISION: tl.constexpr):
-    if W.dtype == tl.bfloat16:
-        return tl.dot(W, piece, total)
-    return tl.dot(W.to(tl.float32), piece.to(tl.float32), total, input_precision=HALF_PRECISION)
+def _exact(W, piece, total, ARITHMETIC: tl.constexpr):
+    if ARITHMETIC == "bf16":
+        total = tl.dot(W, piece, total)
+    else:
+        total = tl.dot(W.to(tl.float32), piece.to(tl.float32), total, input_precision=ARITHMETIC)
+    return total
+
+
+INTERPRETED = not isinstance(split, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """In which arithmetic pieces meet a weight of ``dtype``; it has to hold both exactly.
+
+    fp16 is not a subset of bf16, but it is one of TF32, and so is bf16. AMD's matrix cores have no TF32, and Triton's
+    interpreter multiplies the bits of bf16 as integers.
+    """
+    if INTERPRETED:
+        return "ieee"
+    if dtype == torch.float16:
+        return "ieee" if torch.version.hip else "tf32"
+    return "bf16"

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import multiprocessors, parameters
-from .pieces import multiply
+from .pieces import arithmetic, multiply
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def kernel(
     panel_inner,
     panel_col,
     PIECES: tl.constexpr,
-    HALF_PRECISION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
@@ -57,14 +57,9 @@ def kernel(
             mask=(index[:, None] < inner) & (col[None, :] < cols),
             other=0.0,
         )
-        total = multiply(W, X, total, PIECES, HALF_PRECISION)
+        total = multiply(W, X, total, PIECES, ARITHMETIC)
     result += (share * batches + batch) * rows * cols
     tl.store(result + row[:, None] * cols + col[None, :], total, mask=(row[:, None] < rows) & (col[None, :] < cols))
-
-
-def half_precision() -> str:
-    """The arithmetic that multiplies fp16 with bf16 exactly: AMD's matrix cores have no TF32."""
-    return "ieee" if torch.version.hip else "tf32"
 
 
 def splits(tiles: int, inner: int, block_inner: int, device: torch.device) -> int:
@@ -101,7 +96,7 @@ def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
             *stack.stride(),
             *panels.stride(),
             PIECES=pieces,
-            HALF_PRECISION=half_precision(),
+            ARITHMETIC=arithmetic(weight.dtype),
             SPLITS=shares,
             **launch,
         )

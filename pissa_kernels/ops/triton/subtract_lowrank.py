@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import is_column_major
 from .launch import parameters
-from .pieces import multiply_floats
+from .pieces import arithmetic, multiply_floats
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def kernel(
     left_rank,
     right_rank,
     right_col,
+    ARITHMETIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -59,7 +60,7 @@ def kernel(
         if weight.dtype.element_ty == tl.float32:
             total = tl.dot(B, A, total, input_precision="ieee")
         else:
-            total = multiply_floats(B, A, total)
+            total = multiply_floats(B, A, total, ARITHMETIC)
     pointer = weight + row[:, None] * weight_row + col[None, :] * weight_col
     inside = inside_rows & inside_cols
     value = tl.load(pointer, mask=inside, other=0.0).to(tl.float32) - scaling * total
@@ -81,6 +82,8 @@ def subtract_lowrank_(
     tiles = triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
     strides = (*view.stride(), *left.stride(), *right.stride())
     with torch.cuda.device_of(weight):
-        kernel[(tiles,)](view, left, right, scaling, rows, cols, rank, *strides, **launch)
+        kernel[(tiles,)](
+            view, left, right, scaling, rows, cols, rank, *strides, ARITHMETIC=arithmetic(torch.bfloat16), **launch
+        )
     torch.autograd.graph.increment_version(weight)
     return weight

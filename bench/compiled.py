@@ -1,0 +1,253 @@
+"""``python -m bench.compiled``: every GPU kernel compiled for every target, and what came out, without a GPU.
+
+Registers, spills and shared memory as the assembler reports them; 16-byte accesses of global memory counted in the
+PTX, in SASS, or in AMD's assembly. Triton's kernels are compiled with each of the default launch parameters, as a
+launch on contiguous, aligned tensors would; the CUDA files of csrc/ with nvcc where it is on the PATH. The exit status
+is 1 when something spills or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from tabulate import tabulate
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from pissa_kernels.ops.triton.grouped import ELEMENTS_BY_NAME
+from pissa_kernels.ops.triton.grouped import kernel as grouped_kernel
+from pissa_kernels.ops.triton.launch import DEFAULT, read
+from pissa_kernels.ops.triton.product import kernel as product_kernel
+from pissa_kernels.ops.triton.subtract_lowrank import kernel as subtract_kernel
+from pissa_kernels.ops.triton.transpose_cast import kernel as transpose_kernel
+
+from .environment import ROOT
+
+NVIDIA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
+AMD = {architecture: GPUTarget("hip", architecture, 64) for architecture in ("gfx942", "gfx950")}
+TARGETS = NVIDIA | AMD
+BYTES = {2: "bf16", 4: "fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel and what is fixed when it is compiled.
+
+    Attributes:
+        name: for the table.
+        kernel: the Triton function.
+        types: of its arguments, by name; what is missing is in ``constants``.
+        constants: of its constexpr arguments, and of the strides that are 1.
+        options: warps and stages.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel; -1 where it does not say."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    wide_loads: int
+    wide_stores: int
+    seconds: float
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel with every entry of the default launch parameters."""
+    for entry in read(DEFAULT)["transpose_cast"]:
+        source, target = {4: ("bf16", "bf16"), 6: ("bf16", "fp32"), 8: ("fp32", "fp32")}[entry["features"]["bytes"]]
+        yield _variant(f"transpose_cast {source} {target}", transpose_kernel, entry, source, COLUMN_MAJOR=False,
+                       result=f"*{target}", col_stride=1)  # fmt: skip
+    for entry in read(DEFAULT)["subtract_lowrank_"]:
+        dtype = BYTES[entry["features"]["bytes"]]
+        name = f"subtract_lowrank_ {dtype} r{entry['features']['rank']}"
+        yield _variant(name, subtract_kernel, entry, dtype, scaling="fp32", ARITHMETIC="bf16",
+                       weight_col=1, left_rank=1, right_col=1)  # fmt: skip
+    for entry in read(DEFAULT)["product"]:
+        dtypes = ("bf16", "fp16") if entry["features"]["bytes"] == 2 else ("fp32",)
+        for dtype in dtypes:
+            fixed = {"PIECES": 3, "SPLITS": 4, "ARITHMETIC": "tf32" if dtype == "fp16" else "bf16", "panel_col": 1}
+            columns = entry["features"]["columns"]
+            yield _variant(f"matmul {dtype} {columns}", product_kernel, entry, dtype, weight_inner=1, **fixed)
+            yield _variant(f"rmatmul {dtype} {columns}", product_kernel, entry, dtype, weight_row=1, **fixed)
+    for entry in read(DEFAULT)["grouped"]:
+        dtype = BYTES[entry["features"]["bytes"]]
+        fixed = {
+            "PIECES": 3,
+            "ARITHMETIC": "bf16",
+            "ALIGNED": True,
+            "PANEL_CONTIGUOUS": True,
+            "ELEMENT": ELEMENTS_BY_NAME[dtype],
+        }
+        for verb in ("matmul", "rmatmul"):
+            name = f"grouped_{verb} {dtype} {entry['features']['columns']}"
+            yield _variant(name, grouped_kernel, entry, dtype, table="*i64", tiles="*i64",
+                           INNER_CONTIGUOUS=verb == "matmul", ROW_CONTIGUOUS=verb == "rmatmul", **fixed)  # fmt: skip
+
+
+def _variant(name: str, kernel: Any, entry: dict[str, dict[str, int]], dtype: str, **given: Any) -> Variant:
+    launch = dict(entry["parameters"])
+    options = {key: launch.pop(key) for key in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    types = {"source": f"*{dtype}", "weight": f"*{dtype}", "left": "*fp32", "right": "*fp32", "panel": "*fp32"}
+    types |= {"result": "*fp32"} | {key: value for key, value in given.items() if key.islower() and value != 1}
+    constants = launch | {key: value for key, value in given.items() if key.isupper() or value == 1}
+    names = [parameter for parameter in kernel.arg_names if parameter not in constants]
+    return Variant(name, kernel, {key: types.get(key, "i32") for key in names}, constants, options)
+
+
+def compiled(variant: Variant, target: GPUTarget) -> Any:
+    """The compiled kernel, with pointers and sizes divisible by 16 as torch's allocations and models' widths are."""
+    constants = dict(variant.constants)
+    if target.backend == "hip" and constants.get("ARITHMETIC") == "tf32":
+        constants["ARITHMETIC"] = "ieee"
+    positions = {name: index for index, name in enumerate(variant.kernel.arg_names)}
+    aligned = [name for name, kind in variant.types.items() if kind.startswith("*") or kind == "i32"]
+    attributes = {(positions[name],): [["tt.divisibility", 16]] for name in aligned}
+    signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=variant.options)
+
+
+def report(variant: Variant, target_name: str) -> Report:
+    began = time.perf_counter()
+    kernel = compiled(variant, TARGETS[target_name])
+    seconds = time.perf_counter() - began
+    shared = kernel.metadata.shared
+    if target_name in AMD:
+        text = kernel.asm["amdgcn"]
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)
+        loads = len(re.findall(r"(?:global|buffer)_load_dwordx4|(?:global|buffer)_load_b128", text))
+        stores = len(re.findall(r"(?:global|buffer)_store_dwordx4|(?:global|buffer)_store_b128", text))
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        return Report(variant.name, target_name, registers, spills, shared, loads, stores, seconds)
+    text = kernel.asm["ptx"]
+    loads = len(re.findall(r"ld\.global[\w.:]*\.v4\.[bf]32|cp\.async\.cg\.shared\.global[^;]*?, 0x10|ld\.global[\w.:]*\.v8\.b32", text))  # fmt: skip  # noqa: E501
+    stores = len(re.findall(r"st\.global[\w.:]*\.v4\.[bf]32|st\.global[\w.:]*\.v8\.b32", text))
+    registers, spills = _assembled(text)
+    return Report(variant.name, target_name, registers, spills, shared, loads, stores, seconds)
+
+
+def _assembled(ptx: str) -> tuple[int, int]:
+    """Registers and spilled bytes of a kernel, from Triton's own assembler."""
+    architecture = _word(r"\.target (\w+)", ptx)
+    assembler = get_ptxas(int(re.sub(r"\D", "", architecture)))
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [assembler.path, "-v", f"--gpu-name={architecture}", str(path)]
+        done = subprocess.run([*command, "-o", str(path) + ".o"], capture_output=True, text=True, check=True)
+    return _number(r"Used (\d+) registers", done.stderr), _spills(done.stderr)
+
+
+def cuda_reports() -> Iterator[Report]:
+    """The kernels of csrc/cuda, each for every NVIDIA target."""
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [f"-I{path}" for path in include_paths()]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        for target in NVIDIA:
+            with tempfile.TemporaryDirectory() as temporary:
+                out = Path(temporary) / "kernel.cubin"
+                command = ["nvcc", "-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+                command += [*includes, f"-arch={target}", "-cubin", "-Xptxas", "-v", str(source), "-o", str(out)]
+                began = time.perf_counter()
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                seconds = time.perf_counter() - began
+                sass = subprocess.run(["cuobjdump", "-sass", str(out)], capture_output=True, text=True, check=True)
+            yield from _cuda_report(source.name, target, done.stderr, sass.stdout, seconds)
+
+
+def _cuda_report(file: str, target: str, log: str, sass: str, seconds: float) -> Iterator[Report]:
+    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+    for block in re.split(r"(?=Compiling entry function)", log)[1:]:
+        name = _word(r"entry function '(\w+)'", block)
+        code = functions.get(name, "")
+        yield Report(
+            f"{file} {_readable(name)}",
+            target,
+            _number(r"Used (\d+) registers", block),
+            _spills(block),
+            _number(r"(\d+) bytes smem", block, missing=0),
+            len(re.findall(r"LDG\.E[\w.]*\.128|LDGSTS[\w.]*\.128", code)),
+            len(re.findall(r"STG\.E[\w.]*\.128", code)),
+            seconds,
+        )
+
+
+def _readable(mangled: str) -> str:
+    done = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=False)
+    name = done.stdout.strip() or mangled
+    return re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "").replace("void ", "")).split("::")[-1]
+
+
+def _spills(log: str) -> int:
+    stores, loads = (_number(rf"(\d+) bytes spill {what}", log, missing=0) for what in ("stores", "loads"))
+    return stores + loads
+
+
+def _number(pattern: str, text: str, missing: int = -1) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else missing
+
+
+def _word(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern} in the compiler's output"
+    return found[1]
+
+
+def _report_job(job: tuple[int, str]) -> Report:
+    index, target = job  # kernels do not travel between processes
+    return report(list(variants())[index], target)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", default="", metavar="REGEX", help="what a kernel's name must contain")
+    arguments = parser.parse_args()
+    jobs = [
+        (index, target)
+        for index, variant in enumerate(variants())
+        if re.search(arguments.only, variant.name)
+        for target in arguments.targets
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        reports = list(pool.map(_report_job, jobs))
+    if shutil.which("nvcc"):
+        wanted = (report for report in cuda_reports() if report.target in arguments.targets)
+        reports += [report for report in wanted if re.search(arguments.only, report.kernel)]
+    else:
+        print("nvcc is not on the PATH: csrc/cuda is left out", file=sys.stderr)
+    headers = ("kernel", "target", "registers", "spilled bytes", "shared bytes", "16-byte loads", "stores", "seconds")
+    lines = [tuple(vars(report).values()) for report in reports]
+    print(tabulate(lines, headers, floatfmt=".1f"))
+    return 1 if any(report.spills for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
