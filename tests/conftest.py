@@ -7,8 +7,13 @@ import os
 import pytest
 import torch
 
+from .interpreter import convert_as_hardware
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    convert_as_hardware()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,9 @@ constexpr int64_t TILE_COLS = 2 * LANES;
 // Floats of `right` that are packed at a time: 64 KiB, to stay in the second cache beside the weight that streams past.
 constexpr int64_t PACKED = 16 << 10;
 
+// Products that are summed before their sum joins the total: rounding grows with the length of a run.
+constexpr int64_t RUN = 128;
+
 inline int64_t packed_cols(int64_t rank) {
   const int64_t tiles = PACKED / (TILE_COLS * (rank > 0 ? rank : 1));
   return TILE_COLS * (tiles > 1 ? tiles : 1);
@@ -40,13 +43,22 @@ template <class T>
 inline __attribute__((always_inline)) void subtract_tile(typename T::Scalar* W, int64_t stride, const float* left,
                                                          const float* right, int64_t rank, float scaling, int64_t rows,
                                                          int64_t cols) {
-  f32x8 sum[TILE_ROWS][2] = {};
-  for (int64_t k = 0; k < rank; ++k) {
-    const f32x8 first = load<f32x8>(right + k * TILE_COLS), second = load<f32x8>(right + k * TILE_COLS + LANES);
+  f32x8 total[TILE_ROWS][2] = {};
+  for (int64_t begin = 0; begin < rank; begin += RUN) {
+    const int64_t end = rank - begin < RUN ? rank : begin + RUN;
+    f32x8 sum[TILE_ROWS][2] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      const f32x8 first = load<f32x8>(right + k * TILE_COLS), second = load<f32x8>(right + k * TILE_COLS + LANES);
+#pragma GCC unroll 6
+      for (int i = 0; i < TILE_ROWS; ++i) {
+        sum[i][0] += left[k * TILE_ROWS + i] * first;
+        sum[i][1] += left[k * TILE_ROWS + i] * second;
+      }
+    }
 #pragma GCC unroll 6
     for (int i = 0; i < TILE_ROWS; ++i) {
-      sum[i][0] += left[k * TILE_ROWS + i] * first;
-      sum[i][1] += left[k * TILE_ROWS + i] * second;
+      total[i][0] += sum[i][0];
+      total[i][1] += sum[i][1];
     }
   }
 #pragma GCC unroll 6
@@ -57,9 +69,9 @@ inline __attribute__((always_inline)) void subtract_tile(typename T::Scalar* W, 
       typename T::Scalar* to = W + i * stride + half * LANES;
       const int64_t count = cols - half * LANES;
       if (count >= LANES) {
-        store_narrow<T>(to, load_wide<T>(to) - scaling * sum[i][half]);
+        store_narrow<T>(to, load_wide<T>(to) - scaling * total[i][half]);
       } else if (count > 0) {
-        store_narrow<T>(to, load_wide<T>(to, count) - scaling * sum[i][half], count);
+        store_narrow<T>(to, load_wide<T>(to, count) - scaling * total[i][half], count);
       }
     }
   }

@@ -75,4 +75,5 @@ def subtract_lowrank_(
 ) -> Tensor:
     """W −= s·B·A in place; see :func:`pissa_kernels.ops.subtract_lowrank_`."""
     torch.ops.pissa_kernels.subtract_lowrank_(weight, lora_B, lora_A, scaling, fan_in_fan_out)
+    torch.autograd.graph.increment_version(weight)  # an operator of the stable ABI does not do it
     return weight
