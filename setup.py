@@ -25,7 +25,7 @@ DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Compiled once each; the library takes the best that the CPU has.
-INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]} if X86 else {})}
+INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-mavx2", "-mfma"]} if X86 else {})}
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 
 

@@ -29,7 +29,7 @@ def test_the_first_that_gives_no_reason_runs(verb: str, monkeypatch: pytest.Monk
 
 def test_a_library_that_was_not_built_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(csrc.LIBRARIES, "cpu", "missing.so")
-    csrc._failure.cache_clear()
+    csrc._load.cache_clear()
     try:
         W = torch.ones(4, 4)
         assert "csrc was not built for cpu" in pk.ops.refusals("transpose_cast", W)["csrc"][0]
@@ -39,7 +39,7 @@ def test_a_library_that_was_not_built_is_a_reason(monkeypatch: pytest.MonkeyPatc
             pk.ops.transpose_cast(W, torch.float32)
         assert pk.ops.backend("matmul", W) == "torch"  # a verb that it does not have is not its business
     finally:
-        csrc._failure.cache_clear()
+        csrc._load.cache_clear()
 
 
 def test_a_library_that_does_not_load_is_a_reason(
@@ -48,11 +48,11 @@ def test_a_library_that_does_not_load_is_a_reason(
     broken = tmp_path_factory.mktemp("broken") / "broken.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setitem(csrc.LIBRARIES, "cpu", str(broken))
-    csrc._failure.cache_clear()
+    csrc._load.cache_clear()
     try:
         assert "does not load" in pk.ops.refusals("transpose_cast", torch.ones(4, 4))["csrc"][0]
     finally:
-        csrc._failure.cache_clear()
+        csrc._load.cache_clear()
 
 
 def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

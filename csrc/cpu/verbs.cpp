@@ -12,14 +12,11 @@ namespace pissa::cpu {
 extern const Kernels generic;
 #if defined(PISSA_X86)
 extern const Kernels avx2;
-extern const Kernels avx512;
 #endif
 
 const Kernels& kernels() {
 #if defined(PISSA_X86)
-  static const Kernels& best = __builtin_cpu_supports("x86-64-v4")   ? avx512
-                               : __builtin_cpu_supports("x86-64-v3") ? avx2
-                                                                     : generic;
+  static const Kernels& best = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : generic;
   return best;
 #else
   return generic;

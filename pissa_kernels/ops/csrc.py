@@ -30,8 +30,13 @@ def refusals(verb: str, weight: Tensor) -> list[str]:
     return [reason for reason in reasons if reason]
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _failure(device: str) -> str | None:
+    return _load(device)
+
+
+@functools.cache
+def _load(device: str) -> str | None:
     """Load the library for ``device``, once; why it cannot be, or None."""
     library = FOLDER / LIBRARIES[device]
     if not library.exists():

@@ -7,7 +7,6 @@ Backends are asked in the order that was measured to be fastest on the weight's 
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
@@ -15,9 +14,7 @@ import torch
 from torch import Tensor
 
 VARIABLE = "PISSA_KERNELS_BACKEND"
-# Imported when first asked, so that importing the package neither loads a library nor imports triton.
-MODULES = {"csrc": ".csrc", "triton": ".triton", "torch": ".reference"}
-BACKENDS = tuple(MODULES)
+BACKENDS = ("csrc", "triton", "torch")
 
 MEMORY_BOUND = ("transpose_cast", "subtract_lowrank_")
 PRODUCTS = ("matmul", "rmatmul", "normal")
@@ -32,12 +29,23 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def load(name: str) -> Any:
-    """The backend's module.
+    """The backend's module, imported when first asked for: importing the package loads no library and no triton.
 
     It has some of the verbs, each with the signature of :mod:`pissa_kernels.ops.reference`'s, their names in ``VERBS``,
     and ``refusals(verb, weight)``: the reasons why a verb cannot run on a weight, none when it can.
     """
-    return importlib.import_module(MODULES[name], __package__)
+    # statements, which torch.compile can trace; importlib it cannot
+    if name == "csrc":
+        from . import csrc
+
+        return csrc
+    if name == "triton":
+        from . import triton
+
+        return triton
+    from . import reference
+
+    return reference
 
 
 def refusals(verb: str, weight: Tensor) -> dict[str, list[str]]:
@@ -59,7 +67,7 @@ def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str
     """
     forced = os.environ.get(VARIABLE)
     if forced:
-        if forced not in MODULES:
+        if forced not in BACKENDS:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {forced!r}")
         if verb in load(forced).VERBS and dtype == torch.float32:
             reasons = _reasons(forced, verb, weight)

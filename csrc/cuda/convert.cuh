@@ -1,0 +1,61 @@
+// Elements of the three dtypes in registers: conversions by way of float, and vectors that move in one instruction.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../matrix.h"
+
+namespace pissa::cuda {
+
+// The widest access of global memory that every target has.
+constexpr int ACCESS_BYTES = 16;
+
+template <class T>
+constexpr int PER_ACCESS = ACCESS_BYTES / static_cast<int>(sizeof(T));
+
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T element[N];
+};
+
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(__half value) { return __half2float(value); }
+__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Rounds to nearest, ties to even; what equals its own narrowing is not touched, so that a NaN keeps its payload.
+template <class To, class From>
+__device__ inline To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, float>) {
+    return widen(value);
+  } else if constexpr (std::is_same_v<To, __half>) {
+    return __float2half_rn(widen(value));
+  } else {
+    return __float2bfloat16_rn(widen(value));
+  }
+}
+
+// Calls `body` with a value of the element type.
+template <class Body>
+void with_element(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f32:
+      return body(float());
+    case Dtype::f16:
+      return body(__half());
+    case Dtype::bf16:
+      return body(__nv_bfloat16());
+  }
+}
+
+// Whether every row of a row-contiguous matrix begins where an access of `bytes` bytes may.
+inline bool aligned(const void* data, int64_t row_stride, int64_t element_bytes, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && row_stride * element_bytes % bytes == 0;
+}
+
+}  // namespace pissa::cuda
