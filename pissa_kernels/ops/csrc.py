@@ -30,7 +30,7 @@ def refusals(verb: str, weight: Tensor) -> list[str]:
     return [reason for reason in reasons if reason]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _failure(device: str) -> str | None:
     return _load(device)
 
