@@ -90,7 +90,7 @@ def variants() -> Iterator[Variant]:
     for entry in read(DEFAULT)["product"]:
         dtypes = ("bf16", "fp16") if entry["features"]["bytes"] == 2 else ("fp32",)
         for dtype in dtypes:
-            fixed = {"PIECES": 3, "SPLITS": 4, "ARITHMETIC": "tf32" if dtype == "fp16" else "bf16", "panel_col": 1}
+            fixed = {"PIECES": 3, "ARITHMETIC": "tf32" if dtype == "fp16" else "bf16", "panel_col": 1}
             columns = entry["features"]["columns"]
             yield _variant(f"matmul {dtype} {columns}", product_kernel, entry, dtype, weight_inner=1, **fixed)
             yield _variant(f"rmatmul {dtype} {columns}", product_kernel, entry, dtype, weight_row=1, **fixed)
@@ -177,7 +177,8 @@ def cuda_reports() -> Iterator[Report]:
                 began = time.perf_counter()
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 seconds = time.perf_counter() - began
-                sass = subprocess.run(["cuobjdump", "-sass", str(out)], capture_output=True, text=True, check=True)
+                disassembler = triton.knobs.nvidia.cuobjdump.path  # Triton brings one
+                sass = subprocess.run([disassembler, "-sass", str(out)], capture_output=True, text=True, check=True)
             yield from _cuda_report(source.name, target, done.stderr, sass.stdout, seconds)
 
 

@@ -36,12 +36,14 @@ def test_the_table_of_every_kernel_and_target() -> None:
     for name, target, registers, spilled, _, loads, stores, _ in rows:
         assert int(spilled) == 0, (name, target)
         assert 0 < int(registers) <= 512, (name, target)
-        if target.startswith("sm_"):
+        if target.startswith("sm_") and ".cu" not in name:
             assert int(loads) > 0, (name, target)
             assert int(stores) > 0, (name, target)
     if shutil.which("nvcc"):
-        files = {row[0].split()[0] for row in rows if ".cu" in row[0]}
-        assert files == {"transpose_cast.cu", "subtract_lowrank.cu"}
+        # a file has kernels for unaligned weights, too
+        wide = {(row[0].split()[0], row[1]) for row in rows if ".cu" in row[0] and int(row[5]) and int(row[6])}
+        files = ("transpose_cast.cu", "subtract_lowrank.cu")
+        assert wide == {(file, target) for file in files for target in targets if target.startswith("sm_")}
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from .launch import multiprocessors, parameters
 from .pieces import arithmetic, multiply
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])  # one compilation for every way to split
 def kernel(
     weight,
     panel,
@@ -25,27 +25,27 @@ def kernel(
     panel_batch,
     panel_inner,
     panel_col,
+    splits,
     PIECES: tl.constexpr,
     ARITHMETIC: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """result (SPLITS, batch, rows, cols): each program a tile of rows and columns, and its share of the inner sum."""
+    """result (splits, batch, rows, cols): each program a tile of rows and columns, and its share of the inner sum."""
     down = tl.cdiv(rows, BLOCK_ROWS)
     across = tl.cdiv(cols, BLOCK_COLS)
     program = tl.program_id(0)
     tile = program % (down * across)  # a weight's tiles are neighbours, and so are those that share its rows
-    share = program // (down * across) % SPLITS
-    batch = (program // (down * across) // SPLITS).to(tl.int64)
-    batches = tl.num_programs(0) // (down * across * SPLITS)
+    share = program // (down * across) % splits
+    batch = (program // (down * across) // splits).to(tl.int64)
+    batches = tl.num_programs(0) // (down * across * splits)
     row = (tile // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = (tile % across).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     weight += batch * weight_batch
     panel += batch * panel_batch
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for first in range(share * BLOCK_INNER, inner, SPLITS * BLOCK_INNER):
+    for first in range(share * BLOCK_INNER, inner, splits * BLOCK_INNER):
         index = first + tl.arange(0, BLOCK_INNER).to(tl.int64)
         W = tl.load(
             weight + row[:, None] * weight_row + index[None, :] * weight_inner,
@@ -95,9 +95,9 @@ def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
             cols,
             *stack.stride(),
             *panels.stride(),
+            shares,
             PIECES=pieces,
             ARITHMETIC=arithmetic(weight.dtype),
-            SPLITS=shares,
             **launch,
         )
     total = partial[0] if shares == 1 else partial.sum(0)
