@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,10 +73,15 @@ def measure(provider: Provider, weight: Tensor, rank: int, fan_in_fan_out: bool)
         subject.run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_of(subject.run)
+
+
+def peak_of(run: Callable[[], object]) -> float | None:
+    """MiB by which the resident set of this process grows during ``run``, or None where the system does not tell."""
     if not _reset_peak():
         return None
     resident = _status_mib("VmRSS")
-    subject.run()
+    run()
     return _status_mib("VmHWM") - resident
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import environment, gate, memory
+from . import environment, gate, kernels, memory
 from .cases import Case
 from .gate import Accuracy
 from .providers import PROVIDERS, Provider, Subject
@@ -26,6 +26,8 @@ from .suites import SUITES
 from .table import table
 from .timing import Times, interleaved, timed
 
+# The suite of the verbs themselves, which has cases and rows of its own.
+KERNELS = "kernels"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -126,6 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     out: Path = arguments.out or RESULTS / f"{arguments.suite}-{arguments.device}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.suite == KERNELS:
+        settings = {"device": arguments.device, "repeats": arguments.repeats, "append": arguments.append}
+        green = kernels.run_suite(arguments.chosen, out, **settings, about=about)
+        print(kernels.table(read_rows(out)))
+        return 0 if green else 1
     green = True
     with out.open("a" if arguments.append else "w", encoding="utf-8") as file:
         for case, providers in arguments.chosen:
@@ -146,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, default="init")
+    parser.add_argument("--suite", choices=(*SUITES, KERNELS), default="init")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed runs of each provider (10)")
     parser.add_argument("--only", default="", metavar="REGEX", help='what "case/provider" must contain')
@@ -159,7 +166,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
     try:
-        arguments.chosen = select(arguments.suite, arguments.only)
+        if arguments.suite == KERNELS:
+            arguments.chosen = kernels.select(arguments.only)
+        else:
+            arguments.chosen = select(arguments.suite, arguments.only)
     except re.error as error:
         parser.error(f"--only is not a regular expression: {error}")
     if not arguments.chosen:

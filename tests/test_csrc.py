@@ -17,7 +17,7 @@ import pissa_kernels as pk
 from pissa_kernels.ops import csrc
 
 ROOT = Path(__file__).parents[1]
-REASON = csrc._load("cpu")
+REASON = csrc._failure("cpu")
 needs_library = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -6,7 +6,6 @@ binary serves every torch from 2.10 on. They are loaded at the first question, n
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import torch
@@ -17,6 +16,8 @@ VERBS = ("transpose_cast", "subtract_lowrank_")
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
 OLDEST_TORCH = (2, 10)
+# By device, why its library cannot be loaded, None where it was.
+_FAILURES: dict[str, str | None] = {}
 
 
 def refusals(verb: str, weight: Tensor) -> list[str]:
@@ -30,14 +31,16 @@ def refusals(verb: str, weight: Tensor) -> list[str]:
     return [reason for reason in reasons if reason]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _failure(device: str) -> str | None:
-    return _load(device)
+    if device not in _FAILURES:
+        if torch.compiler.is_compiling():  # loading cannot be traced
+            return "its library was not loaded before this graph was traced"
+        _FAILURES[device] = _load(device)
+    return _FAILURES[device]
 
 
-@functools.cache
 def _load(device: str) -> str | None:
-    """Load the library for ``device``, once; why it cannot be, or None."""
+    """Load the library for ``device``; why it cannot be, or None."""
     library = FOLDER / LIBRARIES[device]
     if not library.exists():
         return f"csrc was not built for {device} (PISSA_KERNELS_BUILD={device} at installation does that)"
