@@ -1,8 +1,8 @@
 """Launch parameters: looked up in the JSON files of launch/, one per device, written by ``python -m bench.search``.
 
 A device without a file takes that of its nearest relative, the longest common beginning of their names, and
-``default.json`` without one. Of a verb's entries the one counts whose features (bytes of an element, columns, rank) are
-nearest, as ratios.
+``default.json`` without one. Of a verb's entries the one counts whose features are nearest, as ratios: the bytes of an
+element first, then columns or rank.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def parameters(verb: str, device: torch.device, **features: int) -> dict[str, in
 
 @cache
 def _parameters(verb: str, device_name: str | None, features: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    def distance(entry: Entry) -> float:
-        return sum(abs(math.log2(value / entry["features"][name])) for name, value in features)
+    def distance(entry: Entry) -> tuple[float, float]:
+        apart = {name: abs(math.log2(value / entry["features"][name])) for name, value in features}
+        return apart.pop("bytes"), sum(apart.values())  # another dtype is another kernel: it counts first
 
     # said aloud, because Triton is about to change its default: without it a float32 product takes twice the operations
     return min(table(device_name)[verb], key=distance)["parameters"] | {"enable_fp_fusion": True}

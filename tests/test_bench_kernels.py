@@ -1,0 +1,189 @@
+"""The suite of the verbs, the GPU run and the search for launch parameters, on sizes that take no time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, kernels, run, search
+from bench.rows import read_rows
+from bench.verbs import CASES, VerbCase
+from pissa_kernels import ops
+from pissa_kernels.ops import reference
+from pissa_kernels.ops.triton import launch
+
+TINY = (
+    VerbCase("transpose_cast", (40, 24), "bf16", "fp32"),
+    VerbCase("subtract_lowrank_", (40, 24), "bf16", columns=3, fan_in_fan_out=True),
+    VerbCase("matmul", (40, 24), "fp16", columns=4),
+    VerbCase("rmatmul", (40, 24), "bf16", columns=4),
+    VerbCase("normal", (40, 24), "fp32", columns=4),
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 16)
+    monkeypatch.setattr(kernels, "CASES", TINY)
+
+
+def test_bytes_are_each_operand_once() -> None:
+    expected = {
+        "transpose_cast": 40 * 24 * (2 + 4),
+        "subtract_lowrank_": 40 * 24 * 2 * 2 + 4 * 3 * (40 + 24),
+        "matmul": 40 * 24 * 2 + 4 * 4 * (24 + 40),
+        "rmatmul": 40 * 24 * 2 + 4 * 4 * (40 + 24),
+        "normal": 40 * 24 * 4 + 4 * 4 * (24 + 40 + 24),
+    }
+    assert {case.verb: case.bytes for case in TINY} == expected
+
+
+def test_every_backend_that_can_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out)]) == 0
+    rows = read_rows(out)
+    assert {row["case"] for row in rows} == {case.name for case in TINY}
+    for row in rows:
+        assert row["ok"], row
+        assert row["min_ms"] > 0
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["min_ms"] / 1e6)
+        assert row["of_copy"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"])
+    for case in TINY:
+        group = {row["provider"]: row for row in rows if row["case"] == case.name}
+        able = [name for name, reasons in ops.refusals(case.verb, case.inputs("cpu")[0]).items() if not reasons]
+        assert {name for name in group if name.startswith("ours")} == {f"ours {name}" for name in able}
+        assert any(name.startswith("torch") for name in group)
+        assert sum(row["chosen"] for row in group.values()) == 1
+    text = kernels.table(rows)
+    assert "ours torch *" in text
+    assert TINY[0].name in text
+
+
+@pytest.mark.parametrize("wrong", ["garbage", "nan", "shape", "raises"])
+def test_a_wrong_backend_gets_a_reason_and_no_times(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {
+        "garbage": lambda W, dtype: reference.transpose_cast(W, dtype) + 1e-3,
+        "nan": lambda W, dtype: reference.transpose_cast(W, dtype).fill_(float("nan")),
+        "shape": lambda W, dtype: W.to(dtype),
+    }
+
+    def body(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if wrong == "raises":
+            raise RuntimeError("no such kernel")
+        return results[wrong](weight, dtype)
+
+    triton = pytest.importorskip("pissa_kernels.ops.triton")
+    monkeypatch.setattr(triton, "transpose_cast", body)
+    monkeypatch.setattr(triton, "refusals", lambda verb, weight: [])
+    out = tmp_path / "rows.jsonl"
+    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "transpose"]) == 1
+    rows = {row["provider"]: row for row in read_rows(out)}
+    assert not rows["ours triton"]["ok"]
+    assert rows["ours triton"]["reason"]
+    assert rows["ours triton"]["min_ms"] is None
+    assert rows["ours torch"]["ok"]
+    assert "red: " in kernels.table(list(rows.values()))
+
+
+def test_only_must_leave_something(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run.main(["--suite", "kernels", "--only", "no such case"])
+    assert exit_.value.code == 2
+    assert "leaves nothing of the suite 'kernels'" in capsys.readouterr().err
+
+
+def test_names_tell_cases_apart() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_memory_of_a_subtraction_is_measured() -> None:
+    peak = kernels.peak_extra_mib("torch", (1024, 1024))
+    if peak is None:
+        pytest.skip("the system does not tell")
+    assert 0 <= peak < 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", ["bench.gpu", "bench.search"])
+def test_without_a_gpu_one_line_says_so(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"{module}: this torch sees no CUDA device"]
+
+
+def test_a_red_step_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = (
+        gpu.Step("fails", gpu.python("-c", "import sys; print('before'); sys.exit(3)"), 20),
+        gpu.Step("hangs", gpu.python("-c", "import time; time.sleep(60)"), 1),
+        gpu.Step(
+            "works", gpu.python("-c", "import os; print(os.getcwd(), os.environ['WORD'])"), 20, (("WORD", "yes"),)
+        ),
+    )
+    log = tmp_path / "gpu.log"
+    assert not gpu.run(steps, log)
+    text = log.read_text()
+    assert "before" in text
+    assert "hangs: not done after 1 s" in text
+    assert ". yes" in text
+    assert str(gpu.ROOT) not in text
+    summary = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[1] for line in summary] == ["RED", "RED", "green"]
+    assert gpu.run(steps[2:], log)
+
+
+def test_the_gpu_run_takes_less_than_eight_minutes() -> None:
+    assert sum(step.limit for step in (gpu.BUILD, *gpu.STEPS)) <= 480
+
+
+def test_launch_parameters_are_those_of_the_nearest_device_and_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = launch.read(launch.DEFAULT)
+    (tmp_path / "default.json").write_text(search.written(default))
+    assert json.loads((tmp_path / "default.json").read_text()) == default
+    tuned = [{"features": {"bytes": 2, "rank": 16}, "parameters": {"BLOCK_ROWS": 7}}]
+    (tmp_path / "nvidia_h100_80gb_hbm3.json").write_text(search.written({"subtract_lowrank_": tuned}))
+    monkeypatch.setattr(launch, "FOLDER", tmp_path)
+    launch.table.cache_clear()
+    try:
+        relative = launch.table("NVIDIA H100 PCIe")
+        assert relative["subtract_lowrank_"] == tuned
+        assert relative["product"] == default["product"]
+        assert launch.table("NVIDIA A100-SXM4-80GB") == default
+        assert launch.table(None) == default
+    finally:
+        launch.table.cache_clear()
+    cpu = torch.device("cpu")
+    assert launch.parameters("product", cpu, bytes=2, columns=17)["BLOCK_COLS"] == 16
+    assert launch.parameters("product", cpu, bytes=2, columns=500)["BLOCK_COLS"] == 128
+    assert launch.parameters("product", cpu, bytes=4, columns=500)["BLOCK_COLS"] == 64
+
+
+@pytest.mark.parametrize("verb", sorted(search.GRIDS))
+def test_the_search_tries_a_dozen_and_the_default_first(verb: str) -> None:
+    for entry in launch.read(launch.DEFAULT)[verb]:
+        tried = list(search.candidates(verb, entry["parameters"]))
+        assert tried[0] == entry["parameters"]
+        assert 2 <= len(tried) <= 13
+        assert len({json.dumps(candidate, sort_keys=True) for candidate in tried}) == len(tried)
+
+
+def test_the_search_keeps_what_is_correct(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ops.refusals("matmul", torch.ones(2, 2))["triton"]:
+        pytest.skip("needs Triton's interpreter")
+    monkeypatch.setattr(search, "SHAPE", (64, 48))
+    monkeypatch.setattr(search, "REPEATS", 1)
+    monkeypatch.setitem(search.GRIDS, "product", {"BLOCK_ROWS": (32,)})
+    entry = launch.read(launch.DEFAULT)["product"][0]
+    winner = search.best("product", entry, "cpu")
+    assert winner in list(search.candidates("product", entry["parameters"]))
+    monkeypatch.setattr(search, "LIMIT", 0.0)
+    with pytest.raises(RuntimeError, match="no candidate is correct"):
+        search.best("product", entry, "cpu")
