@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../matrix.h"
@@ -22,6 +23,40 @@ struct alignas(N * sizeof(T)) Vector {
   T element[N];
 };
 
+// A vector of 8 or 16 bytes, or one element, in one access.
+template <int N, class T>
+__device__ inline Vector<T, N> load(const T* from) {
+  if constexpr (N == 1) {
+    return {*from};
+  } else {
+    const auto words = *reinterpret_cast<const std::conditional_t<N * sizeof(T) == 16, uint4, uint2>*>(from);
+    Vector<T, N> vector;
+    static_assert(sizeof(words) == sizeof(vector));
+    memcpy(&vector, &words, sizeof(words));
+    return vector;
+  }
+}
+
+// In assembly, because the compiler takes the assignment of a vector that it has just put together apart again.
+template <class T, int N>
+__device__ inline void store(T* to, const Vector<T, N>& vector) {
+  if constexpr (N == 1) {
+    *to = vector.element[0];
+  } else {
+    uint32_t word[sizeof(vector) / sizeof(uint32_t)];
+    memcpy(word, &vector, sizeof(vector));
+    const size_t address = __cvta_generic_to_global(to);
+    if constexpr (sizeof(vector) == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                   "r"(word[3])
+                   : "memory");
+    } else {
+      static_assert(sizeof(vector) == 8);
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
+    }
+  }
+}
+
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__half value) { return __half2float(value); }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -38,6 +73,12 @@ __device__ inline To convert(From value) {
   } else {
     return __float2bfloat16_rn(widen(value));
   }
+}
+
+// The same value, unknown to the compiler: what depends on it is computed again instead of kept in registers.
+__device__ inline int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // Calls `body` with a value of the element type.

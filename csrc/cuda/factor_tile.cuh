@@ -52,17 +52,22 @@ struct FactorTile {
 
   static __host__ __device__ constexpr int place(int outer) { return outer + outer / BANKS * FLOATS; }
 
-  // Begins to fetch the first `extent` elements of the first `depth` ranks from `corner`; the rest becomes zero.
+  // Where element `outer` of the first rank is.
+  __device__ const float* at(int outer) const { return &element[0][place(outer)]; }
+
+  // Begins to fetch `extent` elements from `outer` of `depth` ranks from `rank`; the rest of the tile becomes zero.
   template <int THREADS>
-  __device__ void fetch(const float* corner, const Factor& factor, int extent, int depth) {
+  __device__ void fetch(const Factor& factor, int64_t outer, int64_t rank, int extent, int depth) {
+    const float* const corner = factor.data + outer * factor.outer_stride + rank * factor.rank_stride;
+    const int thread = opaque(threadIdx.x);  // or the addresses of every order would be kept from slice to slice
     if (factor.order == Order::outer_vectors) {
-      fetch_along_outer<THREADS, FLOATS>(corner, 1, factor.rank_stride, extent, depth);
+      fetch_along_outer<THREADS, FLOATS>(thread, corner, 1, factor.rank_stride, extent, depth);
     } else if (factor.order == Order::outer) {
-      fetch_along_outer<THREADS, 1>(corner, factor.outer_stride, factor.rank_stride, extent, depth);
+      fetch_along_outer<THREADS, 1>(thread, corner, factor.outer_stride, factor.rank_stride, extent, depth);
     } else {
       constexpr int RANKS = 8;
       static_assert(DEPTH % RANKS == 0 && EXTENT % (THREADS / RANKS) == 0);
-      const int first_rank = threadIdx.x % RANKS, first = threadIdx.x / RANKS;
+      const int first_rank = thread % RANKS, first = thread / RANKS;
       const float* row = corner + first * factor.outer_stride + first_rank * factor.rank_stride;
 #pragma unroll
       for (int i = 0; i < EXTENT; i += THREADS / RANKS, row += THREADS / RANKS * factor.outer_stride) {
@@ -78,11 +83,11 @@ struct FactorTile {
 
  private:
   template <int THREADS, int WIDTH>
-  __device__ void fetch_along_outer(const float* corner, int64_t outer_stride, int64_t rank_stride, int extent,
-                                    int depth) {
+  __device__ void fetch_along_outer(int thread, const float* corner, int64_t outer_stride, int64_t rank_stride,
+                                    int extent, int depth) {
     constexpr int COPIES = EXTENT / WIDTH, RANKS = THREADS / COPIES;
     static_assert(RANKS * COPIES == THREADS && DEPTH % RANKS == 0);
-    const int outer = threadIdx.x % COPIES * WIDTH, first_rank = threadIdx.x / COPIES;
+    const int outer = thread % COPIES * WIDTH, first_rank = thread / COPIES;
     const int bytes = static_cast<int>(sizeof(float)) * max(0, min(WIDTH, extent - outer));
     const float* from = corner + outer * outer_stride + first_rank * rank_stride;
 #pragma unroll

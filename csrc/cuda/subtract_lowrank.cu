@@ -5,8 +5,6 @@
 // four 16-byte reads of shared memory feed 64 multiply-adds.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "../tensors.h"
 #include "convert.cuh"
 #include "factor_tile.cuh"
@@ -17,15 +15,16 @@ namespace {
 
 constexpr int THREADS = 128;
 constexpr int WARP = 32;
-// A thread's elements along each direction, and a warp's threads.
+// A thread's elements along each direction, and how threads share a tile.
 constexpr int OWN = 8;
 constexpr int LANES_ACROSS = 8, LANES_DOWN = WARP / LANES_ACROSS;
 constexpr int WARPS_ACROSS = 2, WARPS_DOWN = THREADS / WARP / WARPS_ACROSS;
 constexpr int TILE_ROWS = WARPS_DOWN * LANES_DOWN * OWN;
 constexpr int TILE_COLS = WARPS_ACROSS * LANES_ACROSS * OWN;
-// Ranks in a slice; the last one is multiplied to a multiple of STEP, its zeros included.
-constexpr int SLICE = 16, STEP = 4;
-// Three blocks of this many threads leave 168 registers to each: 64 sums, at most 64 of the weight, and the factors'.
+// Ranks in a slice. The last slice is multiplied up to a multiple of STEP, through the zeros that fill it.
+constexpr int SLICE = 16, STEP = 2;
+static_assert(SLICE % STEP == 0);
+// Leaves a thread 168 registers: 64 for its sums, 32 or 64 for its weights, 16 for what is multiplied.
 constexpr int BLOCKS_PER_SM = 3;
 
 struct Slices {
@@ -33,20 +32,147 @@ struct Slices {
   FactorTile<TILE_COLS, SLICE> right;
 };
 
-__device__ void read(const float* shared, float* to) {
-  *reinterpret_cast<Vector<float, FLOATS>*>(to) = *reinterpret_cast<const Vector<float, FLOATS>*>(shared);
+// `count` elements exist, be it none or more than N; where VECTORS is true, all N or none.
+template <bool VECTORS, class T, int N>
+__device__ void load_some(Vector<T, N>& to, const T* from, int count) {
+  if constexpr (VECTORS) {
+    if (count > 0) to = load<N>(from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < count) to.element[i] = from[i];
+    }
+  }
 }
 
-// A 16-byte access where everything is ALIGNED, else one for each of the `count` elements that exist.
-template <bool ALIGNED, class To, class From, int N>
-__device__ void copy(To* to, const From* from, int count, Vector<From, N>*) {}
+template <bool VECTORS, class T, int N>
+__device__ void store_some(T* to, const Vector<T, N>& from, int count) {
+  if constexpr (VECTORS) {
+    if (count > 0) store(to, from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < count) to[i] = from.element[i];
+    }
+  }
+}
 
-template <class T, bool ALIGNED>
+__device__ void read(float* to, const float* shared) {
+  const auto four = load<FLOATS>(shared);
+#pragma unroll
+  for (int i = 0; i < FLOATS; ++i) to[i] = four.element[i];
+}
+
+// sum += left·right for a thread's rows and columns, from where they begin in the first rank of a slice. The second
+// four columns begin `apart` floats after the first. Unrolled further, it needs more registers than there are.
+__device__ __forceinline__ void multiply(float (&sum)[OWN][OWN], const float* left, const float* right, int apart,
+                                         int depth) {
+  for (int first = 0; first < depth; first += STEP) {
+#pragma unroll
+    for (int k = 0; k < STEP; ++k) {
+      float down[OWN], across[OWN];
+      read(down, left);
+      read(down + FLOATS, left + FLOATS);
+      read(across, right);
+      read(across + FLOATS, right + apart);
+#pragma unroll
+      for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+        for (int j = 0; j < OWN; ++j) sum[i][j] = fmaf(down[i], across[j], sum[i][j]);
+      }
+      left += FactorTile<TILE_ROWS, SLICE>::PITCH;
+      right += FactorTile<TILE_COLS, SLICE>::PITCH;
+    }
+  }
+}
+
+template <bool VECTORS, class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    subtract(T* weight, int64_t row_stride, int64_t rows, int64_t cols, const Factor left, const Factor right,
-             int64_t rank, float scaling, unsigned tiles_across) {
-  return;
+    subtract(T* weight, int64_t row_stride, int64_t rows, int64_t cols, Factor left, Factor right, int64_t rank,
+             float scaling, unsigned tiles_across) {
+  // Accesses of 16 bytes that a thread needs for its part of a row. Those of eight lanes lie side by side, so that a
+  // store fills whole sectors.
+  constexpr int N = PER_ACCESS<T>, ACCESSES = OWN / N, APART = LANES_ACROSS * N;
+  __shared__ Slices slices[2];
+  const int64_t top = int64_t{blockIdx.x / tiles_across} * TILE_ROWS;
+  const int64_t start = int64_t{blockIdx.x % tiles_across} * TILE_COLS;
+  const int height = static_cast<int>(min(int64_t{TILE_ROWS}, rows - top));
+  const int width = static_cast<int>(min(int64_t{TILE_COLS}, cols - start));
+  const auto fetch = [&](Slices& to, int64_t first) {
+    const int depth = static_cast<int>(min(int64_t{SLICE}, rank - first));
+    to.left.template fetch<THREADS>(left, top, first, height, depth);
+    to.right.template fetch<THREADS>(right, start, first, width, depth);
+  };
+  fetch(slices[0], 0);
+
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int row = (warp / WARPS_ACROSS * LANES_DOWN + lane / LANES_ACROSS) * OWN;
+  const int col = warp % WARPS_ACROSS * LANES_ACROSS * OWN + lane % LANES_ACROSS * N;
+  const auto element = [&](int i, int access) {
+    return weight + (top + row + i) * row_stride + start + col + access * APART;
+  };
+  const auto count = [&](int i, int access) { return row + i < height ? width - col - access * APART : 0; };
+
+  Vector<T, N> W[OWN][ACCESSES];
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+    for (int a = 0; a < ACCESSES; ++a) load_some<VECTORS>(W[i][a], element(i, a), count(i, a));
+  }
+
+  float sum[OWN][OWN] = {};
+  int current = 0;
+  for (int64_t first = 0; first < rank; first += SLICE, current ^= 1) {
+    // after this the slice is there for everyone, and nobody reads the other buffer any more
+    wait_for_copies();
+    __syncthreads();
+    if (first + SLICE < rank) fetch(slices[current ^ 1], first + SLICE);
+    multiply(sum, slices[current].left.at(row), slices[current].right.at(col),
+             FactorTile<TILE_COLS, SLICE>::place(ACCESSES == 1 ? FLOATS : APART),
+             static_cast<int>(min(int64_t{SLICE}, rank - first)));
+  }
+
+  row = opaque(row);  // or the addresses of eight rows would be kept beside the sums
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+    for (int a = 0; a < ACCESSES; ++a) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        W[i][a].element[j] = convert<T>(fmaf(-scaling, sum[i][a * N + j], widen(W[i][a].element[j])));
+      }
+      store_some<VECTORS>(element(i, a), W[i][a], count(i, a));
+    }
+  }
+}
+
+using torch::stable::Tensor;
+
+void subtract_lowrank(const Tensor& weight, const Tensor& lora_B, const Tensor& lora_A, double scaling,
+                      bool fan_in_fan_out) {
+  const auto [W, left, right] = subtraction_of(weight, lora_B, lora_A, fan_in_fan_out);
+  const int32_t device = weight.get_device_index();
+  STD_TORCH_CHECK(lora_B.get_device_index() == device && lora_A.get_device_index() == device,
+                  "pissa_kernels: the weight, B and A must be on one device");
+  if (W.rows == 0 || W.cols == 0 || left.cols == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  const Tiles tiles = tiles_of(W.rows, W.cols, TILE_ROWS, TILE_COLS);
+  const Factor rows = factor_of(left), cols = factor_of(right.transposed());
+  // structured bindings cannot be captured in C++17
+  with_element(W.dtype, [&, &W = W, rank = left.cols](auto element) {
+    using T = decltype(element);
+    const bool vectors = W.cols % PER_ACCESS<T> == 0 && aligned(W.data, W.row_stride, sizeof(T), ACCESS_BYTES);
+    const auto kernel = vectors ? subtract<true, T> : subtract<false, T>;
+    kernel<<<tiles.blocks, THREADS, 0, stream>>>(static_cast<T*>(W.data), W.row_stride, W.rows, W.cols, rows, cols,
+                                                 rank, static_cast<float>(scaling), tiles.across);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
 }  // namespace pissa::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CUDA, library) {
+  library.impl("subtract_lowrank_", TORCH_BOX(&pissa::cuda::subtract_lowrank));
+}

@@ -1,9 +1,9 @@
 // Wᵀ in another dtype, at the speed of memory.
 //
-// Where everything is aligned no shared memory is needed: a thread reads a block of 16 bytes by 16 bytes' worth of rows,
-// turns it over in registers and writes it, every access 16 bytes wide. Side by side, 4 lanes read 64 bytes of a row of W
-// and 8 lanes write a line of the result, so each access of a warp is of whole sectors, and a thread has all its reads
-// (up to 128 bytes) under way at once. Other shapes go through shared memory, which keeps narrow accesses contiguous.
+// Where all is aligned, no shared memory is needed: a thread reads 16 bytes of each of a few rows, turns the block over
+// in registers and writes it, 16 bytes at a time. Side by side, 4 lanes read 64 bytes of a row of W and 8 lanes write a
+// line of the result, so every access of a warp is of whole sectors, and a thread has all its reads (up to 128 bytes)
+// under way at once. Other shapes go through shared memory, which keeps narrow accesses side by side.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(THREADS)
                  int64_t cols, unsigned tiles_across) {
   constexpr int ROWS = PER_ACCESS<Target>, COLS = PER_ACCESS<Source>;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int down = warp / (TILE / ACROSS) * DOWN + lane / ACROSS, across = warp % (TILE / ACROSS) * ACROSS + lane % ACROSS;
+  const int down = warp / (TILE / ACROSS) * DOWN + lane / ACROSS;
+  const int across = warp % (TILE / ACROSS) * ACROSS + lane % ACROSS;
   const int64_t row = (int64_t{blockIdx.x / tiles_across} * TILE + down) * ROWS;
   const int64_t col = (int64_t{blockIdx.x % tiles_across} * TILE + across) * COLS;
   if (row >= rows || col >= cols) return;
@@ -40,14 +41,14 @@ __global__ void __launch_bounds__(THREADS)
   Vector<Source, COLS> in[ROWS];
   const Source* const from = source + row * row_stride + col;
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) in[i] = *reinterpret_cast<const Vector<Source, COLS>*>(from + i * row_stride);
+  for (int i = 0; i < ROWS; ++i) in[i] = load<COLS>(from + i * row_stride);
   Target* const to = result + col * rows + row;
 #pragma unroll
   for (int j = 0; j < COLS; ++j) {
     Vector<Target, ROWS> out;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) out.element[i] = convert<Target>(in[i].element[j]);
-    *reinterpret_cast<Vector<Target, ROWS>*>(to + j * rows) = out;
+    store(to + j * rows, out);
   }
 }
 
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(THREADS)
 // Rows that a thread of cast_rows copies, so that as many reads are under way.
 constexpr int COPIES = 4;
 
-// result (rows, cols) = source, whose rows are `stride` apart and contiguous: a column-major weight is its own transpose.
+// result (rows, cols) = source, whose rows are contiguous and `stride` apart: what a column-major weight is, transposed.
 template <int WIDTH, class Source, class Target>
 __global__ void __launch_bounds__(THREADS)
     cast_rows(const Source* __restrict__ source, int64_t stride, Target* __restrict__ result, int64_t rows,
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < COPIES; ++i) {
     const Source* const from = source + (row + i * WARPS) * stride + col;
-    if (row + i * WARPS < rows) in[i] = *reinterpret_cast<const Vector<Source, WIDTH>*>(from);
+    if (row + i * WARPS < rows) in[i] = load<WIDTH>(from);
   }
 #pragma unroll
   for (int i = 0; i < COPIES; ++i) {
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) out.element[j] = convert<Target>(in[i].element[j]);
     Target* const to = result + (row + i * WARPS) * cols + col;
-    if (row + i * WARPS < rows) *reinterpret_cast<Vector<Target, WIDTH>*>(to) = out;
+    if (row + i * WARPS < rows) store(to, out);
   }
 }
 
