@@ -9,14 +9,15 @@ namespace {
 constexpr int64_t TILE_ROWS = 6;
 constexpr int64_t TILE_COLS = 2 * LANES;
 // Floats of `right` that are packed at a time: 64 KiB, to stay in the second cache beside the weight that streams past.
-constexpr int64_t PACKED = 16 << 10;
+// High ranks take more, because `left` is packed anew for every so many tiles.
+constexpr int64_t PACKED = 16 << 10, FEWEST_TILES = 8;
 
 // Products that are summed before their sum joins the total: rounding grows with the length of a run.
 constexpr int64_t RUN = 128;
 
 inline int64_t packed_cols(int64_t rank) {
   const int64_t tiles = PACKED / (TILE_COLS * (rank > 0 ? rank : 1));
-  return TILE_COLS * (tiles > 1 ? tiles : 1);
+  return TILE_COLS * (tiles > FEWEST_TILES ? tiles : FEWEST_TILES);
 }
 
 int64_t subtract_workspace(int64_t rank) { return (packed_cols(rank) + TILE_ROWS) * rank; }

@@ -79,7 +79,7 @@ def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str
             return forced
     if dtype == torch.float32:
         for name in ORDER.get(weight.device.type, {}).get(verb, ()):
-            if not _reasons(name, verb, weight):
+            if name == "torch" or not _reasons(name, verb, weight):
                 return name
     return "torch"
 
