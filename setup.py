@@ -79,14 +79,12 @@ class BuildLibraries(build_ext):
         objects = self.cuda_objects() if device == "cuda" else self.cpu_objects()
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # the compiler's own driver, because Python's link command may carry another compiler's options
-        libraries = [f"-L{path}" for path in library_paths(device_type=device)]
-        libraries += [
-            "-lc10",
-            "-ltorch_cpu",
-            *(("-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt", "-lpthread") if device == "cuda" else ()),
-        ]
-        self.run_compiler([*objects, "-shared", "-o", str(target), *libraries])
+        # the compilers' own drivers, because Python's link command may carry another compiler's options; nvcc links
+        # the CUDA runtime statically, so that no version of it has to be there
+        libraries = [f"-L{path}" for path in library_paths(device_type=device)] + ["-lc10", "-ltorch_cpu"]
+        libraries += ["-ltorch_cuda"] if device == "cuda" else []
+        linker = "nvcc" if device == "cuda" else None
+        self.run_compiler([*objects, "-shared", "-o", str(target), *libraries], linker)
         say(f"built {target.name}, {target.stat().st_size >> 10} KiB")
 
     def cpu_objects(self) -> list[str]:
