@@ -125,8 +125,9 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     if target.backend == "hip" and constants.get("ARITHMETIC") == "tf32":
         constants["ARITHMETIC"] = "ieee"
     positions = {name: index for index, name in enumerate(variant.kernel.arg_names)}
-    aligned = [name for name, kind in variant.types.items() if kind.startswith("*") or kind == "i32"]
-    attributes = {(positions[name],): [["tt.divisibility", 16]] for name in aligned}
+    specialized = set(variant.types) - {"splits"}
+    aligned = [name for name in specialized if variant.types[name].startswith("*") or variant.types[name] == "i32"]
+    attributes = {(positions[name],): [["tt.divisibility", 16]] for name in sorted(aligned)}
     signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=variant.options)

@@ -61,7 +61,7 @@ __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__half value) { return __half2float(value); }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Rounds to nearest, ties to even; what equals its own narrowing is not touched, so that a NaN keeps its payload.
+// Rounds to nearest, ties to even. Between equal dtypes nothing is touched, so that a NaN keeps its payload.
 template <class To, class From>
 __device__ inline To convert(From value) {
   if constexpr (std::is_same_v<To, From>) {
@@ -76,7 +76,9 @@ __device__ inline To convert(From value) {
 }
 
 // The same value, unknown to the compiler: what depends on it is computed again instead of kept in registers.
-__device__ inline int opaque(int value) {
+template <class T>
+__device__ inline T opaque(T value) {
+  static_assert(sizeof(T) == sizeof(uint32_t));
   asm volatile("" : "+r"(value));
   return value;
 }

@@ -59,7 +59,8 @@ struct FactorTile {
   template <int THREADS>
   __device__ void fetch(const Factor& factor, int64_t outer, int64_t rank, int extent, int depth) {
     const float* const corner = factor.data + outer * factor.outer_stride + rank * factor.rank_stride;
-    const int thread = opaque(threadIdx.x);  // or the addresses of every order would be kept from slice to slice
+    // opaque, or the addresses of every order would be kept from slice to slice
+    const int thread = opaque(static_cast<int>(threadIdx.x));
     if (factor.order == Order::outer_vectors) {
       fetch_along_outer<THREADS, FLOATS>(thread, corner, 1, factor.rank_stride, extent, depth);
     } else if (factor.order == Order::outer) {

@@ -32,17 +32,32 @@ struct Slices {
   FactorTile<TILE_COLS, SLICE> right;
 };
 
-// `count` elements exist, be it none or more than N; where VECTORS is true, all N or none.
-template <bool VECTORS, class T, int N>
-__device__ void load_some(Vector<T, N>& to, const T* from, int count) {
+// 16 bytes of the weight as they were read. They stay whole until they are needed: the compiler would take the halves of
+// a word apart before the product, and so wait for the read there.
+using Packed = Vector<uint32_t, ACCESS_BYTES / sizeof(uint32_t)>;
+
+// `count` elements exist, be it none or more than there is room for; where VECTORS is true, all or none.
+template <bool VECTORS, class T>
+__device__ void load_some(Packed& to, const T* from, int count) {
   if constexpr (VECTORS) {
-    if (count > 0) to = load<N>(from);
+    if (count > 0) to = load<ACCESS_BYTES / sizeof(uint32_t)>(reinterpret_cast<const uint32_t*>(from));
   } else {
+    Vector<T, PER_ACCESS<T>> elements;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < count) to.element[i] = from[i];
+    for (int i = 0; i < PER_ACCESS<T>; ++i) {
+      if (i < count) elements.element[i] = from[i];
     }
+    memcpy(&to, &elements, sizeof(to));
   }
+}
+
+template <class T>
+__device__ Vector<T, PER_ACCESS<T>> unpack(Packed from) {
+#pragma unroll
+  for (uint32_t& word : from.element) word = opaque(word);
+  Vector<T, PER_ACCESS<T>> elements;
+  memcpy(&elements, &from, sizeof(elements));
+  return elements;
 }
 
 template <bool VECTORS, class T, int N>
@@ -113,7 +128,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   };
   const auto count = [&](int i, int access) { return row + i < height ? width - col - access * APART : 0; };
 
-  Vector<T, N> W[OWN][ACCESSES];
+  Packed W[OWN][ACCESSES];
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
 #pragma unroll
@@ -137,11 +152,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   for (int i = 0; i < OWN; ++i) {
 #pragma unroll
     for (int a = 0; a < ACCESSES; ++a) {
+      Vector<T, N> w = unpack<T>(W[i][a]);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        W[i][a].element[j] = convert<T>(fmaf(-scaling, sum[i][a * N + j], widen(W[i][a].element[j])));
+        w.element[j] = convert<T>(fmaf(-scaling, sum[i][a * N + j], widen(w.element[j])));
       }
-      store_some<VECTORS>(element(i, a), W[i][a], count(i, a));
+      store_some<VECTORS>(element(i, a), w, count(i, a));
     }
   }
 }

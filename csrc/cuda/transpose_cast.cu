@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS)
 // Rows that a thread of cast_rows copies, so that as many reads are under way.
 constexpr int COPIES = 4;
 
-// result (rows, cols) = source, whose rows are contiguous and `stride` apart: what a column-major weight is, transposed.
+// result (rows, cols) = source, whose rows are contiguous and `stride` apart: a column-major weight's transpose.
 template <int WIDTH, class Source, class Target>
 __global__ void __launch_bounds__(THREADS)
     cast_rows(const Source* __restrict__ source, int64_t stride, Target* __restrict__ result, int64_t rows,
