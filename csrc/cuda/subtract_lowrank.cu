@@ -32,8 +32,8 @@ struct Slices {
   FactorTile<TILE_COLS, SLICE> right;
 };
 
-// 16 bytes of the weight as they were read. They stay whole until they are needed: the compiler would take the halves of
-// a word apart before the product, and so wait for the read there.
+// 16 bytes of the weight as they were read. They stay whole until they are needed: the compiler would take the halves
+// of a word apart before the product, and so wait for the read there.
 using Packed = Vector<uint32_t, ACCESS_BYTES / sizeof(uint32_t)>;
 
 // `count` elements exist, be it none or more than there is room for; where VECTORS is true, all or none.
