@@ -8,7 +8,9 @@ not keep the others from running; the exit status is 1 then, and 2 without a dev
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -55,11 +57,16 @@ STEPS = (
 )
 
 
+# A path from the root of the file system, at the start of a word or after a compiler's -I or -L.
+ABSOLUTE = re.compile(r"(?:(?<![\w./~])|(?<=-[IL]))/(?:[\w.+@-]+/)*([\w.+@-]+)/?")
+
+
 def scrubbed(line: str) -> str:
-    """A line without the paths that only this machine has."""
+    """A line without the paths and the name that only this machine has; of other paths the last part stays."""
     for path, name in ((str(ROOT), "."), (str(Path.home()), "~"), (sys.prefix, "PREFIX")):
         line = line.replace(path, name)
-    return line
+    host = re.escape(socket.gethostname())
+    return ABSOLUTE.sub(r"…/\1", re.sub(rf"(?<![\w-]){host}(?![\w-])", "HOST", line))
 
 
 def run_step(step: Step, log: TextIO) -> tuple[bool, float]:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from tabulate import tabulate
@@ -29,15 +29,13 @@ from .environment import ROOT
 from .providers import Outcome
 from .rows import Row, by_case, write_row
 from .timing import interleaved, timed
+from .verb_gate import Trial, judge_all
 from .verbs import CASES, Call, VerbCase, forced
 
 # The copy that everything is held against, in bytes of one buffer: beyond every cache.
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # On a GPU a run is many launches, on weights in turn that do not fit its cache together.
 LAUNCHES, ROTATION_BYTES = 20, 256 << 20
-# Error relative to the reference verb's own. Tensor cores add with less care than float32 units do.
-OURS_LIMIT = {"cpu": 1.1, "cuda": 2.0}
-PEER_LIMIT = 4.0
 COPY = "copy"
 
 
@@ -75,25 +73,15 @@ class CopySubject(VerbSubject):
         self.launches = 1
 
 
-@dataclasses.dataclass
-class Trial:
-    """A subject's figures: its error relative to the reference verb's, and why it may not be timed."""
-
-    call: Call
-    error: float = float("nan")
-    reason: str | None = None
-
-
-def run_case(case: VerbCase, device: str, repeats: int, about: Row) -> list[Row]:
-    """Gate all subjects, time the green ones beside a copy, one row for each."""
+def run_case(
+    case: VerbCase, names: Sequence[str], device: str, repeats: int, about: Row, *, with_memory: bool
+) -> list[Row]:
+    """Gate the named subjects, time the green ones beside a copy, one row for each."""
     weight, left, right = case.inputs(device)
-    exact = case.exact(weight, left, right)
-    trials = {name: Trial(call) for name, call in case.calls(weight, left, right).items()}
+    calls = case.calls(weight, left, right)
+    trials = {name: Trial(calls[name]) for name in names}
+    judge_all(case, trials, calls["ours torch"], weight, case.exact(weight, left, right))
     inplace = case.verb == "subtract_lowrank_"
-    own = _error(trials["ours torch"].call, weight, exact)
-    for name, trial in trials.items():
-        judge(name, trial, weight, exact, own, device)
-    del exact
     green = {name: trial for name, trial in trials.items() if trial.reason is None}
     subjects: dict[str, VerbSubject] = {name: VerbSubject(trial.call, weight, inplace) for name, trial in green.items()}
     subjects[COPY] = CopySubject(device)
@@ -103,61 +91,51 @@ def run_case(case: VerbCase, device: str, repeats: int, about: Row) -> list[Row]
     chosen = f"ours {ops.backend(case.verb, weight)}"
     rows = []
     for name, trial in trials.items():
+        peak = None
+        if with_memory and name in green and _has_memory(case, name, device):
+            peak = measured_peak(trial, name, case)
         row: Row = {"case": case.name, **dataclasses.asdict(case), "device": device, "provider": name}
         row |= {"ok": trial.reason is None, "reason": trial.reason, "error_ratio": trial.error}
         row |= {"chosen": name == chosen, "bytes": case.bytes, "copy_gb_per_s": copy_rate}
-        row |= dict.fromkeys(("median_ms", "min_ms", "gb_per_s", "of_copy", "peak_extra_mib"))
-        if name in times:
+        row |= dict.fromkeys(("median_ms", "min_ms", "gb_per_s", "of_copy")) | {"peak_extra_mib": peak}
+        if trial.reason is None:
             best = times[name].min_ms / subjects[name].launches
             rate = case.bytes / best / 1e6
             row |= {"median_ms": times[name].median_ms / subjects[name].launches, "min_ms": best}
             row |= {"gb_per_s": rate, "of_copy": rate / copy_rate}
-            if device == "cpu" and inplace and name.startswith("ours") and case.columns == 16:
-                row["peak_extra_mib"] = peak_extra_mib(name.removeprefix("ours "), case.shape)
         rows.append(row | about)
     return rows
 
 
-def judge(name: str, trial: Trial, weight: Tensor, exact: Tensor, own: float, device: str) -> None:
-    """Fill in a trial's error and the reason against it, if there is one."""
+def _has_memory(case: VerbCase, name: str, device: str) -> bool:
+    return device == "cpu" and case.verb == "subtract_lowrank_" and case.columns == 16 and name.startswith("ours")
+
+
+def measured_peak(trial: Trial, name: str, case: VerbCase) -> float | None:
+    """Peak memory in a fresh process; what fails there is red."""
     try:
-        trial.error = _error(trial.call, weight, exact) / own if own else _error(trial.call, weight, exact)
-    except Exception as error:
-        trial.reason = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return
-    limit = OURS_LIMIT[device] if name.startswith("ours") else PEER_LIMIT
-    if not trial.error <= (limit if own else 0.0):
-        trial.reason = f"its error is {trial.error:.2g} times the reference verb's, above {limit}"
+        return peak_extra_mib(name.removeprefix("ours "), case)
+    except subprocess.CalledProcessError as error:
+        print(error.stderr, file=sys.stderr)
+        trial.reason = "failed in a process of its own"
+        return None
 
 
-def _error(call: Call, weight: Tensor, exact: Tensor) -> float:
-    """‖result − exact‖_F; a result that is not finite has an infinite one. A cast is right bit by bit, or wrong."""
-    result: Any = call(weight.clone())
-    result = result[1] if isinstance(result, tuple) else result
-    if result.shape != exact.shape:
-        raise ValueError(f"a result of shape {tuple(result.shape)} instead of {tuple(exact.shape)}")
-    if not bool(result.isfinite().all()):
-        return float("inf")
-    if exact.shape == weight.mT.shape and torch.equal(exact, weight.double().mT):
-        return 0.0 if torch.equal(result, weight.mT.to(result.dtype)) else float("inf")
-    return float((result.double() - exact).norm())
-
-
-def peak_extra_mib(backend: str, shape: tuple[int, int]) -> float | None:
-    """MiB beyond the weight that a bf16 subtraction of rank 16 needs on the CPU, in a fresh process."""
-    command = [sys.executable, "-m", "bench.kernels", "--memory", backend, *map(str, shape)]
+def peak_extra_mib(backend: str, case: VerbCase) -> float | None:
+    """MiB beyond the weight that a subtraction needs on the CPU, in a fresh process."""
+    command = [sys.executable, "-m", "bench.kernels", "--memory", backend, json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | memory.MALLOC, capture_output=True, text=True, check=True)
     peak: float | None = json.loads(done.stdout.splitlines()[-1])
     return peak
 
 
-def measure_memory(backend: str, shape: tuple[int, int]) -> float | None:
+def measure_memory(backend: str, case: VerbCase) -> float | None:
     """The child's part of :func:`peak_extra_mib`."""
-    case = VerbCase("subtract_lowrank_", shape, columns=16)
     weight, left, right = case.inputs("cpu")
+    small = weight[:512, :512].clone(), left[:512].clone(), right[:, :512].clone()
     with forced(backend):
-        ops.subtract_lowrank_(weight[:512, :512].clone(), left[:512].clone(), right[:, :512].clone(), 1.0)
-        return memory.peak_of(lambda: ops.subtract_lowrank_(weight, left, right, 1.0))
+        ops.subtract_lowrank_(*small, 1.0, case.fan_in_fan_out)
+        return memory.peak_of(lambda: ops.subtract_lowrank_(weight, left, right, 1.0, case.fan_in_fan_out))
 
 
 def cold_seconds(backend: str, device: str, cache: str) -> tuple[float, float]:
@@ -208,18 +186,29 @@ def table(rows: list[Row], style: str = "simple") -> str:
     return cast(str, tabulate(lines, headers, tablefmt=style, disable_numparse=True, colalign=alignment))
 
 
-def select(only: str) -> list[VerbCase]:
-    """Cases in whose name ``only`` is found."""
-    return [case for case in CASES if re.search(only, case.name)]
+def select(only: str, device: str) -> list[tuple[VerbCase, list[str]]]:
+    """Cases, each with those of its providers for which ``only`` is found in "case/provider"."""
+    pattern = re.compile(only)
+    found = [(case, [n for n in case.providers(device) if pattern.search(f"{case.name}/{n}")]) for case in CASES]
+    return [(case, names) for case, names in found if names]
 
 
-def run_suite(cases: Sequence[VerbCase], out: Path, *, device: str, repeats: int, append: bool, about: Row) -> bool:
-    """Measure the cases into ``out``; whether all was green."""
+def run_suite(
+    chosen: Sequence[tuple[VerbCase, list[str]]],
+    out: Path,
+    *,
+    device: str,
+    repeats: int,
+    append: bool,
+    about: Row,
+    with_memory: bool = True,
+) -> bool:
+    """Measure the chosen into ``out``; whether all was green."""
     green = True
     with out.open("a" if append else "w", encoding="utf-8") as file:
-        for case in cases:
+        for case, names in chosen:
             print(case.name, file=sys.stderr, flush=True)
-            for row in run_case(case, device, repeats, about):
+            for row in run_case(case, names, device, repeats, about, with_memory=with_memory):
                 write_row(file, row)
                 green &= bool(row["ok"])
     return green
@@ -229,11 +218,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--cold", action="store_true", help="time the first calls of fresh processes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--memory", nargs=3, metavar=("BACKEND", "ROWS", "COLS"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, metavar=("BACKEND", "CASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
-        backend, rows, cols = arguments.memory
-        print(json.dumps(measure_memory(backend, (int(rows), int(cols)))))
+        backend, fields = arguments.memory
+        print(json.dumps(measure_memory(backend, VerbCase(**json.loads(fields)))))
     elif arguments.cold:
         print(cold(arguments.device))
     else:

@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.suite == KERNELS:
         settings = {"device": arguments.device, "repeats": arguments.repeats, "append": arguments.append}
+        settings["with_memory"] = not arguments.no_memory
         green = kernels.run_suite(arguments.chosen, out, **settings, about=about)
         print(kernels.table(read_rows(out)))
         return 0 if green else 1
@@ -167,7 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("this torch sees no CUDA device")
     try:
         if arguments.suite == KERNELS:
-            arguments.chosen = kernels.select(arguments.only)
+            arguments.chosen = kernels.select(arguments.only, arguments.device)
         else:
             arguments.chosen = select(arguments.suite, arguments.only)
     except re.error as error:

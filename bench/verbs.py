@@ -58,6 +58,18 @@ class VerbCase:
         panels = {"matmul": n + m, "rmatmul": m + n, "normal": 2 * n + m}[self.verb]
         return weight + 4 * self.columns * panels
 
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of what the verb returns."""
+        if self.verb == "transpose_cast":
+            return DTYPES[self.target]
+        return DTYPES[self.dtype] if self.verb == "subtract_lowrank_" else torch.float32
+
+    def providers(self, device: str) -> list[str]:
+        """Names of those that are measured there; nothing is drawn or run."""
+        weight = torch.empty(self.shape, dtype=DTYPES[self.dtype], device=device)
+        return list(self.calls(weight, weight, weight))
+
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, and the panel or B, and A; drawn on the CPU, so that every device gets the same."""
         generator = torch.Generator().manual_seed(0)
@@ -69,17 +81,18 @@ class VerbCase:
         right = torch.randn(self.columns, in_features, generator=generator)
         return weight.to(device), left.to(device), right.to(device)
 
-    def exact(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """The result in float64; of ``normal`` the second half."""
+    def exact(self, weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        """The result in float64; of ``normal`` both halves."""
         W = weight.double()
         if self.verb == "transpose_cast":
-            return W.mT
+            return (W.mT,)
         if self.verb == "subtract_lowrank_":
             product = left.double() @ right.double()
-            return W - SCALING * (product.mT if self.fan_in_fan_out else product)
+            return (W - SCALING * (product.mT if self.fan_in_fan_out else product),)
         if self.verb == "rmatmul":
-            return W.mT @ left.double()
-        return W @ left.double() if self.verb == "matmul" else W.mT @ (W @ left.double())
+            return (W.mT @ left.double(),)
+        Y = W @ left.double()
+        return (Y,) if self.verb == "matmul" else (Y, W.mT @ Y)
 
     def calls(self, weight: Tensor, left: Tensor, right: Tensor) -> dict[str, Call]:
         """By name: "ours csrc" and so on for the backends that do not refuse, "torch …" for its spellings."""

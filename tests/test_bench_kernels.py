@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, kernels, run, search
+from bench import gpu, kernels, run, search, verb_gate
 from bench.rows import read_rows
 from bench.verbs import CASES, VerbCase
 from pissa_kernels import ops
@@ -64,7 +64,24 @@ def test_every_backend_that_can_is_measured(tmp_path: Path) -> None:
     assert TINY[0].name in text
 
 
-@pytest.mark.parametrize("wrong", ["garbage", "nan", "shape", "raises"])
+def test_an_element_that_nobody_writes_shows() -> None:
+    case = TINY[0]
+    weight, left, right = case.inputs("cpu")
+    seen = []
+
+    def all_but_the_last_row(W: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(W.mT.shape, dtype=torch.float32)
+        seen.append(bool(out.isnan().all()))
+        out[:-1].copy_(W.mT[:-1])
+        return out
+
+    before = torch.are_deterministic_algorithms_enabled()
+    assert verb_gate.errors(case, all_but_the_last_row, weight, case.exact(weight, left, right)) == [float("inf")]
+    assert seen == [True]
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+@pytest.mark.parametrize("wrong", ["garbage", "nan", "shape", "dtype", "strides", "raises"])
 def test_a_wrong_backend_gets_a_reason_and_no_times(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,11 +89,13 @@ def test_a_wrong_backend_gets_a_reason_and_no_times(
         "garbage": lambda W, dtype: reference.transpose_cast(W, dtype) + 1e-3,
         "nan": lambda W, dtype: reference.transpose_cast(W, dtype).fill_(float("nan")),
         "shape": lambda W, dtype: W.to(dtype),
+        "dtype": lambda W, dtype: W.mT.contiguous(),
+        "strides": lambda W, dtype: W.to(dtype).mT,
     }
 
     def body(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if wrong == "raises":
-            raise RuntimeError("no such kernel")
+            raise RuntimeError(f"no such kernel in {Path.home()}")
         return results[wrong](weight, dtype)
 
     triton = pytest.importorskip("pissa_kernels.ops.triton")
@@ -87,9 +106,58 @@ def test_a_wrong_backend_gets_a_reason_and_no_times(
     rows = {row["provider"]: row for row in read_rows(out)}
     assert not rows["ours triton"]["ok"]
     assert rows["ours triton"]["reason"]
+    assert "/" not in rows["ours triton"]["reason"], "an exception's message may hold paths"
     assert rows["ours triton"]["min_ms"] is None
     assert rows["ours torch"]["ok"]
     assert "red: " in kernels.table(list(rows.values()))
+
+
+def test_both_halves_of_normal_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("pissa_kernels.ops.triton")
+    right = reference.normal
+
+    def wrong_first_half(weight: torch.Tensor, X: torch.Tensor, pieces: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+        Y, Z = right(weight, X)
+        return Y + 1e-3, Z
+
+    monkeypatch.setattr(triton, "normal", wrong_first_half)
+    monkeypatch.setattr(triton, "refusals", lambda verb, weight: [])
+    out = tmp_path / "rows.jsonl"
+    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "^normal"]) == 1
+    assert {row["provider"]: row["ok"] for row in read_rows(out)}["ours triton"] is False
+
+
+def test_a_reference_that_fails_makes_all_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(reference, "transpose_cast", fails)
+    out = tmp_path / "rows.jsonl"
+    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "^transpose"]) == 1
+    rows = read_rows(out)
+    assert rows
+    assert all(row["min_ms"] is None and "reference verb failed" in row["reason"] for row in rows)
+
+
+def test_only_chooses_among_providers(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "^matmul.*/ours torch$"]) == 0
+    assert [(row["verb"], row["provider"]) for row in read_rows(out)] == [("matmul", "ours torch")]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_memory_is_that_of_the_row_and_can_be_left_out(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = VerbCase("subtract_lowrank_", (40, 24), "fp32", columns=16, fan_in_fan_out=True)
+    measured = []
+    monkeypatch.setattr(kernels, "CASES", (case,))
+    monkeypatch.setattr(kernels, "peak_extra_mib", lambda backend, which: measured.append((backend, which)) or 1.5)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "ours torch"]
+    assert run.main([*arguments, *(() if asked else ("--no-memory",))]) == 0
+    assert measured == ([("torch", case)] if asked else [])
+    assert [row["peak_extra_mib"] for row in read_rows(out)] == ([1.5] if asked else [None])
 
 
 def test_only_must_leave_something(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,10 +172,14 @@ def test_names_tell_cases_apart() -> None:
 
 
 def test_memory_of_a_subtraction_is_measured() -> None:
-    peak = kernels.peak_extra_mib("torch", (1024, 1024))
+    half, single = (VerbCase("subtract_lowrank_", (2048, 2048), dtype, columns=16) for dtype in ("bf16", "fp32"))
+    peak = kernels.peak_extra_mib("torch", half)
     if peak is None:
         pytest.skip("the system does not tell")
-    assert 0 <= peak < 16
+    assert 3 < peak < 16, "a block of 4 MiB is widened"
+    alone = kernels.peak_extra_mib("torch", single)
+    assert alone is not None
+    assert alone < 3, "float32 needs no block"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -136,6 +208,13 @@ def test_a_red_step_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Capt
     summary = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[1] for line in summary] == ["RED", "RED", "green"]
     assert gpu.run(steps[2:], log)
+
+
+def test_the_log_names_no_host_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.socket, "gethostname", lambda: "node-7")
+    line = f"node-7: -I/usr/local/cuda/include {gpu.ROOT}/csrc/a.cu ({Path.home()}/x) /tmp/y.o:3 at 3 GB/s, a/b node-77"
+    expected = "HOST: -I…/include ./csrc/a.cu (~/x) …/y.o:3 at 3 GB/s, a/b node-77"
+    assert gpu.scrubbed(line) == expected
 
 
 def test_the_gpu_run_takes_less_than_eight_minutes() -> None:
@@ -184,6 +263,11 @@ def test_the_search_keeps_what_is_correct(monkeypatch: pytest.MonkeyPatch) -> No
     entry = launch.read(launch.DEFAULT)["product"][0]
     winner = search.best("product", entry, "cpu")
     assert winner in list(search.candidates("product", entry["parameters"]))
+    with monkeypatch.context() as patch:
+        triton = pytest.importorskip("pissa_kernels.ops.triton")
+        patch.setattr(triton, "matmul", lambda W, X, pieces=3: W.new_full((len(W), X.shape[1]), float("nan")))
+        with pytest.raises(RuntimeError, match="no candidate is correct"):
+            search.best("product", entry, "cpu")
     monkeypatch.setattr(search, "LIMIT", 0.0)
     with pytest.raises(RuntimeError, match="no candidate is correct"):
         search.best("product", entry, "cpu")
