@@ -155,13 +155,17 @@ def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def as_stored(weight: Tensor, lora_B: Tensor, lora_A: Tensor, fan_in_fan_out: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A view of the weight with contiguous rows where it has any, and the factors (rows, r) and (r, cols) of it."""
+    view, left, right = (weight.mT, lora_B, lora_A) if fan_in_fan_out else (weight, lora_B, lora_A)
+    return (view.mT, right.mT, left.mT) if is_column_major(view) else (view, left, right)
+
+
 def subtract_lowrank_(
     weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float, fan_in_fan_out: bool = False
 ) -> Tensor:
     """W −= s·B·A in place; see :func:`pissa_kernels.ops.subtract_lowrank_`."""
-    view, left, right = (weight.mT, lora_B, lora_A) if fan_in_fan_out else (weight, lora_B, lora_A)
-    if is_column_major(view):
-        view, left, right = view.mT, right.mT, left.mT
+    view, left, right = as_stored(weight, lora_B, lora_A, fan_in_fan_out)
     for start, stop, block in row_blocks(view, torch.float32):
         block.addmm_(left[start:stop], right, alpha=-scaling)
         if block is not view:

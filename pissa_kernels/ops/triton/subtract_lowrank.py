@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import is_column_major
+from ..reference import as_stored
 from .launch import parameters
 from .pieces import arithmetic, multiply_floats
 
@@ -71,9 +71,7 @@ def subtract_lowrank_(
     weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float, fan_in_fan_out: bool = False
 ) -> Tensor:
     """W −= s·B·A in place; see :func:`pissa_kernels.ops.subtract_lowrank_`."""
-    view, left, right = (weight.mT, lora_B, lora_A) if fan_in_fan_out else (weight, lora_B, lora_A)
-    if is_column_major(view):
-        view, left, right = view.mT, right.mT, left.mT
+    view, left, right = as_stored(weight, lora_B, lora_A, fan_in_fan_out)
     rows, cols = view.shape
     rank = left.shape[1]
     if view.numel() == 0 or rank == 0:
@@ -82,6 +80,7 @@ def subtract_lowrank_(
     tiles = triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
     strides = (*view.stride(), *left.stride(), *right.stride())
     with torch.cuda.device_of(weight):
+        # the pieces of both factors are bf16, whatever the weight is
         kernel[(tiles,)](
             view, left, right, scaling, rows, cols, rank, *strides, ARITHMETIC=arithmetic(torch.bfloat16), **launch
         )
