@@ -51,7 +51,7 @@ BUILD = Step(
 STEPS = (
     Step("tests", python("-m", "pytest", "-q", "tests/gpu", "tests/test_backends.py"), 150),
     Step("kernels", bench("kernels", "--repeats", "10"), 60),
-    Step("engine", bench("engine", "--repeats", "3", "--no-memory"), 110),
+    Step("engine", bench("engine", "--repeats", "3", "--no-memory"), 100),
     Step("real model", bench("real", "--repeats", "3", "--no-memory"), 60),
     Step("first calls", python("-m", "bench.kernels", "--cold", "--device", "cuda"), 25),
 )
@@ -75,7 +75,7 @@ def run_step(step: Step, log: TextIO) -> tuple[bool, float]:
     print(f"\n== {step.name}: {scrubbed(' '.join(step.command))}", file=log, flush=True)
     print(f"\n== {step.name}", flush=True)
     environment = os.environ | dict(step.environment)
-    command = ["timeout", str(step.limit), *step.command]
+    command = ["timeout", "--kill-after=5", str(step.limit), *step.command]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as child:
