@@ -19,7 +19,7 @@ BACKENDS = ("csrc", "triton", "torch")
 MEMORY_BOUND = ("transpose_cast", "subtract_lowrank_")
 PRODUCTS = ("matmul", "rmatmul", "normal")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    # csrc, where it was built, takes 0.3 to 1.0 of torch's time here; products are BLAS's.
+    # csrc, where it was built, takes 0.5 to 1.1 of torch's time here; products are BLAS's.
     # Triton runs on the CPU under its interpreter, which is for tests: never by itself.
     "cpu": dict.fromkeys(MEMORY_BOUND, ("csrc", "torch")) | dict.fromkeys(PRODUCTS, ("torch",)),
     # By estimate, not yet by figures: one read and one write of W against three or more of torch. csrc first, because
