@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}
 OFFSETS = """
 from bench.compiled import TARGETS, compiled, variants
 for variant in variants():
-    if ("16" in variant.name or "r16" in variant.name):
+    if "16" in variant.name:
         print("KERNEL", variant.name)
         print(compiled(variant, TARGETS["sm_90"]).asm["ttir"])
 """

@@ -82,7 +82,7 @@ def rmatmul(weight: Tensor, Y: Tensor, *, pieces: int = 3) -> Tensor:
         weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
         Y: (m, k), or (batch, m, k), in float32, or float64 for a product in double precision; same device.
         pieces: bf16 pieces (1, 2 or 3) that tensor cores see the panel as: an error of 2⁻⁹, 2⁻¹⁷ or
-            float32's own, relative to |W|·|X|. A backend without such arithmetic is as good as 3 with any.
+            float32's own, relative to |Wᵀ|·|Y|. A backend without such arithmetic is as good as 3 with any.
 
     Returns:
         (n, k), or (batch, n, k), in the dtype of ``Y``, contiguous.
