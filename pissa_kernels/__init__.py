@@ -6,8 +6,9 @@ no Triton, no question to a GPU.
 
 from . import ops
 from .decompose import Decomposition, decompose
-from .init import LayerReport, pissa_init
+from .init import pissa_init
 from .peft import PatchedPeft, patch_peft, unpatch_peft
+from .report import LayerReport
 from .svd import Certificate, TruncatedSVD, truncated_svd
 
 __version__ = "0.1.0"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .init import LayerReport
 from .peft import patch_peft
+from .report import LayerReport
 from .svd import exact_arithmetic
 from .verify import UNIT_ROUNDOFF, captured_energies, lora_layers, worst_reconstruction
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,28 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import ops
 from .checks import check_rank, check_weight, parse_init
 from .decompose import Factors, principal_factors
-from .svd import Certificate, exact_arithmetic
-
-
-@dataclass(frozen=True, eq=False)
-class LayerReport:
-    """What was done to one layer.
-
-    Attributes:
-        name: the module's name in the model, or its class where the model is not known.
-        shape: (out, in) of the weight as the adapter sees it.
-        rank: r.
-        certificate: of the SVD.
-        seconds: wall time of checking, decomposing and writing back.
-        singular_values: (r,) float32 on the CPU, descending; the scaling is not applied.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rank: int
-    certificate: Certificate
-    seconds: float
-    singular_values: Tensor
+from .report import LayerReport
+from .svd import exact_arithmetic
 
 
 def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
@@ -100,6 +79,10 @@ def initialize(
         certificate=factors.certificate,
         seconds=time.perf_counter() - began,
         singular_values=factors.singular_values.cpu(),
+        dtype=weight.dtype,
+        scaling=scaling,
+        init=init,
+        seed=seed,
     )
 
 

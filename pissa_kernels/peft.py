@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from .init import LayerReport, initialize
+from .init import initialize
+from .report import LayerReport
 
 _lock = threading.RLock()
 _active: list[PatchedPeft] = []
