@@ -103,20 +103,27 @@ def measure(provider: Provider, outcome: Outcome, weight: Tensor, rank: int, tru
     lora_A, lora_B, residual = outcome.lora_A.double(), outcome.lora_B.double(), outcome.residual.double()
     remainder = truth.weight - SCALING * (lora_B @ lora_A)
     total = float(truth.weight.square().sum())
-    error = (remainder - residual).abs()
-    dtype = outcome.residual.dtype
-    # the one rounding to the weight's dtype; then rank + 1 float32 operations for each element before it
-    allowed = UNIT_ROUNDOFF[dtype] * residual.abs() + SMALLEST_SUBNORMAL[dtype]
-    magnitude = truth.weight.abs() + SCALING * (lora_B.abs() @ lora_A.abs())
-    allowed += (rank + 3) * UNIT_ROUNDOFF[torch.float32] * magnitude
+    error = remainder - residual
     return Accuracy(
         energy_deficit=energy_deficit,
         adapter_deficit=subspace_deficit(truth.weight, outcome.lora_A, optimum),
         residual_deficit=1 - (total - float(remainder.square().sum())) / optimum,
         reconstruction=float(error.square().sum().sqrt()) / math.sqrt(total),
-        rounding=float((error / allowed).amax()),
+        rounding=rounding_error(truth.weight, outcome.residual, lora_B, lora_A, SCALING),
         certificate=certificate,
     )
+
+
+def rounding_error(weight: Tensor, residual: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float) -> float:
+    """max |W − W_res − s·B·A| over what the one rounding of the residual to its dtype explains; W in float64.
+
+    Besides it rank + 1 float32 operations come before it for each element.
+    """
+    B, A, stored = lora_B.double(), lora_A.double(), residual.double()
+    allowed = UNIT_ROUNDOFF[residual.dtype] * stored.abs() + SMALLEST_SUBNORMAL[residual.dtype]
+    magnitude = weight.abs() + scaling * (B.abs() @ A.abs())
+    allowed += (len(A) + 3) * UNIT_ROUNDOFF[torch.float32] * magnitude
+    return float(((weight - stored - scaling * (B @ A)).abs() / allowed).amax())
 
 
 def subspace_deficit(weight: Tensor, rows: Tensor, optimum: float) -> float:

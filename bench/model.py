@@ -1,0 +1,316 @@
+"""``python -m bench.model``: a whole ``get_peft_model`` on a Llama-shaped model, gate → time → memory → row.
+
+Every weight has the spectrum of a real projection (:mod:`bench.spectra`). The model is never run: what is timed is the
+injection of an adapter into all its linear layers, as a user calls it. The layers are judged one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import pissa_kernels as pk
+from pissa_kernels.verify import lora_layers
+
+from . import environment, gate, memory
+from .cases import DTYPES
+from .providers import Subject
+from .rows import Row, read_rows, write_row
+from .run import RESULTS
+from .spectra import synthetic_weight
+from .table import table
+from .timing import Times, interleaved, timed
+
+# Where each projection's spectrum is taken from.
+SPECTRA = {
+    "q_proj": "attention.self.query",
+    "k_proj": "attention.self.key",
+    "v_proj": "attention.self.value",
+    "o_proj": "attention.output.dense",
+    "gate_proj": "intermediate.dense",
+    "up_proj": "intermediate.dense",
+    "down_proj": "output.dense",
+}
+OURS = "ours pissa"
+# By provider: what init_lora_weights says, and patch_peft's arguments; None for stock PEFT.
+PROVIDERS: dict[str, tuple[str | bool, dict[str, Any] | None]] = {
+    OURS: ("pissa", {}),
+    "ours pissa, one by one": ("pissa", {"batch": False}),
+    "peft pissa_niter_4": ("pissa_niter_4", None),
+    "peft pissa": ("pissa", None),
+    "peft plain LoRA": (True, None),
+}
+STANDARD = (OURS, "ours pissa, one by one", "peft pissa_niter_4", "peft plain LoRA")
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A Llama-shaped model and the rank of its adapter; grouped-query attention with an eighth of the width."""
+
+    layers: int = 22
+    width: int = 2048
+    inner: int = 5632
+    rank: int = 16
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        return f"llama-{self.layers}x{self.width}x{self.inner}-r{self.rank}-{self.dtype}"
+
+    def build(self) -> Any:
+        """The model on the CPU. Embeddings and norms are zeros: nobody reads them."""
+        import transformers
+
+        config = transformers.LlamaConfig(
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.width // 64,
+            num_key_value_heads=self.width // 512,
+            vocab_size=32000,
+            tie_word_embeddings=False,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config).to(DTYPES[self.dtype])
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return model
+
+    def fill(self, model: Any) -> None:
+        """Give every projection its weight."""
+        for index, (name, module) in enumerate(targets(model)):
+            depth, projection = int(name.split(".")[2]), name.rpartition(".")[2]
+            source = f"encoder.layer.{depth % 6}.{SPECTRA[projection]}.weight"
+            m, n = module.weight.shape
+            module.weight.data.copy_(synthetic_weight((m, n), "real-like", source=source, seed=index))
+
+
+def targets(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Name and module of every projection."""
+    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in SPECTRA]
+
+
+class Base:
+    """A base model that all providers share, and the weights that it starts from."""
+
+    def __init__(self, case: ModelCase) -> None:
+        self.case = case
+        self.model = case.build()
+        case.fill(self.model)
+        self.pristine = {name: module.weight.data.clone() for name, module in targets(self.model)}
+        self.adapted: Any = None
+
+    def restore(self) -> None:
+        """Unwrap the model and put its weights back."""
+        if self.adapted is not None:
+            self.adapted.unload()
+            self.adapted = None
+        for name, module in targets(self.model):
+            module.weight.data.copy_(self.pristine[name])
+        torch.manual_seed(0)  # PEFT draws its sketch from the global state
+
+
+class Injection:
+    """One provider's ``get_peft_model``: a subject of :mod:`bench.timing`.
+
+    Args:
+        base: the model.
+        provider: a key of :data:`PROVIDERS`.
+    """
+
+    def __init__(self, base: Base, provider: str) -> None:
+        self.base = base
+        self.init, self.settings = PROVIDERS[provider]
+
+    def restore(self) -> None:
+        self.base.restore()
+
+    def run(self) -> None:
+        rank = self.base.case.rank
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=self.init, target_modules=sorted(SPECTRA))
+        with contextlib.nullcontext() if self.settings is None else pk.patch_peft(**self.settings):
+            self.base.adapted = peft.get_peft_model(self.base.model, config)
+
+    def outcome(self) -> Any:
+        return None  # the layers are judged by :func:`worst_deficit`, one at a time
+
+
+def worst_deficit(base: Base) -> tuple[float, float]:
+    """Over all layers, the largest energy deficit of the rows of A as stored, and error in units of its rounding.
+
+    The second is max |W − W_res − s·B·A| over what the one rounding of the residual and the float32 product explain.
+    """
+    deficit = error = 0.0
+    for name, layer in lora_layers(base.adapted):
+        truth = gate.reference(base.pristine[name])
+        A, B = (factor["default"].weight.detach() for factor in (layer.lora_A, layer.lora_B))
+        residual = layer.get_base_layer().weight.detach()
+        deficit = max(deficit, gate.subspace_deficit(truth.weight, A, truth.optimum(len(A))))
+        error = max(error, gate.rounding_error(truth.weight, residual, B, A, layer.scaling["default"]))
+    return deficit, error
+
+
+def run_case(case: ModelCase, providers: Sequence[str], *, repeats: int, with_memory: bool) -> list[Row]:
+    """Gate all providers, time the green ones, measure their memory; one row each."""
+    base = Base(case)
+    subjects = {name: Injection(base, name) for name in providers}
+    first = {name: timed(subject, "cpu") for name, subject in subjects.items()}
+    figures, reasons = {}, {}
+    for name, subject in subjects.items():
+        timed(subject, "cpu")  # again: the last one ran on the same model
+        if subject.init is not True:
+            figures[name] = worst_deficit(base)
+        reasons[name] = refusal(name, *figures.get(name, (0.0, 0.0)))
+    green: dict[str, Subject] = {name: subject for name, subject in subjects.items() if reasons[name] is None}
+    times = interleaved(green, first, repeats, "cpu")
+    peaks = measure_memory(base, list(green)) if with_memory else {}
+    return [
+        make_row(case, name, reasons[name], figures.get(name), times.get(name), peaks.get(name)) for name in subjects
+    ]
+
+
+def refusal(provider: str, deficit: float, error: float) -> str | None:
+    """Why a provider may not be timed, or None."""
+    ours = provider.startswith("ours")
+    limit = gate.PISSA_LIMIT if ours else gate.BASELINE_LIMIT
+    if not deficit <= limit:
+        return f"energy deficit {deficit:.1e} is above {limit:.1e}"
+    if ours and not error <= 1:
+        return f"reconstruction error, in units of the allowed rounding, {error:.1e} is above 1"
+    return None
+
+
+def measure_memory(base: Base, providers: Sequence[str]) -> dict[str, float]:
+    """MiB that ``get_peft_model`` adds to the process at its peak, the adapter included, in a process of its own."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pt"
+        torch.save(base.pristine, path)
+        for name in providers:
+            command = [sys.executable, "-m", "bench.model", "--child", name, str(path)]
+            command += [f"--{key}={value}" for key, value in dataclasses.asdict(base.case).items()]
+            environ = dict(os.environ) | memory.MALLOC
+            done = subprocess.run(
+                command, cwd=environment.ROOT, env=environ, capture_output=True, text=True, check=True
+            )
+            peaks[name] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+def child(case: ModelCase, provider: str, path: str) -> float | None:
+    """The part of that process: warm up on a small model, then the measurement."""
+    small = Base(ModelCase(1, 512, 1536, min(case.rank, 16), case.dtype))
+    Injection(small, provider).run()
+    base = Base.__new__(Base)
+    base.case, base.model, base.adapted = case, case.build(), None
+    for name, module in targets(base.model):
+        module.weight.data.copy_(torch.load(path, mmap=True, weights_only=True)[name])
+    return memory.peak_of(Injection(base, provider).run)
+
+
+def make_row(
+    case: ModelCase,
+    provider: str,
+    reason: str | None,
+    figures: tuple[float, float] | None,
+    times: Times | None,
+    peak: float | None,
+) -> Row:
+    """One line of the results."""
+    row: Row = {"case": case.name, **dataclasses.asdict(case), "device": "cpu", "provider": provider}
+    row |= {"ok": reason is None, "reason": reason}
+    no_times = dict.fromkeys((field.name for field in dataclasses.fields(Times)), None) | {"repeats": 0}
+    row |= dataclasses.asdict(times) if times else no_times
+    adapter = sum(
+        case.rank * sum(module.weight.shape) * 4 for _, module in targets(ModelCase(**dataclasses.asdict(case)).build())
+    )
+    deficit, error = figures or (None, None)
+    return row | {
+        "peak_extra_mib": peak,
+        "adapter_mib": adapter / 2**20,
+        "energy_deficit": deficit,
+        "rounding": error,
+    }
+
+
+def cases(arguments: argparse.Namespace) -> list[ModelCase]:
+    """The model asked for; with ``--sweep`` also fewer layers, and the same layers at smaller widths."""
+    whole = ModelCase(arguments.layers, arguments.width, arguments.inner, arguments.rank, arguments.dtype)
+    if not arguments.sweep:
+        return [whole]
+    fewer = [dataclasses.replace(whole, layers=layers) for layers in (1, 2, 4, 8) if layers < whole.layers]
+    narrower = [
+        dataclasses.replace(whole, layers=4, width=whole.width // part, inner=whole.inner // part)
+        for part in (4, 2)
+        if whole.width % (512 * part) == 0
+    ]
+    return [*narrower, *fewer, whole]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.child:
+        [case] = cases(arguments)
+        print(json.dumps(child(case, *arguments.child)))
+        return 0
+    about: Row = {
+        "machine": environment.machine("cpu"),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    green = True
+    with arguments.out.open("a" if arguments.append else "w", encoding="utf-8") as file:
+        for case in cases(arguments):
+            print(case.name, file=sys.stderr, flush=True)
+            for row in run_case(
+                case, arguments.providers, repeats=arguments.repeats, with_memory=not arguments.no_memory
+            ):
+                write_row(file, row | about)
+                green &= row["ok"]
+    print(table(read_rows(arguments.out), "simple"))
+    return 0 if green else 1
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    default = ModelCase()
+    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
+    for field in dataclasses.fields(ModelCase):
+        kind = str if field.name == "dtype" else int
+        parser.add_argument(f"--{field.name}", type=kind, default=getattr(default, field.name))
+    parser.add_argument("--sweep", action="store_true", help="also fewer layers and smaller widths")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=STANDARD)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each provider (3)")
+    parser.add_argument("--out", type=Path, metavar="FILE", default=RESULTS / "model-cpu.jsonl")
+    parser.add_argument("--append", action="store_true", help="keep the rows that the file has")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.dtype not in DTYPES:
+        parser.error(f"--dtype is one of {', '.join(DTYPES)}")
+    if arguments.width % 512:
+        parser.error("--width is a multiple of 512: heads of 64, eight to a key")
+    if min(arguments.layers, arguments.inner, arguments.rank, arguments.repeats) < 1:
+        parser.error("numbers are 1 or more")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
