@@ -8,7 +8,7 @@ from . import ops
 from .decompose import Decomposition, decompose
 from .init import pissa_init
 from .peft import PatchedPeft, patch_peft, unpatch_peft
-from .report import LayerReport
+from .report import LayerReport, Report
 from .svd import Certificate, TruncatedSVD, truncated_svd
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "Decomposition",
     "LayerReport",
     "PatchedPeft",
+    "Report",
     "TruncatedSVD",
     "decompose",
     "ops",

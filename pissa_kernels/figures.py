@@ -11,7 +11,7 @@ from .report import LayerReport
 
 # Longer labels lose their beginning: their end tells more.
 LABEL_LENGTH = 36
-COLUMNS = 4
+COLUMNS = (4, 3)
 PANEL_WIDTH, PANEL_HEIGHT, LINE = 2.6, 2.0, 0.17  # inches
 # viridis's yellow end is too light for a line on white
 LIGHTEST_LINE = 0.88
@@ -61,8 +61,10 @@ def panels(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    columns = min(COLUMNS, len(grid.projections))
-    rows = math.ceil(len(grid.projections) / columns)
+    # the widest grid, or the one that leaves fewer corners empty
+    count = len(grid.projections)
+    columns = min(count, min(COLUMNS, key=lambda width: -count % width) if count > max(COLUMNS) else count)
+    rows = math.ceil(count / columns)
     height = PANEL_HEIGHT * rows + LINE * (lines_below + (rows if notes else 0)) + 0.9
     figure = new_figure(max(5.6, PANEL_WIDTH * columns + 1.1), height)
     cells = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
@@ -88,7 +90,7 @@ def panels(
             cell.tick_params(labelbottom=True)
             cell.set_xlabel(index_label, fontsize=9)
     cells[0].set_xlim(0.5, 1.01 * max(layer.rank for layer in grid.layers.values()) + 0.49)
-    cells[0].xaxis.get_major_locator().set_params(integer=True)
+    cells[0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _depth_bar(figure, list(axes.values()), grid, colours)
     return figure, axes
 
@@ -116,7 +118,7 @@ def _depth_bar(figure: Any, axes: Sequence[Any], grid: Grid, colours: Mapping[in
     norm = BoundaryNorm([index - 0.5 for index in range(len(depths) + 1)], len(depths))
     shades = ScalarMappable(norm, ListedColormap([colours[depth] for depth in depths]))
     shown = range(0, len(depths), math.ceil(len(depths) / DEPTH_LABELS))
-    bar = figure.colorbar(shades, ax=axes, fraction=0.03, pad=0.02, aspect=max(12, 12 * len(axes) // COLUMNS))
+    bar = figure.colorbar(shades, ax=axes, fraction=0.03, pad=0.02, aspect=max(12, 3 * len(axes)))
     bar.set_ticks(list(shown), labels=[str(depths[index]) for index in shown])
     bar.ax.tick_params(labelsize=8, length=0, which="both")
     bar.outline.set_visible(False)

@@ -63,15 +63,16 @@ def split_names(names: Iterable[str]) -> list[Place]:
 
 
 def row_labels(places: Sequence[Place]) -> list[str]:
-    """What to call each place's projection: with the part of its stack that tells it from the others, if there are any.
+    """What to call each place's projection, or its stack where it has none.
 
-    Two places of the same label and depth would hide one another in a picture; the second gets " (2)".
+    Where there are several stacks, with the part of the stack that tells it from the others. Two places of the same
+    label and depth would hide one another in a picture; the second gets " (2)".
     """
     stacks = list(dict.fromkeys(place.stack for place in places if place.depth is not None))
     short = dict(zip(stacks, _distinct_parts(stacks), strict=True))
     labels, seen = [], defaultdict[tuple[str, "int | None"], int](int)
     for place in places:
-        label = place.projection or place.stack
+        label = place.projection or place.stack or "layer"
         if place.depth is not None and len(stacks) > 1 and place.projection:
             label = f"{short[place.stack]}: {label}"
         seen[label, place.depth] += 1

@@ -115,8 +115,10 @@ def _label_cells(axes: Any, grid: Grid, labels: Sequence[str]) -> None:
     shown = [
         (column, "–" if depth is None else str(depth))
         for column, depth in enumerate(grid.depths)
-        if depth is None or column % every == 0
+        if column % every == 0 or depth is None
     ]
+    if grid.depths == [None]:
+        shown = []
     axes.set_xticks([column for column, _ in shown], [text for _, text in shown], fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
     axes.set_xticks(np.arange(0.5, len(grid.depths) - 1), minor=True)
@@ -125,5 +127,5 @@ def _label_cells(axes: Any, grid: Grid, labels: Sequence[str]) -> None:
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_facecolor("#e6e6e6")
-    if grid.depths != [None]:
+    if shown:
         axes.set_xlabel("depth" + (" (–: outside of the stack)" if None in grid.depths else ""), fontsize=9)
