@@ -111,6 +111,6 @@ def _dot(panel: Any, share: float, layers: Sequence[LayerReport]) -> None:
 def _plain_numbers(axis: Any) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axis.set_major_formatter(FormatStrFormatter("%g"))
     axis.set_minor_formatter(NullFormatter())

@@ -136,7 +136,9 @@ class Report:
         """
         found = (record.get("format"), record.get("version")) if isinstance(record, dict) else None
         if found != (FORMAT, VERSION):
-            what = f"format {found[0]!r}, version {found[1]!r}" if found else strict.quote(record)
+            what = strict.quote(record)
+            if found:
+                what = f"format {strict.quote(found[0])}, version {strict.quote(found[1])}"
             raise ValueError(f"found {what}; accepted is an object with format {FORMAT!r}, version {VERSION}")
         values = strict.fields(record, "the report", _REPORT_RULES)
         return Report(

@@ -85,7 +85,7 @@ def suggestion(layers: Sequence[LayerReport], share: float) -> str:
         projections = projection_ranks(layers, ranks)
         least, most = min(projections, key=projections.__getitem__), max(projections, key=projections.__getitem__)
         if projections[least] < projections[most]:
-            text += f" ({projections[least]} in {least}, {projections[most]} in {most})"
+            text += f" (from {projections[least]} in {least} to {projections[most]} in {most})"
     whole = [least_rank(layer, share, "whole") for layer in layers]
     reached = [rank for rank in whole if rank is not None]
     if not reached:

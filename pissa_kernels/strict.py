@@ -62,7 +62,7 @@ def fields(record: object, where: str, rules: Mapping[str, Rule]) -> dict[str, A
         raise ValueError(f"{where} must be an object, found {quote(record)}")
     for problem, keys in (("lacks", rules.keys() - record.keys()), ("has the unknown", record.keys() - rules.keys())):
         if keys:
-            raise ValueError(f"{where} {problem} {', '.join(map(repr, sorted(keys)))}; it has {', '.join(rules)}")
+            raise ValueError(f"{where} {problem} {', '.join(sorted(map(repr, keys)))}; it has {', '.join(rules)}")
     for key, rule in rules.items():
         if not rule.holds(record[key]):
             raise ValueError(f"{where}: {key} is {quote(record[key])}; accepted is {rule.accepted}")

@@ -96,7 +96,7 @@ def test_suggestion() -> None:
     flat, steep = (1.0,) * 10, (10.0,) + (1.0,) * 9
     layers = [layer(f"h.{d}.{p}", s, 0.5) for d in range(2) for p, s in (("flat", flat), ("steep", steep))]
     assert suggestion(layers, 0.7) == (
-        "70 % of the captured energy is kept by rank 7 in every layer, 7 in the median (1 in steep, 7 in flat); "
+        "70 % of the captured energy is kept by rank 7 in every layer, 7 in the median (from 1 in steep to 7 in flat); "
         "70 % of the whole energy is not reached"
     )
     assert suggestion([layer("q", flat, 1.0), layer("k", flat, 0.5)], 0.7).endswith(
