@@ -7,8 +7,10 @@ no Triton, no question to a GPU.
 from . import ops
 from .decompose import Decomposition, decompose
 from .init import pissa_init
+from .original import original_model
 from .peft import PatchedPeft, patch_peft, unpatch_peft
 from .report import LayerReport, Report
+from .saving import save_pissa
 from .svd import Certificate, TruncatedSVD, truncated_svd
 
 __version__ = "0.1.0"
@@ -21,8 +23,10 @@ __all__ = [
     "TruncatedSVD",
     "decompose",
     "ops",
+    "original_model",
     "patch_peft",
     "pissa_init",
+    "save_pissa",
     "truncated_svd",
     "unpatch_peft",
 ]

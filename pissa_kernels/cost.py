@@ -44,6 +44,8 @@ MACHINES = {
     # an H100, estimated: float32 without TF32 at 40 TFLOP/s, 2 bytes an element at 2 TB/s, cuSOLVER's syevd
     "cuda": Machine(flops=4e13, touch=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
+# What the plain torch bodies on the CPU widen a block of rows into, and what a product makes of it.
+ROW_BLOCK_BYTES = 8 << 20
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
 PANEL_CALLS = 50
 ROUND_CALLS = 20
@@ -110,6 +112,25 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, device: str = "c
     if niter is not None:
         return dense + _fixed_plans(machine, m, n, rank, call, niter)
     return dense + _krylov_plans(machine, m, n, rank, call) + _chebyshev_plans(machine, m, n, rank, call, gram)
+
+
+def workspace(m: int, n: int, rank: int, niter: int | None, *, device: str, batch: int = 1) -> int:
+    """Bytes that :func:`plan`'s choice takes beyond one weight (m, n), either way round, its factors included.
+
+    An upper estimate: the tests hold it against what is measured.
+    """
+    m, n = max(m, n), min(m, n)
+    chosen = plan(m, n, rank, niter, device=device, batch=batch)
+    panels = 4 * (m + n) * (2 * rank + 4 * chosen.block)
+    if chosen.method == "svd":
+        matrices = 16 * m * n
+    elif chosen.method == "gram":
+        matrices = 32 * n * n  # in float64, where float32 will not do, with LAPACK's two
+    elif chosen.method == "krylov":
+        matrices = 4 * ((m + n) * chosen.limit + 4 * chosen.limit**2)
+    else:
+        matrices = 4 * (4 * n * chosen.block + (2 * n * n if chosen.through_gram else 0))
+    return panels + matrices + (ROW_BLOCK_BYTES if device == "cpu" else 0)
 
 
 def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> list[Plan]:

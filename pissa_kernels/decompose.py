@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .checks import check_rank, check_scaling, check_weight, parse_init
 from .ops import reference
-from .svd import Certificate, exact_arithmetic, truncated_svd
+from .svd import Certificate, TruncatedSVD, exact_arithmetic, truncated_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,15 @@ def principal_factors(
         svd = truncated_svd(view, rank, niter=niter, seed=seed)
     except ValueError as error:  # non-finite values are found by the engine, which does not know the layer
         raise ValueError(f"{where} {tuple(weight.shape)}: {error}") from None
-    dtype = weight.dtype if adapter_dtype is None else adapter_dtype
+    return rounded_factors(view, svd, scaling, adapter_dtype or weight.dtype, where)
+
+
+def rounded_factors(weight: Tensor, svd: TruncatedSVD, scaling: float, dtype: torch.dtype, where: str) -> Factors:
+    """A and B of a weight (out, in) from its triplets, rounded to the dtype that will store them.
+
+    Raises:
+        ValueError: A or B exceed the range of ``dtype``, or the residual that of the weight's.
+    """
     with exact_arithmetic(weight.device):
         root = (svd.S / scaling).sqrt()
         lora_A = (root[:, None] * svd.Vh).to(dtype).float()
@@ -127,7 +135,7 @@ def principal_factors(
         if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
             raise ValueError(f"{where} {tuple(weight.shape)}: its factors exceed the range of {dtype}")
         factors = Factors(lora_A, lora_B, svd.S, svd.certificate)
-        _check_residual_range(view, factors, scaling, where)
+        _check_residual_range(weight, factors, scaling, where)
     return factors
 
 

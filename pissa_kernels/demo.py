@@ -153,7 +153,8 @@ def run_demo(
         result.runs = _compare(original, adapted, rank, init, target_modules, first=seconds)
         result.runs.append(Run("PEFT without SVD (plain LoRA)", injection))
     if out is not None:
-        save_pissa_model(adapted, tokenizer, out, Report(layers=report.layers, seconds=seconds))
+        done = Report(layers=report.layers, seconds=seconds, peak_extra_bytes=report.peak_extra_bytes)
+        save_pissa_model(adapted, tokenizer, out, done)
         result.saved_to = str(out)
         result.saved_moved = _moved(expected, _output(_load_saved(out, model_dtype), inputs))
     return result

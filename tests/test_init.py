@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pissa_kernels as pk
-from pissa_kernels import init as init_module
+from pissa_kernels import task as task_module
 
 from .reference import realistic
 
@@ -183,10 +183,10 @@ def test_a_failure_half_way_undoes_itself(where: str, monkeypatch: pytest.Monkey
         raise MemoryError("no room")
 
     if where == "factors":
-        monkeypatch.setattr(init_module, "principal_factors", fail)
+        monkeypatch.setattr(task_module, "principal_factors", fail)
     else:
-        monkeypatch.setattr(init_module.ops, "subtract_lowrank_", fail)
-    with pytest.raises(MemoryError):
+        monkeypatch.setattr(task_module.ops, "subtract_lowrank_", fail)
+    with pytest.raises(MemoryError, match="a Linear layer: no room"):
         pk.pissa_init(layer, "default", "pissa")
     assert_untouched(layer, before)
 

@@ -1,0 +1,144 @@
+"""A whole model: many layers planned together, and carried out where their weights are.
+
+On the CPU every layer is one job, done from start to end by one thread, as many at once as there are threads: an SVD by
+block Krylov is a chain of small steps, half of which leave a second core idle, while layers do not wait for each other.
+A layer's result does not depend on the number of cores then. On a GPU, layers of equal shape are stacked into waves,
+whose small problems are solved together; several GPUs work at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+
+from . import memory
+from .report import LayerReport
+from .svd import exact_arithmetic
+from .task import Task
+from .waves import in_waves, plan_waves
+
+CPU = torch.device("cpu")
+Emit = Callable[[Task, LayerReport], None]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use.
+
+    Attributes:
+        device: where to do the work for weights that are on the CPU; None for the CPU itself.
+        memory_budget: bytes beyond model and adapter, on each device; None for half of what is free there.
+    """
+
+    device: torch.device | None = None
+    memory_budget: int | None = None
+
+    def place(self, task: Task) -> torch.device:
+        """Where a layer's work is done."""
+        at = task.weight.device
+        return self.device if at.type == "cpu" and self.device is not None else at
+
+    def budget(self, device: torch.device) -> int:
+        """Bytes that may be used on ``device``."""
+        return self.memory_budget if self.memory_budget is not None else memory.free(device) // 2
+
+
+def run(tasks: Sequence[Task], resources: Resources, done: Emit) -> None:
+    """Initialise every layer.
+
+    Args:
+        tasks: the layers.
+        resources: what may be used.
+        done: told of each layer, in the calling thread, in the order in which they finish.
+
+    Raises:
+        ValueError: the budget is too small for a layer, before anything is written; or a layer's values were refused.
+        RuntimeError, MemoryError: with the layer's name. After any exception, an interrupt included, each layer is
+            either done, and ``done`` was told, or as it was.
+    """
+    places: dict[torch.device, list[Task]] = defaultdict(list)
+    for task in tasks:
+        places[resources.place(task)].append(task)
+    budgets = {place: resources.budget(place) for place in places}
+    for place, some in places.items():
+        _check_budget(some, place, budgets[place])
+    finished: SimpleQueue[tuple[Task, LayerReport] | Future[None]] = SimpleQueue()
+    stop = threading.Event()
+
+    def emit(task: Task, report: LayerReport) -> None:
+        finished.put((task, report))
+
+    on_cpu = places.pop(CPU, [])
+    workers = _workers(on_cpu, budgets.get(CPU, 0)) if on_cpu else 0
+    threads = torch.get_num_threads()
+    jobs = [functools.partial(_one_layer, task, max(1, threads // workers), emit) for task in on_cpu]
+    for place, some in places.items():
+        waves = plan_waves(some, place, budgets[place])
+        jobs.append(functools.partial(in_waves, waves, place, emit, stop))
+    # the precision of float32 products is the process's, so it is set here, once for all threads
+    with exact_arithmetic(CPU):
+        try:
+            _drive(jobs, workers + len(places), finished, stop, done)
+        finally:
+            torch.set_num_threads(threads)  # MKL's number is the process's too
+
+
+def _drive(
+    jobs: Sequence[Callable[[], None]],
+    workers: int,
+    finished: SimpleQueue[tuple[Task, LayerReport] | Future[None]],
+    stop: threading.Event,
+    done: Emit,
+) -> None:
+    """Run the jobs, telling ``done`` as layers finish. After the first failure nothing new is begun."""
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="pissa_kernels") as pool:
+        futures = [pool.submit(job) for job in jobs]
+        for future in futures:
+            future.add_done_callback(finished.put)
+        left = len(futures)
+        try:
+            while left:
+                item = finished.get()
+                if isinstance(item, Future):
+                    left -= 1
+                    item.result()
+                else:
+                    done(*item)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            while not finished.empty():  # layers that were under way and are done now
+                if not isinstance(item := finished.get(), Future):
+                    with contextlib.suppress(Exception):
+                        done(*item)
+            raise
+
+
+def _one_layer(task: Task, threads: int, emit: Emit) -> None:
+    torch.set_num_threads(threads)  # of this worker alone, except MKL's
+    emit(task, task.run())
+
+
+def _workers(tasks: Sequence[Task], budget: int) -> int:
+    largest = max(task.workspace(CPU) for task in tasks)
+    return max(1, min(torch.get_num_threads(), len(tasks), budget // largest))
+
+
+def _check_budget(tasks: Sequence[Task], place: torch.device, budget: int) -> None:
+    for task in tasks:
+        needed = task.workspace(place)
+        if place != task.weight.device:
+            needed += task.weight.nbytes
+        if needed > budget:
+            raise ValueError(
+                f"the weight of {task.where} {tuple(task.weight.shape)} needs {needed:,} bytes on {place} beyond the "
+                f"model, more than the {budget:,} that it may use; give a memory_budget of at least as much"
+            )

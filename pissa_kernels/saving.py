@@ -1,0 +1,142 @@
+"""Saving: the residual model with its untrained adapter, and what a trained adapter needs beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import sidecar
+from .initial import Initial, of_adapter
+from .verify import lora_layers
+
+ADAPTER_FOLDER = "pissa_init"
+
+
+def save_pissa(
+    peft_model: Any, out: str | os.PathLike[str], *, adapter_name: str = "default", tokenizer: Any = None
+) -> None:
+    """Save the residual model, and in ``pissa_init/`` its initial adapter, as plain transformers and PEFT load them.
+
+    PEFT's recipe, with no second SVD: the adapter's config says ``init_lora_weights=True``, so loading it onto the
+    residual model subtracts nothing. The adapter is the initial one whether or not training has gone on since, and
+    ``pissa_init/`` is what ``save_pretrained(…, path_initial_model_for_weight_conversion=…)`` takes. Everything is
+    written beside ``out`` first and renamed at the end; the model itself is not changed.
+
+    Args:
+        peft_model: with an adapter that was initialised under :func:`pissa_kernels.patch_peft`.
+        out: a folder that does not exist or is empty.
+        adapter_name: of the adapter.
+        tokenizer: saved along, if given.
+
+    Raises:
+        FileExistsError: ``out`` holds something.
+        ValueError: there is no such adapter, it was not initialised here, or one is merged into the weights.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder")
+    initials = initial_factors(peft_model, adapter_name)
+    if not initials:
+        raise ValueError(
+            f"the adapter {adapter_name!r} was not initialised by pissa_kernels (adapters: "
+            f"{', '.join(peft_model.peft_config)}); make or load the model under patch_peft()"
+        )
+    for name, layer in lora_layers(peft_model):
+        if layer.merged:
+            raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
+    with _staged(out) as staging:
+        _save_initial_adapter(peft_model, adapter_name, initials, out, staging)
+        _save_residual(peft_model.get_base_model(), staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+
+
+def initial_factors(peft_model: Any, adapter_name: str) -> dict[str, Initial]:
+    """What was taken out of each layer for one adapter, by the layer's name in the base model."""
+    found = {name: of_adapter(layer, adapter_name) for name, layer in lora_layers(peft_model)}
+    return {name: initial for name, initial in found.items() if initial is not None}
+
+
+def save_with_initials(peft_model: Any, *args: Any, **kwargs: Any) -> None:
+    """``PeftModel.save_pretrained`` for a model that was made under the hook: PiSSA adapters get their sidecar.
+
+    See :mod:`pissa_kernels.sidecar`. An adapter that is converted to plain LoRA needs none.
+    """
+    save = type(peft_model).save_pretrained
+    save(peft_model, *args, **kwargs)
+    call = inspect.signature(save).bind(peft_model, *args, **kwargs)
+    call.apply_defaults()
+    arguments = call.arguments
+    if not arguments["is_main_process"] or arguments["path_initial_model_for_weight_conversion"] is not None:
+        return
+    folder = Path(arguments["save_directory"])
+    for adapter in arguments["selected_adapters"] or list(peft_model.peft_config):
+        init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
+        initials = initial_factors(peft_model, adapter)
+        if initials and isinstance(init, str) and init.startswith("pissa"):
+            sidecar.write(folder if adapter == "default" else folder / adapter, initials)
+
+
+def _save_initial_adapter(
+    peft_model: Any, adapter_name: str, initials: dict[str, Initial], out: Path, staging: Path
+) -> None:
+    state = peft_model.state_dict()
+    for name, initial in initials.items():
+        state[f"base_model.model.{name}.lora_A.{adapter_name}.weight"] = initial.lora_A
+        state[f"base_model.model.{name}.lora_B.{adapter_name}.weight"] = initial.lora_B
+    config = peft_model.peft_config[adapter_name]
+    plain = copy.deepcopy(config)
+    plain.init_lora_weights = True
+    plain.base_model_name_or_path = str(out.resolve())
+    peft_model.peft_config[adapter_name] = plain
+    try:
+        type(peft_model).save_pretrained(
+            peft_model, staging / ADAPTER_FOLDER, selected_adapters=[adapter_name], state_dict=state
+        )
+    finally:
+        peft_model.peft_config[adapter_name] = config
+    if adapter_name != "default":  # PEFT puts others one level deeper
+        for path in (staging / ADAPTER_FOLDER / adapter_name).iterdir():
+            os.replace(path, staging / ADAPTER_FOLDER / path.name)
+        (staging / ADAPTER_FOLDER / adapter_name).rmdir()
+
+
+def _save_residual(base: Any, staging: Path) -> None:
+    """The base model's weights under the names that they had before PEFT wrapped its layers."""
+    state: dict[str, torch.Tensor] = {}
+    for key, value in base.state_dict().items():
+        parts = key.split(".")
+        if any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
+            continue
+        state[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = value
+    if hasattr(base, "save_pretrained"):
+        base.save_pretrained(staging, state_dict=state)
+        return
+    from safetensors.torch import save_file
+
+    save_file({key: value.contiguous() for key, value in state.items()}, staging / "model.safetensors")
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes it at the end, or vanishes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

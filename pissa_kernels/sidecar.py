@@ -1,0 +1,134 @@
+"""The initial factors beside a trained adapter, so that loading it takes the same residual with no SVD.
+
+``pissa_initial.safetensors`` holds A₀ and B₀ of every layer under the keys that PEFT gives to A and B, and what else
+:class:`~pissa_kernels.initial.Initial` knows. Its header has a digest of all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .initial import Initial
+from .svd import Certificate
+
+INITIAL_NAME = "pissa_initial.safetensors"
+VERSION = 1
+_TENSORS = ("lora_A", "lora_B", "singular_values", "before", "after")
+
+
+def write(folder: Path, initials: Mapping[str, Initial]) -> Path:
+    """Write the records of one adapter's layers; the file appears whole or not at all.
+
+    Args:
+        folder: the adapter's.
+        initials: by the layer's name in the base model.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, initial in initials.items():
+        tensors |= {_key(name, part): getattr(initial, part).contiguous() for part in _TENSORS}
+        layers[name] = {
+            "scaling": initial.scaling,
+            "init": initial.init,
+            "seed": initial.seed,
+            "weight_dtype": str(initial.weight_dtype).removeprefix("torch."),
+            "certificate": dataclasses.asdict(initial.certificate),
+        }
+    record = json.dumps({"version": VERSION, "layers": layers}, sort_keys=True)
+    metadata = {"format": "pt", "pissa_kernels": record, "sha256": _digest(record, tensors)}
+    descriptor, staging = tempfile.mkstemp(prefix=f".{INITIAL_NAME}.", dir=folder)
+    os.close(descriptor)
+    try:
+        save_file(tensors, staging, metadata=metadata)
+        os.chmod(staging, 0o644)
+        os.replace(staging, folder / INITIAL_NAME)
+    except BaseException:
+        os.unlink(staging)
+        raise
+    return folder / INITIAL_NAME
+
+
+def read(path: Path, adapter: str) -> dict[str, Initial]:
+    """The records in a file, by the layer's name.
+
+    Args:
+        path: the file.
+        adapter: what the adapter is called in the model that it is loaded into.
+
+    Raises:
+        ValueError: the file is damaged, or not of this kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        record = metadata["pissa_kernels"]
+        layers = json.loads(record)["layers"] if json.loads(record)["version"] == VERSION else None
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not hold the initial factors of a PiSSA adapter: {error}") from None
+    if layers is None:
+        raise ValueError(f"{path} is of another version than {VERSION}; a newer pissa_kernels wrote it")
+    if metadata.get("sha256") != _digest(record, tensors):
+        raise ValueError(f"{path} is damaged: its contents do not match the digest that was written with them")
+    return {
+        name: Initial(
+            adapter=adapter,
+            scaling=layer["scaling"],
+            init=layer["init"],
+            seed=layer["seed"],
+            weight_dtype=getattr(torch, layer["weight_dtype"]),
+            certificate=Certificate(**layer["certificate"]),
+            **{part: tensors[_key(name, part)] for part in _TENSORS},
+        )
+        for name, layer in layers.items()
+    }
+
+
+def find(source: str | os.PathLike[str], options: Mapping[str, Any], filename: str = INITIAL_NAME) -> Path | None:
+    """Where an adapter's folder or repository has this file, or None.
+
+    Args:
+        source: what PEFT's ``from_pretrained`` was given: a folder, or a repository's name on a hub.
+        options: its other arguments; ``subfolder``, ``revision``, ``cache_dir`` and ``token`` are used.
+        filename: of the file.
+    """
+    subfolder = options.get("subfolder") or ""
+    folder = Path(source) / subfolder
+    if folder.is_dir():
+        return folder / filename if (folder / filename).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    wanted = {key: options[key] for key in ("revision", "cache_dir", "token") if options.get(key) is not None}
+    try:
+        return Path(hf_hub_download(str(source), filename, subfolder=subfolder or None, **wanted))
+    except (EntryNotFoundError, HFValidationError, OSError):
+        # OSError: no network. PEFT has the adapter itself in its cache then, or says that it cannot be reached
+        return None
+
+
+def _key(name: str, part: str) -> str:
+    return f"base_model.model.{name}.{part}" + (".weight" if part.startswith("lora_") else "")
+
+
+def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(record.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

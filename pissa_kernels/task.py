@@ -1,0 +1,202 @@
+"""One layer to be initialised: what is asked, what is written, what is remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checks import parse_init
+from .cost import workspace
+from .decompose import Factors, principal_factors
+from .initial import Initial, of_adapter, recognises, remember, sample
+from .report import LayerReport
+from .svd import exact_arithmetic
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One layer to be initialised that has passed every check but those of its values.
+
+    Attributes:
+        layer: PEFT's LoRA layer.
+        adapter: the adapter's name.
+        init: "pissa" or "pissa_niter_N".
+        seed: of the sketch.
+        name: the layer's name in its model; None where it is not known.
+        given: the initial factors of an adapter that was trained before: W_res is taken against them, with no SVD.
+        deferred: PEFT has already cast A and B to the dtype that they stay in.
+    """
+
+    layer: Any
+    adapter: str
+    init: str
+    seed: int = 0
+    name: str | None = None
+    given: Initial | None = None
+    deferred: bool = False
+
+    # The layer is asked at every use: PEFT and accelerate may replace a parameter between the plan and the work.
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, as it is stored."""
+        return self.layer.get_base_layer().weight.data  # type: ignore[no-any-return]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored (in, out), as transformers' ``Conv1D`` stores it."""
+        return bool(self.layer.fan_in_fan_out)
+
+    @property
+    def view(self) -> Tensor:
+        """The weight as (out, in)."""
+        return self.weight.mT if self.transposed else self.weight
+
+    @property
+    def rank(self) -> int:
+        return int(self.layer.r[self.adapter])
+
+    @property
+    def scaling(self) -> float:
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def where(self) -> str:
+        """The layer, as messages name it."""
+        return f"layer {self.name!r}" if self.name else f"a {type(self.layer.get_base_layer()).__name__} layer"
+
+    def workspace(self, device: torch.device) -> int:
+        """Bytes beyond the weight that its SVD takes on ``device``."""
+        m, n = self.weight.shape
+        return workspace(m, n, self.rank, parse_init(self.init), device=device.type)
+
+    def defer(self) -> Task:
+        """The same task for later. Until it has run, B is zero: the layer computes what its weight does."""
+        self._set_adapter(self._adapter()[0].data, torch.zeros_like(self._adapter()[1]), torch.float32)
+        return replace(self, deferred=True)
+
+    def run(self) -> LayerReport:
+        """Decompose and write.
+
+        Raises:
+            RuntimeError, MemoryError: with the layer's name.
+            ValueError: NaN or Inf, or values that exceed a dtype's range; or a weight that the given initial factors
+                were not taken from. The layer is untouched then.
+        """
+        began = time.perf_counter()
+        try:
+            initial = self.settled() or self.write(self._factors())
+        except (RuntimeError, MemoryError) as error:  # these do not know the layer
+            error.args = (f"{self.where}: {error}",)
+            raise
+        return self.report(initial, time.perf_counter() - began)
+
+    def _factors(self) -> Factors:
+        return principal_factors(
+            self.weight,
+            self.rank,
+            scaling=self.scaling,
+            init=self.init,
+            fan_in_fan_out=self.transposed,
+            seed=self.seed,
+            where=f"the weight of {self.where}",
+        )
+
+    def settled(self) -> Initial | None:
+        """Do what needs no SVD: put back what an earlier call found, or subtract what was given; None where it does.
+
+        After a failure in one layer, a second call of ``get_peft_model`` comes by all the others again. Their weights
+        are residuals already, whose principal components are no longer the model's.
+        """
+        initial = of_adapter(self.layer, self.adapter)
+        if (
+            initial is not None
+            and initial.asks(self.rank, self.scaling, self.init, self.seed)
+            and recognises(initial.after, initial.weight_dtype, self.weight)
+        ):
+            self._set_adapter(initial.lora_A, initial.lora_B)
+            return initial
+        if self.given is None:
+            return None
+        if not recognises(self.given.before, self.given.weight_dtype, self.weight):
+            raise ValueError(
+                f"the weight of {self.where} {tuple(self.weight.shape)} is not the one that the adapter's initial "
+                "factors were taken from. Load the base model that it was trained on, neither its residual nor another."
+            )
+        given, device = self.given, self.weight.device
+        A, B = given.lora_A.to(device).float(), given.lora_B.to(device).float()
+        return self.write(Factors(A, B, given.singular_values, given.certificate), given.lora_A.dtype)
+
+    def write(self, factors: Factors, dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Initial:
+        """A, B and the residual, in this order; a failure leaves all three as they were.
+
+        Args:
+            factors: A and B, in values that ``dtype`` holds.
+            dtype: of the adapter; the weight's by default.
+            residual: W_res as the weight is stored, where another device has computed it.
+        """
+        weight = self.weight
+        before = sample(weight)
+        with self._restored_on_failure():
+            self._set_adapter(factors.lora_A, factors.lora_B)
+            if residual is not None:
+                weight.copy_(residual)
+            else:
+                with exact_arithmetic(weight.device):
+                    ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, self.scaling, self.transposed)
+        initial = Initial(
+            adapter=self.adapter,
+            lora_A=factors.lora_A.to("cpu", dtype or weight.dtype, copy=True),
+            lora_B=factors.lora_B.to("cpu", dtype or weight.dtype, copy=True),
+            scaling=self.scaling,
+            init=self.init,
+            seed=self.seed,
+            singular_values=factors.singular_values.cpu(),
+            certificate=factors.certificate,
+            weight_dtype=weight.dtype,
+            before=before,
+            after=sample(weight),
+        )
+        remember(self.layer, initial)
+        return initial
+
+    def report(self, initial: Initial, seconds: float) -> LayerReport:
+        """What was done, for a person."""
+        out_features, in_features = self.view.shape
+        return LayerReport(
+            name=self.name or f"{type(self.layer.get_base_layer()).__name__}({in_features}, {out_features})",
+            shape=(out_features, in_features),
+            rank=self.rank,
+            certificate=initial.certificate,
+            seconds=seconds,
+            singular_values=initial.singular_values,
+            dtype=self.weight.dtype,
+            scaling=initial.scaling,
+            init=initial.init,
+            seed=initial.seed,
+        )
+
+    def _adapter(self) -> tuple[Tensor, Tensor]:
+        return self.layer.lora_A[self.adapter].weight, self.layer.lora_B[self.adapter].weight
+
+    def _set_adapter(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype | None = None) -> None:
+        for parameter, value in zip(self._adapter(), (lora_A, lora_B), strict=True):
+            if not parameter.is_meta:  # a checkpoint will fill it
+                kept = dtype or (parameter.dtype if self.deferred else torch.float32)
+                parameter.data = value.to(self.weight.device, kept, copy=True)
+
+    @contextlib.contextmanager
+    def _restored_on_failure(self) -> Iterator[None]:
+        before = [parameter.data for parameter in self._adapter()]
+        try:
+            yield
+        except BaseException:
+            for parameter, value in zip(self._adapter(), before, strict=True):
+                parameter.data = value
+            raise
