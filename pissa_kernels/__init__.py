@@ -9,7 +9,7 @@ from .decompose import Decomposition, decompose
 from .init import pissa_init
 from .original import original_model
 from .peft import PatchedPeft, patch_peft, unpatch_peft
-from .report import LayerReport
+from .report import LayerReport, Report
 from .saving import save_pissa
 from .svd import Certificate, TruncatedSVD, truncated_svd
 
@@ -19,6 +19,7 @@ __all__ = [
     "Decomposition",
     "LayerReport",
     "PatchedPeft",
+    "Report",
     "TruncatedSVD",
     "decompose",
     "ops",

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .report import Report, find_report
+from .spectrum import check_share, suggestion
+from .tables import text_table
+
 if TYPE_CHECKING:
     from .demo import DemoResult
 
@@ -23,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except ImportError as error:
+        if "pip install" in str(error):  # it names its extra itself
+            return _fail(error, EXIT_FAILED)
         return _fail(f"{error}. The command line needs its extra: pip install 'pissa-kernels[demo]'", EXIT_FAILED)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         return _fail(error, EXIT_USAGE)
@@ -66,6 +72,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, metavar="DIR", help="save the residual model, and its adapter in pissa_init/")
     demo.add_argument("--json", action="store_true", help="print one JSON object and no table")
     demo.set_defaults(run=_demo)
+    report = commands.add_parser(
+        "report",
+        help="print and draw what an initialisation did, and the ranks that its spectra suggest",
+        description="Print the report of an initialisation: a row for each layer, all together, and the rank that "
+        "keeps a share of the captured energy. With --pictures also draw it.",
+    )
+    report.add_argument(
+        "source", type=Path, metavar="SOURCE",
+        help="a report (JSON), or a folder that holds pissa_report.json or pissa_init/pissa_report.json",
+    )  # fmt: skip
+    report.add_argument(
+        "--share", type=_share, action="append", metavar="Q",
+        help="share of the captured energy that a lower rank should keep, 0 < Q ≤ 1 (default 0.9); can be repeated",
+    )  # fmt: skip
+    report.add_argument("--pictures", type=Path, metavar="DIR", help="draw energy, spectra and ranks into this folder")
+    report.add_argument("--svg", action="store_true", help="draw SVG, not PNG")
+    report.add_argument("--json", action="store_true", help="print the report's JSON and nothing else")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -73,6 +97,14 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        check_share(value := float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return value
 
 
@@ -114,6 +146,25 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if result.holds else EXIT_FAILED
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    report = Report.read(find_report(arguments.source))
+    shares = sorted(set(arguments.share or [0.9]))
+    drawn = []
+    if arguments.pictures is not None:
+        from .pictures import draw
+
+        drawn = draw(report, arguments.pictures, shares, "svg" if arguments.svg else "png")
+    if arguments.json:
+        print(report.to_json())
+        return 0
+    print(report.table())
+    for share in shares if report.layers else []:
+        print(suggestion(report.layers, share))
+    for path in drawn:
+        print(f"drew {path}")
+    return 0
+
+
 def _as_json(result: DemoResult) -> dict[str, Any]:
     record = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     record["runs"] = [dataclasses.asdict(run) for run in result.runs]
@@ -132,24 +183,7 @@ def _as_json(result: DemoResult) -> dict[str, Any]:
 
 
 def _as_text(result: DemoResult) -> str:
-    from tabulate import tabulate
-
-    rows = [
-        [
-            layer.name,
-            "×".join(map(str, layer.shape)),
-            layer.rank,
-            f"{layer.certificate.energy:.2%}",
-            f"{layer.certificate.residual:.0e}",
-            layer.certificate.passes,
-            f"{1e3 * layer.seconds:.1f}",
-            "" if layer.certificate.converged else "not converged",
-        ]
-        for layer in result.layers
-    ]
-    heads = ["layer", "shape", "r", "energy", "residual/σ₁", "passes", "ms", ""]
-    aligned = ("left", "right", "right", "right", "right", "right", "right", "left")
-    text = [tabulate(rows, heads, tablefmt="simple", colalign=aligned, disable_numparse=True), ""]
+    text = [Report(layers=result.layers).table()]
     trained = sum(layer.rank * sum(layer.shape) for layer in result.layers)
     text.append(
         f"{result.model}: {len(result.layers)} layers, rank {result.rank}, {result.init}, {result.dtype}; "
@@ -167,9 +201,7 @@ def _as_text(result: DemoResult) -> str:
         ]
         for run in result.runs
     ]
-    text.append(
-        tabulate(runs, ["get_peft_model with", "s", "× ours", "energy lost (worst layer)"], disable_numparse=True)
-    )
+    text.append(text_table(["get_peft_model with", "s", "× ours", "energy lost (worst layer)"], runs))
     text.append("")
     verdict = "unchanged" if result.holds else "CHANGED"
     text.append(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .peft import patch_peft
-from .report import LayerReport
+from .report import REPORT_NAME, LayerReport, Report
 from .svd import exact_arithmetic
 from .verify import UNIT_ROUNDOFF, captured_energies, lora_layers, worst_reconstruction
 
@@ -153,7 +153,8 @@ def run_demo(
         result.runs = _compare(original, adapted, rank, init, target_modules, first=seconds)
         result.runs.append(Run("PEFT without SVD (plain LoRA)", injection))
     if out is not None:
-        save_pissa_model(adapted, tokenizer, out)
+        done = Report(layers=report.layers, seconds=seconds, peak_extra_bytes=report.peak_extra_bytes)
+        save_pissa_model(adapted, tokenizer, out, done)
         result.saved_to = str(out)
         result.saved_moved = _moved(expected, _output(_load_saved(out, model_dtype), inputs))
     return result
@@ -179,11 +180,12 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def save_pissa_model(adapted: Any, tokenizer: Any, out: Path) -> None:
+def save_pissa_model(adapted: Any, tokenizer: Any, out: Path, report: Report) -> None:
     """Save what plain transformers and PEFT load back: the residual model, and in ``pissa_init/`` its adapter.
 
     The adapter's config says ``init_lora_weights=True``, so that loading it runs no second SVD. Everything is written
-    beside ``out`` first and renamed at the end. ``adapted`` is unloaded: its base model is the residual afterwards.
+    beside ``out`` first and renamed at the end. ``adapted`` is unloaded: its base model is the residual afterwards. The
+    report goes beside the adapter, where ``pissa-kernels report OUT`` finds it.
     """
     config = adapted.peft_config["default"]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +194,7 @@ def save_pissa_model(adapted: Any, tokenizer: Any, out: Path) -> None:
         config.init_lora_weights = True
         config.base_model_name_or_path = str(out.resolve())
         adapted.save_pretrained(staging / "pissa_init")
+        report.write(staging / "pissa_init" / REPORT_NAME)
         adapted.unload().save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

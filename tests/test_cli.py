@@ -66,6 +66,9 @@ def test_conv1d_model_saved_and_loaded_back(gpt2: Path, dtype: str, tmp_path: Pa
     assert "small-gpt2: 8 layers, rank 4, pissa, " + dtype in done.stdout
     assert "output unchanged" in done.stdout
     assert "transformer.h.1.mlp.c_proj" in done.stdout
+    told = run("report", tmp_path / "a" / "b")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.partition("\n\n")[0] in done.stdout, "the table that the demo printed"
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "b", dtype=dtype)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "a" / "b" / "pissa_init").eval()
     original = transformers.AutoModelForCausalLM.from_pretrained(gpt2, dtype=dtype).eval()
