@@ -120,7 +120,6 @@ def _init(text: str) -> str:
 
 def _demo(arguments: argparse.Namespace) -> int:
     import transformers
-    from tqdm import tqdm
 
     from .demo import demo_model, run_demo
 
@@ -130,18 +129,15 @@ def _demo(arguments: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     targets = arguments.target_modules
-    with tqdm(unit="layer", disable=None, leave=False, file=sys.stderr) as bar:
-        result = run_demo(
-            arguments.model_dir or demo_model(),
-            rank=arguments.rank,
-            init=arguments.init,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            dtype=arguments.dtype,
-            out=arguments.out,
-            compare=not arguments.no_compare,
-            on_start=bar.reset,
-            on_layer=lambda report: bar.set_postfix_str(report.name, refresh=False) or bar.update(),
-        )
+    result = run_demo(
+        arguments.model_dir or demo_model(),
+        rank=arguments.rank,
+        init=arguments.init,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        dtype=arguments.dtype,
+        out=arguments.out,
+        compare=not arguments.no_compare,
+    )
     print(json.dumps(_as_json(result)) if arguments.json else _as_text(result))
     return 0 if result.holds else EXIT_FAILED
 

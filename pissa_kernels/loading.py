@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import sidecar
 from .initial import Initial
+from .report import REPORT_NAME, LayerReport, Report
+from .verify import UNIT_ROUNDOFF
 
 
 class Source:
@@ -43,3 +46,41 @@ class Source:
         if found is None:
             self.missing.append(name)
         return found
+
+    def compare(self, layers: Sequence[LayerReport]) -> None:
+        """Warn where a residual was taken anew and may differ from the one that the adapter was trained on.
+
+        Args:
+            layers: what was done while the adapter was loaded.
+        """
+        anew = [layer for layer in layers if layer.name in self.missing]
+        if not anew:
+            return
+        path = sidecar.find(self.location, self.options, REPORT_NAME)
+        before = {layer.name: layer for layer in Report.read(path).layers} if path is not None else {}
+        differ = [layer.name for layer in anew if layer.name in before and not _agree(layer, before[layer.name])]
+        unseeded = [layer.name for layer in anew if layer.name not in before and layer.init != "pissa"]
+        if differ:
+            warnings.warn(
+                f"{self.location} has no {sidecar.INITIAL_NAME}, so its residual was taken anew, and the singular "
+                f"values of {len(differ)} layers (the first is {differ[0]!r}) are not those of its {REPORT_NAME}. "
+                "Load the base model that it was trained on, neither its residual nor another.",
+                stacklevel=4,
+            )
+        if unseeded:
+            warnings.warn(
+                f"{self.location} has neither {sidecar.INITIAL_NAME} nor {REPORT_NAME}, and says "
+                f"init_lora_weights={anew[0].init!r}. If it was trained without pissa_kernels, its sketch was not "
+                "seeded, and the residual that was taken now is not the one that it was trained on.",
+                stacklevel=4,
+            )
+
+
+def _agree(now: LayerReport, before: LayerReport) -> bool:
+    """Whether two decompositions can be of one weight, as stored in one dtype or in two."""
+    if (now.shape, now.rank) != (before.shape, before.rank):
+        return False
+    apart = float((now.singular_values - before.singular_values).abs().max())
+    # Weyl: rounding moves σ by no more than the rounding's own norm, some u·σ₁ for a weight of full rank
+    rounding = 2 * max(UNIT_ROUNDOFF[now.dtype], UNIT_ROUNDOFF[before.dtype]) if now.dtype != before.dtype else 1e-3
+    return apart <= rounding * float(before.singular_values[0])

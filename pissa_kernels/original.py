@@ -60,7 +60,7 @@ def _putting_back(taken: list[Initial]) -> Any:
         x = inputs[0]
         if x.device not in moved:
             moved[x.device] = [
-                (initial.lora_A.to(x.device).float(), initial.scaling * initial.lora_B.to(x.device).float())
+                (initial.lora_A.to(x.device).float(), initial.report.scaling * initial.lora_B.to(x.device).float())
                 for initial in taken
             ]
         with torch.autocast(x.device.type, enabled=False):

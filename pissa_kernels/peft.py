@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -30,7 +31,8 @@ from . import model as whole_model
 from .init import prepare
 from .loading import Source
 from .memory import Peak
-from .report import LayerReport
+from .progress import progress
+from .report import LayerReport, Report
 from .saving import save_with_initials
 from .task import Task
 from .ties import Ties
@@ -61,6 +63,7 @@ def patch_peft(
     batch: bool = True,
     device: torch.device | str | None = None,
     memory_budget: int | None = None,
+    progress: bool = True,
 ) -> PatchedPeft:
     """Let PEFT's ``init_lora_weights="pissa"`` and ``"pissa_niter_N"`` run this package's initializer.
 
@@ -78,6 +81,7 @@ def patch_peft(
         device: a GPU, as in "cuda": stream weights that are on the CPU through it.
         memory_budget: bytes that may be used beyond the model and the adapter, on each device; by default half of what
             is free there. Fewer layers are done at once where it is small.
+        progress: a bar, where stderr is a terminal and tqdm is installed.
 
     Returns:
         The report: its ``layers`` has one entry for each layer initialised under this patch.
@@ -92,7 +96,8 @@ def patch_peft(
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget is a number of bytes above 0, got {memory_budget}")
     where = None if device is None else torch.empty(0, device=device).device  # with its index, and it exists
-    return PatchedPeft(seed=seed, on_layer=on_layer, batch=batch, resources=whole_model.Resources(where, memory_budget))
+    resources = whole_model.Resources(where, memory_budget)
+    return PatchedPeft(seed=seed, on_layer=on_layer, batch=batch, resources=resources, shown=progress)
 
 
 def unpatch_peft() -> None:
@@ -104,11 +109,12 @@ def unpatch_peft() -> None:
                 return
 
 
-class PatchedPeft:
+class PatchedPeft(Report):
     """An active patch and its report.
 
     Attributes:
         layers: one :class:`LayerReport` for each layer initialised, in PEFT's order.
+        seconds: wall time of what was carried out together, and of what was done at once; None before anything was.
         peak_extra_bytes: the most that this process grew while layers were carried out together, adapters included;
             None where that has not happened, or the system does not tell.
     """
@@ -120,13 +126,14 @@ class PatchedPeft:
         on_layer: Callable[[LayerReport], None] | None,
         batch: bool,
         resources: whole_model.Resources,
+        shown: bool,
     ) -> None:
-        self.layers: list[LayerReport] = []
-        self.peak_extra_bytes: int | None = None
+        super().__init__()
         self.seed = seed
         self.on_layer = on_layer
         self.batch = batch
         self.resources = resources
+        self.shown = shown
         self.thread: int | None = None
         self.open = True
         self._seams = _seams(self)
@@ -181,32 +188,32 @@ class PatchedPeft:
             return
         if injection is not None and self.batch and can_wait(layer, adapter_name):
             injection.tasks.append(task.defer())
-        else:
-            self._done(task, task.run())
-
-    def carry_out(self, tasks: list[Task]) -> None:
-        """The layers that were collected; those that are done are in the report, whatever happens."""
-        order = {id(task): index for index, task in enumerate(tasks)}
-        reports: dict[int, LayerReport] = {}
-
-        def done(task: Task, report: LayerReport) -> None:
-            reports[order[id(task)]] = report
-            if self.on_layer is not None:
-                self.on_layer(report)
-
-        peak = Peak()
-        try:
-            with peak:
-                whole_model.run(tasks, self.resources, done)
-        finally:
-            self.layers += [reports[index] for index in sorted(reports)]
-            if peak.extra_bytes is not None:
-                self.peak_extra_bytes = max(peak.extra_bytes, self.peak_extra_bytes or 0)
-
-    def _done(self, task: Task, report: LayerReport) -> None:
+            return
+        report = task.run()
+        self.seconds = (self.seconds or 0.0) + report.seconds
         self.layers.append(report)
         if self.on_layer is not None:
             self.on_layer(report)
+
+    def carry_out(self, tasks: list[Task]) -> None:
+        """The layers that were collected; those that are done are in the report, whatever happens."""
+        reports: dict[Task, LayerReport] = {}
+        peak, began = Peak(), time.perf_counter()
+        try:
+            with peak, progress(len(tasks), "PiSSA", shown=self.shown) as tick:
+
+                def done(task: Task, report: LayerReport) -> None:
+                    reports[task] = report
+                    tick(report.name, task.weight.nbytes)
+                    if self.on_layer is not None:
+                        self.on_layer(report)
+
+                whole_model.run(tasks, self.resources, done)
+        finally:
+            self.layers += [reports[task] for task in tasks if task in reports]
+            self.seconds = (self.seconds or 0.0) + time.perf_counter() - began
+            if peak.extra_bytes is not None:
+                self.peak_extra_bytes = max(peak.extra_bytes, self.peak_extra_bytes or 0)
 
 
 def in_scope(layer: Any) -> bool:
@@ -295,11 +302,13 @@ def _seams(patch: PatchedPeft) -> list[tuple[type, str, Callable[[Callable[..., 
             if not patch.applies() or _loading.get() is not None:
                 return previous(self, *args, **kwargs)
             source = Source.of_call(previous, self, *args, **kwargs)
-            token = _loading.set(source)
+            token, seen = _loading.set(source), len(patch.layers)
             try:
-                return previous(self, *args, **kwargs)
+                result = previous(self, *args, **kwargs)
             finally:
                 _loading.reset(token)
+            source.compare(patch.layers[seen:])
+            return result
 
         return wrapper
 

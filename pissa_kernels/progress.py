@@ -11,7 +11,7 @@ Tick = Callable[[str, int], None]
 
 
 @contextmanager
-def progress(total: int, description: str) -> Iterator[Tick]:
+def progress(total: int, description: str, *, shown: bool = True) -> Iterator[Tick]:
     """A bar on stderr: ``with progress(total, description) as tick: tick(name, nbytes)`` after each layer.
 
     It shows the layers done, GB/s (10⁹ bytes, over all the time since the start) and the name of the last layer, and is
@@ -20,6 +20,7 @@ def progress(total: int, description: str) -> Iterator[Tick]:
     Args:
         total: layers to do.
         description: what is done, before the bar.
+        shown: False for none anywhere.
 
     Yields:
         tick(name, nbytes): a layer is done; ``nbytes`` of its weight were read or written, 0 where that is not known.
@@ -32,8 +33,10 @@ def progress(total: int, description: str) -> Iterator[Tick]:
         yield lambda name, nbytes: None
         return
     began, done = perf_counter(), 0
-    # disable=None: only where the file is a terminal
-    with tqdm(total=total, desc=description, unit="layer", leave=False, disable=None, file=sys.stderr) as bar:
+    # disable=None: not where the file is no terminal
+    with tqdm(
+        total=total, desc=description, unit="layer", leave=False, disable=None if shown else True, file=sys.stderr
+    ) as bar:
 
         def tick(name: str, nbytes: int) -> None:
             nonlocal done

@@ -16,6 +16,7 @@ import torch
 
 from . import sidecar
 from .initial import Initial, of_adapter
+from .report import REPORT_NAME
 from .verify import lora_layers
 
 ADAPTER_FOLDER = "pissa_init"
@@ -55,6 +56,7 @@ def save_pissa(
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
     with _staged(out) as staging:
         _save_initial_adapter(peft_model, adapter_name, initials, out, staging)
+        sidecar.report_of(initials).write(staging / ADAPTER_FOLDER / REPORT_NAME)
         _save_residual(peft_model.get_base_model(), staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

@@ -1,17 +1,17 @@
 """The initial factors beside a trained adapter, so that loading it takes the same residual with no SVD.
 
-``pissa_initial.safetensors`` holds A₀ and B₀ of every layer under the keys that PEFT gives to A and B, and what else
-:class:`~pissa_kernels.initial.Initial` knows. Its header has a digest of all of it.
+``pissa_initial.safetensors`` holds A₀ and B₀ of every layer under the keys that PEFT gives to A and B, the elements
+that W and W_res are recognised by, and in its header the report and a digest of all of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from .initial import Initial
-from .svd import Certificate
+from .report import REPORT_NAME, Report
 
 INITIAL_NAME = "pissa_initial.safetensors"
-VERSION = 1
-_TENSORS = ("lora_A", "lora_B", "singular_values", "before", "after")
+_TENSORS = ("lora_A", "lora_B", "before", "after")
 
 
-def write(folder: Path, initials: Mapping[str, Initial]) -> Path:
-    """Write the records of one adapter's layers; the file appears whole or not at all.
+def write(folder: Path, initials: Mapping[str, Initial]) -> None:
+    """Write the records of one adapter's layers, and their report; each file appears whole or not at all.
 
     Args:
         folder: the adapter's.
@@ -35,29 +34,27 @@ def write(folder: Path, initials: Mapping[str, Initial]) -> Path:
     """
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for name, initial in initials.items():
-        tensors |= {_key(name, part): getattr(initial, part).contiguous() for part in _TENSORS}
-        layers[name] = {
-            "scaling": initial.scaling,
-            "init": initial.init,
-            "seed": initial.seed,
-            "weight_dtype": str(initial.weight_dtype).removeprefix("torch."),
-            "certificate": dataclasses.asdict(initial.certificate),
-        }
-    record = json.dumps({"version": VERSION, "layers": layers}, sort_keys=True)
+    tensors = {
+        _key(name, part): getattr(initial, part).contiguous() for name, initial in initials.items() for part in _TENSORS
+    }
+    report = report_of(initials)
+    record = report.to_json()
     metadata = {"format": "pt", "pissa_kernels": record, "sha256": _digest(record, tensors)}
     descriptor, staging = tempfile.mkstemp(prefix=f".{INITIAL_NAME}.", dir=folder)
     os.close(descriptor)
     try:
         save_file(tensors, staging, metadata=metadata)
-        os.chmod(staging, 0o644)
+        os.chmod(staging, 0o644)  # mkstemp's file is its owner's only
         os.replace(staging, folder / INITIAL_NAME)
     except BaseException:
         os.unlink(staging)
         raise
-    return folder / INITIAL_NAME
+    report.write(folder / REPORT_NAME)
+
+
+def report_of(initials: Mapping[str, Initial]) -> Report:
+    """What was done to one adapter's layers."""
+    return Report(layers=[replace(initial.report, name=name) for name, initial in initials.items()])
 
 
 def read(path: Path, adapter: str) -> dict[str, Initial]:
@@ -77,24 +74,14 @@ def read(path: Path, adapter: str) -> dict[str, Initial]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
         record = metadata["pissa_kernels"]
-        layers = json.loads(record)["layers"] if json.loads(record)["version"] == VERSION else None
+        report = Report.from_dict(json.loads(record))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold the initial factors of a PiSSA adapter: {error}") from None
-    if layers is None:
-        raise ValueError(f"{path} is of another version than {VERSION}; a newer pissa_kernels wrote it")
     if metadata.get("sha256") != _digest(record, tensors):
         raise ValueError(f"{path} is damaged: its contents do not match the digest that was written with them")
     return {
-        name: Initial(
-            adapter=adapter,
-            scaling=layer["scaling"],
-            init=layer["init"],
-            seed=layer["seed"],
-            weight_dtype=getattr(torch, layer["weight_dtype"]),
-            certificate=Certificate(**layer["certificate"]),
-            **{part: tensors[_key(name, part)] for part in _TENSORS},
-        )
-        for name, layer in layers.items()
+        layer.name: Initial(adapter, report=layer, **{part: tensors[_key(layer.name, part)] for part in _TENSORS})
+        for layer in report.layers
     }
 
 

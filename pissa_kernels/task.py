@@ -91,11 +91,10 @@ class Task:
         """
         began = time.perf_counter()
         try:
-            initial = self.settled() or self.write(self._factors())
+            return self.settled() or self.write(self._factors(), began)
         except (RuntimeError, MemoryError) as error:  # these do not know the layer
             error.args = (f"{self.where}: {error}",)
             raise
-        return self.report(initial, time.perf_counter() - began)
 
     def _factors(self) -> Factors:
         return principal_factors(
@@ -108,36 +107,39 @@ class Task:
             where=f"the weight of {self.where}",
         )
 
-    def settled(self) -> Initial | None:
+    def settled(self) -> LayerReport | None:
         """Do what needs no SVD: put back what an earlier call found, or subtract what was given; None where it does.
 
         After a failure in one layer, a second call of ``get_peft_model`` comes by all the others again. Their weights
         are residuals already, whose principal components are no longer the model's.
         """
-        initial = of_adapter(self.layer, self.adapter)
-        if (
-            initial is not None
-            and initial.asks(self.rank, self.scaling, self.init, self.seed)
-            and recognises(initial.after, initial.weight_dtype, self.weight)
-        ):
-            self._set_adapter(initial.lora_A, initial.lora_B)
-            return initial
+        began = time.perf_counter()
+        initial, weight = of_adapter(self.layer, self.adapter), self.weight
+        if initial is not None:
+            was = initial.report
+            same = (was.rank, was.scaling, was.init, was.seed) == (self.rank, self.scaling, self.init, self.seed)
+            if same and recognises(initial.after, was.dtype, weight):
+                self._set_adapter(initial.lora_A, initial.lora_B)
+                return was
         if self.given is None:
             return None
-        if not recognises(self.given.before, self.given.weight_dtype, self.weight):
+        was, given = self.given.report, self.given
+        if not recognises(given.before, was.dtype, weight):
             raise ValueError(
-                f"the weight of {self.where} {tuple(self.weight.shape)} is not the one that the adapter's initial "
-                "factors were taken from. Load the base model that it was trained on, neither its residual nor another."
+                f"the weight of {self.where} {tuple(weight.shape)} is not the one that the adapter's initial factors "
+                "were taken from. Load the base model that it was trained on, neither its residual nor another."
             )
-        given, device = self.given, self.weight.device
-        A, B = given.lora_A.to(device).float(), given.lora_B.to(device).float()
-        return self.write(Factors(A, B, given.singular_values, given.certificate), given.lora_A.dtype)
+        A, B = given.lora_A.to(weight.device).float(), given.lora_B.to(weight.device).float()
+        return self.write(Factors(A, B, was.singular_values, was.certificate), began, dtype=given.lora_A.dtype)
 
-    def write(self, factors: Factors, dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Initial:
-        """A, B and the residual, in this order; a failure leaves all three as they were.
+    def write(
+        self, factors: Factors, began: float, *, dtype: torch.dtype | None = None, residual: Tensor | None = None
+    ) -> LayerReport:
+        """A, B and the residual, in this order, and the record of it; a failure leaves all three as they were.
 
         Args:
             factors: A and B, in values that ``dtype`` holds.
+            began: when the work on this layer did (``time.perf_counter()``).
             dtype: of the adapter; the weight's by default.
             residual: W_res as the weight is stored, where another device has computed it.
         """
@@ -150,36 +152,26 @@ class Task:
             else:
                 with exact_arithmetic(weight.device):
                     ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, self.scaling, self.transposed)
-        initial = Initial(
-            adapter=self.adapter,
-            lora_A=factors.lora_A.to("cpu", dtype or weight.dtype, copy=True),
-            lora_B=factors.lora_B.to("cpu", dtype or weight.dtype, copy=True),
-            scaling=self.scaling,
-            init=self.init,
-            seed=self.seed,
-            singular_values=factors.singular_values.cpu(),
-            certificate=factors.certificate,
-            weight_dtype=weight.dtype,
-            before=before,
-            after=sample(weight),
+        lora_A, lora_B = (
+            factor.to("cpu", dtype or weight.dtype, copy=True) for factor in (factors.lora_A, factors.lora_B)
         )
-        remember(self.layer, initial)
-        return initial
+        report = self._report(factors, time.perf_counter() - began)
+        remember(self.layer, Initial(self.adapter, lora_A, lora_B, report, before, sample(weight)))
+        return report
 
-    def report(self, initial: Initial, seconds: float) -> LayerReport:
-        """What was done, for a person."""
+    def _report(self, factors: Factors, seconds: float) -> LayerReport:
         out_features, in_features = self.view.shape
         return LayerReport(
             name=self.name or f"{type(self.layer.get_base_layer()).__name__}({in_features}, {out_features})",
             shape=(out_features, in_features),
             rank=self.rank,
-            certificate=initial.certificate,
+            certificate=factors.certificate,
             seconds=seconds,
-            singular_values=initial.singular_values,
+            singular_values=factors.singular_values.cpu(),
             dtype=self.weight.dtype,
-            scaling=initial.scaling,
-            init=initial.init,
-            seed=initial.seed,
+            scaling=self.scaling,
+            init=self.init,
+            seed=self.seed,
         )
 
     def _adapter(self) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,7 @@ def _resident(wave: list[Task], emit: Emit) -> None:
             found = _factors(wave, torch.stack([task.weight for task in wave]))
             share = (time.perf_counter() - began) / len(wave)
             for task, factors in zip(wave, found, strict=True):
-                began = time.perf_counter()
-                initial = task.write(factors)
-                emit(task, task.report(initial, share + time.perf_counter() - began))
+                emit(task, task.write(factors, time.perf_counter() - share))
 
 
 def _streamed(waves: Sequence[list[Task]], device: torch.device, emit: Emit, stop: threading.Event) -> None:
@@ -86,14 +84,17 @@ def _streamed(waves: Sequence[list[Task]], device: torch.device, emit: Emit, sto
             wave = _unsettled(wave, emit)
             if not wave:
                 return
+            began = time.perf_counter()
             stack = bring([task.weight for task in wave])
-            _leave(wave, _subtracted(wave, stack), stack, take, emit)
+            found = _subtracted(wave, stack)
+            _leave(wave, found, (time.perf_counter() - began) / len(wave), take(stack), emit)
 
     with ThreadPoolExecutor(1) as pool:
         leaving: list[Future[None]] = []
         for wave, arrival in _arrivals(waves, bring):
             if stop.is_set():
                 break
+            began = time.perf_counter()
             try:
                 stack = arrival.result()
                 found = _subtracted(wave, stack)
@@ -102,7 +103,8 @@ def _streamed(waves: Sequence[list[Task]], device: torch.device, emit: Emit, sto
                 continue
             while leaving:
                 leaving.pop().result()
-            leaving.append(pool.submit(_leave, wave, found, stack, take, emit))
+            share = (time.perf_counter() - began) / len(wave)
+            leaving.append(pool.submit(_leave, wave, found, share, take(stack), emit))
             del stack
         while leaving:
             leaving.pop().result()
@@ -134,18 +136,9 @@ def _subtracted(wave: list[Task], stack: Tensor) -> list[Factors]:
     return found
 
 
-def _leave(
-    wave: list[Task],
-    found: list[Factors],
-    stack: Tensor,
-    take: Callable[[Tensor], Iterator[Tensor]],
-    emit: Emit,
-) -> None:
-    began = time.perf_counter()
-    for task, factors, residual in zip(wave, found, take(stack), strict=True):
-        initial = task.write(factors, residual=residual)
-        emit(task, task.report(initial, time.perf_counter() - began))
-        began = time.perf_counter()
+def _leave(wave: list[Task], found: list[Factors], share: float, residuals: Iterator[Tensor], emit: Emit) -> None:
+    for task, factors, residual in zip(wave, found, residuals, strict=True):
+        emit(task, task.write(factors, time.perf_counter() - share, residual=residual))
 
 
 def _factors(wave: list[Task], stack: Tensor) -> list[Factors]:
@@ -165,9 +158,8 @@ def _unsettled(wave: list[Task], emit: Emit) -> list[Task]:
     """The layers of a wave that need an SVD; the others are done."""
     left = []
     for task in wave:
-        began = time.perf_counter()
-        if initial := task.settled():
-            emit(task, task.report(initial, time.perf_counter() - began))
+        if report := task.settled():
+            emit(task, report)
         else:
             left.append(task)
     return left

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from pissa_kernels import cli, demo
+from pissa_kernels import cli, demo, saving
 from pissa_kernels.verify import worst_reconstruction
 
 from .models import build, output
@@ -157,7 +157,7 @@ def test_a_failed_save_leaves_nothing(gpt2: Path, tmp_path: Path, monkeypatch: p
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(demo.os, "replace", fail)
+    monkeypatch.setattr(saving.os, "replace", fail)
     assert cli.main(["demo", str(gpt2), "--no-compare", "--rank", "4", "--out", str(tmp_path / "out")]) == 1
     assert list(tmp_path.iterdir()) == []
 
