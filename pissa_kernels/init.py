@@ -60,6 +60,8 @@ def prepare(
     Raises:
         TypeError, ValueError: as :func:`pissa_init`.
     """
+    if given is not None:
+        init, seed = given.report.init, given.report.seed
     task = Task(layer, adapter_name, init, seed, name, given)
     base, where = layer.get_base_layer(), task.where
     parse_init(init)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from .loading import Source
 from .memory import Peak
 from .progress import progress
 from .report import LayerReport, Report
-from .saving import save_with_initials
+from .saving import SavePretrained
 from .task import Task
 from .ties import Ties
 
@@ -317,7 +316,7 @@ def _seams(patch: PatchedPeft) -> list[tuple[type, str, Callable[[Callable[..., 
             previous(self, *args, **kwargs)
             if patch.applies():
                 # the model's own: it will be saved when this patch is long over
-                self.save_pretrained = types.MethodType(save_with_initials, self)
+                self.save_pretrained = SavePretrained(self)
 
         return wrapper
 

@@ -8,6 +8,7 @@ import inspect
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,37 @@ def initial_factors(peft_model: Any, adapter_name: str) -> dict[str, Initial]:
     return {name: initial for name, initial in found.items() if initial is not None}
 
 
-def save_with_initials(peft_model: Any, *args: Any, **kwargs: Any) -> None:
-    """``PeftModel.save_pretrained`` for a model that was made under the hook: PiSSA adapters get their sidecar.
+class SavePretrained:
+    """``save_pretrained`` of one ``PeftModel`` that was made under the hook: PiSSA adapters get their sidecar.
 
-    See :mod:`pissa_kernels.sidecar`. An adapter that is converted to plain LoRA needs none.
+    An attribute of the model, which is saved when the patch is long over. It is copied and pickled with the model, and
+    does not keep it alive. See :mod:`pissa_kernels.sidecar`; an adapter that is converted to plain LoRA needs none.
     """
-    save = type(peft_model).save_pretrained
-    save(peft_model, *args, **kwargs)
-    call = inspect.signature(save).bind(peft_model, *args, **kwargs)
-    call.apply_defaults()
-    arguments = call.arguments
-    if not arguments["is_main_process"] or arguments["path_initial_model_for_weight_conversion"] is not None:
-        return
-    folder = Path(arguments["save_directory"])
-    for adapter in arguments["selected_adapters"] or list(peft_model.peft_config):
-        init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
-        initials = initial_factors(peft_model, adapter)
-        if initials and isinstance(init, str) and init.startswith("pissa"):
-            sidecar.write(folder if adapter == "default" else folder / adapter, initials)
+
+    def __init__(self, peft_model: Any) -> None:
+        self._model = weakref.ref(peft_model)
+
+    def __getstate__(self) -> Any:
+        return self._model()
+
+    def __setstate__(self, peft_model: Any) -> None:
+        self._model = weakref.ref(peft_model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        peft_model: Any = self._model()
+        save = type(peft_model).save_pretrained
+        save(peft_model, *args, **kwargs)
+        call = inspect.signature(save).bind(peft_model, *args, **kwargs)
+        call.apply_defaults()
+        arguments = call.arguments
+        if not arguments["is_main_process"] or arguments["path_initial_model_for_weight_conversion"] is not None:
+            return
+        folder = Path(arguments["save_directory"])
+        for adapter in arguments["selected_adapters"] or list(peft_model.peft_config):
+            init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
+            initials = initial_factors(peft_model, adapter)
+            if initials and isinstance(init, str) and init.startswith("pissa"):
+                sidecar.write(folder if adapter == "default" else folder / adapter, initials)
 
 
 def _save_initial_adapter(

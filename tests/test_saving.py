@@ -1,0 +1,348 @@
+"""Saved, loaded, converted, merged, taken back: every way round ends at the same function."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import pissa_kernels as pk
+from pissa_kernels import sidecar, waves
+
+from .models import build, output
+from .test_models import config, lora_layers, moved
+from .test_whole import assert_same, state
+
+DTYPES = [torch.float32, torch.bfloat16]
+NAMES = ["gpt2", "llama", "bert"]
+
+
+def make(name: str, dtype: torch.dtype, **changes: Any) -> tuple[Any, Any]:
+    """An untouched model, and one with a PiSSA adapter."""
+    base = build(name, dtype)
+    with pk.patch_peft():
+        adapted = peft.get_peft_model(copy.deepcopy(base), config(name, **changes))
+    return base, adapted.eval()
+
+
+def train(adapted: Any, steps: int = 3) -> None:
+    """Move every A and B, as training does."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            size = 0.5 * parameter.detach().abs().mean()
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+
+
+@functools.cache
+def allowed(dtype: torch.dtype) -> float:
+    """What rounding may move outputs by: twice what this dtype's arithmetic itself does to them, the worst model's."""
+    models = [build(name, dtype) for name in NAMES]
+    return max(2 * moved(output(copy.deepcopy(model).double()), output(model)) for model in models)
+
+
+def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("an SVD was run")
+
+    monkeypatch.setattr("pissa_kernels.task.principal_factors", fail)
+    monkeypatch.setattr(waves, "truncated_svd_stack", fail)
+
+
+def residuals(adapted: Any) -> dict[str, torch.Tensor]:
+    return {name: layer.get_base_layer().weight.detach().clone() for name, layer in lora_layers(adapted).items()}
+
+
+# save_pissa
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_residual_model_loads_without_this_package(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapted = make(name, dtype)
+    before = {key: value.clone() for key, value in adapted.state_dict().items()}
+    pk.save_pissa(adapted, tmp_path / "out")
+    assert before.keys() == adapted.state_dict().keys()
+    assert all(torch.equal(value, adapted.state_dict()[key]) for key, value in before.items())
+    assert adapted.peft_config["default"].init_lora_weights == "pissa"
+    no_svd(monkeypatch)
+    factory = type(base)
+    loaded = factory.from_pretrained(tmp_path / "out", dtype=dtype)
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "out", subfolder="pissa_init", is_trainable=True).eval()
+    assert loaded.peft_config["default"].init_lora_weights is True
+    assert_same(state(loaded), state(adapted))
+    assert moved(output(base), output(loaded)) <= allowed(dtype)
+    report = pk.Report.read(tmp_path / "out" / "pissa_init" / "pissa_report.json")
+    assert {layer.name for layer in report.layers} == set(lora_layers(adapted))
+
+
+def test_a_trained_model_still_saves_its_initial_adapter(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    pk.save_pissa(adapted, tmp_path / "out")
+    loaded = type(base).from_pretrained(tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "out" / "pissa_init").eval()
+    assert moved(output(base), output(loaded)) <= allowed(torch.float32)
+
+
+def test_another_adapter_name(tmp_path: Path) -> None:
+    base = build("llama")
+    with pk.patch_peft():
+        adapted = peft.get_peft_model(copy.deepcopy(base), config("llama"), adapter_name="first")
+    pk.save_pissa(adapted, tmp_path / "out", adapter_name="first")
+    assert (tmp_path / "out" / "pissa_init" / "adapter_model.safetensors").is_file()
+    loaded = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "out"), tmp_path / "out/pissa_init")
+    assert moved(output(base), output(loaded.eval())) <= allowed(torch.float32)
+
+
+def test_what_save_pissa_refuses(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    with pytest.raises(ValueError, match=r"'other' was not initialised by pissa_kernels \(adapters: default\)"):
+        pk.save_pissa(adapted, tmp_path / "out", adapter_name="other")
+    with pytest.raises(ValueError, match="was not initialised"):
+        pk.save_pissa(peft.get_peft_model(base, config("llama", init_lora_weights=True)), tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match="full exists and is not an empty folder"):
+        pk.save_pissa(adapted, tmp_path / "full")
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into the weight of layer 'model\.layers\.0.*unmerge it first"):
+        pk.save_pissa(adapted, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+# Trained, saved and loaded again
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_adapter_comes_back_to_the_last_bit_with_no_svd(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapted = make(name, dtype)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)  # the patch is over: the model brings this along
+    no_svd(monkeypatch)
+    with pk.patch_peft(seed=5) as report, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    for key, residual in residuals(adapted).items():
+        assert torch.equal(residual, residuals(loaded)[key])
+    assert torch.equal(output(loaded), output(adapted))
+    assert moved(output(base), output(loaded)) > 3 * allowed(dtype)
+    assert [layer.seed for layer in report.layers] == [0] * len(lora_layers(adapted))
+    # and it can be saved and loaded once more
+    loaded.save_pretrained(tmp_path / "again")
+    with pk.patch_peft():
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval()
+    assert torch.equal(output(again), output(adapted))
+
+
+def test_an_adapter_on_the_meta_device_gets_its_residual_too(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(output(loaded), output(adapted))
+
+
+def test_a_second_adapter_through_load_adapter(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    plain = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights=True), adapter_name="plain")
+    with pk.patch_peft():
+        plain.load_adapter(tmp_path, "trained")
+    plain.set_adapter("trained")
+    assert moved(output(adapted), output(plain.eval())) <= allowed(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_into_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Trained on one precision of the base model, loaded onto the other: the same function to the coarser one."""
+    other = DTYPES[1 - DTYPES.index(dtype)]
+    base, adapted = make("llama", dtype)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base).to(other), tmp_path).eval()
+    assert moved(output(adapted), output(loaded)) <= 2 * allowed(torch.bfloat16)
+
+
+def test_another_base_model_is_refused_and_untouched(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    adapted.save_pretrained(tmp_path)
+    pk.save_pissa(adapted, tmp_path / "residual")
+    residual = type(base).from_pretrained(tmp_path / "residual").eval()
+    before = output(residual)
+    refusal = (
+        r"layer 'model\.layers\.0\.self_attn\.q_proj' \(96, 96\) is not the one .* neither its residual nor another"
+    )
+    with pytest.raises(ValueError, match=refusal), pk.patch_peft():
+        peft.PeftModel.from_pretrained(residual, tmp_path)
+    assert torch.equal(before, output(residual))
+
+
+def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    adapted.save_pretrained(tmp_path)
+    path = tmp_path / sidecar.INITIAL_NAME
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged: its contents do not match"), pk.patch_peft():
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    path.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="does not hold the initial factors"), pk.patch_peft():
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_without_the_sidecar_the_residual_is_taken_anew(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / sidecar.INITIAL_NAME).unlink()
+    with pk.patch_peft(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(output(loaded), output(adapted))
+    other = copy.deepcopy(base)
+    other.model.layers[1].mlp.up_proj.weight.data *= 1.01
+    with (
+        pk.patch_peft(),
+        pytest.warns(UserWarning, match=r"1 layers \(the first is 'model\.layers\.1\.mlp\.up_proj'\)"),
+    ):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_rough_adapter_of_unknown_origin_is_warned_of(tmp_path: Path) -> None:
+    base = build("llama")
+    stock = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights="pissa_niter_4"))
+    stock.save_pretrained(tmp_path)
+    assert not (tmp_path / sidecar.INITIAL_NAME).exists()
+    with pk.patch_peft(), pytest.warns(UserWarning, match="its sketch was not seeded"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_only_pissa_adapters_get_a_sidecar(tmp_path: Path) -> None:
+    _, adapted = make("llama", torch.float32)
+    adapted.add_adapter("plain", config("llama", init_lora_weights=True))
+    adapted.save_pretrained(tmp_path)
+    assert sorted(path.parent.name for path in tmp_path.rglob(sidecar.INITIAL_NAME)) == [tmp_path.name]
+    adapted.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not list((tmp_path / "none").rglob("pissa_*"))
+
+
+# Converted and merged
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_trained_adapter_converts_to_a_lora_of_the_original(dtype: torch.dtype, rslora: bool, tmp_path: Path) -> None:
+    base, adapted = make("llama", dtype, use_rslora=rslora)
+    pk.save_pissa(adapted, tmp_path / "residual")
+    train(adapted)
+    initial = str(tmp_path / "residual" / "pissa_init")
+    adapted.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=initial)
+    assert not (tmp_path / "lora" / sidecar.INITIAL_NAME).exists()
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert plain.peft_config["default"].r == 2 * adapted.peft_config["default"].r
+    assert moved(output(adapted), output(plain)) <= allowed(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_is_the_trained_model(dtype: torch.dtype) -> None:
+    _, adapted = make("llama", dtype)
+    train(adapted)
+    expected = output(adapted)
+    assert moved(expected, output(adapted.merge_and_unload())) <= allowed(dtype)
+
+
+# The model before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_original_model_comes_back_for_a_while(name: str, dtype: torch.dtype) -> None:
+    base, adapted = make(name, dtype)
+    train(adapted)
+    trained = output(adapted)
+    with pk.original_model(adapted) as original:
+        assert moved(output(base), output(original)) <= allowed(dtype)
+    assert torch.equal(trained, output(adapted))
+    with adapted.disable_adapter():  # what it is not
+        assert moved(output(base), output(adapted)) > 3 * allowed(dtype)
+    assert moved(output(base), trained) > 3 * allowed(dtype)
+
+
+def test_a_waiting_graph_is_not_disturbed() -> None:
+    _, adapted = make("llama", torch.float32)
+    train(adapted)
+    ids = torch.arange(24).reshape(2, 12)
+
+    def gradients(between: bool) -> list[torch.Tensor]:
+        adapted.zero_grad()
+        logits = adapted(input_ids=ids).logits
+        if between:
+            with pk.original_model(adapted), torch.no_grad():
+                reference = adapted(input_ids=ids).logits
+            assert not reference.requires_grad
+        logits.square().mean().backward()
+        return [p.grad.clone() for p in adapted.parameters() if p.grad is not None]
+
+    alone, disturbed = gradients(False), gradients(True)
+    assert len(alone) == len(disturbed) > 0
+    assert all(torch.equal(one, other) for one, other in zip(alone, disturbed, strict=True))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_remember(way: str, tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    other = copy.deepcopy(adapted) if way == "deepcopy" else pickle.loads(pickle.dumps(adapted))
+    with pk.original_model(other):
+        assert moved(output(base), output(other)) <= allowed(torch.float32)
+    other.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data.zero_()
+    other.save_pretrained(tmp_path)  # the copy's own weights, not those of the one that it was copied from
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(output(loaded), output(other))
+
+
+def test_what_original_model_refuses() -> None:
+    base, adapted = make("llama", torch.float32)
+    with pytest.raises(ValueError, match="no layer of this model was initialised"), pk.original_model(base):
+        pass
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into layer .* and 13 more; unmerge"), pk.original_model(adapted):
+        pass
+
+
+def test_nothing_of_it_is_in_the_state() -> None:
+    """A checkpoint of the whole model has PEFT's keys and no others."""
+    base, adapted = make("llama", torch.float32)
+    stock = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights=True))
+    assert adapted.state_dict().keys() == stock.state_dict().keys()
+    assert [name for name, _ in adapted.named_buffers()] == [name for name, _ in stock.named_buffers()]
+
+
+def test_transformers_own_adapters_are_carried_out_too() -> None:
+    base = build("llama")
+    expected = output(base)
+    with pk.patch_peft() as report:
+        base.add_adapter(config("llama"))
+    assert len(report.layers) == 14
+    assert isinstance(base, transformers.LlamaForCausalLM)
+    assert moved(expected, output(base)) <= allowed(torch.float32)
