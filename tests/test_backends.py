@@ -243,9 +243,12 @@ def test_products_of_any_shape_are_within_their_roundoff(
 @pytest.mark.usefixtures("csrc_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1500, 2900), (11000, 200), (200, 11000)])
 @pytest.mark.parametrize("columns", [8, 24, 200])
-def test_csrcs_products_of_long_sums(dtype: torch.dtype, transposed: bool, columns: int) -> None:
-    W = randn(1500, 2900).to(dtype)
+def test_csrcs_products_of_long_sums(
+    dtype: torch.dtype, transposed: bool, shape: tuple[int, int], columns: int
+) -> None:
+    W = randn(*shape).to(dtype)
     W = W.mT if transposed else W
     X = randn(W.shape[1], columns, seed=2)
     Y, Z = pk.ops.normal(W, X)

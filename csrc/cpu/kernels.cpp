@@ -48,14 +48,15 @@ void subtract_lowrank_any(const Matrix& weight, const Matrix& left, const Matrix
   }
 }
 
-void multiply_any(const Matrix& weight, int64_t row, int64_t rows, const Panel& X, const Panel& Y) {
+void multiply_any(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
+                  const Panel& Y) {
   switch (weight.dtype) {
     case Dtype::f32:
-      return multiply<Float32>(weight, row, rows, X, Y);
+      return multiply<Float32>(weight, row, rows, begin, end, X, Y);
     case Dtype::f16:
-      return multiply<Float16>(weight, row, rows, X, Y);
+      return multiply<Float16>(weight, row, rows, begin, end, X, Y);
     case Dtype::bf16:
-      return multiply<BFloat16>(weight, row, rows, X, Y);
+      return multiply<BFloat16>(weight, row, rows, begin, end, X, Y);
   }
 }
 

@@ -1,17 +1,13 @@
-// W·X and Wᵀ·Y for narrow float32 panels and a weight with contiguous rows.
+// W·X and Wᵀ·Y for a weight with contiguous rows.
 //
-// A patch of W is widened into a float32 buffer that stays in the first cache and is multiplied from there. Both
-// products then are one loop: elements of the patch, broadcast, times rows of the panel.
+// Both are one loop over a widened patch: its elements, broadcast, times rows of the panel.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "narrow.h"
+#include "patch.h"
 
 namespace {
 
-using pissa::cpu::BAND;
-using pissa::cpu::Panel;
-using pissa::cpu::SPAN;
 using pissa::cpu::STRIPE;
 using pissa::cpu::TILE;
 
@@ -19,27 +15,6 @@ using pissa::cpu::TILE;
 constexpr int64_t DEPTH = 128;
 // Floats from row to row of the patch for W·X: at DEPTH its rows would share the cache's banks.
 constexpr int64_t PITCH = DEPTH + LANES;
-
-inline __attribute__((always_inline)) int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// patch[i][j] = W[row + i][col + j] for i < rows and j < cols, zeros for what is left of `all_rows` and `all_cols`,
-// a multiple of LANES
-template <class T>
-inline void widen(const pissa::Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t all_rows,
-                  int64_t all_cols, int64_t pitch, float* patch) {
-  const auto* from = static_cast<const typename T::Scalar*>(weight.data) + row * weight.row_stride + col;
-  for (int64_t i = 0; i < all_rows; ++i, from += weight.row_stride, patch += pitch) {
-    int64_t j = 0;
-    if (i < rows) {
-      for (; j + LANES <= cols; j += LANES) store(patch + j, load_wide<T>(from + j));
-      if (j < cols) {
-        store(patch + j, load_wide<T>(from + j, cols - j));
-        j += LANES;
-      }
-    }
-    for (; j < all_cols; j += LANES) store(patch + j, f32x8{});
-  }
-}
 
 // out[i] += Σ_s patch[i·OUT + s·SUM]·panel[s] for the rows of a tile, which is held in registers.
 template <int VECTORS, int64_t OUT, int64_t SUM>
@@ -82,11 +57,13 @@ inline void multiply_stripe(const float* patch, const Panel& panel, int64_t row,
 }
 
 template <class T>
-void multiply(const pissa::Matrix& weight, int64_t row, int64_t rows, const Panel& X, const Panel& Y) {
+void multiply(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
+              const Panel& Y) {
+  if (X.turned) return multiply_narrow<T>(weight, row, rows, begin, end, X, Y);
   alignas(64) float patch[STRIPE * PITCH];
   for (int64_t i = 0; i < rows; i += STRIPE) {
-    for (int64_t col = 0; col < weight.cols; col += DEPTH) {
-      const int64_t depth = smaller(weight.cols - col, DEPTH);
+    for (int64_t col = begin; col < end; col += DEPTH) {
+      const int64_t depth = smaller(end - col, DEPTH);
       widen<T>(weight, row + i, col, smaller(rows - i, STRIPE), depth, STRIPE, depth, PITCH, patch);
       multiply_stripe<PITCH, 1>(patch, X, col, depth, Y, i);
     }
@@ -96,12 +73,10 @@ void multiply(const pissa::Matrix& weight, int64_t row, int64_t rows, const Pane
 template <class T>
 void multiply_adjoint(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                       const Panel& Y, int64_t Y_row, const Panel& Z) {
-  alignas(64) float patch[BAND * SPAN];
-  for (int64_t col = begin; col < end; col += SPAN) {
-    const int64_t cols = smaller(end - col, SPAN);
-    widen<T>(weight, row, col, rows, cols, rows, SPAN, SPAN, patch);
-    for (int64_t j = 0; j < cols; j += STRIPE) multiply_stripe<1, SPAN>(patch + j, Y, Y_row, rows, Z, col + j);
-  }
+  if (Z.turned) return multiply_adjoint_narrow<T>(weight, row, rows, begin, end, Y, Y_row, Z);
+  for_patches<T>(weight, row, rows, begin, end, STRIPE, [&](const float* patch, int64_t col) {
+    multiply_stripe<1, SPAN>(patch, Y, Y_row, rows, Z, col);
+  });
 }
 
 }  // namespace
