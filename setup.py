@@ -25,7 +25,7 @@ DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Compiled once each; the library takes the best that the CPU has.
-INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-mavx2", "-mfma"]} if X86 else {})}
+INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-mavx2", "-mfma", "-mf16c"]} if X86 else {})}
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 
 
@@ -89,7 +89,8 @@ class BuildLibraries(build_ext):
 
     def cpu_objects(self) -> list[str]:
         flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
-        objects = [self.compile(CSRC / name, flags) for name in ("registration.cpp", "cpu/verbs.cpp")]
+        sources = ("registration.cpp", "cpu/verbs.cpp", "cpu/products.cpp")
+        objects = [self.compile(CSRC / name, flags) for name in sources]
         for name, options in INSTRUCTION_SETS.items():
             body = [*flags, *options, f"-DPISSA_ISA={name}"]
             objects.append(self.compile(CSRC / "cpu" / "kernels.cpp", body, suffix=name))

@@ -32,6 +32,15 @@ inline Matrix matrix_of(const torch::stable::Tensor& tensor) {
           tensor.stride(0),  tensor.stride(1)};
 }
 
+// A weight, or the one at `index` of a stack (batch, m, n).
+inline Matrix matrix_at(const torch::stable::Tensor& tensor, int64_t index) {
+  if (tensor.dim() == 2) return matrix_of(tensor);
+  const Dtype dtype = dtype_of(tensor.scalar_type());
+  const int64_t bytes = index * tensor.stride(0) * (dtype == Dtype::f32 ? 4 : 2);
+  return {static_cast<char*>(tensor.data_ptr()) + bytes, dtype, tensor.size(1), tensor.size(2), tensor.stride(1),
+          tensor.stride(2)};
+}
+
 // A factor or panel: float32, with `rows` rows and, where it is not negative, `cols` columns.
 inline Matrix float_matrix(const torch::stable::Tensor& tensor, int64_t rows, int64_t cols = -1) {
   const Matrix matrix = matrix_of(tensor);

@@ -161,20 +161,11 @@ def test_any_shape_is_within_one_rounding(
     assert ((W.double() - exact).abs() <= bound).all()
 
 
-@pytest.fixture
-def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = pk.ops.refusals("matmul", torch.ones(2, 2, device=DEVICE))["triton"]
-    if reasons:
-        pytest.skip("; ".join(reasons))
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
-
-
-@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("columns", [1, 16, 40])
-def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str, columns: int) -> None:
-    for shape in shapes("triton", layout if columns == 16 else ""):
+def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str, columns: int, backend: str) -> None:
+    for shape in shapes(backend, layout if columns == 16 else ""):
         dense = randn(*shape).to(dtype)
         W = layouts(dense)[layout]
         X, Y = randn(shape[1], columns, seed=2), randn(shape[0], columns, seed=3)
@@ -185,8 +176,113 @@ def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str,
             own = (getattr(reference, verb)(W, P) - exact).norm() + exact.norm() * 2.0**-24
             assert (got - exact).norm() <= 1.1 * own, (verb, shape)
         first, second = pk.ops.normal(W, X)
+        assert first.is_contiguous()
+        assert second.is_contiguous()
         assert torch.equal(first, pk.ops.matmul(W, X))
-        assert torch.equal(second, pk.ops.rmatmul(W, first))
+        if backend == "triton":  # csrc sums over the rows of each thread first
+            assert torch.equal(second, pk.ops.rmatmul(W, first))
+        exact = dense.double().mT @ first.double()
+        own = (reference.rmatmul(W, first) - exact).norm() + exact.norm() * 2.0**-24
+        assert (second - exact).norm() <= 1.1 * own, shape
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = pk.ops.refusals("matmul", torch.ones(2, 2, device=DEVICE))["triton"]
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+
+
+@pytest.fixture
+def csrc_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = pk.ops.refusals("matmul", torch.ones(2, 2))["csrc"]
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    monkeypatch.setenv(dispatch.VARIABLE, "csrc")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.sampled_from([0, 0, 1, 3]),
+    m=st.integers(0, 150),
+    n=st.integers(0, 300),
+    columns=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    threads=st.integers(1, 3),
+)
+def test_products_of_any_shape_are_within_their_roundoff(
+    batch: int, m: int, n: int, columns: int, dtype: torch.dtype, layout: str, threads: int
+) -> None:
+    weights = [layouts(randn(m, n, seed=seed).cpu().to(dtype))[layout] for seed in range(max(batch, 1))]
+    W = torch.stack([weight.mT for weight in weights]).mT if layout == "column" else torch.stack(weights)
+    W = W if batch else weights[0]
+    X = randn(*W.shape[:-2], columns, n, seed=8).cpu().mT  # a panel that is not contiguous
+    Y = randn(*W.shape[:-1], columns, seed=9).cpu()
+    if dispatch.refusals("matmul", W)["csrc"]:
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        csrc = dispatch.load("csrc")
+        got = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
+        again = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
+    finally:
+        torch.set_num_threads(before)
+    A = W.double()
+    pairs = [(A, X), (A.mT, Y), (A, X), (A.mT, got[2])]
+    for product, same, (left, right) in zip(got, again, pairs, strict=True):
+        exact, magnitude = left @ right.double(), left.abs() @ right.double().abs()
+        assert product.shape == exact.shape
+        assert product.is_contiguous()
+        assert torch.equal(product, same)
+        assert ((product - exact).abs() <= (left.shape[-1] + 2) * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.usefixtures("csrc_backend")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1500, 2900), (11000, 200), (200, 11000)])
+@pytest.mark.parametrize("columns", [8, 24, 200])
+def test_csrcs_products_of_long_sums(
+    dtype: torch.dtype, transposed: bool, shape: tuple[int, int], columns: int
+) -> None:
+    W = randn(*shape).to(dtype)
+    W = W.mT if transposed else W
+    X = randn(W.shape[1], columns, seed=2)
+    Y, Z = pk.ops.normal(W, X)
+    for verb, A, P, got in (("matmul", W.double(), X, Y), ("rmatmul", W.double().mT, Y, Z)):
+        exact = A @ P.double()
+        own = (getattr(reference, verb)(W, P) - exact).norm()
+        assert (got - exact).norm() <= 1.1 * own, verb
+        assert (getattr(pk.ops, verb)(W, P) - exact).norm() <= 1.1 * own, verb
+
+
+@pytest.mark.usefixtures("csrc_backend")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["weight", "panel"])
+def test_what_is_not_finite_shows_where_it_does_in_the_reference(transposed: bool, value: float, where: str) -> None:
+    W, X = randn(70, 150).bfloat16(), randn(150, 5, seed=2)
+    if where == "weight":
+        W[65, 149] = value
+    else:
+        X[149, 4] = value
+    W = W.mT.contiguous().mT if transposed else W
+    for got, expected in zip(pk.ops.normal(W, X), reference.normal(W, X), strict=True):
+        assert not expected.isfinite().all()
+        assert torch.equal(got.isfinite(), expected.isfinite())
+        assert torch.equal(got.isnan(), expected.isnan())
+
+
+@pytest.mark.usefixtures("csrc_backend")
+def test_every_16_bit_pattern_is_widened_as_torch_widens_it() -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        W = bits.view(dtype).view(-1, 1)
+        got, expected = pk.ops.matmul(W, torch.ones(1, 1)), W.float()
+        assert ((got == expected) | (got.isnan() & expected.isnan())).all()
 
 
 @pytest.mark.usefixtures("triton_backend")
@@ -269,9 +365,9 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
         pk.ops.subtract_lowrank_(view, B, A, 1.0, fan_in_fan_out)
         assert torch.equal(W, pk.ops.subtract_lowrank_(dense.clone(), B, A, 1.0))
     W.copy_(dense)
+    X, Y = randn(40, 5), randn(rows, 5)
+    assert torch.equal(pk.ops.matmul(W, X), pk.ops.matmul(dense, X))
+    assert torch.equal(pk.ops.rmatmul(W, Y), pk.ops.rmatmul(dense, Y))
+    assert torch.equal(pk.ops.normal(W, X)[1], pk.ops.normal(dense, X)[1])
     if backend == "triton":
-        X = randn(40, 5)
-        assert torch.equal(pk.ops.matmul(W, X), pk.ops.matmul(dense, X))
-        Y = randn(rows, 5)
-        assert torch.equal(pk.ops.rmatmul(W, Y), pk.ops.rmatmul(dense, Y))
         assert torch.equal(pk.ops.grouped_matmul([W], [X])[0], pk.ops.matmul(dense, X))

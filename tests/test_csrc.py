@@ -31,6 +31,10 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
     m, n = W.shape
     ops = torch.ops.pissa_kernels
     torch.library.opcheck(ops.transpose_cast, (W, torch.bfloat16))
+    for weight, leading in ((W, ()), (torch.stack([W.mT, W.mT]).mT, (2,))):
+        torch.library.opcheck(ops.matmul, (weight, torch.randn(*leading, n, 3)))
+        torch.library.opcheck(ops.rmatmul, (weight, torch.randn(*leading, m, 3)))
+        torch.library.opcheck(ops.normal, (weight, torch.randn(*leading, n, 3)))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(m, 3), torch.randn(3, n), 0.5))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(n, 3), torch.randn(3, m), 0.5, True))
 
@@ -52,6 +56,28 @@ def test_the_operator_itself_refuses_what_it_would_read_out_of_bounds(arguments,
         torch.ops.pissa_kernels.subtract_lowrank_(*arguments)
 
 
+@needs_library
+@pytest.mark.parametrize(
+    ("weight", "panel", "words"),
+    [
+        (torch.ones(4, 3), torch.ones(4, 2), "a float32 panel of 3 rows"),
+        (torch.ones(4, 3), torch.ones(3, 2).double(), "must be float32, float16 or bfloat16"),
+        (torch.ones(4, 3), torch.ones(3, 2).half(), "a float32 panel"),
+        (torch.ones(4, 3), torch.ones(3), "a float32 panel"),
+        (torch.ones(2, 4, 3), torch.ones(3, 3, 2), "a float32 panel"),
+        (torch.ones(4), torch.ones(4, 2), "must be 2-D"),
+        (torch.ones(4, 3).double(), torch.ones(3, 2), "must be float32, float16 or bfloat16"),
+        (torch.ones(8, 6)[::2, ::2], torch.ones(3, 2), "must be contiguous"),
+    ],
+)
+def test_products_refuse_what_they_would_read_out_of_bounds(
+    weight: torch.Tensor, panel: torch.Tensor, words: str
+) -> None:
+    for operator in (torch.ops.pissa_kernels.matmul, torch.ops.pissa_kernels.normal):
+        with pytest.raises(RuntimeError, match=words):
+            operator(weight, panel)
+
+
 @pytest.mark.parametrize("backend", ["", "torch", "csrc"])
 def test_verbs_under_torch_compile(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "csrc" and REASON is not None:
@@ -70,6 +96,21 @@ def test_verbs_under_torch_compile(backend: str, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(eager, traced)
     assert torch.equal(expected, got)
     assert not torch.equal(W, traced)
+
+
+@needs_library
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_under_torch_compile(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PISSA_KERNELS_BACKEND", "csrc")
+
+    def step(W: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        Y, Z = pk.ops.normal(W, X)
+        return pk.ops.rmatmul(W, pk.ops.matmul(W, Z) + Y)
+
+    torch._dynamo.reset()
+    W = torch.randn(20, 30).bfloat16()
+    W, X = (W.mT, torch.randn(20, 3)) if transposed else (W, torch.randn(30, 3))
+    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(W, X), step(W, X))
 
 
 def test_verbs_on_fake_tensors() -> None:

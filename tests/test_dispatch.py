@@ -36,6 +36,7 @@ def test_a_library_that_was_not_built_is_a_reason(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(dispatch.VARIABLE, "csrc")
     with pytest.raises(RuntimeError, match=r"csrc cannot run on a \(4, 4\) float32 weight on cpu: csrc was not"):
         pk.ops.transpose_cast(W, torch.float32)
+    monkeypatch.setattr(csrc, "VERBS", ("transpose_cast",))
     assert pk.ops.backend("matmul", W) == "torch"  # a verb that it does not have is not its business
 
 
@@ -70,6 +71,12 @@ def test_a_weight_with_no_contiguous_dimension_is_not_for_csrc() -> None:
     W = torch.ones(8, 8)[::2, ::2]
     assert any("neither dimension" in reason for reason in pk.ops.refusals("transpose_cast", W)["csrc"])
     assert torch.equal(pk.ops.transpose_cast(W, torch.bfloat16), torch.ones(4, 4).bfloat16())
+
+
+def test_a_slice_of_a_stack_whose_weights_are_apart_is_for_csrc() -> None:
+    stack = torch.ones(3, 8, 8)
+    assert pk.ops.refusals("matmul", stack[:, ::2])["csrc"] == pk.ops.refusals("matmul", stack)["csrc"]
+    assert any("neither dimension" in reason for reason in pk.ops.refusals("matmul", stack.permute(2, 0, 1))["csrc"])
 
 
 def test_triton_on_the_cpu_needs_its_interpreter() -> None:

@@ -1,6 +1,7 @@
 // One instruction set's bodies. PISSA_ISA names it: the build compiles this file once for each.
 #include "kernels.h"
 
+#include "product.h"
 #include "subtract_lowrank.h"
 #include "transpose_cast.h"
 
@@ -47,9 +48,34 @@ void subtract_lowrank_any(const Matrix& weight, const Matrix& left, const Matrix
   }
 }
 
+void multiply_any(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
+                  const Panel& Y) {
+  switch (weight.dtype) {
+    case Dtype::f32:
+      return multiply<Float32>(weight, row, rows, begin, end, X, Y);
+    case Dtype::f16:
+      return multiply<Float16>(weight, row, rows, begin, end, X, Y);
+    case Dtype::bf16:
+      return multiply<BFloat16>(weight, row, rows, begin, end, X, Y);
+  }
+}
+
+void multiply_adjoint_any(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& Y,
+                          int64_t Y_row, const Panel& Z) {
+  switch (weight.dtype) {
+    case Dtype::f32:
+      return multiply_adjoint<Float32>(weight, row, rows, begin, end, Y, Y_row, Z);
+    case Dtype::f16:
+      return multiply_adjoint<Float16>(weight, row, rows, begin, end, Y, Y_row, Z);
+    case Dtype::bf16:
+      return multiply_adjoint<BFloat16>(weight, row, rows, begin, end, Y, Y_row, Z);
+  }
+}
+
 }  // namespace
 
 namespace pissa::cpu {
 extern const Kernels PISSA_ISA;
-const Kernels PISSA_ISA = {PISSA_STRING(PISSA_ISA), transpose_cast_any, subtract_lowrank_any, subtract_workspace};
+const Kernels PISSA_ISA = {PISSA_STRING(PISSA_ISA), transpose_cast_any, subtract_lowrank_any,
+                           subtract_workspace,      multiply_any,       multiply_adjoint_any};
 }  // namespace pissa::cpu

@@ -7,6 +7,24 @@
 
 namespace pissa::cpu {
 
+// Rows of a product that are computed at a time.
+constexpr int64_t STRIPE = 12;
+// Columns of W, or rows of Wᵀ·Y, whose elements are in the first cache at a time: stripes, and vectors.
+constexpr int64_t SPAN = 8 * STRIPE;
+// Rows of W that are multiplied from one side and then from the other while they are in the caches. With more of them
+// side by side (60) the prefetcher loses track, and Wᵀ·Y of a weight in memory takes a quarter longer.
+constexpr int64_t BAND = 2 * STRIPE;
+// Columns of a packed panel that lie together; the last eight alone, if they are no more.
+constexpr int64_t TILE = 16, HALF_TILE = 8;
+
+// A float32 matrix that kernels multiply, with a multiple of HALF_TILE columns: [tile][row][TILE or HALF_TILE], a tile
+// beginning at its first column · rows. `turned` has HALF_TILE columns and rows in eights: [row / 8][column][row % 8].
+struct Panel {
+  float* data;
+  int64_t rows, columns;
+  bool turned;
+};
+
 struct Kernels {
   const char* name;  // the instruction set
 
@@ -18,6 +36,15 @@ struct Kernels {
   void (*subtract_lowrank)(const Matrix& weight, const Matrix& left, const Matrix& right, float scaling, int64_t begin,
                            int64_t end, float* workspace);
   int64_t (*subtract_workspace)(int64_t rank);
+
+  // Rows [0, rows) of Y += W[row : row + rows, begin : end]·X[begin : end], W with contiguous rows; `begin` is a multiple
+  // of eight, and Y has whole stripes. X and, below, Z are turned where they are of HALF_TILE columns, Y never.
+  void (*multiply)(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
+                   const Panel& Y);
+  // Rows [begin, end) of Z += W[row : row + rows, begin : end]ᵀ·Y[Y_row : Y_row + rows], at most BAND rows. `begin` is a
+  // multiple of SPAN, and Z has whole stripes.
+  void (*multiply_adjoint)(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& Y,
+                           int64_t Y_row, const Panel& Z);
 };
 
 const Kernels& kernels();

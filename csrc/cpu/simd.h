@@ -4,6 +4,10 @@
 // once per instruction set, and a shared inline function would be linked from whichever object came first.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "../matrix.h"
@@ -35,6 +39,14 @@ inline __attribute__((always_inline)) To bits(From from) {
   return to;
 }
 
+inline __attribute__((always_inline)) u32x8 extend(u16x8 v) {
+#if defined(__AVX2__)
+  return bits<u32x8>(_mm256_cvtepu16_epi32(bits<__m128i>(v)));  // GCC makes four instructions of the conversion
+#else
+  return __builtin_convertvector(v, u32x8);
+#endif
+}
+
 inline __attribute__((always_inline)) u32x8 select(u32x8 mask, u32x8 yes, u32x8 no) {
   return (mask & yes) | (~mask & no);
 }
@@ -50,7 +62,7 @@ struct BFloat16 {
   typedef uint16_t Scalar;
   typedef u16x8 Vector;
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) {
-    return bits<f32x8>(__builtin_convertvector(v, u32x8) << 16);
+    return bits<f32x8>(extend(v) << 16);
   }
   // to nearest, ties to even; NaN keeps a set bit of its payload
   static inline __attribute__((always_inline)) Vector narrow(f32x8 v) {
@@ -66,10 +78,14 @@ struct Float16 {
   typedef u16x8 Vector;
   // Exponent and mantissa move to their float32 places, 2^112 corrects the bias, subnormals included.
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) {
-    const u32x8 h = __builtin_convertvector(v, u32x8);
+#if defined(__F16C__)
+    return bits<f32x8>(_mm256_cvtph_ps(bits<__m128i>(v)));
+#else
+    const u32x8 h = extend(v);
     const f32x8 scaled = bits<f32x8>((h & 0x7fffu) << 13) * 0x1p112f;
     const u32x8 special = bits<u32x8>((h & 0x7c00u) == 0x7c00u);  // Inf and NaN
     return bits<f32x8>(bits<u32x8>(scaled) | (special & 0x7f800000u) | ((h & 0x8000u) << 16));
+#endif
   }
   // to nearest, ties to even, beyond 65504 by more than half a step to Inf
   static inline __attribute__((always_inline)) Vector narrow(f32x8 v) {

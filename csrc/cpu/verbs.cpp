@@ -16,7 +16,10 @@ extern const Kernels avx2;
 
 const Kernels& kernels() {
 #if defined(PISSA_X86)
-  static const Kernels& best = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : generic;
+  static const Kernels& best = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                       __builtin_cpu_supports("f16c")
+                                   ? avx2
+                                   : generic;
   return best;
 #else
   return generic;

@@ -2,16 +2,23 @@
 
 The libraries hold operators of ``torch.ops.pissa_kernels`` and link against torch's stable ABI alone, so that one
 binary serves every torch from 2.10 on. They are loaded at the first question, not at import.
+
+Products compute eight columns where there are fewer. A single column is left to BLAS, whose product of a matrix and a
+vector is a loop of its own: faster, and with shorter sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-VERBS = ("transpose_cast", "subtract_lowrank_")
+from . import reference
+
+PRODUCTS = ("matmul", "rmatmul", "normal")  # for CPUs alone
+VERBS = (*PRODUCTS, "transpose_cast", "subtract_lowrank_")
 # The first holds the schemas too, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
@@ -25,8 +32,10 @@ def refusals(verb: str, weight: Tensor) -> list[str]:
     device = weight.device.type
     if device not in LIBRARIES:
         return [f"it has no body for {device} tensors"]
+    if device != "cpu" and verb in PRODUCTS:
+        return [f"it has no {verb} for {device} tensors"]
     reasons = [_failure("cpu"), _failure(device) if device != "cpu" else None]
-    if 1 not in weight.stride() and weight.numel() > 1:
+    if 1 not in weight.stride()[-2:] and weight.numel() > 1:
         reasons.append(f"neither dimension of the weight is contiguous (strides {weight.stride()})")
     return [reason for reason in reasons if reason]
 
@@ -68,8 +77,47 @@ def _register_fakes() -> None:
     ) -> None:
         return None
 
-    for fake in (transpose_cast, subtract_lowrank_):
+    def matmul(weight: Tensor, X: Tensor) -> Tensor:
+        return X.new_empty(*weight.shape[:-1], X.shape[-1])
+
+    def rmatmul(weight: Tensor, Y: Tensor) -> Tensor:
+        return matmul(weight.mT, Y)
+
+    def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+        return matmul(weight, X), rmatmul(weight, X)
+
+    for fake in (matmul, rmatmul, normal, transpose_cast, subtract_lowrank_):
         torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
+
+
+def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
+    """W·X in float32, whatever ``pieces``; see :func:`pissa_kernels.ops.matmul`."""
+    if X.shape[-1] == 1:
+        return reference.matmul(weight, X)
+    result: Tensor = torch.ops.pissa_kernels.matmul(weight, X)
+    return result
+
+
+def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
+    """Wᵀ·Y in float32, whatever ``pieces``; see :func:`pissa_kernels.ops.rmatmul`."""
+    if Y.shape[-1] == 1:
+        return reference.rmatmul(weight, Y)
+    result: Tensor = torch.ops.pissa_kernels.rmatmul(weight, Y)
+    return result
+
+
+def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
+    """Y = W·X and Wᵀ·Y in float32, whatever ``pieces``; see :func:`pissa_kernels.ops.normal`."""
+    if X.shape[-1] == 1:
+        return reference.normal(weight, X)
+    result: tuple[Tensor, Tensor] = torch.ops.pissa_kernels.normal(weight, X)
+    return result
+
+
+def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], pieces: int = 3) -> list[Tensor]:
+    """``matmul`` or ``rmatmul`` of each weight with its panel, one after the other."""
+    product = {"matmul": matmul, "rmatmul": rmatmul}[verb]
+    return [product(weight, panel) for weight, panel in zip(weights, panels, strict=True)]
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
