@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import reference
 
-PRODUCTS = ("matmul", "rmatmul", "normal")  # for CPUs alone
-VERBS = (*PRODUCTS, "transpose_cast", "subtract_lowrank_")
+VERBS: dict[str, tuple[str, ...]] = {"cuda": ("transpose_cast", "subtract_lowrank_")}
+VERBS["cpu"] = ("matmul", "rmatmul", "normal", *VERBS["cuda"])
 # The first holds the schemas too, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
@@ -27,13 +27,16 @@ OLDEST_TORCH = (2, 10)
 _FAILURES: dict[str, str | None] = {}
 
 
+def verbs(device: str) -> tuple[str, ...]:
+    """Those that have a body for tensors on ``device``, a type."""
+    return VERBS.get(device, ())
+
+
 def refusals(verb: str, weight: Tensor) -> list[str]:
     """Reasons why ``verb`` cannot run on ``weight``; none when it can."""
     device = weight.device.type
     if device not in LIBRARIES:
         return [f"it has no body for {device} tensors"]
-    if device != "cpu" and verb in PRODUCTS:
-        return [f"it has no {verb} for {device} tensors"]
     reasons = [_failure("cpu"), _failure(device) if device != "cpu" else None]
     if 1 not in weight.stride()[-2:] and weight.numel() > 1:
         reasons.append(f"neither dimension of the weight is contiguous (strides {weight.stride()})")

@@ -32,8 +32,8 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
 def load(name: str) -> Any:
     """The backend's module, imported when first asked for: importing the package loads no library and no triton.
 
-    It has some of the verbs, each with the signature of :mod:`pissa_kernels.ops.reference`'s, their names in ``VERBS``,
-    and ``refusals(verb, weight)``: the reasons why a verb cannot run on a weight, none when it can.
+    It has some of the verbs, each with the signature of :mod:`pissa_kernels.ops.reference`'s, their names in
+    ``verbs(device)``, and ``refusals(verb, weight)``: the reasons why a verb cannot run on a weight, none when it can.
     """
     # statements, which torch.compile can trace; importlib it cannot
     if name == "csrc":
@@ -70,7 +70,7 @@ def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str
     if forced:
         if forced not in BACKENDS:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {forced!r}")
-        if verb in load(forced).VERBS and dtype == torch.float32:
+        if verb in load(forced).verbs(weight.device.type) and dtype == torch.float32:
             reasons = _reasons(forced, verb, weight)
             if reasons:
                 raise RuntimeError(
@@ -90,8 +90,8 @@ def _reasons(name: str, verb: str, weight: Tensor) -> list[str]:
         backend = load(name)
     except ImportError as error:
         return [f"it cannot be imported: {error}"]
-    if verb not in backend.VERBS:
-        return [f"it has no {verb}"]
+    if verb not in backend.verbs(weight.device.type):
+        return [f"it has no {verb} for {weight.device.type} tensors"]
     reasons: list[str] = backend.refusals(verb, weight)
     return reasons
 

@@ -1,4 +1,4 @@
-"""Every verb in plain torch: the CPU path, and the oracle for every faster backend.
+"""Every verb in plain torch: what runs where nothing faster was built, and the oracle for every faster backend.
 
 A 16-bit weight is never copied to float32 as a whole. It is read in row blocks that are widened into one small buffer
 and multiplied from there, so a product costs one read of the weight and a few MiB. On CPUs without bf16 instructions
@@ -28,6 +28,11 @@ TRANSPOSE_ELEMENTS = 1 << 17
 COLUMNS_PER_THREAD = 256
 
 
+def verbs(device: str) -> tuple[str, ...]:
+    """All of them, everywhere."""
+    return VERBS
+
+
 def refusals(verb: str, weight: Tensor) -> list[str]:
     """None: plain torch runs everywhere."""
     return []
@@ -50,7 +55,7 @@ def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, T
             yield 0, m, weight
         return
     stack = max(1, n * weight.shape[:-2].numel())
-    rows = min(m, max(1, BLOCK_ELEMENTS.get(weight.device.type, 1 << 24) // stack))
+    rows = max(1, min(m, BLOCK_ELEMENTS.get(weight.device.type, 1 << 24) // stack))
     buffer = torch.empty(*batch, rows, n, dtype=dtype, device=weight.device)
     for start in range(0, m, rows):
         stop = min(start + rows, m)

@@ -18,10 +18,25 @@ from .product import matmul, normal, rmatmul
 from .subtract_lowrank import subtract_lowrank_
 from .transpose_cast import transpose_cast
 
-__all__ = ["VERBS", "grouped", "matmul", "normal", "refusals", "rmatmul", "subtract_lowrank_", "transpose_cast"]
+__all__ = [
+    "VERBS",
+    "grouped",
+    "matmul",
+    "normal",
+    "refusals",
+    "rmatmul",
+    "subtract_lowrank_",
+    "transpose_cast",
+    "verbs",
+]
 
 VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
 OLDEST_CAPABILITY = (8, 0)
+
+
+def verbs(device: str) -> tuple[str, ...]:
+    """All of them."""
+    return VERBS
 
 
 def refusals(verb: str, weight: Tensor) -> list[str]:
