@@ -10,6 +10,9 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from . import ops
 from .krylov import BEYOND, steps_for_niter
 
 
@@ -20,6 +23,8 @@ class Machine:
     Attributes:
         flops: float32 operations a second in a matrix product.
         touch: seconds to read one element of a weight, widening it.
+        narrow: columns that a product takes longer by, as if its panel had them more.
+        block: the least columns of a Krylov block that pay.
         call: seconds for one small operation, its launch or its way through Python.
         eigh: coefficients (n, n², n³) of the seconds for float32 ``eigh``.
     """
@@ -28,19 +33,21 @@ class Machine:
     touch: float
     call: float
     eigh: tuple[float, float, float]
+    narrow: int = 4
+    block: int = 16
 
     def eigenproblem(self, n: int) -> float:
         linear, square, cube = self.eigh
         return linear * n + square * n**2 + cube * n**3
 
     def product(self, m: int, n: int, columns: int) -> float:
-        # BLAS is slower on narrow panels, as if they had some columns more
-        return self.touch * m * n + 2 * m * n * (columns + 4) / self.flops + self.call
+        return self.touch * m * n + 2 * m * n * (columns + self.narrow) / self.flops + self.call
 
 
 MACHINES = {
-    # two AVX2 cores, measured
+    # two AVX2 cores, measured; BLAS, and csrc's products
     "cpu": Machine(flops=1.5e11, touch=1.5e-10, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11)),
+    "cpu csrc": Machine(flops=1.5e11, touch=2e-11, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11), narrow=2, block=8),
     # an H100, estimated: float32 without TF32 at 40 TFLOP/s, 2 bytes an element at 2 TB/s, cuSOLVER's syevd
     "cuda": Machine(flops=4e13, touch=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
@@ -78,6 +85,12 @@ class Plan:
     through_gram: bool = False
 
 
+def machine_of(weight: Tensor) -> str:
+    """The key of :data:`MACHINES` for products with this weight."""
+    device = weight.device.type
+    return "cpu csrc" if device == "cpu" and ops.backend("normal", weight) == "csrc" else device
+
+
 def plan(
     m: int,
     n: int,
@@ -99,7 +112,7 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, device: str = "c
     Args:
         m, n, rank: a tall matrix (m, n), m ≥ n, and r ≤ n.
         niter: None for a tolerance, else the rounds of subspace iteration to be matched.
-        device: torch's device type.
+        device: a key of :data:`MACHINES`; any other device type counts as a GPU.
         batch: weights that share the small operations; the estimate is for each of them.
     """
     machine = MACHINES.get(device, MACHINES["cuda"])
@@ -130,13 +143,15 @@ def workspace(m: int, n: int, rank: int, niter: int | None, *, device: str, batc
         matrices = 4 * ((m + n) * chosen.limit + 4 * chosen.limit**2)
     else:
         matrices = 4 * (4 * n * chosen.block + (2 * n * n if chosen.through_gram else 0))
-    return panels + matrices + (ROW_BLOCK_BYTES if device == "cpu" else 0)
+    return panels + matrices + (ROW_BLOCK_BYTES if device in MACHINES and device != "cuda" else 0)
 
 
 def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> list[Plan]:
-    """Krylov to a tolerance, one plan for each block: whole multiples of 16, because BLAS takes 24 for 32."""
+    """Krylov to a tolerance, one plan for each block: whole multiples of 16, because BLAS takes 24 for 32; or 8."""
     plans = []
-    for block in range(16, _multiple_of_16(rank + BEYOND) + 1, 16):
+    for block in (8, *range(16, _multiple_of_16(rank + BEYOND) + 1, 16)):
+        if block < machine.block:
+            continue
         limit = block * math.ceil(max(256, min(6 * rank, 512), 4 * rank, 6 * block) / block)
         if limit + block > n:
             continue

@@ -151,6 +151,7 @@ def block_krylov(
     T = torch.zeros(batch, limit, limit, dtype=torch.float32, device=operator.device)  # its lower triangle
     progress = Progress(rank, tol, block, patience)
     panel, deficient = orthonormalize(operator.sketch(block, seed) if start is None else start)
+    doubtful = any(deficient)
     coupling = basis.new_zeros(batch, 0, block)  # of the basis' last rows, all that H couples the panel to
     images: list[Tensor] = []  # A·Q, panel by panel, as far as it is known
     size = step = 0
@@ -166,8 +167,8 @@ def block_krylov(
             return _leading(basis, images, vectors, rank, _unresolved(T, values, old, rank))
         T[:, old:size, old:size], Z, image = operator.project(panel)
         images += [] if image is None else [image]
-        before = deficient
         panel, deficient = orthonormalize(Z, basis[:, :size], basis[:, near:size])
+        doubtful = doubtful or any(deficient)
         coupling = Z.mT @ panel
         step += 1
         full = size + block > limit
@@ -178,10 +179,7 @@ def block_krylov(
             residuals = torch.linalg.vector_norm(coupling.mT @ vectors[:, old:, -rank:], dim=1)
             unresolved = _unresolved(T, values, old, rank)
             missing = unresolved.missing(values[:, -rank:], residuals).tolist()
-            # An invariant subspace has no residual, even where it is not the wanted one: then the panel is arbitrary,
-            # and only a basis that has it can tell.
-            settled = all(was or not now for was, now in zip(before, deficient, strict=True))
-            if progress.look(step, max(missing), settled):
+            if progress.look(step, max(missing), doubtful):
                 return _leading(basis, images, vectors, rank, unresolved)
         if full:
             keep = min(2 * rank + block, limit - 2 * block)
@@ -228,18 +226,28 @@ class Progress:
         """Whether to look after ``step`` steps, at a basis of ``size`` columns."""
         return step >= self.next_look and size >= self.smallest_basis
 
-    def look(self, step: int, missing: float, settled: bool) -> bool:
-        """Whether to stop at once. ``missing``: the worst estimate in the stack; ``settled``: it can be believed."""
-        if not settled:
-            return False
+    def look(self, step: int, missing: float, doubtful: bool) -> bool:
+        """Whether to stop at once.
+
+        An invariant subspace has no residual, even where it is not the wanted one: a block finds no more than its
+        columns' number of directions of one eigenvalue. The next panel is arbitrary then, and a basis that has it can
+        tell: with wanted directions in it, the residual is large once more.
+
+        Args:
+            step: taken so far.
+            missing: the worst estimate in the stack.
+            doubtful: a subspace has been invariant, so that one look is not enough.
+        """
         if missing <= self.tol:
-            return True
+            confirmed = self.last_look is not None and self.last_look[0] == step - 1 and self.last_look[1] <= self.tol
+            self.last_look, self.next_look = (step, missing), step + 1
+            return confirmed or not doubtful
         ratio = 1.0
         if self.last_look is not None and missing < self.last_look[1]:
             earlier, before = self.last_look
             ratio = (missing / before) ** (1 / (step - earlier))
         self.last_look = step, missing
-        self.last_step = missing * max(ratio, self.fastest) <= self.tol / 2
+        self.last_step = not doubtful and missing * max(ratio, self.fastest) <= self.tol / 2
         at_best = math.log(self.tol / missing) / math.log(self.fastest)
         at_this_pace = math.log(self.tol / missing) / math.log(ratio) if ratio < 1 else math.inf
         expected = math.sqrt(at_best * min(at_this_pace, 2 * at_best))

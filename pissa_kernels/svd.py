@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .chebyshev import chebyshev_subspace
 from .checks import check_rank, check_weight
-from .cost import CHEAP_GRAM, Plan, plan
+from .cost import CHEAP_GRAM, Plan, machine_of, plan
 from .krylov import Subspace, block_krylov
 from .operators import GramOperator, WeightOperator
 from .orthogonalize import cholesky_qr, orthonormalize
@@ -128,7 +128,7 @@ def truncated_svd_stack(
         batch, m, n = operator.shape
         tried: list[str] = []
         while True:
-            chosen = plan(m, n, rank, niter, device=weights.device.type, batch=batch, without=tried)
+            chosen = plan(m, n, rank, niter, device=machine_of(weights), batch=batch, without=tried)
             if chosen.method not in ITERATIONS:
                 break
             tried.append(chosen.method)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import parse_init
-from .cost import workspace
+from .cost import machine_of, workspace
 from .decompose import Factors, principal_factors
 from .initial import Initial, of_adapter, recognises, remember, sample
 from .report import LayerReport
@@ -74,7 +74,8 @@ class Task:
     def workspace(self, device: torch.device) -> int:
         """Bytes beyond the weight that its SVD takes on ``device``."""
         m, n = self.weight.shape
-        return workspace(m, n, self.rank, parse_init(self.init), device=device.type)
+        machine = machine_of(self.weight) if device == self.weight.device else device.type
+        return workspace(m, n, self.rank, parse_init(self.init), device=machine)
 
     def defer(self) -> Task:
         """The same task for later. Until it has run, B is zero: the layer computes what its weight does."""

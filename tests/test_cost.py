@@ -62,7 +62,7 @@ def test_without_leaves_methods_out() -> None:
     extra=st.integers(0, 100000),
     fraction=st.floats(0, 1),
     niter=st.sampled_from([None, 0, 1, 4, 16]),
-    device=st.sampled_from(["cpu", "cuda", "mps"]),
+    device=st.sampled_from(["cpu", "cpu csrc", "cuda", "mps"]),
     batch=st.sampled_from([1, 16]),
 )
 def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | None, device: str, batch: int) -> None:

@@ -72,6 +72,17 @@ def test_any_matrix(
     check_triplets(W, rank, result)
 
 
+@pytest.mark.parametrize(("rank", "block"), [(24, 8), (64, 8), (64, 16)])
+def test_more_equal_values_than_a_block_has_columns(rank: int, block: int) -> None:
+    """Krylov holds no more directions of one singular value than its block; the others come from arbitrary panels."""
+    W = matrix("clustered", 600, 500, 0).float()  # 251 times 2, then ones
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "krylov", block=block, limit=384, patience=1)
+        result = pk.truncated_svd(W, rank)
+    check_triplets(W, rank, result)
+    assert energy_deficit(W, result.Vh) <= 1e-6
+
+
 class Diagonal:
     """H = diag(σ²) for one spectrum: products cost nothing, and the truth is known to float64."""
 
