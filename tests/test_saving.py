@@ -262,6 +262,34 @@ def test_a_trained_adapter_converts_to_a_lora_of_the_original(dtype: torch.dtype
     assert moved(output(adapted), output(plain)) <= allowed(dtype)
 
 
+EXTRAS: list[dict[str, Any]] = [{"modules_to_save": ["lm_head"]}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("extra", EXTRAS, ids=["modules_to_save", "dora"])
+def test_what_was_trained_beside_the_adapter_is_converted_too(
+    extra: dict[str, Any], safe: bool, tmp_path: Path
+) -> None:
+    """PEFT's own conversion writes A and B only: a head is missing, magnitudes are the initial ones."""
+    base, adapted = make("llama", torch.float32, **extra)
+    before = output(adapted)
+    pk.save_pissa(adapted, tmp_path / "residual")
+    train(adapted)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.1
+    trained = output(adapted)
+    initial = str(tmp_path / "residual" / "pissa_init")
+    adapted.save_pretrained(
+        tmp_path / "lora", safe_serialization=safe, path_initial_model_for_weight_conversion=initial
+    )
+    assert torch.equal(trained, output(adapted))
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert moved(before, trained) > 3 * allowed(torch.float32)
+    assert moved(trained, output(plain)) <= allowed(torch.float32)
+    assert not list((tmp_path / "lora").glob(".*"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merged_is_the_trained_model(dtype: torch.dtype) -> None:
     _, adapted = make("llama", dtype)
