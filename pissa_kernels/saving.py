@@ -152,8 +152,13 @@ def _save_initial_adapter(
     plain.base_model_name_or_path = str(out.resolve())
     peft_model.peft_config[adapter_name] = plain
     try:
+        # the residual has the embeddings; "auto" would look for a resized vocabulary in a folder that is yet to come
         type(peft_model).save_pretrained(
-            peft_model, staging / ADAPTER_FOLDER, selected_adapters=[adapter_name], state_dict=state
+            peft_model,
+            staging / ADAPTER_FOLDER,
+            selected_adapters=[adapter_name],
+            save_embedding_layers=False,
+            state_dict=state,
         )
     finally:
         peft_model.peft_config[adapter_name] = config

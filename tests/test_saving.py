@@ -105,6 +105,13 @@ def test_another_adapter_name(tmp_path: Path) -> None:
     assert moved(output(base), output(loaded.eval())) <= allowed(torch.float32)
 
 
+def test_save_pissa_says_nothing_of_a_folder_that_is_yet_to_come(tmp_path: Path) -> None:
+    _, adapted = make("llama", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.save_pissa(adapted, tmp_path / "out")
+
+
 def test_what_save_pissa_refuses(tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
     with pytest.raises(ValueError, match=r"'other' was not initialised by pissa_kernels \(adapters: default\)"):
