@@ -305,6 +305,50 @@ def test_merged_is_the_trained_model(dtype: torch.dtype) -> None:
     assert moved(expected, output(adapted.merge_and_unload())) <= allowed(dtype)
 
 
+# Two adapters
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_second_adapter_of_the_same_settings_shares_the_residual(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRL makes one for its reference; PEFT's own takes the principal components of the residual out of it."""
+    base, adapted = make("llama", dtype)
+    train(adapted)
+    trained, before = output(adapted), residuals(adapted)
+    with monkeypatch.context() as patch:
+        no_svd(patch)
+        with pk.patch_peft() as report:
+            adapted.add_adapter("ref", config("llama"))
+    assert len(report.layers) == len(before)
+    assert all(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    assert torch.equal(trained, output(adapted))
+    with pk.original_model(adapted):
+        assert moved(output(base), output(adapted)) <= allowed(dtype)
+    adapted.set_adapter("ref")
+    assert moved(output(base), output(adapted)) <= allowed(dtype)
+    # each one comes back alone, and both do together
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        alone = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ref").eval()
+        both = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        both.load_adapter(tmp_path / "ref", "ref")
+    assert torch.equal(output(alone), output(adapted))
+    assert torch.equal(output(both), trained)
+    both.set_adapter("ref")
+    assert torch.equal(output(both), output(adapted))
+
+
+def test_a_second_adapter_of_other_settings_takes_its_own_share() -> None:
+    base, adapted = make("llama", torch.float32)
+    before = residuals(adapted)
+    with pk.patch_peft():
+        adapted.add_adapter("other", config("llama", r=2))
+    assert not any(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    with pk.original_model(adapted):
+        assert moved(output(base), output(adapted)) <= allowed(torch.float32)
+
+
 # The model before
 
 
