@@ -194,9 +194,8 @@ def test_another_base_model_is_refused_and_untouched(tmp_path: Path) -> None:
     pk.save_pissa(adapted, tmp_path / "residual")
     residual = type(base).from_pretrained(tmp_path / "residual").eval()
     before = output(residual)
-    refusal = (
-        r"layer 'model\.layers\.0\.self_attn\.q_proj' \(96, 96\) is not the one .* neither its residual nor another"
-    )
+    # whichever of the layers that are done at once is the first to be looked at
+    refusal = r"layer 'model\.layers\.\d\.\w+\.\w+' \(\d+, \d+\) is not the one .* neither its residual nor another"
     with pytest.raises(ValueError, match=refusal), pk.patch_peft():
         peft.PeftModel.from_pretrained(residual, tmp_path)
     assert torch.equal(before, output(residual))
