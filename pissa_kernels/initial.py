@@ -29,6 +29,7 @@ class Initial:
         report: what was asked, and how it went.
         before: (≤ SAMPLES,) float32, some elements of W.
         after: the same elements of W_res.
+        shared: another adapter's record is of the same subtraction.
     """
 
     adapter: str
@@ -37,6 +38,7 @@ class Initial:
     report: LayerReport
     before: Tensor
     after: Tensor
+    shared: bool = False
 
 
 def sample(weight: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def remember(layer: nn.Module, initial: Initial) -> None:
 
 
 def records(layer: nn.Module) -> list[Initial]:
-    """What was taken out of this layer's weight so far, the first first."""
+    """What was taken out of this layer's weight so far, the first first; what adapters share is there for each."""
     return list(layer.__dict__.get(_ATTRIBUTE, []))
 
 

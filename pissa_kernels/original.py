@@ -36,7 +36,10 @@ def original_model(peft_model: Any) -> Iterator[Any]:
     Raises:
         ValueError: no layer of it was initialised here, or an adapter is merged into the weights.
     """
-    layers = [(name, layer, records(layer)) for name, layer in lora_layers(peft_model)]
+    layers = [
+        (name, layer, [initial for initial in records(layer) if not initial.shared])
+        for name, layer in lora_layers(peft_model)
+    ]
     if not any(taken for _, _, taken in layers):
         raise ValueError(
             "no layer of this model was initialised by pissa_kernels, so it is not known what was taken out of it; "

@@ -73,7 +73,8 @@ class SavePretrained:
     """``save_pretrained`` of one ``PeftModel`` that was made under the hook: PiSSA adapters get their sidecar.
 
     An attribute of the model, which is saved when the patch is long over. It is copied and pickled with the model, and
-    does not keep it alive. See :mod:`pissa_kernels.sidecar`; an adapter that is converted to plain LoRA needs none.
+    does not keep it alive. See :mod:`pissa_kernels.sidecar`; an adapter that is converted to plain LoRA needs none, and
+    gets what PEFT's conversion leaves out: whatever was trained besides A and B, such as a classifier's head.
     """
 
     def __init__(self, peft_model: Any) -> None:
@@ -92,14 +93,50 @@ class SavePretrained:
         call = inspect.signature(save).bind(peft_model, *args, **kwargs)
         call.apply_defaults()
         arguments = call.arguments
-        if not arguments["is_main_process"] or arguments["path_initial_model_for_weight_conversion"] is not None:
+        if not arguments["is_main_process"]:
             return
-        folder = Path(arguments["save_directory"])
         for adapter in arguments["selected_adapters"] or list(peft_model.peft_config):
+            folder = Path(arguments["save_directory"]) / ("" if adapter == "default" else adapter)
+            if arguments["path_initial_model_for_weight_conversion"] is not None:
+                _complete_conversion(peft_model, adapter, folder, arguments)
+                continue
             init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
             initials = initial_factors(peft_model, adapter)
             if initials and isinstance(init, str) and init.startswith("pissa"):
-                sidecar.write(folder if adapter == "default" else folder / adapter, initials)
+                sidecar.write(folder, initials)
+
+
+def _complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments: dict[str, Any]) -> None:
+    """Add what PEFT's conversion drops, trained modules and DoRA's magnitudes: all but LoRA's own factors.
+
+    PEFT 0.21 writes A and B only, so that a converted classifier does not load, and magnitudes are back at their start.
+    """
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    safe = arguments["safe_serialization"]
+    path = folder / (SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME)
+    trained = get_peft_model_state_dict(
+        peft_model,
+        state_dict=arguments.get("kwargs", {}).get("state_dict"),
+        adapter_name=adapter,
+        save_embedding_layers=arguments["save_embedding_layers"],
+    )
+    converted = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    missing = {
+        key: value.detach().to("cpu", copy=True).contiguous()
+        for key, value in trained.items()
+        if key not in converted and not any(factor in key for factor in factors)
+    }
+    if not missing:
+        return
+    staging = path.with_name(f".{path.name}")
+    if safe:
+        save_file({**converted, **missing}, staging, metadata={"format": "pt"})
+    else:
+        torch.save({**converted, **missing}, staging)
+    os.replace(staging, path)
 
 
 def _save_initial_adapter(
@@ -115,8 +152,13 @@ def _save_initial_adapter(
     plain.base_model_name_or_path = str(out.resolve())
     peft_model.peft_config[adapter_name] = plain
     try:
+        # the residual has the embeddings; "auto" would look for a resized vocabulary in a folder that is yet to come
         type(peft_model).save_pretrained(
-            peft_model, staging / ADAPTER_FOLDER, selected_adapters=[adapter_name], state_dict=state
+            peft_model,
+            staging / ADAPTER_FOLDER,
+            selected_adapters=[adapter_name],
+            save_embedding_layers=False,
+            state_dict=state,
         )
     finally:
         peft_model.peft_config[adapter_name] = config

@@ -15,7 +15,7 @@ from . import ops
 from .checks import parse_init
 from .cost import machine_of, workspace
 from .decompose import Factors, principal_factors
-from .initial import Initial, of_adapter, recognises, remember, sample
+from .initial import Initial, of_adapter, recognises, records, remember, sample
 from .report import LayerReport
 from .svd import exact_arithmetic
 
@@ -112,16 +112,18 @@ class Task:
         """Do what needs no SVD: put back what an earlier call found, or subtract what was given; None where it does.
 
         After a failure in one layer, a second call of ``get_peft_model`` comes by all the others again. Their weights
-        are residuals already, whose principal components are no longer the model's.
+        are residuals already, whose principal components are no longer the model's. So they are for a second adapter
+        of the same settings, such as the reference that TRL copies from the first: it begins where the first one did,
+        on the same residual. To take its own share out of that would change what the first one computes.
         """
-        began = time.perf_counter()
-        initial, weight = of_adapter(self.layer, self.adapter), self.weight
-        if initial is not None:
-            was = initial.report
-            same = (was.rank, was.scaling, was.init, was.seed) == (self.rank, self.scaling, self.init, self.seed)
-            if same and recognises(initial.after, was.dtype, weight):
+        began, weight = time.perf_counter(), self.weight
+        for initial in reversed(records(self.layer)):
+            if self._repeats(initial) and recognises(initial.after, initial.report.dtype, weight):
                 self._set_adapter(initial.lora_A, initial.lora_B)
-                return was
+                latest = of_adapter(self.layer, self.adapter)
+                if latest is None or latest.lora_A is not initial.lora_A:
+                    remember(self.layer, replace(initial, adapter=self.adapter, shared=True))
+                return initial.report
         if self.given is None:
             return None
         was, given = self.given.report, self.given
@@ -132,6 +134,14 @@ class Task:
             )
         A, B = given.lora_A.to(weight.device).float(), given.lora_B.to(weight.device).float()
         return self.write(Factors(A, B, was.singular_values, was.certificate), began, dtype=given.lora_A.dtype)
+
+    def _repeats(self, initial: Initial) -> bool:
+        """Whether this initialisation would find what that one did."""
+        was, given = initial.report, self.given
+        if given is not None:
+            pairs = ((initial.lora_A, given.lora_A), (initial.lora_B, given.lora_B))
+            return was.scaling == self.scaling and all(torch.equal(one, other) for one, other in pairs)
+        return (was.rank, was.scaling, was.init, was.seed) == (self.rank, self.scaling, self.init, self.seed)
 
     def write(
         self, factors: Factors, began: float, *, dtype: torch.dtype | None = None, residual: Tensor | None = None

@@ -105,6 +105,13 @@ def test_another_adapter_name(tmp_path: Path) -> None:
     assert moved(output(base), output(loaded.eval())) <= allowed(torch.float32)
 
 
+def test_save_pissa_says_nothing_of_a_folder_that_is_yet_to_come(tmp_path: Path) -> None:
+    _, adapted = make("llama", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.save_pissa(adapted, tmp_path / "out")
+
+
 def test_what_save_pissa_refuses(tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
     with pytest.raises(ValueError, match=r"'other' was not initialised by pissa_kernels \(adapters: default\)"):
@@ -187,9 +194,8 @@ def test_another_base_model_is_refused_and_untouched(tmp_path: Path) -> None:
     pk.save_pissa(adapted, tmp_path / "residual")
     residual = type(base).from_pretrained(tmp_path / "residual").eval()
     before = output(residual)
-    refusal = (
-        r"layer 'model\.layers\.0\.self_attn\.q_proj' \(96, 96\) is not the one .* neither its residual nor another"
-    )
+    # whichever of the layers that are done at once is the first to be looked at
+    refusal = r"layer 'model\.layers\.\d\.\w+\.\w+' \(\d+, \d+\) is not the one .* neither its residual nor another"
     with pytest.raises(ValueError, match=refusal), pk.patch_peft():
         peft.PeftModel.from_pretrained(residual, tmp_path)
     assert torch.equal(before, output(residual))
@@ -262,12 +268,84 @@ def test_a_trained_adapter_converts_to_a_lora_of_the_original(dtype: torch.dtype
     assert moved(output(adapted), output(plain)) <= allowed(dtype)
 
 
+EXTRAS: list[dict[str, Any]] = [{"modules_to_save": ["lm_head"]}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("extra", EXTRAS, ids=["modules_to_save", "dora"])
+def test_what_was_trained_beside_the_adapter_is_converted_too(
+    extra: dict[str, Any], safe: bool, tmp_path: Path
+) -> None:
+    """PEFT's own conversion writes A and B only: a head is missing, magnitudes are the initial ones."""
+    base, adapted = make("llama", torch.float32, **extra)
+    before = output(adapted)
+    pk.save_pissa(adapted, tmp_path / "residual")
+    train(adapted)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.1
+    trained = output(adapted)
+    initial = str(tmp_path / "residual" / "pissa_init")
+    adapted.save_pretrained(
+        tmp_path / "lora", safe_serialization=safe, path_initial_model_for_weight_conversion=initial
+    )
+    assert torch.equal(trained, output(adapted))
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert moved(before, trained) > 3 * allowed(torch.float32)
+    assert moved(trained, output(plain)) <= allowed(torch.float32)
+    assert not list((tmp_path / "lora").glob(".*"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merged_is_the_trained_model(dtype: torch.dtype) -> None:
     _, adapted = make("llama", dtype)
     train(adapted)
     expected = output(adapted)
     assert moved(expected, output(adapted.merge_and_unload())) <= allowed(dtype)
+
+
+# Two adapters
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_second_adapter_of_the_same_settings_shares_the_residual(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRL makes one for its reference; PEFT's own takes the principal components of the residual out of it."""
+    base, adapted = make("llama", dtype)
+    train(adapted)
+    trained, before = output(adapted), residuals(adapted)
+    with monkeypatch.context() as patch:
+        no_svd(patch)
+        with pk.patch_peft() as report:
+            adapted.add_adapter("ref", config("llama"))
+    assert len(report.layers) == len(before)
+    assert all(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    assert torch.equal(trained, output(adapted))
+    with pk.original_model(adapted):
+        assert moved(output(base), output(adapted)) <= allowed(dtype)
+    adapted.set_adapter("ref")
+    assert moved(output(base), output(adapted)) <= allowed(dtype)
+    # each one comes back alone, and both do together
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        alone = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ref").eval()
+        both = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        both.load_adapter(tmp_path / "ref", "ref")
+    assert torch.equal(output(alone), output(adapted))
+    assert torch.equal(output(both), trained)
+    both.set_adapter("ref")
+    assert torch.equal(output(both), output(adapted))
+
+
+def test_a_second_adapter_of_other_settings_takes_its_own_share() -> None:
+    base, adapted = make("llama", torch.float32)
+    before = residuals(adapted)
+    with pk.patch_peft():
+        adapted.add_adapter("other", config("llama", r=2))
+    assert not any(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    with pk.original_model(adapted):
+        assert moved(output(base), output(adapted)) <= allowed(torch.float32)
 
 
 # The model before
