@@ -79,6 +79,7 @@ def run(tasks: Sequence[Task], resources: Resources, done: Emit) -> None:
     on_cpu = places.pop(CPU, [])
     workers = _workers(on_cpu, budgets.get(CPU, 0)) if on_cpu else 0
     threads = torch.get_num_threads()
+    on_cpu.sort(key=lambda task: -task.weight.numel())  # small ones last, so that no thread is left with a large one
     jobs = [functools.partial(_one_layer, task, max(1, threads // workers), emit) for task in on_cpu]
     for place, some in places.items():
         waves = plan_waves(some, place, budgets[place])
