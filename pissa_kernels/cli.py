@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .report import Report, find_report
-from .spectrum import check_share, suggestion
-from .tables import text_table
+from .report.spectrum import check_share, suggestion
+from .report.tables import text_table
 
 if TYPE_CHECKING:
     from .demo import DemoResult
@@ -147,7 +147,7 @@ def _report(arguments: argparse.Namespace) -> int:
     shares = sorted(set(arguments.share or [0.9]))
     drawn = []
     if arguments.pictures is not None:
-        from .pictures import draw
+        from .report.pictures import draw
 
         drawn = draw(report, arguments.pictures, shares, "svg" if arguments.svg else "png")
     if arguments.json:

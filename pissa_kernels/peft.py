@@ -30,8 +30,8 @@ from . import model as whole_model
 from .init import prepare
 from .loading import Source
 from .memory import Peak
-from .progress import progress
 from .report import LayerReport, Report
+from .report.progress import progress
 from .saving import SavePretrained
 from .task import Task
 from .ties import Ties

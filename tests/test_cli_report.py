@@ -12,7 +12,7 @@ import pytest
 
 from pissa_kernels import Report, cli
 from pissa_kernels.report import REPORT_NAME
-from pissa_kernels.spectrum import suggestion
+from pissa_kernels.report.spectrum import suggestion
 
 from .reports import llama
 from .test_cli import run

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pissa_kernels.names import Place, arrange, row_labels, split_names
+from pissa_kernels.report.names import Place, arrange, row_labels, split_names
 
 from .reports import LLAMA, layer, llama
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pissa_kernels import Report
-from pissa_kernels.spectrum import cumulative_energy, least_rank
+from pissa_kernels.report.spectrum import cumulative_energy, least_rank
 
 from .reports import LLAMA, layer, llama, power_law
 
@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from pissa_kernels.pictures import draw, energy_figure, ranks_figure, spectra_figure
+from pissa_kernels.report.pictures import draw, energy_figure, ranks_figure, spectra_figure
 
 SMALL, LARGE = llama(2, LLAMA[:4]), llama(32, extra=["lm_head"])
 FIGURES = (energy_figure, spectra_figure, ranks_figure)

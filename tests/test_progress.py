@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pissa_kernels import progress
+from pissa_kernels.report import progress
 
 
 class Terminal(io.StringIO):

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pissa_kernels import Certificate, LayerReport, Report, __version__, layer_report, report, truncated_svd
-from pissa_kernels.report import REPORT_NAME, find_report
+from pissa_kernels import Certificate, LayerReport, Report, __version__, truncated_svd
+from pissa_kernels.report import REPORT_NAME, find_report, report
+from pissa_kernels.report.layer import HEADS
 
 from .reports import layer, llama
 
@@ -235,7 +236,7 @@ def test_table() -> None:
     loose = Certificate(7, 0.25, 1.5e-3, False, "chebyshev")
     text = Report([layer("a.q_proj"), layer("lm_head", certificate=loose, seconds=1.0, dtype=torch.float32)]).table()
     heads, dashes, first, second, blank, total = text.splitlines()
-    assert re.split("  +", heads) == list(layer_report.HEADS)
+    assert re.split("  +", heads) == list(HEADS)
     assert set(dashes) == {"-", " "}
     assert " ".join(first.split()) == "a.q_proj 64×48 bfloat16 3 50.00 4 1 2e-06 11 krylov yes 250.0"
     assert " ".join(second.split()) == "lm_head 64×48 float32 3 25.00 4 1 2e-03 7 chebyshev NO 1000.0"

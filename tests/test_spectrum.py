@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pissa_kernels import Certificate, LayerReport, truncated_svd
-from pissa_kernels.spectrum import cumulative_energy, energy_of_all, frobenius_squared, least_rank, suggestion
+from pissa_kernels.report.spectrum import cumulative_energy, energy_of_all, frobenius_squared, least_rank, suggestion
 
 from .reports import layer, llama
 

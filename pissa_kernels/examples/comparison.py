@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pissa_kernels.figures import new_figure
-from pissa_kernels.tables import text_table
+from pissa_kernels.report.figures import new_figure
+from pissa_kernels.report.tables import text_table
 
 
 @dataclass

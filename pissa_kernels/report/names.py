@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .layer_report import LayerReport
+from .layer import LayerReport
 
 
 class Place(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import strict
-from .layer_report import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict
+from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict
 from .tables import text_table
 
 __all__ = ["REPORT_NAME", "LayerReport", "Report", "find_report"]
@@ -32,7 +32,7 @@ _REPORT_RULES = {
 
 
 def _package_version() -> str:
-    from . import __version__  # not known yet when the package imports this module
+    from .. import __version__  # not known yet when the package imports this module
 
     return __version__
 

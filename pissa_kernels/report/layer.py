@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import parse_init
+from ..ops import WEIGHT_DTYPES
+from ..svd import Certificate
 from . import strict
-from .checks import parse_init
-from .ops import WEIGHT_DTYPES
-from .svd import Certificate
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 _FLOAT32_MAX = torch.finfo(torch.float32).max

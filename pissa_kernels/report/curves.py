@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .figures import panels
+from .layer import LayerReport
 from .names import arrange
-from .report import LayerReport, Report
+from .report import Report
 from .spectrum import check_share, cumulative_energy, least_rank, projection_ranks
 
 SHARE_COLOUR = "#D55E00"  # Okabe and Ito's vermillion, which viridis does not have

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .layer_report import LayerReport
+from .layer import LayerReport
 from .names import row_labels, split_names
 
 

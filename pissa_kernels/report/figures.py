@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .layer import LayerReport
 from .names import Grid
-from .report import LayerReport
 
 # Longer labels lose their beginning: their end tells more.
 LABEL_LENGTH = 36
