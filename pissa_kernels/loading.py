@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from . import sidecar
-from .initial import Initial
+from .initial import Initial, recognises
 from .report import REPORT_NAME, LayerReport, Report
-from .verify import UNIT_ROUNDOFF
+from .verify import UNIT_ROUNDOFF, lora_layers
 
 
 class Source:
@@ -28,10 +30,11 @@ class Source:
         self._initials: dict[str, Initial] | None = None
 
     @classmethod
-    def of_call(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Source:
-        """Of a call of ``PeftModel.from_pretrained`` or ``load_adapter``."""
-        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
-        return cls(arguments["model_id"], arguments.get("kwargs", {}))
+    def of_call(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Source, str]:
+        """Of a call of ``PeftModel.from_pretrained`` or ``load_adapter``, and the adapter's name in it."""
+        call = inspect.signature(function).bind(*args, **kwargs)
+        call.apply_defaults()
+        return cls(call.arguments["model_id"], call.arguments["kwargs"]), call.arguments["adapter_name"]
 
     def initial(self, name: str | None, adapter: str) -> Initial | None:
         """The initial factors of one layer, or None where there are none.
@@ -39,13 +42,37 @@ class Source:
         Raises:
             ValueError: the file with them is damaged.
         """
-        if self._initials is None:
-            path = sidecar.find(self.location, self.options)
-            self._initials = {} if path is None else sidecar.read(path, adapter)
-        found = self._initials.get(name) if name is not None else None
+        found = self._all(adapter).get(name) if name is not None else None
         if found is None:
             self.missing.append(name)
         return found
+
+    def check_residual(self, peft_model: Any, adapter: str) -> None:
+        """Refuse a model whose weights are not the residuals that this adapter was trained on.
+
+        For an adapter that is loaded into one that is there already, as a trainer resumes from a checkpoint: no
+        residual is taken then, and one of another seed or of an unseeded sketch would pass unnoticed.
+
+        Raises:
+            ValueError: with the layer's name; nothing has been loaded.
+        """
+        for name, layer in lora_layers(peft_model):
+            given, weight = self._all(adapter).get(name), layer.get_base_layer().weight
+            # a partitioned or sharded weight cannot be looked at here
+            if given is None or weight.is_meta or weight.ndim != 2 or type(weight.data) is not Tensor:
+                continue
+            if not recognises(given.after, given.report.dtype, weight):
+                raise ValueError(
+                    f"the weight of layer {name!r} {tuple(weight.shape)} is not the residual that the adapter in "
+                    f"{self.location} was trained on. Make the model with PeftModel.from_pretrained on the original "
+                    "base model, or with get_peft_model under patch_peft() as for the training."
+                )
+
+    def _all(self, adapter: str) -> dict[str, Initial]:
+        if self._initials is None:
+            path = sidecar.find(self.location, self.options)
+            self._initials = {} if path is None else sidecar.read(path, adapter)
+        return self._initials
 
     def compare(self, layers: Sequence[LayerReport]) -> None:
         """Warn where a residual was taken anew and may differ from the one that the adapter was trained on.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 import pissa_kernels as pk
@@ -19,6 +20,13 @@ from .reference import realistic
 
 ORIGINAL = LoraLayer.__dict__["pissa_init"]
 ORIGINAL_CREATE = LoraModel.__dict__["_create_and_replace"]
+SEAMS = [
+    (LoraLayer, "pissa_init"),
+    (LoraModel, "_create_and_replace"),
+    (BaseTuner, "inject_adapter"),
+    *((peft.PeftModel, name) for name in ("from_pretrained", "load_adapter", "__init__", "add_adapter")),
+]
+ORIGINALS = [vars(owner)[name] for owner, name in SEAMS]
 
 
 class Net(nn.Module):
@@ -41,8 +49,7 @@ def inject(net: nn.Module | None = None, **changes: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _restored():  # type: ignore[no-untyped-def]
     yield
-    assert LoraLayer.__dict__["pissa_init"] is ORIGINAL
-    assert LoraModel.__dict__["_create_and_replace"] is ORIGINAL_CREATE
+    assert [vars(owner)[name] for owner, name in SEAMS] == ORIGINALS
 
 
 def test_peft_still_calls_what_is_replaced() -> None:
@@ -59,6 +66,17 @@ def test_peft_still_calls_what_is_replaced() -> None:
         assert "with gather_params_ctx(self.get_base_layer().weight):" in inspect.getsource(module)
     for subclass in LoraLayer.__subclasses__():
         assert "pissa_init" not in vars(subclass), f"{subclass.__name__} would bypass the seam"
+
+
+def test_all_that_is_replaced_is_known_here() -> None:
+    with pk.patch_peft():
+        replaced = [(owner, name) for owner in {o for o, _ in SEAMS} for name in vars(owner) if is_ours(owner, name)]
+    assert sorted(replaced, key=str) == sorted(SEAMS, key=str)
+
+
+def is_ours(owner: type, name: str) -> bool:
+    found = vars(owner)[name]
+    return hasattr(getattr(found, "__func__", found), "_pissa_kernels_patch")
 
 
 def test_the_report_names_the_layers() -> None:

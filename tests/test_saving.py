@@ -201,6 +201,23 @@ def test_another_base_model_is_refused_and_untouched(tmp_path: Path) -> None:
     assert torch.equal(before, output(residual))
 
 
+def test_a_checkpoint_is_not_loaded_onto_another_residual(tmp_path: Path) -> None:
+    """As a trainer resumes: the adapter is there, only its values are loaded."""
+    base, adapted = make("llama", torch.float32)
+    expected = output(adapted)
+    adapted.save_pretrained(tmp_path)
+    train(adapted)
+    with pk.patch_peft():
+        adapted.load_adapter(tmp_path, "default")
+    assert torch.equal(expected, output(adapted))
+    stock = peft.get_peft_model(base, config("llama", init_lora_weights="pissa_niter_2")).eval()
+    before = output(stock)
+    refusal = r"layer 'model\.layers\.0\.self_attn\.q_proj' \(96, 96\) is not the residual that the adapter"
+    with pytest.raises(ValueError, match=refusal), pk.patch_peft():
+        stock.load_adapter(tmp_path, "default")
+    assert torch.equal(before, output(stock))
+
+
 def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
     adapted.save_pretrained(tmp_path)
@@ -240,6 +257,14 @@ def test_a_rough_adapter_of_unknown_origin_is_warned_of(tmp_path: Path) -> None:
     assert not (tmp_path / sidecar.INITIAL_NAME).exists()
     with pk.patch_peft(), pytest.warns(UserWarning, match="its sketch was not seeded"):
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_an_adapter_that_is_added_later_gets_a_sidecar(tmp_path: Path) -> None:
+    model = peft.get_peft_model(build("llama"), config("llama", init_lora_weights=True), adapter_name="plain")
+    with pk.patch_peft():
+        model.add_adapter("second", config("llama"))
+    model.save_pretrained(tmp_path)
+    assert [path.parent.name for path in tmp_path.rglob(sidecar.INITIAL_NAME)] == ["second"]
 
 
 def test_only_pissa_adapters_get_a_sidecar(tmp_path: Path) -> None:
