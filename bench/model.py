@@ -22,108 +22,50 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
 
 import pissa_kernels as pk
 from pissa_kernels.verify import lora_layers
 
 from . import environment, gate, memory
 from .cases import DTYPES
+from .llama import SPECTRA, Base, ModelCase, targets
 from .providers import Subject
 from .rows import Row, read_rows, write_row
 from .run import RESULTS
-from .spectra import synthetic_weight
 from .table import table
 from .timing import Times, interleaved, timed
 
-# Where each projection's spectrum is taken from.
-SPECTRA = {
-    "q_proj": "attention.self.query",
-    "k_proj": "attention.self.key",
-    "v_proj": "attention.self.value",
-    "o_proj": "attention.output.dense",
-    "gate_proj": "intermediate.dense",
-    "up_proj": "intermediate.dense",
-    "down_proj": "output.dense",
-}
 OURS = "ours pissa"
-# By provider: what init_lora_weights says, and patch_peft's arguments; None for stock PEFT.
-PROVIDERS: dict[str, tuple[str | bool, dict[str, Any] | None]] = {
-    OURS: ("pissa", {}),
-    "ours pissa, one by one": ("pissa", {"batch": False}),
-    "peft pissa_niter_4": ("pissa_niter_4", None),
-    "peft pissa": ("pissa", None),
-    "peft plain LoRA": (True, None),
-}
-STANDARD = (OURS, "ours pissa, one by one", "peft pissa_niter_4", "peft plain LoRA")
 
 
 @dataclass(frozen=True)
-class ModelCase:
-    """A Llama-shaped model and the rank of its adapter; grouped-query attention with an eighth of the width."""
+class Way:
+    """How a provider injects an adapter.
 
-    layers: int = 22
-    width: int = 2048
-    inner: int = 5632
-    rank: int = 16
-    dtype: str = "bf16"
+    Attributes:
+        init: what ``init_lora_weights`` says; None for no adapter, but a copy of all weights to the GPU and back.
+        settings: of ``patch_peft``; None for stock PEFT.
+        on_cpu: the model is on the CPU, whichever device is measured.
+    """
 
-    @property
-    def name(self) -> str:
-        return f"llama-{self.layers}x{self.width}x{self.inner}-r{self.rank}-{self.dtype}"
-
-    def build(self) -> Any:
-        """The model on the CPU. Embeddings and norms are zeros: nobody reads them."""
-        import transformers
-
-        config = transformers.LlamaConfig(
-            hidden_size=self.width,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.width // 64,
-            num_key_value_heads=self.width // 512,
-            vocab_size=32000,
-            tie_word_embeddings=False,
-        )
-        with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config).to(DTYPES[self.dtype])
-        model.to_empty(device="cpu")
-        for parameter in model.parameters():
-            parameter.data.zero_()
-        return model
-
-    def fill(self, model: Any) -> None:
-        """Give every projection its weight."""
-        for index, (name, module) in enumerate(targets(model)):
-            depth, projection = int(name.split(".")[2]), name.rpartition(".")[2]
-            source = f"encoder.layer.{depth % 6}.{SPECTRA[projection]}.weight"
-            m, n = module.weight.shape
-            module.weight.data.copy_(synthetic_weight((m, n), "real-like", source=source, seed=index))
+    init: str | bool | None
+    settings: dict[str, Any] | None = None
+    on_cpu: bool = False
 
 
-def targets(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Name and module of every projection."""
-    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in SPECTRA]
-
-
-class Base:
-    """A base model that all providers share, and the weights that it starts from."""
-
-    def __init__(self, case: ModelCase) -> None:
-        self.case = case
-        self.model = case.build()
-        case.fill(self.model)
-        self.pristine = {name: module.weight.data.clone() for name, module in targets(self.model)}
-        self.adapted: Any = None
-
-    def restore(self) -> None:
-        """Unwrap the model and put its weights back."""
-        if self.adapted is not None:
-            self.adapted.unload()
-            self.adapted = None
-        for name, module in targets(self.model):
-            module.weight.data.copy_(self.pristine[name])
-        torch.manual_seed(0)  # PEFT draws its sketch from the global state
+PROVIDERS = {
+    OURS: Way("pissa", {}),
+    "ours pissa, one by one": Way("pissa", {"batch": False}),
+    "ours pissa, through the GPU": Way("pissa", {"device": "cuda"}, on_cpu=True),
+    "copy to the GPU and back": Way(None, on_cpu=True),
+    "peft pissa_niter_4": Way("pissa_niter_4"),
+    "peft pissa": Way("pissa"),
+    "peft plain LoRA": Way(True),
+}
+STANDARD = {
+    "cpu": (OURS, "ours pissa, one by one", "peft pissa_niter_4", "peft plain LoRA"),
+    "cuda": (OURS, "ours pissa, through the GPU", "copy to the GPU and back", "peft pissa_niter_4", "peft plain LoRA"),
+}
 
 
 class Injection:
@@ -132,56 +74,65 @@ class Injection:
     Args:
         base: the model.
         provider: a key of :data:`PROVIDERS`.
+        device: that is measured.
     """
 
-    def __init__(self, base: Base, provider: str) -> None:
+    def __init__(self, base: Base, provider: str, device: str = "cpu") -> None:
         self.base = base
-        self.init, self.settings = PROVIDERS[provider]
+        self.way = PROVIDERS[provider]
+        self.device = device
 
     def restore(self) -> None:
-        self.base.restore()
+        self.base.restore("cpu" if self.way.on_cpu else self.device)
 
     def run(self) -> None:
-        rank = self.base.case.rank
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=self.init, target_modules=sorted(SPECTRA))
-        with contextlib.nullcontext() if self.settings is None else pk.patch_peft(**self.settings):
+        if self.way.init is None:
+            for _, module in targets(self.base.model):
+                module.weight.data.copy_(module.weight.data.to(self.device))
+            return
+        rank, settings = self.base.case.rank, self.way.settings
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights=self.way.init, target_modules=sorted(SPECTRA)
+        )
+        with contextlib.nullcontext() if settings is None else pk.patch_peft(**settings):
             self.base.adapted = peft.get_peft_model(self.base.model, config)
 
     def outcome(self) -> Any:
         return None  # the layers are judged by :func:`worst_deficit`, one at a time
 
 
-def worst_deficit(base: Base) -> tuple[float, float]:
+def worst_deficit(base: Base, device: str) -> tuple[float, float]:
     """Over all layers, the largest energy deficit of the rows of A as stored, and error in units of its rounding.
 
     The second is max |W − W_res − s·B·A| over what the one rounding of the residual and the float32 product explain.
     """
     deficit = error = 0.0
     for name, layer in lora_layers(base.adapted):
-        truth = gate.reference(base.pristine[name])
-        A, B = (factor["default"].weight.detach() for factor in (layer.lora_A, layer.lora_B))
-        residual = layer.get_base_layer().weight.detach()
+        truth = gate.reference(base.pristine[name].to(device))
+        A, B = (factor["default"].weight.detach().to(device) for factor in (layer.lora_A, layer.lora_B))
+        residual = layer.get_base_layer().weight.detach().to(device)
         deficit = max(deficit, gate.subspace_deficit(truth.weight, A, truth.optimum(len(A))))
         error = max(error, gate.rounding_error(truth.weight, residual, B, A, layer.scaling["default"]))
     return deficit, error
 
 
-def run_case(case: ModelCase, providers: Sequence[str], *, repeats: int, with_memory: bool) -> list[Row]:
+def run_case(case: ModelCase, providers: Sequence[str], *, device: str, repeats: int, with_memory: bool) -> list[Row]:
     """Gate all providers, time the green ones, measure their memory; one row each."""
     base = Base(case)
-    subjects = {name: Injection(base, name) for name in providers}
-    first = {name: timed(subject, "cpu") for name, subject in subjects.items()}
+    subjects = {name: Injection(base, name, device) for name in providers}
+    first = {name: timed(subject, device) for name, subject in subjects.items()}
     figures, reasons = {}, {}
     for name, subject in subjects.items():
-        timed(subject, "cpu")  # again: the last one ran on the same model
-        if subject.init is not True:
-            figures[name] = worst_deficit(base)
+        timed(subject, device)  # again: the last one ran on the same model
+        if isinstance(subject.way.init, str):
+            figures[name] = worst_deficit(base, device)
         reasons[name] = refusal(name, *figures.get(name, (0.0, 0.0)))
     green: dict[str, Subject] = {name: subject for name, subject in subjects.items() if reasons[name] is None}
-    times = interleaved(green, first, repeats, "cpu")
+    times = interleaved(green, first, repeats, device)
     peaks = measure_memory(base, list(green)) if with_memory else {}
     return [
-        make_row(case, name, reasons[name], figures.get(name), times.get(name), peaks.get(name)) for name in subjects
+        make_row(case, device, name, reasons[name], figures.get(name), times.get(name), peaks.get(name))
+        for name in subjects
     ]
 
 
@@ -215,7 +166,7 @@ def measure_memory(base: Base, providers: Sequence[str]) -> dict[str, float]:
 
 def child(case: ModelCase, provider: str, path: str) -> float | None:
     """The part of that process: warm up on a small model, then the measurement."""
-    small = Base(ModelCase(1, 512, 1536, min(case.rank, 16), case.dtype))
+    small = Base(ModelCase(layers=1, width=512, inner=1536, rank=min(case.rank, 16), dtype=case.dtype))
     Injection(small, provider).run()
     base = Base.__new__(Base)
     base.case, base.model, base.adapted = case, case.build(), None
@@ -226,6 +177,7 @@ def child(case: ModelCase, provider: str, path: str) -> float | None:
 
 def make_row(
     case: ModelCase,
+    device: str,
     provider: str,
     reason: str | None,
     figures: tuple[float, float] | None,
@@ -233,7 +185,7 @@ def make_row(
     peak: float | None,
 ) -> Row:
     """One line of the results."""
-    row: Row = {"case": case.name, **dataclasses.asdict(case), "device": "cpu", "provider": provider}
+    row: Row = {"case": case.name, **dataclasses.asdict(case), "device": device, "provider": provider}
     row |= {"ok": reason is None, "reason": reason}
     no_times = dict.fromkeys((field.name for field in dataclasses.fields(Times)), None) | {"repeats": 0}
     row |= dataclasses.asdict(times) if times else no_times
@@ -251,14 +203,15 @@ def make_row(
 
 def cases(arguments: argparse.Namespace) -> list[ModelCase]:
     """The model asked for; with ``--sweep`` also fewer layers, and the same layers at smaller widths."""
-    whole = ModelCase(arguments.layers, arguments.width, arguments.inner, arguments.rank, arguments.dtype)
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ModelCase)}
+    whole = ModelCase(**given)
     if not arguments.sweep:
         return [whole]
     fewer = [dataclasses.replace(whole, layers=layers) for layers in (1, 2, 4, 8) if layers < whole.layers]
     narrower = [
         dataclasses.replace(whole, layers=4, width=whole.width // part, inner=whole.inner // part)
         for part in (4, 2)
-        if whole.width % (512 * part) == 0
+        if whole.width % (64 * whole.groups * part) == 0
     ]
     return [*narrower, *fewer, whole]
 
@@ -270,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(child(case, *arguments.child)))
         return 0
     about: Row = {
-        "machine": environment.machine("cpu"),
+        "machine": environment.machine(arguments.device),
         "versions": environment.versions(),
         "commit": environment.commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
@@ -281,7 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in cases(arguments):
             print(case.name, file=sys.stderr, flush=True)
             for row in run_case(
-                case, arguments.providers, repeats=arguments.repeats, with_memory=not arguments.no_memory
+                case,
+                arguments.providers or STANDARD[arguments.device],
+                device=arguments.device,
+                repeats=arguments.repeats,
+                with_memory=not arguments.no_memory and arguments.device == "cpu",
             ):
                 write_row(file, row | about)
                 green &= row["ok"]
@@ -296,19 +253,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         kind = str if field.name == "dtype" else int
         parser.add_argument(f"--{field.name}", type=kind, default=getattr(default, field.name))
     parser.add_argument("--sweep", action="store_true", help="also fewer layers and smaller widths")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=STANDARD)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model is")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each provider (3)")
-    parser.add_argument("--out", type=Path, metavar="FILE", default=RESULTS / "model-cpu.jsonl")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/model-DEVICE.jsonl")
     parser.add_argument("--append", action="store_true", help="keep the rows that the file has")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.dtype not in DTYPES:
         parser.error(f"--dtype is one of {', '.join(DTYPES)}")
-    if arguments.width % 512:
-        parser.error("--width is a multiple of 512: heads of 64, eight to a key")
-    if min(arguments.layers, arguments.inner, arguments.rank, arguments.repeats) < 1:
-        parser.error("numbers are 1 or more")
+    if min(arguments.layers, arguments.inner, arguments.groups, arguments.rank, arguments.repeats) < 1:
+        parser.error("numbers are 1 or more; --distinct 0 or more")
+    if arguments.width < 64 * arguments.groups or arguments.width % (64 * arguments.groups):
+        parser.error(f"--width is a multiple of {64 * arguments.groups}: heads of 64, {arguments.groups} to a key")
+    gpu = arguments.device == "cuda" or any("GPU" in name for name in arguments.providers or ())
+    if gpu and not torch.cuda.is_available():
+        parser.error("this torch sees no CUDA device")
+    arguments.out = arguments.out or RESULTS / f"model-{arguments.device}.jsonl"
     return arguments
 
 

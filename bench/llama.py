@@ -1,0 +1,109 @@
+"""Llama-shaped models whose projections have the spectra of real ones (:mod:`bench.spectra`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cases import DTYPES
+from .spectra import synthetic_weight
+
+# Where each projection's spectrum is taken from.
+SPECTRA = {
+    "q_proj": "attention.self.query",
+    "k_proj": "attention.self.key",
+    "v_proj": "attention.self.value",
+    "o_proj": "attention.output.dense",
+    "gate_proj": "intermediate.dense",
+    "up_proj": "intermediate.dense",
+    "down_proj": "output.dense",
+}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A Llama-shaped model and the rank of its adapter.
+
+    Attributes:
+        layers, width, inner: decoder layers, hidden size, size between gate and down projection.
+        groups: query heads, of 64, that share a key head.
+        rank: r.
+        dtype: of the weights.
+        distinct: layers with weights of their own; further ones repeat these. 0 for all.
+    """
+
+    layers: int = 22
+    width: int = 2048
+    inner: int = 5632
+    groups: int = 8
+    rank: int = 16
+    dtype: str = "bf16"
+    distinct: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"llama-{self.layers}x{self.width}x{self.inner}-r{self.rank}-{self.dtype}"
+
+    def build(self) -> Any:
+        """The model on the CPU. Embeddings and norms are zeros: nobody reads them."""
+        import transformers
+
+        config = transformers.LlamaConfig(
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.width // 64,
+            num_key_value_heads=self.width // (64 * self.groups),
+            vocab_size=32000,
+            tie_word_embeddings=False,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config).to(DTYPES[self.dtype])
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return model
+
+    def fill(self, model: Any) -> None:
+        """Give every projection its weight."""
+        modules = targets(model)
+        own = self.distinct * len(SPECTRA) or len(modules)
+        for index, (name, module) in enumerate(modules):
+            if index >= own:
+                module.weight.data.copy_(modules[index % own][1].weight.data)
+                continue
+            depth, projection = int(name.split(".")[2]), name.rpartition(".")[2]
+            source = f"encoder.layer.{depth % 6}.{SPECTRA[projection]}.weight"
+            m, n = module.weight.shape
+            module.weight.data.copy_(synthetic_weight((m, n), "real-like", source=source, seed=index))
+
+
+def targets(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Name and module of every projection."""
+    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in SPECTRA]
+
+
+class Base:
+    """A base model that all providers share, and the weights that it starts from."""
+
+    def __init__(self, case: ModelCase) -> None:
+        self.case = case
+        self.model = case.build()
+        case.fill(self.model)
+        self.pristine = {name: module.weight.data.clone() for name, module in targets(self.model)}
+        self.adapted: Any = None
+
+    def restore(self, device: str) -> None:
+        """Unwrap the model and put its weights back, on ``device``."""
+        if self.adapted is not None:
+            self.adapted.unload()
+            self.adapted = None
+        for name, module in targets(self.model):
+            if module.weight.device.type == device:
+                module.weight.data.copy_(self.pristine[name])
+            else:
+                module.weight.data = self.pristine[name].to(device, copy=True)
+        torch.manual_seed(0)  # PEFT draws its sketch from the global state
