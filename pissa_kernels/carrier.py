@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Carrier:
-    """Moves stacks of equal tensors, in one direction, in one thread.
+    """Moves stacks of equal tensors, one at a time.
 
     Copies from pageable memory go through the driver's own staging and block. Here one of two pinned buffers is filled
     or emptied by the CPU while the other is on its way, on a stream of the carrier's own.

@@ -80,14 +80,15 @@ def _streamed(waves: Sequence[list[Task]], device: torch.device, emit: Emit, sto
     bring, take = Carrier(device).bring, Carrier(device).take
 
     def alone(wave: list[Task]) -> None:
+        apart = Carrier(device)  # the others are under way with their neighbours
         with _or_in_halves(wave, alone):
             wave = _unsettled(wave, emit)
             if not wave:
                 return
             began = time.perf_counter()
-            stack = bring([task.weight for task in wave])
+            stack = apart.bring([task.weight for task in wave])
             found = _subtracted(wave, stack)
-            _leave(wave, found, (time.perf_counter() - began) / len(wave), take(stack), emit)
+            _leave(wave, found, (time.perf_counter() - began) / len(wave), apart.take(stack), emit)
 
     with ThreadPoolExecutor(1) as pool:
         leaving: list[Future[None]] = []

@@ -269,6 +269,22 @@ def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.Monkey
     assert_right(tasks, weights)
 
 
+@pytest.mark.parametrize("fails", [1, 2, 3, 4])
+def test_streamed_waves_that_are_halved_do_not_disturb_their_neighbours(
+    fails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(waves, "truncated_svd_stack", on_call(fails, error, waves.truncated_svd_stack))
+    net = Net()
+    weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
+    tasks = tasks_of(net)
+    planned = [tasks[index : index + 2] for index in range(0, 8, 2)]
+    done: list[str | None] = []
+    waves._streamed(planned, CPU, lambda task, report: done.append(task.name), threading.Event())
+    assert sorted(done, key=str) == sorted(weights)
+    assert_right(tasks, weights)
+
+
 def run_wave(tasks: list[Task], way: str) -> None:
     if way == "streamed":
         waves._streamed([tasks], CPU, lambda task, report: None, threading.Event())
