@@ -441,11 +441,12 @@ def test_nothing_of_it_is_in_the_state() -> None:
     assert [name for name, _ in adapted.named_buffers()] == [name for name, _ in stock.named_buffers()]
 
 
-def test_transformers_own_adapters_are_carried_out_too() -> None:
+def test_layers_injected_into_a_model_that_stays_what_it_is() -> None:
+    """PEFT's low-level call, which transformers' own ``add_adapter`` makes."""
     base = build("llama")
     expected = output(base)
     with pk.patch_peft() as report:
-        base.add_adapter(config("llama"))
+        peft.inject_adapter_in_model(config("llama"), base)
     assert len(report.layers) == 14
     assert isinstance(base, transformers.LlamaForCausalLM)
     assert moved(expected, output(base)) <= allowed(torch.float32)
