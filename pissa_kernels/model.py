@@ -23,10 +23,9 @@ from . import memory
 from .report import LayerReport
 from .svd import exact_arithmetic
 from .task import Task
-from .waves import in_waves, plan_waves
+from .waves import Emit, in_waves, plan_waves
 
 CPU = torch.device("cpu")
-Emit = Callable[[Task, LayerReport], None]
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,16 @@ def patch_peft(
         raise ValueError("device= streams whole waves of layers, which batch=False does not have")
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget is a number of bytes above 0, got {memory_budget}")
-    where = None if device is None else torch.empty(0, device=device).device  # with its index, and it exists
-    resources = whole_model.Resources(where, memory_budget)
+    resources = whole_model.Resources(None if device is None else _existing(device), memory_budget)
     return PatchedPeft(seed=seed, on_layer=on_layer, batch=batch, resources=resources, shown=progress)
+
+
+def _existing(device: torch.device | str) -> torch.device:
+    """The device with its index, as tensors name it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise RuntimeError(f"device={str(device)!r} cannot be used: {error}") from None
 
 
 def unpatch_peft() -> None:
