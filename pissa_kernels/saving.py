@@ -50,7 +50,7 @@ def save_pissa(
     if not initials:
         raise ValueError(
             f"the adapter {adapter_name!r} was not initialised by pissa_kernels (adapters: "
-            f"{', '.join(peft_model.peft_config)}); make or load the model under patch_peft()"
+            f"{', '.join(getattr(peft_model, 'peft_config', ())) or 'none'}); make or load the model under patch_peft()"
         )
     for name, layer in lora_layers(peft_model):
         if layer.merged:

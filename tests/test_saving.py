@@ -118,6 +118,8 @@ def test_what_save_pissa_refuses(tmp_path: Path) -> None:
         pk.save_pissa(adapted, tmp_path / "out", adapter_name="other")
     with pytest.raises(ValueError, match="was not initialised"):
         pk.save_pissa(peft.get_peft_model(base, config("llama", init_lora_weights=True)), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"\(adapters: none\)"):
+        pk.save_pissa(build("llama"), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(FileExistsError, match="full exists and is not an empty folder"):
