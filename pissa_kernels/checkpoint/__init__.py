@@ -1,0 +1,1 @@
+"""Whole checkpoints on disk: decomposed tensor by tensor, resumed, verified and converted, never loaded as a model."""
