@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    def behind(self, header: int) -> Entry:
+        """The entry of a file whose header has so many bytes, made from one that counts from the header's end."""
+        return replace(self, start=header + self.start, stop=header + self.stop)
 
     @property
     def nbytes(self) -> int:
@@ -102,38 +106,29 @@ def read_layout(path: Path) -> Layout:
         size = os.fstat(file.fileno()).st_size
     record: dict[str, Any] = json.loads(header[8:])
     metadata = record.pop("__metadata__", {})
-    entries = [
-        Entry(
-            name,
-            value["dtype"],
-            tuple(value["shape"]),
-            *(len(header) + offset for offset in value["data_offsets"]),
-        )
-        for name, value in record.items()
+    relative = [
+        Entry(name, value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in record.items()
     ]
-    return Layout(header, {entry.name: entry for entry in _in_order(entries)}, metadata, size)
+    relative.sort(key=lambda entry: (entry.start, entry.stop))
+    return Layout(header, {entry.name: entry.behind(len(header)) for entry in relative}, metadata, size)
 
 
 def plan_layout(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Layout:
     """The layout of a file that is to be written, with tensors of these names, dtypes and shapes in this order."""
     metadata = {"format": "pt"}  # without it transformers and PEFT do not take the file
     record: dict[str, Any] = {"__metadata__": metadata}
-    spans, offset = [], 0
+    relative, offset = [], 0
     # the largest dtype first, so that each tensor is aligned to its own
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
         stop = offset + dtype.itemsize * torch.Size(shape).numel()
         record[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
-        spans.append((name, NAMES[dtype], tuple(shape), offset, stop))
+        relative.append(Entry(name, NAMES[dtype], tuple(shape), offset, stop))
         offset = stop
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    entries = [Entry(*what, len(header) + start, len(header) + stop) for *what, start, stop in spans]
-    return Layout(header, {entry.name: entry for entry in entries}, metadata, len(header) + offset)
-
-
-def _in_order(entries: Iterable[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda entry: (entry.start, entry.stop))
+    entries = {entry.name: entry.behind(len(header)) for entry in relative}
+    return Layout(header, entries, metadata, len(header) + offset)
 
 
 def read_tensor(descriptor: int, entry: Entry) -> Tensor:
@@ -178,7 +173,7 @@ def write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The storage of a contiguous tensor on the CPU, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(*buffers: bytes | memoryview) -> str:
