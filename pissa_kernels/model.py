@@ -8,24 +8,23 @@ whose small problems are solved together; several GPUs work at once.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 import torch
 
 from . import memory
+from .pool import run_jobs
 from .report import LayerReport
 from .svd import exact_arithmetic
 from .task import Task
 from .waves import Emit, in_waves, plan_waves
 
 CPU = torch.device("cpu")
+Finished = tuple[Task, LayerReport]
 
 
 @dataclass(frozen=True)
@@ -69,62 +68,31 @@ def run(tasks: Sequence[Task], resources: Resources, done: Emit) -> None:
     budgets = {place: resources.budget(place) for place in places}
     for place, some in places.items():
         _check_budget(some, place, budgets[place])
-    finished: SimpleQueue[tuple[Task, LayerReport] | Future[None]] = SimpleQueue()
     stop = threading.Event()
-
-    def emit(task: Task, report: LayerReport) -> None:
-        finished.put((task, report))
-
     on_cpu = places.pop(CPU, [])
     workers = _workers(on_cpu, budgets.get(CPU, 0)) if on_cpu else 0
     threads = torch.get_num_threads()
     on_cpu.sort(key=lambda task: -task.weight.numel())  # small ones last, so that no thread is left with a large one
-    jobs = [functools.partial(_one_layer, task, max(1, threads // workers), emit) for task in on_cpu]
+    jobs = [functools.partial(_one_layer, task, max(1, threads // workers)) for task in on_cpu]
     for place, some in places.items():
-        waves = plan_waves(some, place, budgets[place])
-        jobs.append(functools.partial(in_waves, waves, place, emit, stop))
+        jobs.append(functools.partial(_waves, plan_waves(some, place, budgets[place]), place, stop))
     # the precision of float32 products is the process's, so it is set here, once for all threads
     with exact_arithmetic(CPU):
         try:
-            _drive(jobs, workers + len(places), finished, stop, done)
+            run_jobs(jobs, workers + len(places), lambda finished: done(*finished), stop)
         finally:
             torch.set_num_threads(threads)  # MKL's number is the process's too
 
 
-def _drive(
-    jobs: Sequence[Callable[[], None]],
-    workers: int,
-    finished: SimpleQueue[tuple[Task, LayerReport] | Future[None]],
-    stop: threading.Event,
-    done: Emit,
-) -> None:
-    """Run the jobs, telling ``done`` as layers finish. After the first failure nothing new is begun."""
-    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="pissa_kernels") as pool:
-        futures = [pool.submit(job) for job in jobs]
-        for future in futures:
-            future.add_done_callback(finished.put)
-        left = len(futures)
-        try:
-            while left:
-                item = finished.get()
-                if isinstance(item, Future):
-                    left -= 1
-                    item.result()
-                else:
-                    done(*item)
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            while not finished.empty():  # layers that were under way and are done now
-                if not isinstance(item := finished.get(), Future):
-                    with contextlib.suppress(Exception):
-                        done(*item)
-            raise
-
-
-def _one_layer(task: Task, threads: int, emit: Emit) -> None:
+def _one_layer(task: Task, threads: int, emit: Callable[[Finished], None]) -> None:
     torch.set_num_threads(threads)  # of this worker alone, except MKL's
-    emit(task, task.run())
+    emit((task, task.run()))
+
+
+def _waves(
+    waves: Sequence[list[Task]], place: torch.device, stop: threading.Event, emit: Callable[[Finished], None]
+) -> None:
+    in_waves(waves, place, lambda task, report: emit((task, report)), stop)
 
 
 def _workers(tasks: Sequence[Task], budget: int) -> int:

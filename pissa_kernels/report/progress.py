@@ -11,15 +11,16 @@ Tick = Callable[[str, int], None]
 
 
 @contextmanager
-def progress(total: int, description: str, *, shown: bool = True) -> Iterator[Tick]:
+def progress(total: int, description: str, *, unit: str = "layer", shown: bool = True) -> Iterator[Tick]:
     """A bar on stderr: ``with progress(total, description) as tick: tick(name, nbytes)`` after each layer.
 
-    It shows the layers done, GB/s (10⁹ bytes, over all the time since the start) and the name of the last layer, and is
-    gone at the end. Nothing is shown where stderr is not a terminal or tqdm is not installed.
+    It shows the layers done, the time left, GB/s (10⁹ bytes, over all the time since the start) and the name of the
+    last layer, and is gone at the end. Nothing is shown where stderr is not a terminal or tqdm is not installed.
 
     Args:
         total: layers to do.
         description: what is done, before the bar.
+        unit: what is counted.
         shown: False for none anywhere.
 
     Yields:
@@ -35,7 +36,7 @@ def progress(total: int, description: str, *, shown: bool = True) -> Iterator[Ti
     began, done = perf_counter(), 0
     # disable=None: not where the file is no terminal
     with tqdm(
-        total=total, desc=description, unit="layer", leave=False, disable=None if shown else True, file=sys.stderr
+        total=total, desc=description, unit=unit, leave=False, disable=None if shown else True, file=sys.stderr
     ) as bar:
 
         def tick(name: str, nbytes: int) -> None:

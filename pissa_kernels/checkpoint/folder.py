@@ -1,0 +1,123 @@
+"""A checkpoint as transformers saves it: config, safetensors in one file or in shards with an index, other files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .layout import Entry, Layout, read_layout, sha256
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What else holds weights, of this model or of an optimizer: the same ones once more, without a residual.
+OTHER_WEIGHTS = {
+    *(".bin", ".pt", ".pth", ".ckpt", ".ot", ".h5", ".msgpack"),
+    *(".gguf", ".onnx", ".onnx_data", ".safetensors"),
+}
+IGNORED_FOLDERS = {".git", ".cache", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose weights are all accounted for.
+
+    Attributes:
+        folder: where.
+        shards: the layout of each safetensors file, by its name.
+        others: files that are no weights, relative to the folder, with "/".
+        left_out: files that hold weights in other formats, or outside of the index.
+    """
+
+    folder: Path
+    shards: Mapping[str, Layout]
+    others: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def tensors(self) -> dict[str, tuple[str, Entry]]:
+        """Shard and place of every tensor, by name."""
+        return {name: (shard, entry) for shard, layout in self.shards.items() for name, entry in layout.entries.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What changes when a file does: size, time of modification, and the digest of each shard's header."""
+        found: dict[str, Any] = {}
+        for name in (*self.shards, *self.others):
+            about = (self.folder / name).stat()
+            found[name] = {"size": about.st_size, "mtime_ns": about.st_mtime_ns}
+            if name in self.shards:
+                found[name]["header"] = sha256(self.shards[name].header)
+        return found
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Look at a folder without reading a tensor.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no folder, no config, no safetensors, a missing shard.
+        ValueError: a damaged file, or an index that does not describe its shards.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder; give the one that holds config.json and the weights")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    if (folder / SINGLE).is_file():
+        shards = {SINGLE: read_layout(folder / SINGLE)}
+    elif (folder / INDEX).is_file():
+        shards = _indexed(folder)
+    else:
+        other = next((path.name for path in sorted(folder.iterdir()) if path.suffix in OTHER_WEIGHTS), None)
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {INDEX}"
+            + (f", only {other}; load and save it with transformers once" if other else "")
+        )
+    weights = {*shards, SINGLE}
+    others: list[str] = []
+    left_out: list[str] = []
+    for name in _files(folder):
+        if name in weights:
+            continue
+        (left_out if Path(name).suffix in OTHER_WEIGHTS else others).append(name)
+    if SINGLE in shards:  # transformers takes the single file, and an index beside it describes what is left out
+        others = [name for name in others if name != INDEX]
+    return Checkpoint(folder, shards, tuple(others), tuple(left_out))
+
+
+def _files(folder: Path) -> list[str]:
+    found = []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(set(folders) - IGNORED_FOLDERS)
+        found += [Path(path, name).relative_to(folder).as_posix() for name in files]
+    return sorted(found)
+
+
+def _indexed(folder: Path) -> dict[str, Layout]:
+    path = folder / INDEX
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        listed = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of shards: {type(error).__name__} {error}") from None
+    names = sorted(set(listed.values()))
+    for name in names:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise ValueError(f"{path} lists {name!r}, which is no safetensors file of its folder")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{path} lists {name}, which is missing")
+    shards = {name: read_layout(folder / name) for name in names}
+    found: dict[str, str] = {}
+    for name, layout in shards.items():
+        for tensor in layout.entries:
+            if tensor in found:
+                raise ValueError(f"{folder}: tensor {tensor!r} is in {found[tensor]} and in {name}")
+            found[tensor] = name
+    for tensor in sorted(listed.keys() | found.keys()):
+        if listed.get(tensor) != found.get(tensor):
+            raise ValueError(
+                f"{path} puts tensor {tensor!r} into {listed.get(tensor, 'no file')}, but it is in "
+                f"{found.get(tensor, 'none')}"
+            )
+    return shards

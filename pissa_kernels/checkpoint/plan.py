@@ -1,0 +1,154 @@
+"""What a run will do, known before it begins: every byte of the result has its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..checks import parse_init
+from ..cost import machine_of, plan, workspace
+from ..saving import ADAPTER_FOLDER
+from .folder import Checkpoint, open_checkpoint
+from .layout import Entry, Layout, plan_layout, sha256
+from .targets import Adapter, AdapterOptions, Target, find_targets
+
+ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
+# Reading, digesting and writing, in bytes a second. It only has to weigh a copy against a decomposition.
+COPIED_PER_SECOND = 5e8
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the checkpoint, to be copied or to become a residual.
+
+    Attributes:
+        shard, entry: where it lies, here and there.
+        target: None for a copy.
+        seconds: what it is expected to take on one core.
+    """
+
+    shard: str
+    entry: Entry
+    target: Target | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One checkpoint's way into another.
+
+    Attributes:
+        checkpoint: the source.
+        out: the folder to be.
+        options: as they were asked for.
+        adapter: PEFT's config and the targets.
+        adapter_layout: of the file with A and B of every target.
+        items: every tensor of the source, the longest work first.
+        device: "cpu" or "cuda".
+    """
+
+    checkpoint: Checkpoint
+    out: Path
+    options: AdapterOptions
+    adapter: Adapter
+    adapter_layout: Layout
+    items: tuple[Item, ...]
+    device: str
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Of every file that is filled tensor by tensor, by its path in the result."""
+        return {**self.checkpoint.shards, ADAPTER_WEIGHTS: self.adapter_layout}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result's tensors and headers."""
+        return sum(layout.size for layout in self.layouts.values())
+
+    def workspace(self) -> int:
+        """Bytes that a worker takes at the most: a weight, what its decomposition needs, A and B."""
+        return max(
+            target.entry.nbytes
+            + workspace(*target.shape, target.rank, parse_init(self.options.init), device=_machine(target, self.device))
+            for target in self.adapter.targets
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on where another one stopped: it decides every byte."""
+        from .. import __version__
+
+        return {
+            "source": str(self.checkpoint.folder.resolve()),
+            "fingerprint": self.checkpoint.fingerprint(),
+            "out": str(self.out.resolve()),
+            "options": json.loads(json.dumps(asdict(self.options))),
+            "adapter_header": sha256(self.adapter_layout.header),
+            "device": self.device,
+            "products": ops.backend("normal", torch.empty(1, 1, dtype=torch.bfloat16)),
+            "package": __version__,
+            "torch": str(torch.__version__),
+        }
+
+    def share(self, rank: int, world: int) -> list[Item]:
+        """One rank's items: the next goes to whoever has least to do so far."""
+        loads, shares = [0.0] * world, [[] for _ in range(world)]  # type: ignore[var-annotated]
+        for item in self.items:
+            least = loads.index(min(loads))
+            loads[least] += item.seconds
+            shares[least].append(item)
+        return shares[rank]
+
+
+def make_plan(model: Path, out: Path, options: AdapterOptions, device: str = "cpu") -> Plan:
+    """Look at everything that can be refused before a byte is written.
+
+    Args:
+        model: a checkpoint's folder.
+        out: the folder to be.
+        options: the adapter's.
+        device: "cpu" or "cuda", where the weights are decomposed.
+
+    Raises:
+        OSError, TypeError, ValueError: as :func:`open_checkpoint` and :func:`find_targets`.
+    """
+    checkpoint = open_checkpoint(model)
+    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
+        raise ValueError(f"OUT {out} is in the source {model}, which is not to be written to")
+    adapter = find_targets(checkpoint, options)
+    by_tensor = {(target.shard, target.entry.name): target for target in adapter.targets}
+    items = [
+        _item(shard, entry, by_tensor.get((shard, name)), options, device)
+        for name, (shard, entry) in checkpoint.tensors().items()
+    ]
+    items.sort(key=lambda item: -item.seconds)
+    return Plan(checkpoint, out, options, adapter, _adapter_layout(adapter.targets), tuple(items), device)
+
+
+def _item(shard: str, entry: Entry, target: Target | None, options: AdapterOptions, device: str) -> Item:
+    seconds = entry.nbytes / COPIED_PER_SECOND
+    if target is not None:
+        m, n = max(target.shape), min(target.shape)
+        seconds += plan(m, n, target.rank, parse_init(options.init), device=_machine(target, device)).seconds
+    return Item(shard, entry, target, seconds)
+
+
+def _machine(target: Target, device: str) -> str:
+    return machine_of(torch.empty(1, 1, dtype=target.dtype)) if device == "cpu" else device
+
+
+def _adapter_layout(targets: Sequence[Target]) -> Layout:
+    tensors = []
+    for target in targets:
+        out_features, in_features = target.shape
+        key_A, key_B = target.keys
+        # as PEFT would store them, so that nothing is rounded where they are loaded without a cast to float32
+        tensors.append((key_A, target.dtype, (target.rank, in_features)))
+        tensors.append((key_B, target.dtype, (out_features, target.rank)))
+    return plan_layout(tensors)

@@ -1,0 +1,210 @@
+"""The folder in which a result grows: hidden beside it, with a journal of what is done, renamed at the end.
+
+A journal line is written after its tensor, and says what the tensor's bytes hash to. Nothing rests on the order in
+which the system brings them to the disk: a run that goes on reads every tensor that the journal claims, and does those
+again whose bytes are not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from .layout import write_at
+from .plan import Plan
+
+PLAN = "plan.json"
+
+
+class Staging:
+    """The folder beside ``out``.
+
+    Attributes:
+        folder: of the run: plan, journals, and ``out``.
+        out: what becomes the result.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.result = out
+        self.folder = out.parent / f".{out.name}.unfinished"
+        self.out = self.folder / "out"
+
+    def exists(self) -> bool:
+        """Whether a run has begun, and not ended."""
+        return (self.folder / PLAN).is_file()
+
+    def begin(self, plan: Plan, *, replace: bool) -> None:
+        """Make every file that tensors are written into, at its full size, and then the plan.
+
+        Args:
+            plan: of the run.
+            replace: at the end, take the place of a result that is there.
+
+        Raises:
+            OSError: no space for all of it, or no permission. Nothing is left then.
+        """
+        try:
+            self._empty()
+            for name, layout in plan.layouts.items():
+                path = self.out / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    # so that a full disk is met here, and not after hours
+                    os.posix_fallocate(file.fileno(), 0, layout.size)
+                    write_at(file.fileno(), memoryview(layout.header), 0)
+            write_whole(self.folder / PLAN, json.dumps({"replace": replace, "plan": plan.record()}, sort_keys=True))
+        except OSError as error:
+            self._empty()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(
+                    error.errno, f"no space for the {plan.size / 1e9:.3g} GB of {self.result} ({error.strerror})"
+                ) from None
+            raise
+
+    def replaces(self) -> bool:
+        """Whether the run that has begun here may take the place of a result that is there."""
+        return bool(self._begun()["replace"])
+
+    def check(self, plan: Plan) -> None:
+        """See that the run that has begun here is the one that is planned.
+
+        Raises:
+            ValueError: it is another one, or the source has changed since.
+        """
+        began, now = self._begun()["plan"], json.loads(json.dumps(plan.record()))
+        for key, value in now.items():
+            if began.get(key) != value:
+                if key == "fingerprint":
+                    names = value.keys() | began[key].keys()
+                    changed = sorted(name for name in names if value.get(name) != began[key].get(name))
+                    raise ValueError(
+                        f"{plan.checkpoint.folder} has changed since the run began that {self.folder} is of "
+                        f"({', '.join(changed[:3])}); --force begins again"
+                    )
+                raise ValueError(
+                    f"the run that {self.folder} is of had another {key}: {_short(began.get(key))}, now "
+                    f"{_short(value)}; --force begins again"
+                )
+
+    def _begun(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.folder / PLAN).read_text(encoding="utf-8"))
+        return record
+
+    def _empty(self) -> None:
+        (self.folder / PLAN).unlink(missing_ok=True)  # first: without it there is no run to go on with
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def discard(self) -> None:
+        """Take the folder away."""
+        shutil.rmtree(self.folder)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out, for as long as this process lives.
+
+        Raises:
+            RuntimeError: another run is at work here.
+        """
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise RuntimeError(f"another process is writing {self.result}") from None
+            except OSError:  # a file system without locks
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.folder), os.fstat(descriptor)):
+                    break
+            os.close(descriptor)  # the run that held it has ended meanwhile, and its folder with it
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # where nothing was begun
+
+    def journal(self, rank: int) -> IO[str]:
+        """One rank's journal, to be appended to; a line that was cut short is ended first."""
+        path = self.folder / f"journal-{rank}.jsonl"
+        file = path.open("a", encoding="utf-8")
+        if path.stat().st_size:
+            file.write("\n")
+        return file
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Every line that was written whole."""
+        for path in sorted(self.folder.glob("journal-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        yield record
+
+    def publish(self) -> None:
+        """Bring everything to the disk, and the folder to its place; a result that is there is replaced."""
+        for path, _, files in os.walk(self.out, topdown=False):
+            for name in files:
+                sync(Path(path, name))
+            sync(Path(path))
+        replaced = self.folder / "replaced"
+        if self.result.exists():
+            os.replace(self.result, replaced)
+        os.replace(self.out, self.result)
+        sync(self.result.parent)
+        self.discard()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there with all of its text, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a file that is no weights; its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    shutil.copyfile(source, temporary)
+    temporary.chmod(source.stat().st_mode & 0o777 | 0o200)
+    os.replace(temporary, path)
+    return digest_of(path)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, read a little at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Bring a file's contents, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:99] + "…"
