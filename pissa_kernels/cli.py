@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         help="print and draw what an initialisation did, and the ranks that its spectra suggest",
         description="Print the report of an initialisation: a row for each layer, all together, and the rank that "
-        "keeps a share of the captured energy. With --pictures also draw it.",
+        "keeps a share of the captured energy. With --pictures also draw it, with --html write a page.",
     )
     report.add_argument(
         "source", type=Path, metavar="SOURCE",
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("--pictures", type=Path, metavar="DIR", help="draw energy, spectra and ranks into this folder")
     report.add_argument("--svg", action="store_true", help="draw SVG, not PNG")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write all of it as one HTML page")
     report.add_argument("--json", action="store_true", help="print the report's JSON and nothing else")
     report.set_defaults(run=_report)
     return parser
@@ -150,6 +151,10 @@ def _report(arguments: argparse.Namespace) -> int:
         from .report.pictures import draw
 
         drawn = draw(report, arguments.pictures, shares, "svg" if arguments.svg else "png")
+    if arguments.html is not None:
+        from .report.page import write_page
+
+        write_page(report, arguments.html, shares, f"PiSSA initialisation of {arguments.source.resolve().name}")
     if arguments.json:
         print(report.to_json())
         return 0
@@ -158,6 +163,8 @@ def _report(arguments: argparse.Namespace) -> int:
         print(suggestion(report.layers, share))
     for path in drawn:
         print(f"drew {path}")
+    if arguments.html is not None:
+        print(f"wrote {arguments.html}")
     return 0
 
 

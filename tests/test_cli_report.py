@@ -69,18 +69,37 @@ def test_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (drawn / "ranks.svg").is_file()
 
 
+def test_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the page has pictures, which need matplotlib")
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(folder), "--html", str(page), "--share", "0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [suggestion(SMALL.layers, 0.5), f"wrote {page}"]
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>PiSSA initialisation of out</h1>" in text
+    assert suggestion(SMALL.layers, 0.5) in text
+    assert cli.main(["report", str(folder), "--html", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == SMALL.to_dict()
+    Report().write(tmp_path / "empty.json")
+    assert cli.main(["report", str(tmp_path / "empty.json"), "--html", str(tmp_path / "none.html")]) == 1
+    assert "nothing to show" in capsys.readouterr().err
+    assert not (tmp_path / "none.html").exists()
+
+
 def test_without_matplotlib(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli.main(["report", str(folder), "--pictures", str(tmp_path / "drawn")]) == 1
-    output, error = capsys.readouterr()
-    assert output == ""
-    assert len(error.splitlines()) == 1
-    assert "pip install 'pissa-kernels[report]'" in error
-    assert "demo" not in error
+    for option in ("--pictures", "--html"):
+        assert cli.main(["report", str(folder), option, str(tmp_path / "drawn")]) == 1
+        output, error = capsys.readouterr()
+        assert output == ""
+        assert len(error.splitlines()) == 1
+        assert "pip install 'pissa-kernels[report]'" in error
+        assert "demo" not in error
+    assert not (tmp_path / "drawn").exists()
     assert cli.main(["report", str(folder)]) == 0, "the table needs no extra"
 
 
@@ -110,6 +129,8 @@ def test_needs_neither_peft_nor_transformers(folder: Path) -> None:
         (["REPORT", "--share", "nan"], 2, "got nan"),
         (["REPORT", "--share", "most"], 2, "could not convert string to float: 'most'"),
         (["REPORT", "--pictures", "REPORT"], 2, "File exists"),
+        (["REPORT", "--html", "/nowhere/page.html"], 2, "there is no folder /nowhere to write page.html into"),
+        (["REPORT", "--html", "EMPTY"], 2, "is a folder"),
         ([], 2, "SOURCE"),
     ],
 )

@@ -8,7 +8,9 @@ any rank.
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .layer import LayerReport
-from .names import row_labels, split_names
+from .names import Place, row_labels, split_names
 
 
 def frobenius_squared(layer: LayerReport) -> float:
@@ -101,6 +103,44 @@ def projection_ranks(layers: Sequence[LayerReport], ranks: Sequence[int]) -> dic
     for label, rank in zip(row_labels(split_names(layer.name for layer in layers)), ranks, strict=True):
         most[label] = max(rank, most.get(label, 0))
     return most
+
+
+def peft_pattern(layers: Sequence[LayerReport], values: Sequence[float]) -> tuple[float, dict[str, float]]:
+    """PEFT's ``rank_pattern`` or ``alpha_pattern`` that gives each projection the largest value of its layers.
+
+    PEFT gives a module the value of the first key that, as a regular expression, matches the end of its name, from a
+    dot on. Each key here matches all layers of one projection and no other, so that their order does not matter.
+
+    Args:
+        layers: at least one.
+        values: one for each layer.
+
+    Returns:
+        The largest value, which is for those that no key matches, and the lower ones by key.
+    """
+    names = [layer.name for layer in layers]
+    members: defaultdict[Place, set[str]] = defaultdict(set)
+    most: dict[Place, float] = {}
+    for name, place, value in zip(names, split_names(names), values, strict=True):
+        everywhere = place if place.depth is None else place._replace(depth=0)
+        members[everywhere].add(name)
+        most[everywhere] = max(value, most.get(everywhere, value))
+    largest = max(most.values())
+    lower = {place: value for place, value in most.items() if value < largest}
+    return largest, {_pattern_key(place, members[place], names): value for place, value in lower.items()}
+
+
+def _pattern_key(place: Place, members: set[str], names: Sequence[str]) -> str:
+    """The shortest end of the projection that tells its layers from all others, or all of their name."""
+    parts = [re.escape(part) for part in place.projection.split(".") if part]
+    depth = [] if place.depth is None else ["[0-9]+"]
+    whole = ".".join([*(re.escape(part) for part in place.stack.split(".") if part), *depth, *parts])
+    ends = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+    for key in (*ends, whole):
+        # PEFT's own rule. The dots are left as they are, which reads better: whether the key is exact is seen here.
+        if {name for name in names if re.match(rf"(.*\.)?({key})$", name)} == members:
+            return key
+    return f"^{whole}"
 
 
 def _cumulative_share(layer: LayerReport) -> Tensor:
