@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint.commands import add_init
 from .report import Report, find_report
 from .report.spectrum import check_share, suggestion
 from .report.tables import text_table
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, metavar="DIR", help="save the residual model, and its adapter in pissa_init/")
     demo.add_argument("--json", action="store_true", help="print one JSON object and no table")
     demo.set_defaults(run=_demo)
+    add_init(commands)
     report = commands.add_parser(
         "report",
         help="print and draw what an initialisation did, and the ranks that its spectra suggest",

@@ -215,7 +215,7 @@ def _finish(
         layer_from_dict(records[target.shard, target.entry.name]["layer"], target.name)
         for target in plan.adapter.targets
     ]
-    Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).write(out / REPORT)
+    write_whole(out / REPORT, Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).to_json())
     write_whole(out / REPORT_DIGEST, f"{sha256((out / REPORT).read_bytes())}  {Path(REPORT).name}")
     Manifest(plan.record(), files).write(out)
     staging.check(plan)

@@ -27,7 +27,7 @@ class Manifest:
 
     Attributes:
         plan: what the run was asked for, and of which source (:meth:`pissa_kernels.checkpoint.plan.Plan.record`).
-        files: by path, {"header": digest, "tensors": {name: digest}} of those with tensors, {"sha256": digest} of others.
+        files: by path; {"header": digest, "tensors": {name: digest}} where tensors are, else {"sha256": digest}.
     """
 
     plan: Mapping[str, Any]

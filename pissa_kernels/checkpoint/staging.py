@@ -167,7 +167,10 @@ class Staging:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A file that is there with all of its text, or not at all."""
+    """A file that is there with all of its text, or not at all.
+
+    Its temporary name is always the same, so that a killed process leaves nothing that the next one does not replace.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from . import strict
+from .files import write_text
 from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict
 from .tables import text_table
 
@@ -113,18 +112,7 @@ class Report:
             OSError: it cannot be written; a file that was there is untouched then.
             ValueError: as of :meth:`to_json`.
         """
-        path, text = Path(path), self.to_json()
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(handle)
-            os.chmod(temporary, 0o644)  # mkstemp's file is its owner's only
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(Path(path), self.to_json() + "\n")
 
     # Static, because a subclass is the report of work that it has done itself.
     @staticmethod
