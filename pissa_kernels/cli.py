@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.commands import add_init
+from .checkpoint.commands import add_init, add_verify
 from .report import Report, find_report
 from .report.spectrum import check_share, suggestion
 from .report.tables import text_table
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON object and no table")
     demo.set_defaults(run=_demo)
     add_init(commands)
+    add_verify(commands)
     report = commands.add_parser(
         "report",
         help="print and draw what an initialisation did, and the ranks that its spectra suggest",

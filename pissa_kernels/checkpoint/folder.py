@@ -77,7 +77,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     weights = {*shards, SINGLE}
     others: list[str] = []
     left_out: list[str] = []
-    for name in _files(folder):
+    for name in files_of(folder):
         if name in weights:
             continue
         (left_out if Path(name).suffix in OTHER_WEIGHTS else others).append(name)
@@ -86,7 +86,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, tuple(others), tuple(left_out))
 
 
-def _files(folder: Path) -> list[str]:
+def files_of(folder: Path) -> list[str]:
     found = []
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(set(folders) - IGNORED_FOLDERS)

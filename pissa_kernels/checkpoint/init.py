@@ -217,7 +217,10 @@ def _finish(
     ]
     write_whole(out / REPORT, Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).to_json())
     write_whole(out / REPORT_DIGEST, f"{sha256((out / REPORT).read_bytes())}  {Path(REPORT).name}")
-    Manifest(plan.record(), files).write(out)
+    targets = {
+        target.entry.name: {"layer": target.name, "transposed": target.transposed} for target in plan.adapter.targets
+    }
+    Manifest(plan.record(), files, targets).write(out)
     staging.check(plan)
     staging.publish()
 

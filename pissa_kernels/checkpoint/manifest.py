@@ -28,10 +28,12 @@ class Manifest:
     Attributes:
         plan: what the run was asked for, and of which source (:meth:`pissa_kernels.checkpoint.plan.Plan.record`).
         files: by path; {"header": digest, "tensors": {name: digest}} where tensors are, else {"sha256": digest}.
+        targets: by tensor, {"layer": name in the model, "transposed": stored (in, out)}.
     """
 
     plan: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
+    targets: Mapping[str, Mapping[str, Any]]
 
     @property
     def source(self) -> str:
@@ -46,6 +48,7 @@ class Manifest:
             "source": self.source,
             "plan": dict(self.plan),
             "files": {name: dict(about) for name, about in self.files.items()},
+            "targets": {name: dict(about) for name, about in self.targets.items()},
         }
         write_whole(folder / MANIFEST, json.dumps({**record, "sha256": _digest(record)}, indent=1, sort_keys=True))
 
@@ -69,7 +72,7 @@ class Manifest:
             whole = json.dumps({**record, "sha256": digest}, indent=1, sort_keys=True) + "\n"
             if digest != _digest(record) or text != whole:
                 raise ValueError("its contents do not match its digest")
-            return Manifest(record["plan"], record["files"])
+            return Manifest(record["plan"], record["files"], record["targets"])
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 
