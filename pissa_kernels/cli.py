@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         return _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was saved", EXIT_FAILED)
+        return _fail(f"interrupted; {getattr(arguments, 'interrupted', 'nothing was saved')}", EXIT_FAILED)
 
 
 def _fail(error: object, code: int) -> int:

@@ -55,7 +55,7 @@ def add_init(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace a finished OUT, begin an unfinished one again")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each tensor, and one at the end")
-    parser.set_defaults(run=_run_init)
+    parser.set_defaults(run=_run_init, interrupted="what is done is kept, and --resume goes on with it")
 
 
 def _run_init(arguments: argparse.Namespace) -> int:

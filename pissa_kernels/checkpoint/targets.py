@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,9 +121,11 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     tensors, targets = checkpoint.tensors(), []
-    for name, layer in lora_layers(adapted):
+    layers = list(lora_layers(adapted))
+    _check_kinds(layers)
+    for name, layer in layers:
         weight = f"{name}.weight"
-        _check_layer(name, layer, tied)
+        _check_untied(name, layer, tied)
         if weight in fused or len(where[weight]) != 1:
             found = fused.get(weight) or where[weight]
             raise ValueError(
@@ -235,19 +237,33 @@ def _tied(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _check_layer(name: str, layer: Any, tied: Mapping[str, str]) -> None:
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    if isinstance(base, nn.Embedding) or not in_scope(layer) or weight is None or weight.ndim != 2:
-        shape = tuple(weight.shape) if weight is not None else "none"
-        raise ValueError(
-            f"layer {name!r} is a {type(base).__name__} (weight {shape}); PiSSA takes linear layers with a 2-D weight. "
-            "Leave it out with --exclude-modules."
-        )
+def _check_kinds(layers: Sequence[tuple[str, Any]]) -> None:
+    """Refuse everything but linear layers, and say which of the layers are linear.
+
+    PEFT reads all-linear of a mixture of experts as its fused experts and its router, too.
+    """
+    linear = sorted({name.rpartition(".")[2] for name, layer in layers if _is_linear(layer)})
+    for name, layer in layers:
+        if not _is_linear(layer):
+            base = layer.get_base_layer()
+            parameter = getattr(layer, "parameter_name", "weight")
+            shape = tuple(getattr(getattr(base, parameter, None), "shape", ()))
+            raise ValueError(
+                f"layer {name!r} is a {type(base).__name__} whose {parameter} has shape {shape}; PiSSA takes linear "
+                "layers with a 2-D weight" + (f", here those of --target-modules {' '.join(linear)}" if linear else "")
+            )
+
+
+def _is_linear(layer: Any) -> bool:
+    return in_scope(layer) and not isinstance(layer.get_base_layer(), nn.Embedding)
+
+
+def _check_untied(name: str, layer: Any, tied: Mapping[str, str]) -> None:
     if name in tied:
         raise ValueError(
-            f"the weight of layer {name!r} {tuple(weight.shape)} is tied to {tied[name]}, which would be changed with "
-            "it. Leave it out with --exclude-modules, or save the model untied (config.tie_word_embeddings = False)."
+            f"the weight of layer {name!r} {tuple(layer.get_base_layer().weight.shape)} is tied to {tied[name]}, which "
+            "would be changed with it. Leave it out with --exclude-modules, or save the model untied "
+            "(config.tie_word_embeddings = False)."
         )
 
 
