@@ -24,7 +24,8 @@ from .checks import check_rank, check_weight
 from .cost import CHEAP_GRAM, Plan, machine_of, plan
 from .krylov import Subspace, block_krylov
 from .operators import GramOperator, WeightOperator
-from .orthogonalize import cholesky_qr, orthonormalize
+from .ops.reference import cholesky_qr
+from .orthogonalize import orthonormalize
 
 ITERATIONS = ("krylov", "chebyshev")
 # The energy deficit that is iterated to where nothing else is asked for.

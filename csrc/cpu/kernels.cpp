@@ -4,6 +4,7 @@
 #include "product.h"
 #include "subtract_lowrank.h"
 #include "transpose_cast.h"
+#include "turned.h"
 
 #define PISSA_STRING_(x) #x
 #define PISSA_STRING(x) PISSA_STRING_(x)
@@ -77,5 +78,6 @@ void multiply_adjoint_any(const Matrix& weight, int64_t row, int64_t rows, int64
 namespace pissa::cpu {
 extern const Kernels PISSA_ISA;
 const Kernels PISSA_ISA = {PISSA_STRING(PISSA_ISA), transpose_cast_any, subtract_lowrank_any,
-                           subtract_workspace,      multiply_any,       multiply_adjoint_any};
+                           subtract_workspace,      multiply_any,       multiply_adjoint_any,
+                           gram,                    combine};
 }  // namespace pissa::cpu
