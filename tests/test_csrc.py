@@ -35,6 +35,7 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
         torch.library.opcheck(ops.matmul, (weight, torch.randn(*leading, n, 3)))
         torch.library.opcheck(ops.rmatmul, (weight, torch.randn(*leading, m, 3)))
         torch.library.opcheck(ops.normal, (weight, torch.randn(*leading, n, 3)))
+    torch.library.opcheck(ops.sum_of_squares, (W[None],))
     torch.library.opcheck(ops.gram_schmidt, (torch.randn(2, n, 3), torch.randn(2, 4, n)))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(m, 3), torch.randn(3, n), 0.5))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(n, 3), torch.randn(3, m), 0.5, True))

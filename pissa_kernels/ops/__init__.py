@@ -29,6 +29,7 @@ __all__ = [
     "refusals",
     "rmatmul",
     "subtract_lowrank_",
+    "sum_of_squares",
     "transpose_cast",
 ]
 
@@ -166,6 +167,28 @@ def subtract_lowrank_(
         body = dispatch.load(dispatch.select("subtract_lowrank_", weight))
         body.subtract_lowrank_(weight, lora_B, lora_A, float(scaling), fan_in_fan_out)
     return weight
+
+
+def sum_of_squares(weights: Tensor) -> Tensor:
+    """‖W‖_F² of each weight of a stack, in float32 along rows and in float64 across them.
+
+    Args:
+        weights: (batch, m, n) in float32, float16 or bfloat16, any strides.
+
+    Returns:
+        (batch,) float64. NaN or Inf in a weight show in it.
+
+    Raises:
+        TypeError: a dtype other than those.
+        ValueError: not a stack.
+    """
+    checks.check_weight("sum_of_squares", weights, stack=True)
+    if weights.ndim != 3:
+        raise ValueError(f"sum_of_squares: weights must be a stack (batch, m, n), got shape {tuple(weights.shape)}")
+    with torch.no_grad():
+        body = dispatch.load(dispatch.select("sum_of_squares", weights))
+        result: Tensor = body.sum_of_squares(weights)
+    return result
 
 
 def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

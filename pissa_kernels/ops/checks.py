@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "gram_schmidt")
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt")
 # These take a stack of weights (batch, m, n) too, with a stack of panels.
-STACK_VERBS = ("matmul", "rmatmul", "normal", "gram_schmidt")
+STACK_VERBS = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import reference
 
 VERBS: dict[str, tuple[str, ...]] = {"cuda": ("transpose_cast", "subtract_lowrank_")}
-VERBS["cpu"] = ("matmul", "rmatmul", "normal", "gram_schmidt", *VERBS["cuda"])
+VERBS["cpu"] = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt", *VERBS["cuda"])
 # The first holds the schemas too, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
@@ -95,7 +95,10 @@ def _register_fakes() -> None:
         batch = panel.shape[0]
         return panel.new_empty(panel.shape), panel.new_empty(batch), panel.new_empty(batch)
 
-    for fake in (matmul, rmatmul, normal, gram_schmidt, transpose_cast, subtract_lowrank_):
+    def sum_of_squares(weights: Tensor) -> Tensor:
+        return weights.new_empty(weights.shape[0], dtype=torch.float64)
+
+    for fake in (matmul, rmatmul, normal, sum_of_squares, gram_schmidt, transpose_cast, subtract_lowrank_):
         torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
 
 
@@ -127,6 +130,12 @@ def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], piec
     """``matmul`` or ``rmatmul`` of each weight with its panel, one after the other."""
     product = {"matmul": matmul, "rmatmul": rmatmul}[verb]
     return [product(weight, panel) for weight, panel in zip(weights, panels, strict=True)]
+
+
+def sum_of_squares(weights: Tensor) -> Tensor:
+    """‖W‖_F² of each of a stack; see :func:`pissa_kernels.ops.sum_of_squares`."""
+    result: Tensor = torch.ops.pissa_kernels.sum_of_squares(weights)
+    return result
 
 
 def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "gram_schmidt")
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt")
 # Elements of the widened block. 4 MiB of float32 stay inside a CPU's L3 slice; a GPU wants few, large launches.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Elements of a strip that is transposed at a time, on a CPU.
