@@ -125,6 +125,11 @@ def test_squares_are_summed_to_float32(
         got = pk.ops.sum_of_squares(W)
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, W.double().square().sum((1, 2)), rtol=1e-6, atol=0)
+    shared = randn(130).to(dtype).expand(1, 63, 130)
+    for W in (shared, shared.mT):
+        torch.testing.assert_close(
+            pk.ops.sum_of_squares(W), W.double().square().sum((1, 2)), rtol=1e-6, atol=0, msg="rows of one memory"
+        )
     for bad in (math.nan, math.inf):
         W = layouts(
             randn(63, 130).to(dtype).index_put_((torch.tensor(62), torch.tensor(129)), torch.tensor(bad).to(dtype))

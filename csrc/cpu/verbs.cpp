@@ -73,7 +73,7 @@ Tensor sum_of_squares(const Tensor& weights) {
   Tensor result = torch::stable::new_empty(weights, {count}, torch::headeronly::ScalarType::Double);
   for (int64_t index = 0; index < count; ++index) {
     Matrix W = matrix_at(weights, index);
-    if (W.column_major()) W = W.transposed();
+    if (!W.row_contiguous()) W = W.transposed();  // not column_major(): rows may share memory
     STD_TORCH_CHECK(W.row_contiguous(), "pissa_kernels: one dimension of the weight must be contiguous");
     std::vector<double> sums(W.rows);
     torch::stable::parallel_for(0, W.rows, grain(W.cols, 1), [&](int64_t begin, int64_t end) {
