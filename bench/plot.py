@@ -23,7 +23,7 @@ MARKERS = {"pissa": "*", "pissa_niter_1": "o", "pissa_niter_4": "^", "pissa_nite
 OTHER_MARKER = "v"
 # Below this a deficit is as good as none: PEFT's full SVD is at 1e-12, or at a negative rounding error.
 FLOOR = 1e-9
-# What "pissa" works to, as pissa_kernels.truncated_svd has it by default.
+# What pissa_kernels.truncated_svd works to by default; "pissa" to no less than 2.5e-6 where it stores bfloat16.
 TOLERANCE = 1e-6
 COLUMNS = 4
 LEGEND_INCHES = 0.9

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pissa_kernels
 from pissa_kernels import Certificate
+from pissa_kernels.decompose import tolerance
 
 ADAPTER = "default"
 # lora_alpha/r. Not 1, so that a scaling left out or applied twice shows.
@@ -141,7 +142,7 @@ class Provider:
         """Ours: Vh of ``weight`` (out, in) before any rounding, and its certificate. Nothing for the others."""
         if self.family != "ours":
             return None
-        svd = pissa_kernels.truncated_svd(weight, rank, niter=self.niter)
+        svd = pissa_kernels.truncated_svd(weight, rank, tol=tolerance(weight.dtype), niter=self.niter)
         return svd.Vh, svd.certificate
 
 

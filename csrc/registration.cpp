@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
   library.def("matmul(Tensor weight, Tensor X) -> Tensor");
   library.def("rmatmul(Tensor weight, Tensor Y) -> Tensor");
   library.def("normal(Tensor weight, Tensor X) -> (Tensor, Tensor)");
+  library.def("sum_of_squares(Tensor weights) -> Tensor");
+  library.def("gram_schmidt(Tensor panel, Tensor basis) -> (Tensor, Tensor, Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");
   // Returns nothing: an operator that returns what it mutates cannot be functionalised by torch.compile.
   library.def(

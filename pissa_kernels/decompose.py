@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .checks import check_rank, check_scaling, check_weight, parse_init
 from .ops import reference
-from .svd import Certificate, TruncatedSVD, exact_arithmetic, truncated_svd
+from .svd import DEFAULT_TOL, Certificate, TruncatedSVD, exact_arithmetic, truncated_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,17 @@ class Decomposition(Factors):
     residual: Tensor
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """What energy deficit "pissa" works to for an adapter that ``dtype`` stores: 1e-6, or 2.5e-6 for bfloat16.
+
+    To round A elementwise costs about u²/6 of its energy, u the dtype's unit roundoff: an element in [2ᵉ, 2ᵉ⁺¹) is off
+    by up to u·2ᵉ, evenly spread. An SVD that lacks as much again at most doubles that, and is there a step or two
+    sooner; below 1e-6 the rounding no longer counts.
+    """
+    roundoff = torch.finfo(dtype).eps / 2
+    return max(DEFAULT_TOL, roundoff**2 / 6)
+
+
 def decompose(
     weight: Tensor,
     rank: int,
@@ -63,8 +74,8 @@ def decompose(
         weight: (out, in), or (in, out) with ``fan_in_fan_out``; float32, float16 or bfloat16; any strides.
         rank: 1 ≤ r ≤ min(out, in).
         scaling: the adapter's scaling s > 0 (lora_alpha/r, or lora_alpha/√r with rsLoRA).
-        init: "pissa", to an energy deficit of 1e-6, or "pissa_niter_N", at least as accurate as N rounds of
-            ``torch.svd_lowrank``.
+        init: "pissa", to an energy deficit of :func:`tolerance` before A is rounded, or "pissa_niter_N", at least as
+            accurate as N rounds of ``torch.svd_lowrank``.
         fan_in_fan_out: the weight is stored (in, out), as transformers' ``Conv1D`` stores it.
         seed: of the sketch; torch's global random state is neither used nor changed.
         inplace: write the residual over ``weight``; all checks come first.
@@ -115,11 +126,12 @@ def principal_factors(
     check_rank(rank, weight.shape, where)
     check_scaling(scaling, where)
     view = weight.detach().mT if fan_in_fan_out else weight.detach()
+    dtype = adapter_dtype or weight.dtype
     try:
-        svd = truncated_svd(view, rank, niter=niter, seed=seed)
+        svd = truncated_svd(view, rank, tol=tolerance(dtype), niter=niter, seed=seed)
     except ValueError as error:  # non-finite values are found by the engine, which does not know the layer
         raise ValueError(f"{where} {tuple(weight.shape)}: {error}") from None
-    return rounded_factors(view, svd, scaling, adapter_dtype or weight.dtype, where)
+    return rounded_factors(view, svd, scaling, dtype, where)
 
 
 def rounded_factors(weight: Tensor, svd: TruncatedSVD, scaling: float, dtype: torch.dtype, where: str) -> Factors:

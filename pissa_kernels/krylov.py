@@ -251,5 +251,6 @@ class Progress:
         at_best = math.log(self.tol / missing) / math.log(self.fastest)
         at_this_pace = math.log(self.tol / missing) / math.log(ratio) if ratio < 1 else math.inf
         expected = math.sqrt(at_best * min(at_this_pace, 2 * at_best))
-        self.next_look = step + max(1, min(self.patience, math.floor(0.8 * expected)))
+        # no look can be the last one before all but one of the steps that are needed at best; after these, patience
+        self.next_look = step + max(1, math.floor(at_best) - 1, min(self.patience, math.floor(0.8 * expected)))
         return False

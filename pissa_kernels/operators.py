@@ -67,7 +67,7 @@ class WeightOperator:
         self.device = weights.device
         self.passes = 0
         self.scale: Tensor | None = None  # (batch, 1, 1); None for ones
-        self.energy: list[float] = reference.sum_of_squares(weights).tolist()  # ‖A‖_F², the scale in it
+        self.energy: list[float] = ops.sum_of_squares(weights).tolist()  # ‖A‖_F², the scale in it
         if any(map(math.isnan, self.energy)):
             raise ValueError("the weight holds NaN")
         # Krylov squares the operator: fourth powers of its norm have to stay inside float32

@@ -1,9 +1,8 @@
 """Orthonormal panels: CholeskyQR where it is safe, Householder where it is not.
 
 A tall panel Z (n, b), b ≪ n, is orthonormalised through its b×b Gram matrix (CholeskyQR2, Fukaya et al. 2014):
-matrix products and a small Cholesky factorisation, several times faster than Householder QR on every device. The
-factor's inverse is formed and multiplied with: a triangular solve with a 4096×64 panel takes three times as long.
-In float32 it needs cond(Z) < 1/√ε ≈ 3·10³ after its columns are scaled to unit length; a factor that fails or
+matrix products and a small Cholesky factorisation, several times faster than Householder QR on every device. In
+float32 it needs cond(Z) < 1/√ε ≈ 3·10³ after its columns are scaled to unit length; a factor that fails or
 shows a tiny pivot sends the panel to Householder QR, which also takes rank-deficient and zero panels.
 
 Everything works on stacks (batch, n, b), and every decision is one transfer to the host for the whole stack.
@@ -11,10 +10,11 @@ Everything works on stacks (batch, n, b), and every decision is one transfer to 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+
+from . import ops
+from .ops.reference import project_out
 
 # Smallest pivot of the scaled Gram matrix's factor that one CholeskyQR round is trusted with: below it the first
 # round may lose orthogonality altogether (ε·cond² ≈ 1), and the second could not bring it back.
@@ -26,36 +26,6 @@ SETTLED = 0.99
 MAX_ROUNDS = 6
 # What a projection leaves of a column, relative to the longest, and is rounding: some √n·ε in float32.
 NOISE = 1e-5
-# Columns up to which a panel is projected as rows: BLAS takes two to six times as long over eight columns as over eight
-# rows.
-NARROW = 16
-
-
-class CholeskyQR(NamedTuple):
-    """One round of CholeskyQR on Z (batch, n, b).
-
-    Attributes:
-        panel: (batch, n, b) Z·change.
-        change: (batch, b, b).
-        pivot: (batch,) the smallest pivot of the Gram matrix's factor; 0 or NaN where the panel is worthless.
-        shortest: (batch,) the shortest column norm of Z.
-    """
-
-    panel: Tensor
-    change: Tensor
-    pivot: Tensor
-    shortest: Tensor
-
-
-def cholesky_qr(Z: Tensor) -> CholeskyQR:
-    """Z made orthonormal as far as one round does it: to ε·cond(Z)²."""
-    gram = Z.mT @ Z
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    scale = norms.reciprocal()
-    factor, info = torch.linalg.cholesky_ex(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1).masked_fill(info != 0, 0.0)
-    change = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False).mT
-    return CholeskyQR(Z @ change, change, pivot, norms.amin(-1))
 
 
 def orthonormalize(Z: Tensor, basis: Tensor | None = None, near: Tensor | None = None) -> tuple[Tensor, list[bool]]:
@@ -76,12 +46,12 @@ def orthonormalize(Z: Tensor, basis: Tensor | None = None, near: Tensor | None =
         The panel (batch, n, b), and for each of the stack whether Z was deficient, so that part of the panel is
         arbitrary: a filling, or the rounding noise that a projection has left of a column.
     """
-    panel, _, first, shortest = cholesky_qr(_project_out(Z, basis if near is None else near))
+    panel, first, shortest = ops.gram_schmidt(Z, basis if near is None else near)
     noise = shortest <= NOISE * torch.linalg.vector_norm(Z, dim=-2).amax(-1)
     if basis is None and all(pivot > EASY_PIVOT for pivot in first.tolist()):
         return panel, [False] * len(Z)
     for number in range(1, MAX_ROUNDS):
-        panel, _, pivot, shortest = cholesky_qr(_project_out(panel, basis))
+        panel, pivot, shortest = ops.gram_schmidt(panel, basis)
         health = torch.stack([first if number == 1 else pivot, pivot, shortest, noise], dim=-1).tolist()
         # NaN > x is False: a zero column makes NaN
         sound = [a > MIN_PIVOT and b > MIN_PIVOT for a, b, *_ in health]
@@ -102,14 +72,6 @@ def _repair(Z: Tensor, panel: Tensor, basis: Tensor | None, sound: list[bool]) -
     return panel
 
 
-def _project_out(Z: Tensor, basis: Tensor | None) -> Tensor:
-    if basis is None or not basis.shape[1]:
-        return Z
-    if Z.shape[-1] <= NARROW:
-        return torch.baddbmm(Z.mT, Z.mT @ basis.mT, basis, alpha=-1).mT
-    return torch.baddbmm(Z, basis.mT, basis @ Z, alpha=-1)
-
-
 def _fill(Z: Tensor, basis: Tensor | None) -> Tensor:
     # Householder QR takes any Z, but its columns for zero pivots are arbitrary (for Z = 0 the same ones each time) and
     # may lie along the basis: those are drawn anew. What is left is projected and renormalised until the projection
@@ -120,7 +82,7 @@ def _fill(Z: Tensor, basis: Tensor | None) -> Tensor:
         pivots = factor.diagonal(dim1=-2, dim2=-1).abs()
         missing = pivots <= 10 * torch.finfo(Z.dtype).eps * pivots.amax(-1, keepdim=True)
         draws = torch.randn(Z.shape[1:], generator=generator, dtype=Z.dtype, device="cpu").to(Z.device)
-        Z = _project_out(torch.where(missing.unsqueeze(-2), draws, panel), basis)
+        Z = project_out(torch.where(missing.unsqueeze(-2), draws, panel), basis)
         norms = torch.linalg.vector_norm(Z, dim=-2)
         if (~missing.any() & (norms.amin() > SETTLED)).item():
             break

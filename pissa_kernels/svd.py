@@ -24,9 +24,12 @@ from .checks import check_rank, check_weight
 from .cost import CHEAP_GRAM, Plan, machine_of, plan
 from .krylov import Subspace, block_krylov
 from .operators import GramOperator, WeightOperator
-from .orthogonalize import cholesky_qr, orthonormalize
+from .ops.reference import cholesky_qr
+from .orthogonalize import orthonormalize
 
 ITERATIONS = ("krylov", "chebyshev")
+# The energy deficit that is iterated to where nothing else is asked for.
+DEFAULT_TOL = 1e-6
 # Products with AᵀA before an iteration gives up.
 MAX_STEPS = 100
 # What a float32 Gram matrix leaves on a well-conditioned weight is below this; where it leaves more, singular values
@@ -68,7 +71,7 @@ class TruncatedSVD(NamedTuple):
 
 
 def truncated_svd(
-    weight: Tensor, rank: int, *, tol: float = 1e-6, niter: int | None = None, seed: int = 0
+    weight: Tensor, rank: int, *, tol: float = DEFAULT_TOL, niter: int | None = None, seed: int = 0
 ) -> TruncatedSVD:
     """The leading ``rank`` singular triplets of a weight, to a tolerance on the captured energy.
 
@@ -98,7 +101,7 @@ def truncated_svd(
 
 
 def truncated_svd_stack(
-    weights: Tensor, rank: int, *, tol: float = 1e-6, niter: int | None = None, seed: int = 0
+    weights: Tensor, rank: int, *, tol: float = DEFAULT_TOL, niter: int | None = None, seed: int = 0
 ) -> list[TruncatedSVD]:
     """:func:`truncated_svd` of each weight of a stack (batch, m, n), with the small problems shared.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .carrier import Carrier
 from .checks import parse_init
-from .decompose import Factors, rounded_factors
+from .decompose import Factors, rounded_factors, tolerance
 from .report import LayerReport
 from .svd import exact_arithmetic, truncated_svd_stack
 from .task import Task
@@ -146,7 +146,9 @@ def _factors(wave: list[Task], stack: Tensor) -> list[Factors]:
     first = wave[0]
     views = stack.mT if first.transposed else stack
     try:
-        found = truncated_svd_stack(views, first.rank, niter=parse_init(first.init), seed=first.seed)
+        found = truncated_svd_stack(
+            views, first.rank, tol=tolerance(stack.dtype), niter=parse_init(first.init), seed=first.seed
+        )
     except ValueError as error:  # which of them it is shows when the wave has been halved
         raise ValueError(f"the weight of {first.where} {tuple(first.weight.shape)}: {error}") from None
     return [

@@ -5,6 +5,7 @@ On a machine without a GPU Triton's kernels run under its interpreter, csrc's on
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator
 
@@ -107,6 +108,35 @@ def test_subtraction_at_high_ranks(dtype: torch.dtype, rank: int, backend: str) 
     got = pk.ops.subtract_lowrank_(dense.clone(), B, A, 1.5)
     theirs = reference.subtract_lowrank_(dense.clone(), B, A, 1.5)
     assert (got - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["torch", "csrc"])
+def test_squares_are_summed_to_float32(
+    dtype: torch.dtype, layout: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shape in SMALL + LARGE:
+        W = layouts(randn(*shape).to(dtype))[layout][None].expand(2, -1, -1)
+        reasons = pk.ops.refusals("sum_of_squares", W)[name]
+        if reasons:
+            pytest.skip(f"{name}: {'; '.join(reasons)}")
+        monkeypatch.setenv(dispatch.VARIABLE, name)
+        got = pk.ops.sum_of_squares(W)
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, W.double().square().sum((1, 2)), rtol=1e-6, atol=0)
+    shared = randn(130).to(dtype).expand(1, 63, 130)
+    for W in (shared, shared.mT):
+        torch.testing.assert_close(
+            pk.ops.sum_of_squares(W), W.double().square().sum((1, 2)), rtol=1e-6, atol=0, msg="rows of one memory"
+        )
+    for bad in (math.nan, math.inf):
+        W = layouts(
+            randn(63, 130).to(dtype).index_put_((torch.tensor(62), torch.tensor(129)), torch.tensor(bad).to(dtype))
+        )
+        assert not pk.ops.sum_of_squares(W[layout][None]).isfinite().any()
+    with pytest.raises(ValueError, match="must be a stack"):
+        pk.ops.sum_of_squares(randn(3, 4))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

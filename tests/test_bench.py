@@ -171,7 +171,7 @@ def test_a_wrong_initializer_gets_no_time(tmp_path, monkeypatch, damage, reason)
 def test_a_sloppy_engine_is_red(tmp_path, monkeypatch, provider, limit):
     right = pissa_kernels.truncated_svd
 
-    def sloppy(weight, rank, *, niter=None, seed=0):
+    def sloppy(weight, rank, *, tol=1e-6, niter=None, seed=0):
         vectors = torch.svd_lowrank(weight.float(), rank, niter=1)[2]
         return SimpleNamespace(Vh=vectors.mT, certificate=right(weight, rank).certificate)
 

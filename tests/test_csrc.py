@@ -35,6 +35,8 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
         torch.library.opcheck(ops.matmul, (weight, torch.randn(*leading, n, 3)))
         torch.library.opcheck(ops.rmatmul, (weight, torch.randn(*leading, m, 3)))
         torch.library.opcheck(ops.normal, (weight, torch.randn(*leading, n, 3)))
+    torch.library.opcheck(ops.sum_of_squares, (W[None],))
+    torch.library.opcheck(ops.gram_schmidt, (torch.randn(2, n, 3), torch.randn(2, 4, n)))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(m, 3), torch.randn(3, n), 0.5))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(n, 3), torch.randn(3, m), 0.5, True))
 
@@ -76,6 +78,27 @@ def test_products_refuse_what_they_would_read_out_of_bounds(
     for operator in (torch.ops.pissa_kernels.matmul, torch.ops.pissa_kernels.normal):
         with pytest.raises(RuntimeError, match=words):
             operator(weight, panel)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("panel", "basis", "words"),
+    [
+        (torch.ones(1, 20, 9), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(1, 20, 0), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(20, 3), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(1, 20, 3).half(), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(1, 20, 3), torch.ones(1, 2, 19), "contiguous rows of 20 elements"),
+        (torch.ones(1, 20, 3), torch.ones(2, 2, 20), "contiguous rows of 20 elements"),
+        (torch.ones(1, 20, 3), torch.ones(2, 20), "contiguous rows of 20 elements"),
+        (torch.ones(1, 20, 3), torch.ones(1, 20, 2).mT, "contiguous rows of 20 elements"),
+    ],
+)
+def test_gram_schmidt_refuses_what_it_would_read_out_of_bounds(
+    panel: torch.Tensor, basis: torch.Tensor, words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.pissa_kernels.gram_schmidt(panel, basis)
 
 
 @pytest.mark.parametrize("backend", ["", "torch", "csrc"])

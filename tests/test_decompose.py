@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pissa_kernels as pk
+from pissa_kernels.decompose import tolerance
 
 from .reference import ROUNDOFF, energy_deficit, realistic
 
@@ -84,6 +85,16 @@ def test_a_parameter_stays_a_leaf() -> None:
     assert weight.requires_grad
     assert not d.residual.requires_grad
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_tolerance_is_about_what_rounding_costs_anyway(dtype: torch.dtype) -> None:
+    W = realistic(700, 600).to(dtype)
+    exact = torch.linalg.svd(W.double(), full_matrices=False)[2][:16]
+    roots = torch.linalg.svdvals(W.double())[:16].sqrt()
+    rounded = (roots[:, None] * exact).to(dtype)
+    assert tolerance(dtype) <= max(1e-6, 1.2 * energy_deficit(W, rounded))
+    assert energy_deficit(W, pk.decompose(W, 16).lora_A) <= tolerance(dtype) + 1.1 * energy_deficit(W, rounded) + 1e-9
 
 
 def test_adapter_dtype_decides_the_rounding() -> None:

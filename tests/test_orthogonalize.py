@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pissa_kernels as pk
+from pissa_kernels.ops import dispatch, reference
 from pissa_kernels.orthogonalize import orthonormalize
 
 from .reference import EPS, with_spectrum
@@ -61,3 +63,67 @@ def test_orthonormalize_any_panel(kinds: tuple[str, ...], size: int) -> None:
             assert (rest - panel.double() @ (panel.double().mT @ rest)).norm() <= 1e-5 * rest.norm(), (
                 "spans what Z adds"
             )
+
+
+@pytest.fixture(params=["torch", "csrc"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    reasons = pk.ops.refusals("gram_schmidt", torch.ones(2, 2))[name]
+    if reasons:
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    monkeypatch.setenv(dispatch.VARIABLE, name)
+    return name
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 12])
+@pytest.mark.parametrize(("batch", "n", "size"), [(1, 30, 5), (3, 257, 40), (2, 1000, 0), (1, 5000, 200)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_round_against_float64(columns: int, batch: int, n: int, size: int, turned: bool, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    Z = torch.randn(batch, n, columns, generator=generator) * torch.logspace(-1, 1, columns)
+    Z = Z.mT.contiguous().mT if turned else Z
+    whole = torch.linalg.qr(torch.randn(batch, n, size, generator=generator))[0].mT.contiguous()
+    kept = Z.clone()
+    panel, pivot, shortest = pk.ops.gram_schmidt(Z, whole if size else None)
+    rest = Z.double() - whole.double().mT @ (whole.double() @ Z.double())
+    # the change is upper triangular with a positive diagonal, so what it makes is the Q of QR with such an R
+    Q, R = torch.linalg.qr(rest)
+    exact = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    theirs = reference.gram_schmidt(Z, whole)[0]
+    assert torch.equal(Z, kept)
+    assert panel.shape == Z.shape
+    error = torch.linalg.matrix_norm(panel - exact).max()
+    assert error <= 1.5 * torch.linalg.matrix_norm(theirs - exact).max() + 4 * EPS
+    lengths = torch.linalg.vector_norm(rest, dim=1)
+    torch.testing.assert_close(shortest.double(), lengths.amin(-1), rtol=1e-5, atol=0)
+    pivots = R.diagonal(dim1=-2, dim2=-1).abs() / lengths
+    torch.testing.assert_close(pivot.double(), pivots.amin(-1), rtol=1e-4, atol=0)
+
+
+def test_a_worthless_panel_shows_in_its_pivot(backend: str) -> None:
+    stack = torch.randn(4, 60, 6, generator=torch.Generator().manual_seed(0))
+    stack[1, :, 2] = 0
+    stack[2, :, 5] = stack[2, :, 1]
+    stack[3, 7, 3] = float("nan")
+    _, pivot, shortest = pk.ops.gram_schmidt(stack)
+    assert pivot[0] > 0.1
+    assert not (pivot[1:] > 1e-3).any(), "0, NaN, or rounding"
+    assert shortest[1] == 0
+    assert shortest[3].isnan()
+
+
+@pytest.mark.parametrize(
+    ("panel", "basis", "error", "words"),
+    [
+        (torch.ones(1, 9, 2).half(), None, TypeError, "the panel must be float32 or float64"),
+        (torch.ones(9, 2), None, ValueError, r"a stack \(batch, n, b\)"),
+        (torch.ones(1, 9, 0), None, ValueError, "b ≥ 1"),
+        (torch.ones(1, 9, 2), torch.ones(1, 3, 8), ValueError, r"takes a basis \(1, k, 9\), got \(1, 3, 8\)"),
+        (torch.ones(1, 9, 2), torch.ones(1, 3, 9).double(), ValueError, "the basis torch.float64"),
+    ],
+)
+def test_what_gram_schmidt_does_not_take(
+    panel: torch.Tensor, basis: torch.Tensor | None, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        pk.ops.gram_schmidt(panel, basis)

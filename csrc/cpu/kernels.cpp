@@ -3,7 +3,9 @@
 
 #include "product.h"
 #include "subtract_lowrank.h"
+#include "sum_of_squares.h"
 #include "transpose_cast.h"
+#include "turned.h"
 
 #define PISSA_STRING_(x) #x
 #define PISSA_STRING(x) PISSA_STRING_(x)
@@ -48,6 +50,17 @@ void subtract_lowrank_any(const Matrix& weight, const Matrix& left, const Matrix
   }
 }
 
+void sum_of_squares_any(const Matrix& weight, int64_t begin, int64_t end, double* sums) {
+  switch (weight.dtype) {
+    case Dtype::f32:
+      return sum_of_squares<Float32>(weight, begin, end, sums);
+    case Dtype::f16:
+      return sum_of_squares<Float16>(weight, begin, end, sums);
+    case Dtype::bf16:
+      return sum_of_squares<BFloat16>(weight, begin, end, sums);
+  }
+}
+
 void multiply_any(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
                   const Panel& Y) {
   switch (weight.dtype) {
@@ -77,5 +90,6 @@ void multiply_adjoint_any(const Matrix& weight, int64_t row, int64_t rows, int64
 namespace pissa::cpu {
 extern const Kernels PISSA_ISA;
 const Kernels PISSA_ISA = {PISSA_STRING(PISSA_ISA), transpose_cast_any, subtract_lowrank_any,
-                           subtract_workspace,      multiply_any,       multiply_adjoint_any};
+                           subtract_workspace,      multiply_any,       multiply_adjoint_any,
+                           sum_of_squares_any,      gram,               combine};
 }  // namespace pissa::cpu

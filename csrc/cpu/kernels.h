@@ -45,6 +45,13 @@ struct Kernels {
   // multiple of SPAN, and Z has whole stripes.
   void (*multiply_adjoint)(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& Y,
                            int64_t Y_row, const Panel& Z);
+
+  // sums[i] = the sum of squares of row i, for the rows [begin, end) of a row-contiguous weight.
+  void (*sum_of_squares)(const Matrix& weight, int64_t begin, int64_t end, double* sums);
+
+  // Of a turned panel P the Gram matrix PᵀP (8, 8), and P = P·M in place, M (8, 8) upper triangular, both by rows.
+  void (*gram)(const Panel& panel, double* gram);
+  void (*combine)(const Panel& panel, const float* M);
 };
 
 const Kernels& kernels();

@@ -34,7 +34,8 @@ inline void widen(const pissa::Matrix& weight, int64_t row, int64_t col, int64_t
 }
 
 // f(piece of a patch, its first column) for pieces of `width` columns of W's rows [row, row + rows), at most BAND. What
-// the next patch needs is asked for between the pieces: its short rows are not what a CPU foresees by itself.
+// the next patch needs is asked for between the pieces: its short rows are not what a CPU foresees by itself. It comes to
+// the second cache, because in the first the rows of a weight whose width is a power of two evict each other.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_patches(const pissa::Matrix& weight, int64_t row, int64_t rows,
                                                        int64_t begin, int64_t end, int64_t width, const F& f) {
@@ -46,7 +47,7 @@ inline __attribute__((always_inline)) void for_patches(const pissa::Matrix& weig
     for (int64_t j = 0; j < cols; j += width) {
       for (int64_t i = rows * j / SPAN; cols == SPAN && i < rows * (j + width) / SPAN; ++i) {
         const char* next = static_cast<const char*>(weight.data) + ((row + i) * weight.row_stride + col + SPAN) * BYTES;
-        for (int64_t line = 0; line < SPAN * BYTES; line += LINE) __builtin_prefetch(next + line);
+        for (int64_t line = 0; line < SPAN * BYTES; line += LINE) __builtin_prefetch(next + line, 0, 2);
       }
       f(patch + j, col + j);
     }

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <memory>
+#include <numeric>
+#include <vector>
 
 #include "../tensors.h"
 #include "kernels.h"
@@ -64,10 +66,29 @@ void subtract_lowrank(const Tensor& weight, const Tensor& lora_B, const Tensor& 
       });
 }
 
+// (batch,) float64, for a stack (batch, m, n).
+Tensor sum_of_squares(const Tensor& weights) {
+  STD_TORCH_CHECK(weights.dim() == 3, "pissa_kernels: expected a stack of weights");
+  const int64_t count = weights.size(0);
+  Tensor result = torch::stable::new_empty(weights, {count}, torch::headeronly::ScalarType::Double);
+  for (int64_t index = 0; index < count; ++index) {
+    Matrix W = matrix_at(weights, index);
+    if (!W.row_contiguous()) W = W.transposed();  // not column_major(): rows may share memory
+    STD_TORCH_CHECK(W.row_contiguous(), "pissa_kernels: one dimension of the weight must be contiguous");
+    std::vector<double> sums(W.rows);
+    torch::stable::parallel_for(0, W.rows, grain(W.cols, 1), [&](int64_t begin, int64_t end) {
+      kernels().sum_of_squares(W, begin, end, sums.data());
+    });
+    static_cast<double*>(result.data_ptr())[index] = std::accumulate(sums.begin(), sums.end(), 0.0);
+  }
+  return result;
+}
+
 }  // namespace
 }  // namespace pissa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {
   library.impl("transpose_cast", TORCH_BOX(&pissa::cpu::transpose_cast));
+  library.impl("sum_of_squares", TORCH_BOX(&pissa::cpu::sum_of_squares));
   library.impl("subtract_lowrank_", TORCH_BOX(&pissa::cpu::subtract_lowrank));
 }

@@ -1,4 +1,4 @@
-"""The verbs: everything that this package does with a whole weight, under one name each.
+"""The verbs: what this package does with a whole weight, and with a panel against a whole basis, under one name each.
 
 Shapes are checked here, so that the bodies hold only maths; :mod:`.dispatch` chooses whose body runs. No verb records
 an autograd graph.
@@ -20,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "WEIGHT_DTYPES",
     "backend",
+    "gram_schmidt",
     "grouped_matmul",
     "grouped_rmatmul",
     "has_overlap",
@@ -28,6 +29,7 @@ __all__ = [
     "refusals",
     "rmatmul",
     "subtract_lowrank_",
+    "sum_of_squares",
     "transpose_cast",
 ]
 
@@ -165,6 +167,51 @@ def subtract_lowrank_(
         body = dispatch.load(dispatch.select("subtract_lowrank_", weight))
         body.subtract_lowrank_(weight, lora_B, lora_A, float(scaling), fan_in_fan_out)
     return weight
+
+
+def sum_of_squares(weights: Tensor) -> Tensor:
+    """‖W‖_F² of each weight of a stack, in float32 along rows and in float64 across them.
+
+    Args:
+        weights: (batch, m, n) in float32, float16 or bfloat16, any strides.
+
+    Returns:
+        (batch,) float64. NaN or Inf in a weight show in it.
+
+    Raises:
+        TypeError: a dtype other than those.
+        ValueError: not a stack.
+    """
+    checks.check_weight("sum_of_squares", weights, stack=True)
+    if weights.ndim != 3:
+        raise ValueError(f"sum_of_squares: weights must be a stack (batch, m, n), got shape {tuple(weights.shape)}")
+    with torch.no_grad():
+        body = dispatch.load(dispatch.select("sum_of_squares", weights))
+        result: Tensor = body.sum_of_squares(weights)
+    return result
+
+
+def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One round of block Gram–Schmidt: what a panel adds to a basis, orthonormal as far as one CholeskyQR makes it.
+
+    Args:
+        panel: (batch, n, b), float32 or float64, b ≥ 1.
+        basis: (batch, k, n), orthonormal rows, same dtype and device; None for an empty one.
+
+    Returns:
+        The columns of P = panel − basisᵀ·basis·panel, orthonormalised to ε·cond(P)², (batch, n, b); the smallest pivot
+        of the Cholesky factor of PᵀP scaled to a unit diagonal, (batch,), 0 or NaN where the result is worthless; and
+        the shortest column norm of P, (batch,).
+
+    Raises:
+        TypeError: a dtype other than those.
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    checks.check_orthogonalisation(panel, basis)
+    with torch.no_grad():
+        body = dispatch.load(dispatch.select("gram_schmidt", panel, panel.dtype))
+        result: tuple[Tensor, Tensor, Tensor] = body.gram_schmidt(panel, basis)
+    return result
 
 
 def grouped_matmul(weights: Sequence[Tensor], panels: Sequence[Tensor], *, pieces: int = 3) -> list[Tensor]:

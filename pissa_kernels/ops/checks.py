@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt")
 # These take a stack of weights (batch, m, n) too, with a stack of panels.
-STACK_VERBS = ("matmul", "rmatmul", "normal")
+STACK_VERBS = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,6 +53,24 @@ def check_panel(verb: str, weight: Tensor, panel: Tensor, axis: int) -> None:
         )
     if weight.device != panel.device:
         raise ValueError(f"{verb}: weight is on {weight.device}, the panel on {panel.device}")
+
+
+def check_orthogonalisation(panel: Tensor, basis: Tensor | None) -> None:
+    if panel.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"gram_schmidt: the panel must be float32 or float64, got {panel.dtype}")
+    if panel.ndim != 3 or not panel.shape[-1]:
+        raise ValueError(f"gram_schmidt: panel must be a stack (batch, n, b), b ≥ 1, got shape {tuple(panel.shape)}")
+    if basis is None:
+        return
+    batch, n, _ = panel.shape
+    if basis.ndim != 3 or (basis.shape[0], basis.shape[2]) != (batch, n):
+        raise ValueError(
+            f"gram_schmidt: panel {tuple(panel.shape)} takes a basis ({batch}, k, {n}), got {tuple(basis.shape)}"
+        )
+    if (basis.dtype, basis.device) != (panel.dtype, panel.device):
+        raise ValueError(
+            f"gram_schmidt: panel is {panel.dtype} on {panel.device}, the basis {basis.dtype} on {basis.device}"
+        )
 
 
 def check_subtraction(weight: Tensor, lora_B: Tensor, lora_A: Tensor, fan_in_fan_out: bool) -> None:

@@ -18,11 +18,13 @@ from torch import Tensor
 from . import reference
 
 VERBS: dict[str, tuple[str, ...]] = {"cuda": ("transpose_cast", "subtract_lowrank_")}
-VERBS["cpu"] = ("matmul", "rmatmul", "normal", *VERBS["cuda"])
+VERBS["cpu"] = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt", *VERBS["cuda"])
 # The first holds the schemas too, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
 OLDEST_TORCH = (2, 10)
+# Columns of the widest panel whose Gram–Schmidt has a body here: a wider one has fewer and larger calls.
+WIDEST = 8
 # By device, why its library cannot be loaded, None where it was.
 _FAILURES: dict[str, str | None] = {}
 
@@ -89,7 +91,14 @@ def _register_fakes() -> None:
     def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
         return matmul(weight, X), rmatmul(weight, X)
 
-    for fake in (matmul, rmatmul, normal, transpose_cast, subtract_lowrank_):
+    def gram_schmidt(panel: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch = panel.shape[0]
+        return panel.new_empty(panel.shape), panel.new_empty(batch), panel.new_empty(batch)
+
+    def sum_of_squares(weights: Tensor) -> Tensor:
+        return weights.new_empty(weights.shape[0], dtype=torch.float64)
+
+    for fake in (matmul, rmatmul, normal, sum_of_squares, gram_schmidt, transpose_cast, subtract_lowrank_):
         torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
 
 
@@ -121,6 +130,22 @@ def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], piec
     """``matmul`` or ``rmatmul`` of each weight with its panel, one after the other."""
     product = {"matmul": matmul, "rmatmul": rmatmul}[verb]
     return [product(weight, panel) for weight, panel in zip(weights, panels, strict=True)]
+
+
+def sum_of_squares(weights: Tensor) -> Tensor:
+    """‖W‖_F² of each of a stack; see :func:`pissa_kernels.ops.sum_of_squares`."""
+    result: Tensor = torch.ops.pissa_kernels.sum_of_squares(weights)
+    return result
+
+
+def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One round of block Gram–Schmidt and CholeskyQR; see :func:`pissa_kernels.ops.gram_schmidt`."""
+    batch, n, columns = panel.shape
+    basis = panel.new_empty(batch, 0, n) if basis is None else basis
+    if columns > WIDEST or basis.stride(-1) != 1:
+        return reference.gram_schmidt(panel, basis)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.gram_schmidt(panel, basis)
+    return result
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,11 +18,12 @@ BACKENDS = ("csrc", "triton", "torch")
 
 MEMORY_BOUND = ("transpose_cast", "subtract_lowrank_")
 PRODUCTS = ("matmul", "rmatmul", "normal")
+CPU_ONLY = ("sum_of_squares", "gram_schmidt")
 CSRC_OR_TORCH: tuple[str, ...] = ("csrc", "torch")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     # csrc, where it was built, takes 0.5 to 1.1 of torch's time here, and of its products' 0.3 to 1.0.
     # Triton runs on the CPU under its interpreter, which is for tests: never by itself.
-    "cpu": dict.fromkeys((*MEMORY_BOUND, *PRODUCTS), CSRC_OR_TORCH),
+    "cpu": dict.fromkeys((*MEMORY_BOUND, *PRODUCTS, *CPU_ONLY), CSRC_OR_TORCH),
     # By estimate, not yet by figures: one read and one write of W against three or more of torch. csrc first, because
     # its binary needs no compiler at the first call; an initializer calls each verb once a weight.
     "cuda": dict.fromkeys(MEMORY_BOUND, ("csrc", "triton", "torch")) | dict.fromkeys(PRODUCTS, ("triton", "torch")),

@@ -1,0 +1,113 @@
+// One round of block Gram–Schmidt with CholeskyQR for panels of at most eight columns, in one call: what takes the time
+// of such a round in torch are its calls.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "../tensors.h"
+#include "kernels.h"
+#include "multiply.h"
+#include "panels.h"
+
+namespace pissa::cpu {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t WIDEST = HALF_TILE;
+
+// What makes a panel orthonormal, from its Gram matrix.
+struct Change {
+  float matrix[WIDEST * WIDEST];  // upper triangular, by rows
+  float pivot;                    // the smallest of the scaled Gram matrix's Cholesky factor; 0 where that fails
+  float shortest;                 // column
+};
+
+// L·Lᵀ = D·G·D with D that makes the diagonal one; the change is D·L⁻ᵀ, or the identity where there is none. Columns
+// beyond `columns` stay as they are.
+Change cholesky(const double* gram, int64_t columns) {
+  Change change{};
+  double scale[WIDEST], L[WIDEST][WIDEST] = {}, inverse[WIDEST][WIDEST] = {};
+  double least = INFINITY, shortest = INFINITY;
+  for (int64_t i = 0; i < WIDEST; ++i) change.matrix[i * WIDEST + i] = 1.0f;
+  for (int64_t i = 0; i < columns; ++i) {
+    const double length = std::sqrt(gram[i * WIDEST + i]);
+    shortest = length < shortest || std::isnan(length) ? length : shortest;
+    scale[i] = 1.0 / length;
+  }
+  change.shortest = static_cast<float>(shortest);
+  for (int64_t j = 0; j < columns; ++j) {
+    double square = 1.0;
+    for (int64_t k = 0; k < j; ++k) square -= L[j][k] * L[j][k];
+    if (!(square > 0.0 && std::isfinite(scale[j]))) return change;  // NaN > 0 is false
+    L[j][j] = std::sqrt(square);
+    least = std::min(least, L[j][j]);
+    for (int64_t i = j + 1; i < columns; ++i) {
+      double rest = gram[i * WIDEST + j] * scale[i] * scale[j];
+      for (int64_t k = 0; k < j; ++k) rest -= L[i][k] * L[j][k];
+      L[i][j] = rest / L[j][j];
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    inverse[j][j] = 1.0 / L[j][j];
+    for (int64_t i = j + 1; i < columns; ++i) {
+      double sum = 0.0;
+      for (int64_t k = j; k < i; ++k) sum -= L[i][k] * inverse[k][j];
+      inverse[i][j] = sum / L[i][i];
+    }
+  }
+  for (int64_t i = 0; i < columns; ++i)
+    for (int64_t j = i; j < columns; ++j) change.matrix[i * WIDEST + j] = static_cast<float>(scale[i] * inverse[j][i]);
+  change.pivot = static_cast<float>(least);
+  return change;
+}
+
+// panels −= basisᵀ·(basis·panels)
+void project_out(const Tensor& basis, const Panels& panels, int64_t columns) {
+  const int64_t count = basis.size(0), rows = basis.size(1);
+  Tensor coefficients = torch::stable::new_empty(basis, {count, rows, columns});
+  multiply_both(matrices_of(basis), panels, matrices_of(coefficients),
+                [&](int64_t index, const Panel& along, int64_t begin, int64_t end) {
+                  for_stretches(along, begin, ceil_div(end, 8) * 8, [&](int64_t at, int64_t size) {
+                    const float* const from = along.data + at;
+                    float* const to = panels[index].data + at;
+                    for (int64_t i = 0; i < size; ++i) to[i] -= from[i];
+                  });
+                });
+}
+
+std::tuple<Tensor, Tensor, Tensor> gram_schmidt(const Tensor& panel, const Tensor& basis) {
+  const auto is_float = [](const Tensor& tensor) { return dtype_of(tensor.scalar_type()) == Dtype::f32; };
+  STD_TORCH_CHECK(panel.dim() == 3 && is_float(panel) && panel.size(2) >= 1 && panel.size(2) <= WIDEST,
+                  "pissa_kernels: expected a stack of float32 panels of at most ", WIDEST, " columns");
+  const int64_t count = panel.size(0), n = panel.size(1), columns = panel.size(2);
+  STD_TORCH_CHECK(basis.dim() == 3 && is_float(basis) && basis.size(0) == count && basis.size(2) == n &&
+                      (basis.stride(2) == 1 || n <= 1),
+                  "pissa_kernels: expected float32 bases of contiguous rows of ", n, " elements");
+  Tensor result = torch::stable::new_empty(panel, {count, n, columns});
+  Tensor pivots = torch::stable::new_empty(panel, {count}), shortest = torch::stable::new_empty(panel, {count});
+  if (count == 0) return {result, pivots, shortest};
+  const Panels panels = packed(matrices_of(panel), true);
+  if (basis.size(1) > 0) project_out(basis, panels, columns);
+  const Matrices out = matrices_of(result);
+  parallel_ranges(count, 1, 2 * n * columns * columns, [&](int64_t index, int64_t, int64_t) {
+    double gram[WIDEST * WIDEST];
+    kernels().gram(panels[index], gram);
+    const Change change = cholesky(gram, columns);
+    kernels().combine(panels[index], change.matrix);
+    unpack(panels[index], 0, n, out[index], 0);
+    static_cast<float*>(pivots.data_ptr())[index] = change.pivot;
+    static_cast<float*>(shortest.data_ptr())[index] = change.shortest;
+  });
+  return {result, pivots, shortest};
+}
+
+}  // namespace
+}  // namespace pissa::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {
+  library.impl("gram_schmidt", TORCH_BOX(&pissa::cpu::gram_schmidt));
+}
