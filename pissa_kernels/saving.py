@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import os
-import shutil
-import tempfile
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import torch
 from . import sidecar
 from .initial import Initial, of_adapter
 from .report import REPORT_NAME
+from .staged import staged
 from .verify import lora_layers
 
 ADAPTER_FOLDER = "pissa_init"
@@ -55,7 +52,7 @@ def save_pissa(
     for name, layer in lora_layers(peft_model):
         if layer.merged:
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
-    with _staged(out) as staging:
+    with staged(out) as staging:
         _save_initial_adapter(peft_model, adapter_name, initials, out, staging)
         sidecar.report_of(initials).write(staging / ADAPTER_FOLDER / REPORT_NAME)
         _save_residual(peft_model.get_base_model(), staging)
@@ -182,19 +179,3 @@ def _save_residual(base: Any, staging: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({key: value.contiguous() for key, value in state.items()}, staging / "model.safetensors")
-
-
-@contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes it at the end, or vanishes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
