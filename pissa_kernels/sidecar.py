@@ -39,7 +39,7 @@ def write(folder: Path, initials: Mapping[str, Initial]) -> None:
     }
     report = report_of(initials)
     record = report.to_json()
-    metadata = {"format": "pt", "pissa_kernels": record, "sha256": _digest(record, tensors)}
+    metadata = {"format": "pt", "pissa_kernels": record, "sha256": digest(record, tensors)}
     descriptor, staging = tempfile.mkstemp(prefix=f".{INITIAL_NAME}.", dir=folder)
     os.close(descriptor)
     try:
@@ -77,7 +77,7 @@ def read(path: Path, adapter: str) -> dict[str, Initial]:
         report = Report.from_dict(json.loads(record))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold the initial factors of a PiSSA adapter: {error}") from None
-    if metadata.get("sha256") != _digest(record, tensors):
+    if metadata.get("sha256") != digest(record, tensors):
         raise ValueError(f"{path} is damaged: its contents do not match the digest that was written with them")
     return {
         layer.name: Initial(adapter, report=layer, **{part: tensors[_key(layer.name, part)] for part in _TENSORS})
@@ -112,10 +112,11 @@ def _key(name: str, part: str) -> str:
     return f"base_model.model.{name}.{part}" + (".weight" if part.startswith("lora_") else "")
 
 
-def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(record.encode())
+def digest(record: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the report's JSON and of every tensor, each of which is asked for once."""
+    sha = hashlib.sha256(record.encode())
     for key in sorted(tensors):
         tensor = tensors[key]
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
