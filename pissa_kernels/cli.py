@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.commands import add_init, add_verify
+from .checkpoint.convert_command import add_convert
 from .report import Report, find_report
 from .report.spectrum import check_share, suggestion
 from .report.tables import text_table
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     add_init(commands)
     add_verify(commands)
+    add_convert(commands)
     report = commands.add_parser(
         "report",
         help="print and draw what an initialisation did, and the ranks that its spectra suggest",
