@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..staged import staged
-from .adapter import CONFIG, AdapterFile
+from .adapter import CONFIG, AdapterFile, Layer
 from .merged import Merged
 from .origin import is_hub_name, original_name, residual_folder
 from .pair import Pair, open_pair
@@ -89,9 +89,7 @@ def convert_adapter(
         plain = plan_plain(pair, rank)
         name = str(base) if base is not None else original_name(pair.trained, pair.initial)
         if name is None:
-            notes.append(
-                "the config names no base model: all that is known is the residual one, or none; base names the original"
-            )
+            notes.append("the config names no base model: only a residual one is known, or none; base names it")
         checked = _check_layers(pair, _merged(pair.initial, base, notes), notes)
         with staged(out, replace=force) as staging:
             layers, loss = write_plain(plain, name, staging)
@@ -131,13 +129,13 @@ def _merged(first: AdapterFile, base: str | os.PathLike[str] | None, notes: list
 
 def _check_layers(pair: Pair, merged: Merged | None, notes: list[str]) -> float | None:
     """Read every layer once before anything is written; the worst difference of the two models, if there are two."""
-    differences: list[float] = []
-    untrained = True
-    for name, layer in pair.trained.layers.items():
-        factors = pair.read(name)
-        untrained = untrained and factors.untrained()
-        if merged is not None:
-            differences.append(merged.check(name, layer, factors))
-    if untrained:
+    found = [_check_layer(pair, name, layer, merged) for name, layer in pair.trained.layers.items()]
+    if all(untrained for untrained, _ in found):
         notes.append(f"{pair.trained.path.parent} equals its initial adapter: the result changes nothing")
-    return max(differences, default=None)
+    return None if merged is None else max(difference for _, difference in found)
+
+
+def _check_layer(pair: Pair, name: str, layer: Layer, merged: Merged | None) -> tuple[bool, float]:
+    """Whether a layer is untrained, and how far the two models differ in it."""
+    factors = pair.read(name)
+    return factors.untrained(), 0.0 if merged is None else merged.check(name, layer, factors)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import lowrank
-from .adapter import CONFIG, WEIGHTS, read_adapter
+from .adapter import CONFIG, WEIGHTS, Layer, read_adapter
 from .layout import Layout, bytes_of, plan_layout, write_at
 from .pair import Pair
 from .scaling import same, with_ranks
@@ -131,14 +131,20 @@ def _write_factors(descriptor: int, plain: Plain) -> tuple[list[ConvertedLayer],
     layers: list[ConvertedLayer] = []
     norms, losses = [], []
     for name, layer in plain.pair.trained.layers.items():
-        factors, rank = plain.pair.read(name), plain.ranks[name]
-        product = lowrank.best(factors, rank) if plain.recompressed else lowrank.whole(factors)
-        for entry, factor in ((layer.A, product.A), (layer.B, product.B)):
-            write_at(descriptor, bytes_of(factor), plain.layout.entries[entry.name].start)
-        losses.append(layer.scaling * product.lost)
-        norms.append(layer.scaling * product.norm)
-        layers.append(ConvertedLayer(name, layer.shape, rank, layer.scaling, _ratio(product.lost, product.norm)))
+        norm, lost = _write_layer(descriptor, plain, name, layer)
+        norms.append(layer.scaling * norm)
+        losses.append(layer.scaling * lost)
+        layers.append(ConvertedLayer(name, layer.shape, plain.ranks[name], layer.scaling, _ratio(lost, norm)))
     return layers, _ratio(math.hypot(*losses), math.hypot(*norms))
+
+
+def _write_layer(descriptor: int, plain: Plain, name: str, layer: Layer) -> tuple[float, float]:
+    """Write one layer's factors; the norm of what they stand for, and of what they leave out of it."""
+    factors = plain.pair.read(name)
+    product = lowrank.best(factors, plain.ranks[name]) if plain.recompressed else lowrank.whole(factors)
+    for entry, factor in ((layer.A, product.A), (layer.B, product.B)):
+        write_at(descriptor, bytes_of(factor), plain.layout.entries[entry.name].start)
+    return product.norm, product.lost
 
 
 def _ratio(lost: float, norm: float) -> float:
