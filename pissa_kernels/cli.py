@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.commands import add_init, add_verify
-from .checkpoint.convert_command import add_convert
+from .convert.command import add_convert
 from .report import Report, find_report
 from .report.spectrum import check_share, suggestion
 from .report.tables import text_table

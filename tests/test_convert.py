@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import pissa_kernels as pk
 from pissa_kernels import cli
-from pissa_kernels.checkpoint import layout, plain
-from pissa_kernels.checkpoint.convert import convert_adapter
-from pissa_kernels.checkpoint.pair import Pair
-from pissa_kernels.checkpoint.scaling import pattern_key, rank_of, scaling_of, with_ranks
+from pissa_kernels.checkpoint import layout
+from pissa_kernels.convert import plain
+from pissa_kernels.convert.convert import convert_adapter
+from pissa_kernels.convert.pair import Pair
+from pissa_kernels.convert.scaling import pattern_key, rank_of, scaling_of, with_ranks
 
 from .models import build, output
 from .test_models import config, lora_layers, moved

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import sidecar
+from ..checkpoint.layout import DTYPES, Entry, Layout, read_layout, read_tensor
 from ..report import Report
 from ..saving import ADAPTER_FOLDER
-from .layout import DTYPES, Entry, Layout, read_layout, read_tensor
 from .scaling import rank_of, scaling_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..checkpoint.folder import INDEX, SINGLE
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..saving import ADAPTER_FOLDER
 from .adapter import AdapterFile
-from .folder import INDEX, SINGLE
-from .manifest import MANIFEST, Manifest
 
 # A model's name on a hub; anything else is a path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

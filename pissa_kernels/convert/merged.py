@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.folder import Checkpoint, open_checkpoint
+from ..checkpoint.layout import Entry, read_tensor
 from ..verify import UNIT_ROUNDOFF
 from .adapter import Layer
-from .folder import Checkpoint, open_checkpoint
-from .layout import Entry, read_tensor
 from .lowrank import Factors, whole
 
 # Elements of a weight that are float64 at a time.

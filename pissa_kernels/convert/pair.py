@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.layout import read_tensor
 from .adapter import AdapterFile, find_initial, read_adapter
-from .layout import read_tensor
 from .lowrank import Factors
 from .scaling import same
 
@@ -46,8 +46,8 @@ def open_pair(trained: Path, initial: Path) -> Iterator[Pair]:
     """Both adapters, as long as their files are open.
 
     Args:
-        trained: the folder of :func:`pissa_kernels.checkpoint.adapter.read_adapter`.
-        initial: that of :func:`pissa_kernels.checkpoint.adapter.find_initial`.
+        trained: the folder of :func:`pissa_kernels.convert.adapter.read_adapter`.
+        initial: that of :func:`pissa_kernels.convert.adapter.find_initial`.
 
     Raises:
         FileNotFoundError: one is missing.

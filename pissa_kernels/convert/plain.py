@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.layout import Layout, bytes_of, plan_layout, write_at
+from ..checkpoint.staging import sync, write_whole
+from ..checkpoint.work import chunks
 from . import lowrank
 from .adapter import CONFIG, WEIGHTS, Layer, read_adapter
-from .layout import Layout, bytes_of, plan_layout, write_at
 from .pair import Pair
 from .scaling import same, with_ranks
-from .staging import sync, write_whole
-from .work import chunks
 
 # PEFT holds these as sets and saves them in any order. The order of other lists means something.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")

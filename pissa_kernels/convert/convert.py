@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.staging import sync
 from ..staged import staged
 from .adapter import CONFIG, AdapterFile, Layer
 from .merged import Merged
 from .origin import is_hub_name, original_name, residual_folder
 from .pair import Pair, open_pair
 from .plain import ConvertedLayer, plan_plain, write_plain
-from .staging import sync
 
 
 @dataclass(frozen=True)

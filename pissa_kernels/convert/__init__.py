@@ -1,0 +1,1 @@
+"""Trained PiSSA adapters on disk, turned into plain LoRAs of the original model one layer at a time."""
