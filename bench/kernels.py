@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pissa_kernels import ops
 
-from . import memory
+from . import memory, resident
 from .environment import ROOT
 from .providers import Outcome
 from .rows import Row, by_case, write_row
@@ -135,7 +135,7 @@ def measure_memory(backend: str, case: VerbCase) -> float | None:
     small = weight[:512, :512].clone(), left[:512].clone(), right[:, :512].clone()
     with forced(backend):
         ops.subtract_lowrank_(*small, 1.0, case.fan_in_fan_out)
-        return memory.peak_of(lambda: ops.subtract_lowrank_(weight, left, right, 1.0, case.fan_in_fan_out))
+        return resident.peak_of(lambda: ops.subtract_lowrank_(weight, left, right, 1.0, case.fan_in_fan_out))
 
 
 def cold_seconds(backend: str, device: str, cache: str) -> tuple[float, float]:

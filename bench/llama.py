@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .cases import DTYPES
 from .spectra import synthetic_weight
@@ -47,8 +47,8 @@ class ModelCase:
     def name(self) -> str:
         return f"llama-{self.layers}x{self.width}x{self.inner}-r{self.rank}-{self.dtype}"
 
-    def build(self) -> Any:
-        """The model on the CPU. Embeddings and norms are zeros: nobody reads them."""
+    def empty(self) -> Any:
+        """The model on the meta device."""
         import transformers
 
         config = transformers.LlamaConfig(
@@ -61,7 +61,11 @@ class ModelCase:
             tie_word_embeddings=False,
         )
         with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config).to(DTYPES[self.dtype])
+            return transformers.LlamaForCausalLM(config).to(DTYPES[self.dtype])
+
+    def build(self) -> Any:
+        """The model on the CPU. Embeddings and norms are zeros: nobody reads them."""
+        model = self.empty()
         model.to_empty(device="cpu")
         for parameter in model.parameters():
             parameter.data.zero_()
@@ -75,10 +79,13 @@ class ModelCase:
             if index >= own:
                 module.weight.data.copy_(modules[index % own][1].weight.data)
                 continue
-            depth, projection = int(name.split(".")[2]), name.rpartition(".")[2]
-            source = f"encoder.layer.{depth % 6}.{SPECTRA[projection]}.weight"
-            m, n = module.weight.shape
-            module.weight.data.copy_(synthetic_weight((m, n), "real-like", source=source, seed=index))
+            module.weight.data.copy_(self.weight(index, name, (module.out_features, module.in_features)))
+
+    def weight(self, index: int, name: str, shape: tuple[int, int]) -> Tensor:
+        """The float32 weight of one projection, the ``index``-th of :func:`targets`."""
+        depth, projection = int(name.split(".")[2]), name.rpartition(".")[2]
+        source = f"encoder.layer.{depth % 6}.{SPECTRA[projection]}.weight"
+        return synthetic_weight(shape, "real-like", source=source, seed=index)
 
 
 def targets(model: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -15,15 +15,12 @@ On a GPU it is what torch's allocator reports, max_memory_allocated minus memory
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +28,7 @@ from torch import Tensor
 
 from .environment import ROOT
 from .providers import PROVIDERS, Provider
+from .resident import peak_of
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": str(128 << 10)}
 # Large enough that our engine takes the same way as on a large weight.
@@ -74,30 +72,6 @@ def measure(provider: Provider, weight: Tensor, rank: int, fan_in_fan_out: bool)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     return peak_of(subject.run)
-
-
-def peak_of(run: Callable[[], object]) -> float | None:
-    """MiB by which the resident set of this process grows during ``run``, or None where the system does not tell."""
-    if not _reset_peak():
-        return None
-    resident = _status_mib("VmRSS")
-    run()
-    return _status_mib("VmHWM") - resident
-
-
-def _reset_peak() -> bool:
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
-def _status_mib(field: str) -> float:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, f"/proc/self/status has no {field}"
-    return int(found[1]) / 1024
 
 
 def main() -> None:

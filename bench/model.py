@@ -26,7 +26,7 @@ import torch
 import pissa_kernels as pk
 from pissa_kernels.verify import lora_layers
 
-from . import environment, gate, memory
+from . import environment, gate, memory, resident
 from .cases import DTYPES
 from .llama import SPECTRA, Base, ModelCase, targets
 from .providers import Subject
@@ -172,7 +172,7 @@ def child(case: ModelCase, provider: str, path: str) -> float | None:
     base.case, base.model, base.adapted = case, case.build(), None
     for name, module in targets(base.model):
         module.weight.data.copy_(torch.load(path, mmap=True, weights_only=True)[name])
-    return memory.peak_of(Injection(base, provider).run)
+    return resident.peak_of(Injection(base, provider).run)
 
 
 def make_row(

@@ -1,0 +1,82 @@
+"""``python -m bench.checkpoint_child PROVIDER MODEL OUT RANK DEVICE``: one initialisation of a checkpoint on disk.
+
+A process does this and nothing else. It prints a line of JSON last: seconds of the imports, seconds and CPU seconds
+after them, MiB resident after them and by how much the resident set grew at its peak.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .resident import peak_of, status_mib
+
+Job = Callable[[Path, Path, int, str], None]
+
+
+def ours() -> Job:
+    """Import what ``python -m pissa_kernels init`` takes; what then runs it."""
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    from pissa_kernels import cli
+
+    def job(model: Path, out: Path, rank: int, device: str) -> None:
+        if cli.main(["init", str(model), str(out), "--rank", str(rank), "--device", device]):
+            raise RuntimeError("pissa_kernels init failed")
+
+    return job
+
+
+def stock() -> Job:
+    """Import transformers and PEFT; what then does the same with them, by PEFT's own recipe for PiSSA.
+
+    Reload with ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(OUT), OUT/pissa_init)``.
+    """
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    def job(model: Path, out: Path, rank: int, device: str) -> None:
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            init_lora_weights="pissa_niter_4",
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device)
+        adapted = peft.get_peft_model(base, config)
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(out / "pissa_init")
+        adapted.unload().save_pretrained(out)
+
+    return job
+
+
+PROVIDERS = {"ours pissa": ours, "peft pissa_niter_4": stock}
+
+
+def main() -> None:
+    provider, model, out, rank, device = sys.argv[1:]
+    began = time.perf_counter()
+    job = PROVIDERS[provider]()
+    imported, cpu = time.perf_counter(), time.process_time()
+    resident = status_mib("VmRSS")
+    peak = peak_of(lambda: job(Path(model), Path(out), int(rank), device))
+    figures = {
+        "imports_s": imported - began,
+        "work_s": time.perf_counter() - imported,
+        "work_cpu_s": time.process_time() - cpu,
+        "imported_mib": resident,
+        "peak_mib": peak,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
