@@ -98,14 +98,18 @@ class Staging:
         record: dict[str, Any] = json.loads((self.folder / PLAN).read_text(encoding="utf-8"))
         return record
 
-    def _empty(self) -> None:
-        (self.folder / PLAN).unlink(missing_ok=True)  # first: without it there is no run to go on with
+    def _empty(self, but: str = "") -> None:
+        if not but:
+            (self.folder / PLAN).unlink(missing_ok=True)  # first: without it there is no run to go on with
         for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name != but:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def discard(self) -> None:
-        """Take the folder away."""
-        shutil.rmtree(self.folder)
+        """Take the folder away, its plan last: as long as something else is in it, there is a run to go on with."""
+        self._empty(but=PLAN)
+        self._empty()
+        self.folder.rmdir()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
