@@ -77,9 +77,7 @@ def _clear(undisturbed: Undisturbed) -> Iterator[None]:
 
 
 def resume(undisturbed: Undisturbed, **changes: Any) -> Outcome:
-    return init_checkpoint(
-        make_plan(undisturbed.model, undisturbed.out, OPTIONS), resume=True, shown=False, **changes
-    )
+    return init_checkpoint(make_plan(undisturbed.model, undisturbed.out, OPTIONS), resume=True, shown=False, **changes)
 
 
 def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
