@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -16,11 +17,12 @@ import pytest
 from pissa_kernels.checkpoint.init import Outcome, init_checkpoint
 from pissa_kernels.checkpoint.plan import make_plan
 
-from .checkpoints import contents, small, untimed, witness
+from .checkpoints import ADAPTER, contents, header, small, untimed, witness
 from .crashing import KILLED, OPTIONS, Child
 
 # The ordinary number takes seconds; many more were run before a release.
 KILLS = int(os.environ.get("PISSA_KERNELS_KILLS", "25"))
+TENSORS = 12
 TORN = ("pwritev", "journal")
 
 
@@ -103,7 +105,7 @@ def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
 def steps_to_die_at(steps: list[str]) -> list[tuple[int, bool]]:
     """Which steps, and whether after half of a write: all of them, or a third of what many files and tensors repeat."""
     dies = [(step, torn) for step, name in enumerate(steps) for torn in ([False, True] if name in TORN else [False])]
-    return dies if KILLS >= len(dies) else [die for die in dies if die[0] % 3 == 0 or die[0] >= len(steps) - 10]
+    return dies if len(dies) <= KILLS else [die for die in dies if die[0] % 3 == 0 or die[0] >= len(steps) - 10]
 
 
 @pytest.mark.slow
@@ -113,3 +115,73 @@ def test_killed_at_each_step(undisturbed: Undisturbed) -> None:
         assert child.ended() == KILLED
         resume(undisturbed)
         undisturbed.check(f"killed at step {step}, {undisturbed.steps[step]}")
+
+
+@pytest.mark.slow
+def test_killed_while_a_result_is_replaced(undisturbed: Undisturbed) -> None:
+    """The old result is where it was, or in the folder of the run, until the new one is in its place."""
+    first = undisturbed.steps.index("replace")
+    for step in range(len(undisturbed.steps) - 10, len(undisturbed.steps) + 3):
+        undisturbed.out.mkdir()
+        (undisturbed.out / "old").write_text("old")
+        child = Child(undisturbed.model, undisturbed.out, workers=1, step=step, force=True, resume=False)
+        assert child.ended() == KILLED
+        found = contents(undisturbed.out.parent)
+        assert "out/old" in found or ".out.unfinished/replaced/old" in found or "out/pissa_manifest.json" in found
+        resume(undisturbed)
+        undisturbed.check(f"killed at step {step} of the run that replaces")
+    assert first < len(undisturbed.steps) - 10
+
+
+def test_gone_on_with_only_when_asked(undisturbed: Undisturbed) -> None:
+    journal = undisturbed.out.parent / ".out.unfinished" / "journal-0.jsonl"
+    unfinished(undisturbed)
+    before = witness(undisturbed.out.parent)
+    with pytest.raises(FileExistsError, match="out has an unfinished run; --resume goes on with it, --force begins"):
+        init_checkpoint(make_plan(undisturbed.model, undisturbed.out, OPTIONS), shown=False)
+    assert witness(undisturbed.out.parent) == before
+    lines = len(journal.read_text().splitlines())
+    outcome = resume(undisturbed)
+    assert (outcome.kept, outcome.done) == (lines, TENSORS - lines)
+    assert outcome.report.seconds is None, "what the killed run took is not known"
+    undisturbed.check()
+    unfinished(undisturbed)
+    outcome = init_checkpoint(make_plan(undisturbed.model, undisturbed.out, OPTIONS), force=True, shown=False)
+    assert (outcome.kept, outcome.done) == (0, TENSORS)
+    undisturbed.check()
+
+
+def test_a_finished_result_is_left_alone(undisturbed: Undisturbed) -> None:
+    resume(undisturbed)
+    before = witness(undisturbed.out)
+    outcome = resume(undisturbed)
+    assert (outcome.kept, outcome.done) == (TENSORS, 0)
+    assert witness(undisturbed.out) == before
+
+
+@pytest.mark.parametrize("what", ["residual", "factor", "journal", "header"])
+def test_bytes_that_did_not_reach_the_disk_are_written_again(undisturbed: Undisturbed, what: str) -> None:
+    """As after a power cut: the journal claims them, the files have others."""
+    unfinished(undisturbed)
+    folder = undisturbed.out.parent / ".out.unfinished"
+    journal = folder / "journal-0.jsonl"
+    record = next(record for record in map(json.loads, journal.read_text().splitlines()) if "adapter" in record)
+    if what == "journal":
+        journal.write_text('{"shard": "model-0\n\0\0\0\0{"half": 1}\n[]\n7\n' + journal.read_text()[:-9])
+    else:
+        damaged = folder / "out" / (ADAPTER if what == "factor" else record["shard"])
+        content = bytearray(damaged.read_bytes())
+        if what == "header":
+            content[:8] = bytes(8)
+        else:
+            content[len(header(damaged)) :] = bytes(len(content) - len(header(damaged)))
+        damaged.write_bytes(content)
+    resume(undisturbed)
+    undisturbed.check()
+
+
+def unfinished(undisturbed: Undisturbed) -> None:
+    """A run that died at its eighth tensor."""
+    eighth = [step for step, name in enumerate(undisturbed.steps) if name == "journal"][7]
+    child = Child(undisturbed.model, undisturbed.out, workers=1, step=eighth)
+    assert child.ended() == KILLED

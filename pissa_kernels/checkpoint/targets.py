@@ -171,7 +171,11 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    record = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    path = checkpoint.folder / "config.json"
+    try:
+        record: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no model's config: {error}") from None
     quantisation = record.get("quantization_config")
     if quantisation:
         raise TypeError(
