@@ -118,6 +118,7 @@ class Staging:
         Raises:
             RuntimeError: another run is at work here.
         """
+        missing = [parent for parent in self.folder.parents if not parent.exists()]
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder, os.O_RDONLY)
@@ -136,8 +137,9 @@ class Staging:
             yield
         finally:
             os.close(descriptor)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()  # where nothing was begun
+            with contextlib.suppress(OSError):  # these are empty only where nothing was begun
+                for folder in (self.folder, *missing):
+                    folder.rmdir()
 
     def journal(self, rank: int) -> IO[str]:
         """One rank's journal, to be appended to; a line that was cut short is ended first."""
