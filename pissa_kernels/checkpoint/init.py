@@ -73,9 +73,11 @@ def init_checkpoint(
         ValueError: the unfinished run had another plan; or a weight's values are refused, with the layer's name.
     """
     staging = Staging(plan.out)
-    with joined() as ranks, staging.locked() if ranks.first else contextlib.nullcontext():
+    with joined() as ranks, contextlib.ExitStack() as lock:
         several_hosts = ranks.on_several_hosts()
         with ranks.together():
+            if ranks.first:
+                lock.enter_context(staging.locked())
             finished = ranks.first and not _begin(plan, staging, resume, force)
         if any(ranks.gather(finished)):
             return Outcome(Report.read(plan.out / REPORT), 0, len(plan.items))
