@@ -16,7 +16,7 @@ import pytest
 from pissa_kernels.checkpoint.init import init_checkpoint
 from pissa_kernels.checkpoint.plan import make_plan
 
-from .checkpoints import small, untimed, witness
+from .checkpoints import small, untimed
 from .crashing import KILLED, OPTIONS, Child
 
 ROOT = Path(__file__).resolve().parents[1]
