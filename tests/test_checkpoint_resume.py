@@ -159,7 +159,7 @@ def test_a_finished_result_is_left_alone(undisturbed: Undisturbed) -> None:
     assert witness(undisturbed.out) == before
 
 
-@pytest.mark.parametrize("what", ["residual", "factor", "journal", "header"])
+@pytest.mark.parametrize("what", ["residual", "factor", "journal", "header", "end", "file"])
 def test_bytes_that_did_not_reach_the_disk_are_written_again(undisturbed: Undisturbed, what: str) -> None:
     """As after a power cut: the journal claims them, the files have others."""
     unfinished(undisturbed)
@@ -170,12 +170,16 @@ def test_bytes_that_did_not_reach_the_disk_are_written_again(undisturbed: Undist
         journal.write_text('{"shard": "model-0\n\0\0\0\0{"half": 1}\n[]\n7\n' + journal.read_text()[:-9])
     else:
         damaged = folder / "out" / (ADAPTER if what == "factor" else record["shard"])
-        content = bytearray(damaged.read_bytes())
-        if what == "header":
-            content[:8] = bytes(8)
-        else:
-            content[len(header(damaged)) :] = bytes(len(content) - len(header(damaged)))
+        content = damaged.read_bytes()
+        start = len(header(damaged))
+        content = {
+            "header": bytes(start) + content[start:],
+            "end": content[: start + 10],
+            "file": b"",
+        }.get(what, content[:start] + bytes(len(content) - start))
         damaged.write_bytes(content)
+        if what == "file":
+            damaged.unlink()
     resume(undisturbed)
     undisturbed.check()
 

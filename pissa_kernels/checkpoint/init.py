@@ -106,6 +106,7 @@ def _begin(plan: Plan, staging: Staging, resume: bool, force: bool) -> bool:
             return False
         if there and not (force or staging.replaces()):
             raise FileExistsError(f"{plan.out} exists; --force replaces it")
+        staging.lay_out(plan)  # no journal says whether the headers reached the disk
         return True
     if there and not force:
         if resume and (plan.out / MANIFEST).is_file() and Manifest.read(plan.out).plan == _as_json(plan.record()):

@@ -53,13 +53,7 @@ class Staging:
         """
         try:
             self._empty()
-            for name, layout in plan.layouts.items():
-                path = self.out / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as file:
-                    # so that a full disk is met here, and not after hours
-                    os.posix_fallocate(file.fileno(), 0, layout.size)
-                    write_at(file.fileno(), memoryview(layout.header), 0)
+            self.lay_out(plan)
             write_whole(self.folder / PLAN, json.dumps({"replace": replace, "plan": plan.record()}, sort_keys=True))
         except OSError as error:
             self._empty()
@@ -68,6 +62,19 @@ class Staging:
                     error.errno, f"no space for the {plan.size / 1e9:.3g} GB of {self.result} ({error.strerror})"
                 ) from None
             raise
+
+    def lay_out(self, plan: Plan) -> None:
+        """Make every file that tensors are written into, at its full size and with its header; what it holds stays."""
+        for name, layout in plan.layouts.items():
+            path = self.out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                # so that a full disk is met here, and not after hours
+                os.posix_fallocate(descriptor, 0, layout.size)
+                write_at(descriptor, memoryview(layout.header), 0)
+            finally:
+                os.close(descriptor)
 
     def replaces(self) -> bool:
         """Whether the run that has begun here may take the place of a result that is there."""
