@@ -119,6 +119,8 @@ def make_plan(model: Path, out: Path, options: AdapterOptions, device: str = "cp
         OSError, TypeError, ValueError: as :func:`open_checkpoint` and :func:`find_targets`.
     """
     checkpoint = open_checkpoint(model)
+    if own := [name for name in checkpoint.others if name.startswith(f"{ADAPTER_FOLDER}/")]:
+        raise ValueError(f"{model} is a residual already, as {own[0]} says; take the checkpoint that it was made of")
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
         raise ValueError(f"OUT {out} is in the source {model}, which is not to be written to")
     adapter = find_targets(checkpoint, options)
