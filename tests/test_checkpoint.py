@@ -239,3 +239,16 @@ def test_tied_weights_stay_tied(name: str, tmp_path: Path) -> None:
     assert base.lm_head.weight is base.get_input_embeddings().weight
     assert torch.equal(base.lm_head.weight, model.lm_head.weight)
     assert moved(output(model), output(loaded)) <= allowed(torch.float32)
+
+
+def test_a_snapshot_of_links_becomes_files(tmp_path: Path) -> None:
+    """As the hub's cache lays a model out."""
+    save(build("llama", torch.bfloat16), tmp_path / "blobs")
+    (tmp_path / "model").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "model" / path.name).symlink_to(path)
+    made = contents(init(tmp_path / "model", tmp_path / "out"))
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert made["code/modeling.py"] == (tmp_path / "blobs" / "code" / "modeling.py").read_bytes()
+    straight = contents(init(tmp_path / "blobs", tmp_path / "straight"))
+    assert all(made[name] == straight[name] for name in made if name.endswith(".safetensors"))

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pissa_kernels import cli
 from pissa_kernels.demo import demo_model
 
 from .checkpoints import REPORT, contents, small, tensors, witness
-from .models import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,22 +128,3 @@ def test_mistakes_get_one_line(
     assert words in lines[0]
     assert told.out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-def many(folder: Path, layers: int) -> Path:
-    """Seven targets of 1024×1024 a layer."""
-    import transformers
-
-    config = build("llama").config
-    config.update({
-        "hidden_size": 1024, "intermediate_size": 1024, "num_key_value_heads": 4, "num_hidden_layers": layers,
-        "head_dim": 256,
-    })  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).bfloat16()
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.03, generator=generator)
-    model.save_pretrained(folder, max_shard_size="20MB")
-    return folder

@@ -186,6 +186,23 @@ def test_a_result_is_not_overwritten(model: Path, tmp_path: Path, capsys: pytest
     refused(capsys, words, model, out, "--resume", "--seed", 1, code=2, left=("out",))
 
 
+def test_a_link_that_leads_nowhere(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.symlink_to("nowhere")
+    refused(capsys, "exists and is not an empty folder; --force replaces it", model, out, code=2, left=("out",))
+    assert init(model, out, "--force") == 0
+    assert not out.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_residual_has_lost_its_principal_components(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init(model, tmp_path / "source" / "residual") == 0
+    words = "is a residual already, as pissa_init/adapter_config.json says; take the checkpoint that it was made of"
+    refused(capsys, words, tmp_path / "source" / "residual", tmp_path / "out")
+
+
 def test_an_empty_folder_is_filled(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert init(model, tmp_path / "out") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -96,7 +97,7 @@ def init_checkpoint(
 
 def _begin(plan: Plan, staging: Staging, resume: bool, force: bool) -> bool:
     """Make the staging folder, or see that it can be gone on with; False where there is nothing left to do."""
-    unfinished, there = staging.exists(), plan.out.exists()
+    unfinished, there = staging.exists(), os.path.lexists(plan.out)
     if unfinished and not (resume or force):
         raise FileExistsError(f"{plan.out} has an unfinished run; --resume goes on with it, --force begins again")
     if unfinished and resume:

@@ -172,7 +172,7 @@ class Staging:
                 sync(Path(path, name))
             sync(Path(path))
         replaced = self.folder / "replaced"
-        if self.result.exists():
+        if os.path.lexists(self.result):
             os.replace(self.result, replaced)
         os.replace(self.out, self.result)
         sync(self.result.parent)
