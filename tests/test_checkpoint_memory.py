@@ -31,7 +31,7 @@ imported = peak()
 plan = make_plan(Path(sys.argv[1]), Path(sys.argv[2]), AdapterOptions(rank=8))
 planned = peak()
 outcome = init_checkpoint(plan, workers=2, shown=False)
-print(json.dumps([imported, planned, peak(), len(outcome.report.layers), outcome.report.peak_extra_bytes]))
+print(json.dumps([imported, planned, peak(), len(outcome.report.layers)]))
 """
 
 
@@ -67,9 +67,8 @@ def test_memory_does_not_grow_with_the_number_of_weights(tmp_path: Path) -> None
             cwd=ROOT,
         )
         assert done.returncode == 0, done.stderr
-        imported, planned, finished, targets, reported = json.loads(done.stdout)
+        imported, planned, finished, targets = json.loads(done.stdout)
         assert targets == 7 * layers
         assert finished - imported <= 4 * LARGEST + 100 * MIB
-        assert reported is None or reported <= finished - imported
         found.append(finished - planned)
     assert found[1] <= found[0] + 21 * LARGEST / 2, "half of what twice as many weights would add"

@@ -258,6 +258,18 @@ def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(
     assert init(model, unfinished, "--resume") == 0
 
 
+def test_interrupted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    stop_after(monkeypatch, 5, interrupt)
+    refused(capsys, "interrupted; .*--resume", model, tmp_path / "out", left=(".out.unfinished",))
+    monkeypatch.undo()
+    assert init(model, tmp_path / "out", "--resume") == 0
+
+
 @pytest.mark.parametrize("name", ["shard", "config.json", "new.txt"])
 def test_a_source_that_has_changed_since(
     name: str, model: Path, unfinished: Path, capsys: pytest.CaptureFixture[str]
