@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,24 @@ TINY = ["--layers", "1", "--width", "256", "--inner", "512", "--groups", "1", "-
 ADAPTER = "pissa_init/adapter_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "CACHE", tmp_path / "cache")
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("result") / "out"
+    assert cli.main(["init", str(checkpoint_of(CASE)), str(out), "--rank", "4"]) == 0
+    return out
 
 
 @pytest.fixture
-def result(tmp_path: Path) -> Path:
-    assert cli.main(["init", str(checkpoint_of(CASE)), str(tmp_path / "out"), "--rank", "4"]) == 0
-    return tmp_path / "out"
+def result(whole_result: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return Path(shutil.copytree(whole_result, tmp_path / "out"))
 
 
 def judged(out: Path) -> Verdict:
@@ -55,14 +65,16 @@ def test_a_checkpoint_is_made_once_and_transformers_loads_it(monkeypatch: pytest
 
 
 def test_an_interrupted_checkpoint_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ModelCase(layers=1, width=128, inner=128, groups=1)
+
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(ModelCase, "weight", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint_of(CASE)
-    assert Folder(checkpoint_of(CASE)).read("model.norm.weight").eq(1).all()
+            checkpoint_of(case)
+    assert Folder(checkpoint_of(case)).read("model.norm.weight").eq(1).all()
 
 
 def test_a_good_result_is_green(result: Path) -> None:
