@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 
@@ -106,14 +107,15 @@ def worst_deficit(base: Base, device: str) -> tuple[float, float]:
 
     The second is max |W − W_res − s·B·A| over what the one rounding of the residual and the float32 product explain.
     """
-    deficit = error = 0.0
+    figures = []
     for name, layer in lora_layers(base.adapted):
         truth = gate.reference(base.pristine[name].to(device))
         A, B = (factor["default"].weight.detach().to(device) for factor in (layer.lora_A, layer.lora_B))
         residual = layer.get_base_layer().weight.detach().to(device)
-        deficit = max(deficit, gate.subspace_deficit(truth.weight, A, truth.optimum(len(A))))
-        error = max(error, gate.rounding_error(truth.weight, residual, B, A, layer.scaling["default"]))
-    return deficit, error
+        deficit = gate.subspace_deficit(truth.weight, A, truth.optimum(len(A)))
+        figures.append((deficit, gate.rounding_error(truth.weight, residual, B, A, layer.scaling["default"])))
+    largest_deficit, largest_error = np.max(figures, axis=0)  # a NaN stays one, Python's max may drop it
+    return float(largest_deficit), float(largest_error)
 
 
 def run_case(case: ModelCase, providers: Sequence[str], *, device: str, repeats: int, with_memory: bool) -> list[Row]:
