@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pissa_kernels.checkpoint import work
 from pissa_kernels.checkpoint.init import init_checkpoint
 from pissa_kernels.checkpoint.layout import read_layout
 from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
@@ -94,6 +95,37 @@ def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
         assert refused(base, out), (path, bit)
         flip(path, bit)
     assert not problems(base, out)
+
+
+def test_digests_are_of_every_chunk(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tensors that are read and written in many chunks: against hashlib, and bit for bit."""
+    monkeypatch.setattr(work, "CHUNK_BYTES", 48)
+    monkeypatch.setattr(work, "CACHED_BYTES", 48)
+    base, out = folders[0], tmp_path / "out"
+    plan = make_plan(base, out, AdapterOptions(rank=4))
+    init_checkpoint(plan, shown=False)
+    files = Manifest.read(out).files
+    for path in out.rglob("*.safetensors"):
+        found = {
+            name: hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name, tensor in load_file(path).items()
+        }
+        assert files[path.relative_to(out).as_posix()]["tensors"] == found
+    shard = next(path for path in out.glob("*.safetensors") if NORM in read_layout(path).entries)
+    entry = read_layout(shard).entries[NORM]
+    assert entry.nbytes == 64  # the second chunk is shorter
+    for byte in (entry.start, entry.start + 47, entry.start + 48, entry.stop - 1):
+        flip(shard, 8 * byte)
+        assert problems(base, out) == {NORM: "its bytes are not those that were written"}
+        flip(shard, 8 * byte)
+    with work.Worker(plan, out, torch.device("cpu")) as worker:
+        digests = {name: digest for about in files.values() for name, digest in about.get("tensors", {}).items()}
+        for item in plan.items:
+            record = {"shard": item.shard, "tensor": item.entry.name, "sha256": digests[item.entry.name]}
+            assert worker.holds(record)
+            assert not worker.holds({**record, "sha256": digests[QUERY if item.entry.name != QUERY else NORM]})
 
 
 def test_the_tensor_is_named_and_nothing_else(copies: tuple[Path, Path]) -> None:

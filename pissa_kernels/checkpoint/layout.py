@@ -176,9 +176,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def sha256(*buffers: bytes | memoryview) -> str:
-    """Hexadecimal SHA-256 of the buffers, one after another."""
+def sha256(data: bytes | memoryview) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of(chunks: Iterable[memoryview]) -> str:
+    """Hexadecimal SHA-256 of what comes in chunks, each digested before the next is asked for."""
     digest = hashlib.sha256()
-    for buffer in buffers:
-        digest.update(buffer)
+    for chunk in chunks:
+        digest.update(chunk)
     return digest.hexdigest()

@@ -8,11 +8,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-# A rank that has finished waits for the slowest one.
-PATIENCE = datetime.timedelta(days=7)
+# All ranks come together when each has made its plan; one that has finished waits for the slowest one.
+JOINING, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Ranks:
     Attributes:
         rank, world: which, of how many.
         local: which of those on this machine; the index of its GPU.
+        group: that they talk through; None for a single process.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
+    group: Any = None
 
     @property
     def first(self) -> bool:
@@ -40,7 +42,7 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[T | None] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values  # type: ignore[return-value]
 
     @contextmanager
@@ -72,8 +74,9 @@ def joined() -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=JOINING)
     try:
-        yield Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
         dist.destroy_process_group()

@@ -36,6 +36,7 @@ class Staging:
         self.result = out
         self.folder = out.parent / f".{out.name}.unfinished"
         self.out = self.folder / "out"
+        self._replaced = self.folder / "replaced"
 
     def exists(self) -> bool:
         """Whether a run has begun, and not ended."""
@@ -52,6 +53,8 @@ class Staging:
             OSError: no space for all of it, or no permission. Nothing is left then.
         """
         try:
+            if self._replaced.exists() and not os.path.lexists(self.result):
+                os.replace(self._replaced, self.result)  # a run was killed before its own took this one's place
             self._empty()
             self.lay_out(plan)
             write_whole(self.folder / PLAN, json.dumps({"replace": replace, "plan": plan.record()}, sort_keys=True))
@@ -171,9 +174,8 @@ class Staging:
             for name in files:
                 sync(Path(path, name))
             sync(Path(path))
-        replaced = self.folder / "replaced"
         if os.path.lexists(self.result):
-            os.replace(self.result, replaced)
+            os.replace(self.result, self._replaced)
         os.replace(self.out, self.result)
         sync(self.result.parent)
         self.discard()

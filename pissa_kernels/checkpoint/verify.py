@@ -19,7 +19,7 @@ from ..report.progress import progress
 from ..svd import exact_arithmetic
 from ..verify import UNIT_ROUNDOFF, reconstruction
 from .folder import Checkpoint, files_of, open_checkpoint
-from .layout import Entry, Layout, bytes_of, read_layout, read_tensor, sha256
+from .layout import Entry, Layout, bytes_of, read_layout, read_tensor, sha256, sha256_of
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_WEIGHTS
 from .staging import digest_of
@@ -232,9 +232,9 @@ def _copied(folders: _Folders, shard: str, tensor: str) -> _Finding:
     problem = ""
     if (written[1].dtype, written[1].shape) != (original[1].dtype, original[1].shape):
         problem = f"is {written[1].dtype} {written[1].shape}, not {original[1].dtype} {original[1].shape}"
-    elif sha256(*chunks(*written)) != folders.digest(shard, tensor):
+    elif sha256_of(chunks(*written)) != folders.digest(shard, tensor):
         problem = "its bytes are not those that were written"
-    elif sha256(*chunks(*original)) != folders.digest(shard, tensor):
+    elif sha256_of(chunks(*original)) != folders.digest(shard, tensor):
         problem = f"differs from the tensor in {folders.base.folder}"
     return _Finding(tensor, written[1].nbytes, problem)
 

@@ -18,11 +18,13 @@ from ..decompose import principal_factors
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from ..svd import exact_arithmetic
-from .layout import Entry, bytes_of, read_into, read_tensor, sha256, write_at
+from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of, write_at
 from .plan import ADAPTER_WEIGHTS, Item, Plan
 from .targets import Target
 
 CHUNK_BYTES = 4 << 20
+# What a core keeps at hand between writing and digesting.
+CACHED_BYTES = 1 << 18
 # Written bytes that may wait for the system to bring them to the disk by itself.
 UNWRITTEN_BYTES = 64 << 20
 
@@ -94,7 +96,7 @@ class Worker:
         except (KeyError, AttributeError, TypeError):
             return False
         return all(
-            sha256(*chunks(self._results[name], entry)) == digest
+            sha256_of(chunks(self._results[name], entry)) == digest
             for (name, entry), digest in zip(entries, digests, strict=True)
         )
 
@@ -108,7 +110,7 @@ class Worker:
                 at += len(chunk)
                 yield chunk
 
-        return sha256(*copied())
+        return sha256_of(copied())
 
     def _decompose(self, item: Item, target: Target) -> Record:
         began = time.perf_counter()
@@ -146,8 +148,15 @@ class Worker:
 
     def _store(self, name: str, entry: Entry, tensor: Tensor) -> str:
         data = bytes_of(tensor.to("cpu", entry.torch_dtype).contiguous())
-        self._write(name, data, entry.start)
-        return sha256(data)
+
+        def stored() -> Iterator[memoryview]:
+            # written and digested a little at a time, while it is in the cache
+            for start in range(0, len(data), CACHED_BYTES):
+                chunk = data[start : start + CACHED_BYTES]
+                self._write(name, chunk, entry.start + start)
+                yield chunk
+
+        return sha256_of(stored())
 
     def _write(self, name: str, data: memoryview, at: int) -> None:
         write_at(self._results[name], data, at)
