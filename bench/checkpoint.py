@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from tabulate import tabulate
@@ -30,7 +30,7 @@ from .cases import DTYPES
 from .checkpoint_case import checkpoint_of, distinct_projections, projections
 from .checkpoint_child import PROVIDERS
 from .checkpoint_gate import Verdict, judge
-from .llama import ModelCase
+from .llama import ModelCase, add_case_arguments, case_of
 from .rows import Row, by_case, read_rows, write_row
 from .run import RESULTS
 
@@ -177,8 +177,7 @@ def _cells(row: Row, ours: float | None) -> list[str]:
 
 def cases(arguments: argparse.Namespace) -> list[ModelCase]:
     """The checkpoint asked for; with ``--sweep`` also one of a fifth of the layers, and one of twice as many."""
-    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ModelCase)}
-    whole = ModelCase(**given)
+    whole: ModelCase = arguments.case
     if not arguments.sweep:
         return [whole]
     layers = sorted({max(1, whole.layers // 5), whole.layers, 2 * whole.layers})
@@ -206,11 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    default = ModelCase()
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoint", description=__doc__)
-    for field in dataclasses.fields(ModelCase):
-        kind = str if field.name == "dtype" else int
-        parser.add_argument(f"--{field.name}", type=kind, default=getattr(default, field.name))
+    add_case_arguments(parser)
     parser.add_argument("--sweep", action="store_true", help="also a fifth of the layers, and twice as many")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where weights are decomposed")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
@@ -218,12 +214,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/checkpoint-DEVICE.jsonl")
     parser.add_argument("--append", action="store_true", help="keep the rows that the file has")
     arguments = parser.parse_args(argv)
-    if arguments.dtype not in DTYPES:
-        parser.error(f"--dtype is one of {', '.join(DTYPES)}")
-    if min(arguments.layers, arguments.inner, arguments.groups, arguments.rank, arguments.repeats) < 1:
-        parser.error("numbers are 1 or more; --distinct 0 or more")
-    if arguments.width < 64 * arguments.groups or arguments.width % (64 * arguments.groups):
-        parser.error(f"--width is a multiple of {64 * arguments.groups}: heads of 64, {arguments.groups} to a key")
+    arguments.case = case_of(parser, arguments)
+    if arguments.repeats < 1:
+        parser.error("--repeats is 1 or more")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
     arguments.out = arguments.out or RESULTS / f"checkpoint-{arguments.device}.jsonl"

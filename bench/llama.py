@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +116,23 @@ class Base:
             else:
                 module.weight.data = self.pristine[name].to(device, copy=True)
         torch.manual_seed(0)  # PEFT draws its sketch from the global state
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """An option for each attribute of a :class:`ModelCase`."""
+    default = ModelCase()
+    for field in dataclasses.fields(ModelCase):
+        kind = str if field.name == "dtype" else int
+        parser.add_argument(f"--{field.name}", type=kind, default=getattr(default, field.name))
+
+
+def case_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> ModelCase:
+    """The case that the options describe; one that cannot be built ends the program."""
+    case = ModelCase(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ModelCase)})
+    if case.dtype not in DTYPES:
+        parser.error(f"--dtype is one of {', '.join(DTYPES)}")
+    if min(case.layers, case.inner, case.groups, case.rank) < 1 or case.distinct < 0:
+        parser.error("numbers are 1 or more; --distinct 0 or more")
+    if case.width < 64 * case.groups or case.width % (64 * case.groups):
+        parser.error(f"--width is a multiple of {64 * case.groups}: heads of 64, {case.groups} to a key")
+    return case

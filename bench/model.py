@@ -28,8 +28,7 @@ import pissa_kernels as pk
 from pissa_kernels.verify import lora_layers
 
 from . import environment, gate, memory, resident
-from .cases import DTYPES
-from .llama import SPECTRA, Base, ModelCase, targets
+from .llama import SPECTRA, Base, ModelCase, add_case_arguments, case_of, targets
 from .providers import Subject
 from .rows import Row, read_rows, write_row
 from .run import RESULTS
@@ -205,8 +204,7 @@ def make_row(
 
 def cases(arguments: argparse.Namespace) -> list[ModelCase]:
     """The model asked for; with ``--sweep`` also fewer layers, and the same layers at smaller widths."""
-    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ModelCase)}
-    whole = ModelCase(**given)
+    whole: ModelCase = arguments.case
     if not arguments.sweep:
         return [whole]
     fewer = [dataclasses.replace(whole, layers=layers) for layers in (1, 2, 4, 8) if layers < whole.layers]
@@ -249,11 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    default = ModelCase()
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
-    for field in dataclasses.fields(ModelCase):
-        kind = str if field.name == "dtype" else int
-        parser.add_argument(f"--{field.name}", type=kind, default=getattr(default, field.name))
+    add_case_arguments(parser)
     parser.add_argument("--sweep", action="store_true", help="also fewer layers and smaller widths")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model is")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
@@ -263,12 +258,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.dtype not in DTYPES:
-        parser.error(f"--dtype is one of {', '.join(DTYPES)}")
-    if min(arguments.layers, arguments.inner, arguments.groups, arguments.rank, arguments.repeats) < 1:
-        parser.error("numbers are 1 or more; --distinct 0 or more")
-    if arguments.width < 64 * arguments.groups or arguments.width % (64 * arguments.groups):
-        parser.error(f"--width is a multiple of {64 * arguments.groups}: heads of 64, {arguments.groups} to a key")
+    arguments.case = case_of(parser, arguments)
+    if arguments.repeats < 1:
+        parser.error("--repeats is 1 or more")
     gpu = arguments.device == "cuda" or any("GPU" in name for name in arguments.providers or ())
     if gpu and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import initializer, positive
 from .checkpoint.commands import add_init, add_verify
 from .convert.command import add_convert
 from .report import Report, find_report
@@ -60,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         "model_dir", nargs="?", type=Path, metavar="MODEL_DIR",
         help="a folder that transformers loads; without it, all-MiniLM-L6-v2, a BERT that the demo extra carries",
     )  # fmt: skip
-    demo.add_argument("--rank", type=_positive, default=16, help="r of every layer (default 16)")
-    demo.add_argument("--init", type=_init, default="pissa", help="pissa (default) or pissa_niter_N")
+    demo.add_argument("--rank", type=positive, default=16, help="r of every layer (default 16)")
+    demo.add_argument("--init", type=initializer, default="pissa", help="pissa (default) or pissa_niter_N")
     demo.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
         help="module names as PEFT takes them, or all-linear (default)",
@@ -99,29 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
-
-
 def _share(text: str) -> float:
     try:
         check_share(value := float(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return value
-
-
-def _init(text: str) -> str:
-    from .checks import parse_init
-
-    try:
-        parse_init(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checks import parse_init
+from ..arguments import initializer, positive
 from ..report.tables import text_table
 from .init import init_checkpoint
 from .plan import Plan, make_plan
@@ -32,10 +32,10 @@ def add_init(commands: Any) -> None:
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="the checkpoint's folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
-    parser.add_argument("--rank", type=_positive, default=16, help="r of every layer (default 16)")
+    parser.add_argument("--rank", type=positive, default=16, help="r of every layer (default 16)")
     parser.add_argument("--alpha", type=float, help="lora_alpha (default: the rank, for a scaling of 1)")
     parser.add_argument("--rslora", action="store_true", help="scale by alpha/√r, not alpha/r")
-    parser.add_argument("--init", type=_init, default="pissa", help="pissa (default) or pissa_niter_N")
+    parser.add_argument("--init", type=initializer, default="pissa", help="pissa (default) or pissa_niter_N")
     parser.add_argument("--seed", type=int, default=0, help="of the sketches (default 0)")
     parser.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
@@ -50,7 +50,7 @@ def add_init(commands: Any) -> None:
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where weights are decomposed")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="weights at a time (default: cores; 2 on a GPU)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="weights at a time (default: cores; 2 on a GPU)")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     parser.add_argument("--force", action="store_true", help="replace a finished OUT, begin an unfinished one again")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
@@ -136,7 +136,7 @@ def add_verify(commands: Any) -> None:
     )
     parser.add_argument("base", type=Path, metavar="BASE", help="the original checkpoint's folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="what pissa-kernels init made of it")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="tensors at a time (default: cores)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="tensors at a time (default: cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
     parser.set_defaults(run=_run_verify)
 
@@ -231,21 +231,6 @@ def _plan_text(plan: Plan) -> str:
             f"about {sum(item.seconds for item in plan.items):.0f} s of one core; nothing has been written",
         ]
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
-
-
-def _init(text: str) -> str:
-    try:
-        parse_init(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..arguments import positive
 from ..report.tables import text_table
 from .convert import Conversion, convert_adapter
 
@@ -26,7 +27,7 @@ def add_convert(commands: Any) -> None:
         help="the untrained adapter's folder, or one that holds pissa_init/ or pissa_initial.safetensors",
     )  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT", help="the plain LoRA's folder to be")
-    parser.add_argument("--rank", type=_positive, metavar="K", help="recompress to this rank, at most 2r (default 2r)")
+    parser.add_argument("--rank", type=positive, metavar="K", help="recompress to this rank, at most 2r (default 2r)")
     parser.add_argument(
         "--base", metavar="BASE",
         help="the original model, to be named in the config; a folder is compared with the residual model around INIT",
@@ -65,10 +66,3 @@ def _text(conversion: Conversion) -> str:
         lines.append(f"the same as the residual model with the trained adapter, within {conversion.checked:.2f} of the "
                      "rounding bound")  # fmt: skip
     return "\n".join([*lines, *(f"note: {note}" for note in conversion.notes)])
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
