@@ -63,6 +63,13 @@ def test_runs_start_from_the_same_weights() -> None:
         assert all(torch.equal(module.weight, base.pristine[key]) for key, module in targets(base.model))
 
 
+def test_a_layer_without_numbers_is_not_hidden_by_the_others() -> None:
+    base = Base(ModelCase(layers=1, width=128, inner=256, groups=1, rank=4))
+    model.Injection(base, "ours pissa").run()
+    base.adapted.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight.data.fill_(torch.nan)
+    assert not model.worst_deficit(base, "cpu")[1] <= 1
+
+
 def test_a_sloppy_initializer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pissa_kernels import task
 
