@@ -214,9 +214,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/checkpoint-DEVICE.jsonl")
     parser.add_argument("--append", action="store_true", help="keep the rows that the file has")
     arguments = parser.parse_args(argv)
-    arguments.case = case_of(parser, arguments)
     if arguments.repeats < 1:
-        parser.error("--repeats is 1 or more")
+        parser.error("numbers are 1 or more")
+    arguments.case = case_of(parser, arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
     arguments.out = arguments.out or RESULTS / f"checkpoint-{arguments.device}.jsonl"

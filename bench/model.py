@@ -258,9 +258,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    arguments.case = case_of(parser, arguments)
     if arguments.repeats < 1:
-        parser.error("--repeats is 1 or more")
+        parser.error("numbers are 1 or more")
+    arguments.case = case_of(parser, arguments)
     gpu = arguments.device == "cuda" or any("GPU" in name for name in arguments.providers or ())
     if gpu and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
