@@ -45,7 +45,7 @@ def tolerance(dtype: torch.dtype) -> float:
     """What energy deficit "pissa" works to for an adapter that ``dtype`` stores: 1e-6, or 2.5e-6 for bfloat16.
 
     To round A elementwise costs about u²/6 of its energy, u the dtype's unit roundoff: an element in [2ᵉ, 2ᵉ⁺¹) is off
-    by up to u·2ᵉ, evenly spread. An SVD that lacks as much again at most doubles that, and is there a step or two
+    by up to u·2ᵉ, evenly spread. An SVD that lacks as much again at most doubles that, and may be there a step
     sooner; below 1e-6 the rounding no longer counts.
     """
     roundoff = torch.finfo(dtype).eps / 2

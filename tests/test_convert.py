@@ -14,8 +14,6 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import pissa_kernels as pk
@@ -24,7 +22,6 @@ from pissa_kernels.checkpoint import layout
 from pissa_kernels.convert import plain
 from pissa_kernels.convert.convert import convert_adapter
 from pissa_kernels.convert.pair import Pair
-from pissa_kernels.convert.scaling import pattern_key, rank_of, scaling_of, with_ranks
 
 from .models import build, output
 from .test_models import config, lora_layers, moved
@@ -185,82 +182,6 @@ def test_an_adapter_that_is_stored_in_bf16_is_exact_in_bf16(llama: tuple[Path, A
     assert {value.dtype for value in load_file(copied / "narrow/adapter_model.safetensors").values()} == {torch.float32}
 
 
-# The best of a rank, against dense float64 SVDs
-
-
-def write_adapter(folder: Path, factors: Weights, **changes: Any) -> None:
-    """An adapter as PEFT saves it, made without PEFT."""
-    folder.mkdir(exist_ok=True)
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa", "target_modules": ["w"]}
-    (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
-    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def random_adapter(shapes: list[tuple[int, int, int]], seed: int, dtype: torch.dtype) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"base_model.model.{index}.w.lora_{factor}.weight": torch.randn(shape, generator=generator).to(dtype)
-        for index, (out, width, r) in enumerate(shapes)
-        for factor, shape in (("A", (r, width)), ("B", (out, r)))
-    }
-
-
-def delta(weights: Weights, index: int) -> torch.Tensor:
-    A, B = (weights[f"base_model.model.{index}.w.lora_{factor}.weight"].double() for factor in "AB")
-    return B @ A
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    shapes=st.lists(st.tuples(*[st.integers(1, 24)] * 2, st.integers(1, 6)), min_size=1, max_size=3),
-    data=st.data(),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    rslora=st.booleans(),
-)
-def test_no_product_of_that_rank_is_nearer(
-    shapes: list[tuple[int, int, int]], data: st.DataObject, dtype: torch.dtype, rslora: bool, tmp_path: Path
-) -> None:
-    rank = data.draw(st.integers(1, 2 * max(r for *_, r in shapes)), label="K")
-    alphas = data.draw(st.lists(st.integers(1, 64), min_size=len(shapes), max_size=len(shapes)), label="alphas")
-    patterns = {
-        "rank_pattern": {f"{index}.w": r for index, (*_, r) in enumerate(shapes)},
-        "alpha_pattern": {f"{index}.w": alpha for index, alpha in enumerate(alphas)},
-        "use_rslora": rslora,
-    }
-    initial, trained = random_adapter(shapes, 0, dtype), random_adapter(shapes, 1, dtype)
-    write_adapter(tmp_path / "initial", initial, **patterns)
-    write_adapter(tmp_path / "trained", trained, **patterns)
-    shutil.rmtree(tmp_path / "lora", ignore_errors=True)
-    done = convert_adapter(tmp_path / "trained", tmp_path / "initial", tmp_path / "lora", rank=rank)
-    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    tails, norms = 0.0, 0.0
-    for index, (layer, (*shape, r), alpha) in enumerate(zip(done.layers, shapes, alphas, strict=True)):
-        dense = delta(trained, index) - delta(initial, index)
-        sigma = torch.linalg.svdvals(dense)
-        kept = min(rank, 2 * r)
-        tail = float(sigma[kept:].norm())
-        assert (layer.rank, layer.shape) == (kept, tuple(shape))
-        assert layer.loss == pytest.approx(tail / float(sigma.norm()), rel=1e-9, abs=1e-12)
-        error = float((delta(weights, index) - dense).norm())
-        assert error <= math.hypot(tail, 1e-6 * float(sigma.norm()))
-        scaling = alpha / (math.sqrt(r) if rslora else r)
-        assert layer.scaling == pytest.approx(scaling, rel=1e-15)
-        tails, norms = math.hypot(tails, scaling * tail), math.hypot(norms, scaling * float(sigma.norm()))
-    assert done.loss == pytest.approx(tails / norms, rel=1e-9, abs=1e-12)
-
-
-def test_a_small_step_is_told_from_the_rounding_of_large_factors(tmp_path: Path) -> None:
-    """Factors that moved by 1e-6: their product's difference has ten digits less than the products."""
-    initial = random_adapter([(30, 20, 4)], 0, torch.float64)
-    trained = {key: value + 1e-6 * torch.sin(torch.arange(value.numel())).reshape(value.shape)
-               for key, value in initial.items()}  # fmt: skip
-    write_adapter(tmp_path / "initial", initial)
-    write_adapter(tmp_path / "trained", trained)
-    done = convert_adapter(tmp_path / "trained", tmp_path / "initial", tmp_path / "lora", rank=5)
-    sigma = torch.linalg.svdvals(delta(trained, 0) - delta(initial, 0))
-    assert done.loss == pytest.approx(float(sigma[5:].norm() / sigma.norm()), rel=1e-6, abs=1e-9)
-
-
 @pytest.mark.parametrize("rank", [None, 3, 8])
 def test_an_untrained_adapter_becomes_nothing(rank: int | None, llama: tuple[Path, Any, Any], tmp_path: Path) -> None:
     folder, base, _ = llama
@@ -270,52 +191,6 @@ def test_an_untrained_adapter_becomes_nothing(rank: int | None, llama: tuple[Pat
     assert {layer.loss for layer in done.layers} == {0}
     assert done.notes[-1].endswith("pissa_init equals its initial adapter: the result changes nothing")
     assert moved(output(base), output(loaded(base, tmp_path / "lora"))) <= allowed(torch.float32)
-
-
-# Patterns
-
-NAMES = ["model.layers.0.q", "model.layers.1.q", "model.layers.10.v", "q", "vision.model.layers.0.q"]
-KEYS = st.sampled_from([*NAMES, "layers.0.q", r"layers\.\d\.q", "q|v", ".*v", "^q", "0.q", "layers", "(q", "^model.*"])
-
-
-@given(st.lists(KEYS.filter(lambda key: key != "(q"), unique=True), st.sampled_from(NAMES))
-def test_a_pattern_decides_as_in_peft(keys: list[str], name: str) -> None:
-    theirs = peft.utils.other.get_pattern_key(keys, name)
-    ours = pattern_key(dict.fromkeys(keys), name)
-    assert (name if ours is None else ours) == theirs
-
-
-@given(
-    r=st.integers(1, 300),
-    alpha=st.one_of(st.integers(-3, 999), st.floats(1e-3, 1e3)),
-    ranks=st.dictionaries(KEYS.filter(lambda key: key != "(q"), st.integers(1, 300)),
-    alphas=st.dictionaries(KEYS.filter(lambda key: key != "(q"), st.floats(1e-3, 1e3)),
-    rslora=st.booleans(),
-    rank=st.one_of(st.none(), st.integers(1, 600)),
-)
-def test_a_config_says_new_ranks_and_the_old_scalings(
-    r: int, alpha: float, ranks: dict[str, int], alphas: dict[str, float], rslora: bool, rank: int | None
-) -> None:
-    config = {"r": r, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": rslora}
-    wanted = {name: min(rank or 10**9, 2 * rank_of(config, name)) for name in NAMES}
-    changed = with_ranks(config, wanted)
-    # as PEFT writes it when it saves a loaded adapter again, where new keys stand for one layer each
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        if all(key.startswith("^model") or key.startswith("^vision") for key in changed[pattern]):
-            changed[pattern] = dict(sorted(changed[pattern].items()))
-    for name in NAMES:
-        assert rank_of(changed, name) == wanted[name]
-        assert math.isclose(scaling_of(changed, name), scaling_of(config, name), rel_tol=1e-15)
-    assert json.loads(json.dumps(changed)) == changed
-
-
-def test_a_config_keeps_the_patterns_that_still_hold() -> None:
-    config = {"r": 4, "lora_alpha": 16, "rank_pattern": {"q": 8, "none": 3}, "alpha_pattern": {r"1\.q": 5}}
-    changed = with_ranks(config, {name: 2 * rank_of(config, name) for name in NAMES})
-    assert changed == {"r": 8, "lora_alpha": 32, "rank_pattern": {"q": 16}, "alpha_pattern": {r"1\.q": 10}}
-    changed = with_ranks(config, dict.fromkeys(NAMES, 4))
-    assert changed["rank_pattern"] == {}
-    assert changed["alpha_pattern"][r"^model\.layers\.10\.v"] == 16
 
 
 # The base model: its name, and the comparison with it

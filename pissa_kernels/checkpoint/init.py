@@ -110,7 +110,7 @@ def _begin(plan: Plan, staging: Staging, resume: bool, force: bool) -> bool:
         staging.lay_out(plan)  # no journal says whether the headers reached the disk
         return True
     if there and not force:
-        if resume and (plan.out / MANIFEST).is_file() and Manifest.read(plan.out).plan == _as_json(plan.record()):
+        if resume and (plan.out / MANIFEST).is_file() and Manifest.read(plan.out).plan == plan.record():
             return False
         if not plan.out.is_dir() or any(plan.out.iterdir()):
             raise FileExistsError(f"{plan.out} exists and is not an empty folder; --force replaces it at the end")
@@ -242,7 +242,3 @@ def _by_tensor(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]
 
 def _digests(record: Record) -> str:
     return json.dumps([record.get("sha256"), record.get("adapter")], sort_keys=True)
-
-
-def _as_json(record: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(record))

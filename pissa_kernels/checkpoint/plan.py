@@ -81,7 +81,10 @@ class Plan:
         )
 
     def record(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on where another one stopped: it decides every byte."""
+        """What has to be the same for a run to go on where another one stopped: it decides every byte.
+
+        In what JSON gives back as it was.
+        """
         from .. import __version__
 
         return {

@@ -89,7 +89,7 @@ class Staging:
         Raises:
             ValueError: it is another one, or the source has changed since.
         """
-        began, now = self._begun()["plan"], json.loads(json.dumps(plan.record()))
+        began, now = self._begun()["plan"], plan.record()
         for key, value in now.items():
             if began.get(key) != value:
                 if key == "fingerprint":

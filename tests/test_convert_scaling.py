@@ -1,0 +1,55 @@
+"""The config of a converted adapter: PEFT's patterns, new ranks, and the scalings that were."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import peft
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pissa_kernels.convert.scaling import pattern_key, rank_of, scaling_of, with_ranks
+
+NAMES = ["model.layers.0.q", "model.layers.1.q", "model.layers.10.v", "q", "vision.model.layers.0.q"]
+KEYS = st.sampled_from([*NAMES, "layers.0.q", r"layers\.\d\.q", "q|v", ".*v", "^q", "0.q", "layers", "(q", "^model.*"])
+
+
+@given(st.lists(KEYS.filter(lambda key: key != "(q"), unique=True), st.sampled_from(NAMES))
+def test_a_pattern_decides_as_in_peft(keys: list[str], name: str) -> None:
+    theirs = peft.utils.other.get_pattern_key(keys, name)
+    ours = pattern_key(dict.fromkeys(keys), name)
+    assert (name if ours is None else ours) == theirs
+
+
+@given(
+    r=st.integers(1, 300),
+    alpha=st.one_of(st.integers(-3, 999), st.floats(1e-3, 1e3)),
+    ranks=st.dictionaries(KEYS.filter(lambda key: key != "(q"), st.integers(1, 300)),
+    alphas=st.dictionaries(KEYS.filter(lambda key: key != "(q"), st.floats(1e-3, 1e3)),
+    rslora=st.booleans(),
+    rank=st.one_of(st.none(), st.integers(1, 600)),
+)
+def test_a_config_says_new_ranks_and_the_old_scalings(
+    r: int, alpha: float, ranks: dict[str, int], alphas: dict[str, float], rslora: bool, rank: int | None
+) -> None:
+    config = {"r": r, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": rslora}
+    wanted = {name: min(rank or 10**9, 2 * rank_of(config, name)) for name in NAMES}
+    changed = with_ranks(config, wanted)
+    # as PEFT writes it when it saves a loaded adapter again, where new keys stand for one layer each
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if all(key.startswith("^model") or key.startswith("^vision") for key in changed[pattern]):
+            changed[pattern] = dict(sorted(changed[pattern].items()))
+    for name in NAMES:
+        assert rank_of(changed, name) == wanted[name]
+        assert math.isclose(scaling_of(changed, name), scaling_of(config, name), rel_tol=1e-15)
+    assert json.loads(json.dumps(changed)) == changed
+
+
+def test_a_config_keeps_the_patterns_that_still_hold() -> None:
+    config = {"r": 4, "lora_alpha": 16, "rank_pattern": {"q": 8, "none": 3}, "alpha_pattern": {r"1\.q": 5}}
+    changed = with_ranks(config, {name: 2 * rank_of(config, name) for name in NAMES})
+    assert changed == {"r": 8, "lora_alpha": 32, "rank_pattern": {"q": 16}, "alpha_pattern": {r"1\.q": 10}}
+    changed = with_ranks(config, dict.fromkeys(NAMES, 4))
+    assert changed["rank_pattern"] == {}
+    assert changed["alpha_pattern"][r"^model\.layers\.10\.v"] == 16
