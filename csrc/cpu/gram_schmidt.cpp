@@ -71,7 +71,7 @@ void project_out(const Tensor& basis, const Panels& panels, int64_t columns) {
   Tensor coefficients = torch::stable::new_empty(basis, {count, rows, columns});
   multiply_both(matrices_of(basis), panels, matrices_of(coefficients),
                 [&](int64_t index, const Panel& along, int64_t begin, int64_t end) {
-                  for_stretches(along, begin, ceil_div(end, 8) * 8, [&](int64_t at, int64_t size) {
+                  for_stretches(along, begin, ceil_div(end, 16) * 16, [&](int64_t at, int64_t size) {
                     const float* const from = along.data + at;
                     float* const to = panels[index].data + at;
                     for (int64_t i = 0; i < size; ++i) to[i] -= from[i];
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> gram_schmidt(const Tensor& panel, const Tenso
   Tensor result = torch::stable::new_empty(panel, {count, n, columns});
   Tensor pivots = torch::stable::new_empty(panel, {count}), shortest = torch::stable::new_empty(panel, {count});
   if (count == 0) return {result, pivots, shortest};
-  const Panels panels = packed(matrices_of(panel), true);
+  const Panels panels = packed(matrices_of(panel), Order::turned);
   if (basis.size(1) > 0) project_out(basis, panels, columns);
   const Matrices out = matrices_of(result);
   parallel_ranges(count, 1, 2 * n * columns * columns, [&](int64_t index, int64_t, int64_t) {

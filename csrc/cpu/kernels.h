@@ -17,12 +17,19 @@ constexpr int64_t BAND = 2 * STRIPE;
 // Columns of a packed panel that lie together; the last eight alone, if they are no more.
 constexpr int64_t TILE = 16, HALF_TILE = 8;
 
-// A float32 matrix that kernels multiply, with a multiple of HALF_TILE columns: [tile][row][TILE or HALF_TILE], a tile
-// beginning at its first column · rows. `turned` has HALF_TILE columns and rows in eights: [row / 8][column][row % 8].
+// How the elements of a panel lie. The last two are of HALF_TILE columns and a multiple of 32 rows, what a
+// line of 16-bit elements holds.
+enum class Order {
+  tiles,    // [tile][row][TILE or HALF_TILE], a tile beginning at its first column · rows
+  turned,   // [row / 8][column][row % 8]
+  parted,   // [row / 16][row % 2][column][row % 16 / 2], as sixteen bfloat16 come apart into two vectors of floats
+};
+
+// A float32 matrix that kernels multiply, with a multiple of HALF_TILE columns.
 struct Panel {
   float* data;
   int64_t rows, columns;
-  bool turned;
+  Order order;
 };
 
 struct Kernels {
@@ -38,7 +45,7 @@ struct Kernels {
   int64_t (*subtract_workspace)(int64_t rank);
 
   // Rows [0, rows) of Y += W[row : row + rows, begin : end]·X[begin : end], W with contiguous rows; `begin` is a multiple
-  // of eight, and Y has whole stripes. X and, below, Z are turned where they are of HALF_TILE columns, Y never.
+  // of 32, and Y has whole stripes. X and, below, Z have the order of `along_rows`, Y that of tiles.
   void (*multiply)(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
                    const Panel& Y);
   // Rows [begin, end) of Z += W[row : row + rows, begin : end]ᵀ·Y[Y_row : Y_row + rows], at most BAND rows. `begin` is a

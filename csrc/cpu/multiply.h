@@ -25,9 +25,9 @@ inline Matrices matrices_of(const torch::stable::Tensor& tensor) {
   return result;
 }
 
-inline Panels packed(const Matrices& panels, bool along_columns) {
+inline Panels packed(const Matrices& panels, Order order) {
   const Matrix& first = panels[0];
-  Panels result(panels.size(), first.rows, first.cols, along_columns);
+  Panels result(panels.size(), first.rows, first.cols, order);
   parallel_ranges(panels.size(), result[0].rows, first.cols, [&](int64_t index, int64_t begin, int64_t end) {
     pack(panels[index], result[index], begin, end);
   });
@@ -36,14 +36,14 @@ inline Panels packed(const Matrices& panels, bool along_columns) {
 
 // Of the sums over W's rows and columns, where those are many, every so many have a sum of their own: one after the
 // other, the error of eleven thousand would be 2.5 times BLAS's.
-constexpr int64_t RUN_ROWS = 20 * BAND, RUN_COLS = 2048;
+constexpr int64_t RUN_ROWS = 8 * BAND, RUN_COLS = 2048;
 
 // Rows [begin, end) of `total` = Σ of what f(panel, from, to) adds to them for the parts of [first, last).
 template <class F>
 void sum_runs(const Panel& total, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t run, const F& f) {
   clear(total, begin, end);
   if (last - first <= run) return f(total, first, last);
-  const Panels storage(1, total.rows, total.columns, total.turned);
+  const Panels storage(1, total.rows, total.columns, total.order);
   for (int64_t from = first; from < last; from += run) {
     clear(storage[0], begin, end);
     f(storage[0], from, std::min(from + run, last));
@@ -54,7 +54,7 @@ void sum_runs(const Panel& total, int64_t begin, int64_t end, int64_t first, int
 // The rows [begin, end) of W·X, a band at a time, each with f(Y, row, rows) before it leaves the cache.
 template <class F>
 void multiply_bands(const Matrix& W, const Panel& X, int64_t begin, int64_t end, const Matrix& out, const F& f) {
-  const Panels storage(1, BAND, X.columns, false);
+  const Panels storage(1, BAND, X.columns, Order::tiles);
   const Panel Y = storage[0];
   for (int64_t row = begin; row < end; row += BAND) {
     const int64_t rows = std::min(end - row, BAND);
@@ -78,7 +78,7 @@ void multiply_both(const Matrices& weights, const Panels& X, const Matrices& Y, 
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts =
       std::clamp<int64_t>(threads / std::gcd(threads, count), 1, std::max<int64_t>(std::min(stripes, work >> 18), 1));
-  const Panels sums(count * parts, spans * SPAN, columns, true);
+  const Panels sums(count * parts, spans * SPAN, columns, along_rows(W, columns));
   parallel_ranges(count * parts, 1, work / parts, [&](int64_t part, int64_t, int64_t) {
     const int64_t index = part / parts, turn = part % parts;
     const int64_t first = turn * stripes / parts, last = (turn + 1) * stripes / parts;

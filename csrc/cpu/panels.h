@@ -15,19 +15,24 @@ namespace pissa::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `count` panels of one shape, uninitialised, each on cache lines of its own. Those that have W's columns as rows are
-// `turned` where they are narrow enough.
+// The order of a panel that has a row for each element of W's rows.
+inline Order along_rows(const Matrix& W, int64_t columns) {
+  if (columns == 0 || columns > HALF_TILE) return Order::tiles;
+  return W.dtype == Dtype::bf16 ? Order::parted : Order::turned;
+}
+
+// `count` panels of one shape, uninitialised, each on cache lines of its own.
 class Panels {
  public:
-  Panels(int64_t count, int64_t rows, int64_t columns, bool along_columns)
+  Panels(int64_t count, int64_t rows, int64_t columns, Order order)
       : columns_(ceil_div(columns, HALF_TILE) * HALF_TILE),
-        turned_(along_columns && columns_ == HALF_TILE),
-        rows_(turned_ ? ceil_div(rows, 8) * 8 : rows),
+        order_(order),
+        rows_(order == Order::tiles ? rows : ceil_div(rows, 32) * 32),
         size_(ceil_div(rows_ * columns_, 16) * 16) {
     const size_t bytes = std::max<size_t>(count * size_, 1) * sizeof(float);
     data_.reset(static_cast<float*>(::operator new(bytes, ALIGNMENT)));
   }
-  Panel operator[](int64_t index) const { return {data_.get() + index * size_, rows_, columns_, turned_}; }
+  Panel operator[](int64_t index) const { return {data_.get() + index * size_, rows_, columns_, order_}; }
 
  private:
   static constexpr std::align_val_t ALIGNMENT{64};
@@ -35,7 +40,7 @@ class Panels {
     void operator()(float* data) const { ::operator delete(data, ALIGNMENT); }
   };
   int64_t columns_;
-  bool turned_;
+  Order order_;
   int64_t rows_, size_;
   std::unique_ptr<float, Free> data_;
 };
@@ -43,8 +48,12 @@ class Panels {
 // f(row, column, pointer, width, step) for rows [begin, end) of each tile: `width` elements, `step` apart.
 template <class F>
 inline void for_tile_rows(const Panel& panel, int64_t begin, int64_t end, const F& f) {
-  if (panel.turned) {
-    for (int64_t row = begin; row < end; ++row) f(row, 0, panel.data + row / 8 * 64 + row % 8, HALF_TILE, 8);
+  if (panel.order != Order::tiles) {
+    const bool parted = panel.order == Order::parted;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t place = parted ? row / 16 * 128 + row % 2 * 64 + row % 16 / 2 : row / 8 * 64 + row % 8;
+      f(row, 0, panel.data + place, HALF_TILE, 8);
+    }
     return;
   }
   for (int64_t column = 0; column < panel.columns; column += TILE) {
@@ -74,7 +83,8 @@ inline void unpack(const Panel& panel, int64_t begin, int64_t end, const Matrix&
   });
 }
 
-// f(offset, count) for the stretches of memory that hold rows [begin, end), eights of them where the panel is turned.
+// f(offset, count) for the stretches of memory that hold rows [begin, end), which begin and end with sixteens of them unless
+// they are in tiles.
 template <class F>
 inline void for_stretches(const Panel& panel, int64_t begin, int64_t end, const F& f) {
   for (int64_t column = 0; column < panel.columns; column += TILE) {

@@ -8,6 +8,7 @@
 
 namespace {
 
+using pissa::cpu::Order;
 using pissa::cpu::STRIPE;
 using pissa::cpu::TILE;
 
@@ -59,7 +60,7 @@ inline void multiply_stripe(const float* patch, const Panel& panel, int64_t row,
 template <class T>
 void multiply(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
               const Panel& Y) {
-  if (X.turned) return multiply_narrow<T>(weight, row, rows, begin, end, X, Y);
+  if (X.order != Order::tiles) return multiply_narrow<T>(weight, row, rows, begin, end, X, Y);
   alignas(64) float patch[STRIPE * PITCH];
   for (int64_t i = 0; i < rows; i += STRIPE) {
     for (int64_t col = begin; col < end; col += DEPTH) {
@@ -73,7 +74,7 @@ void multiply(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t be
 template <class T>
 void multiply_adjoint(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                       const Panel& Y, int64_t Y_row, const Panel& Z) {
-  if (Z.turned) return multiply_adjoint_narrow<T>(weight, row, rows, begin, end, Y, Y_row, Z);
+  if (Z.order != Order::tiles) return multiply_adjoint_narrow<T>(weight, row, rows, begin, end, Y, Y_row, Z);
   for_patches<T>(weight, row, rows, begin, end, STRIPE, [&](const float* patch, int64_t col) {
     multiply_stripe<1, SPAN>(patch, Y, Y_row, rows, Z, col);
   });

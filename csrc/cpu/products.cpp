@@ -54,7 +54,7 @@ void multiply_rows(const Matrices& weights, const Panels& X, const Matrices& out
 void multiply_columns(const Matrices& weights, const Panels& Y, const Matrices& out) {
   const Matrix& W = weights[0];
   const int64_t spans = ceil_div(W.cols, SPAN);
-  const Panels Z(weights.size(), spans * SPAN, out[0].cols, true);
+  const Panels Z(weights.size(), spans * SPAN, out[0].cols, along_rows(W, out[0].cols));
   parallel_ranges(weights.size(), spans, SPAN * W.rows * out[0].cols, [&](int64_t index, int64_t first, int64_t last) {
     const int64_t begin = first * SPAN, end = std::min(last * SPAN, W.cols);
     sum_runs(Z[index], begin, last * SPAN, 0, W.rows, RUN_ROWS, [&](const Panel& sum, int64_t row, int64_t end_row) {
@@ -73,12 +73,11 @@ Tensor product(const Tensor& weight, const Tensor& panel, bool adjoint) {
   Matrices weights = matrices_of(weight);
   if (weights.empty()) return result;
   if (adjoint) weights = transposed(std::move(weights));
-  const bool rows = weights[0].row_contiguous();
-  const Panels P = packed(matrices_of(panel), rows);
-  if (rows) {
-    multiply_rows(weights, P, matrices_of(result));
+  const Matrices factors = matrices_of(panel);
+  if (weights[0].row_contiguous()) {
+    multiply_rows(weights, packed(factors, along_rows(weights[0], factors[0].cols)), matrices_of(result));
   } else {
-    multiply_columns(transposed(std::move(weights)), P, matrices_of(result));
+    multiply_columns(transposed(std::move(weights)), packed(factors, Order::tiles), matrices_of(result));
   }
   return result;
 }
@@ -96,7 +95,7 @@ std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X) {
   }
   Tensor Y = empty_result(weight, X, false), Z = empty_result(weight, Y, true);
   const Matrices out = matrices_of(Z);
-  multiply_both(weights, packed(matrices_of(X), true), matrices_of(Y),
+  multiply_both(weights, packed(matrices_of(X), along_rows(weights[0], out[0].cols)), matrices_of(Y),
                 [&](int64_t index, const Panel& sum, int64_t begin, int64_t end) {
                   unpack(sum, begin, end, out[index], 0);
                 });

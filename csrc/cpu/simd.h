@@ -54,6 +54,7 @@ inline __attribute__((always_inline)) u32x8 select(u32x8 mask, u32x8 yes, u32x8 
 struct Float32 {
   typedef float Scalar;
   typedef f32x8 Vector;
+  static constexpr bool PARTED = false;
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) { return v; }
   static inline __attribute__((always_inline)) Vector narrow(f32x8 v) { return v; }
 };
@@ -61,6 +62,13 @@ struct Float32 {
 struct BFloat16 {
   typedef uint16_t Scalar;
   typedef u16x8 Vector;
+  static constexpr bool PARTED = true;
+  // the elements 2i + PART: each is the upper half of a float that a pair of them makes, or becomes it
+  template <int PART>
+  static inline __attribute__((always_inline)) f32x8 part(u32x8 pairs) {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even element of a pair is its lower half");
+    return bits<f32x8>(PART == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  }
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) {
     return bits<f32x8>(extend(v) << 16);
   }
@@ -76,6 +84,7 @@ struct BFloat16 {
 struct Float16 {
   typedef uint16_t Scalar;
   typedef u16x8 Vector;
+  static constexpr bool PARTED = false;
   // Exponent and mantissa move to their float32 places, 2^112 corrects the bias, subnormals included.
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) {
 #if defined(__F16C__)
@@ -111,6 +120,23 @@ inline f32x8 load_wide(const typename T::Scalar* from, int64_t count) {
   typename T::Scalar buffer[LANES] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
   return load_wide<T>(buffer);
+}
+
+// One of the two parts of sixteen elements: where a type's vectors come apart faster than they widen, the even or the odd
+// ones (Order::parted), else the first eight or the last.
+template <class T, int PART>
+inline __attribute__((always_inline)) f32x8 load_part(const typename T::Scalar* from) {
+  if constexpr (T::PARTED) return T::template part<PART>(load<u32x8>(from));
+  return load_wide<T>(from + PART * LANES);
+}
+
+// Has a vector in a register of its own from here on: GCC would load it anew for every product that it is a factor of.
+inline __attribute__((always_inline)) void hold(f32x8& value) {
+#if defined(__AVX2__)
+  asm("" : "+x"(value));
+#else
+  (void)value;
+#endif
 }
 
 template <class T>
