@@ -92,6 +92,8 @@ void subtract_lowrank(const pissa::Matrix& weight, const pissa::Matrix& left, co
       pack_left(left, row, rows, packed_left);
       auto* W = static_cast<typename T::Scalar*>(weight.data) + row * weight.row_stride + first;
       for (int64_t j = 0; j < cols; j += TILE_COLS) {
+        // the next rows, which are not where this one goes on
+        for (int64_t i = TILE_ROWS; i < 2 * TILE_ROWS; ++i) __builtin_prefetch(W + i * weight.row_stride + j, 1);
         subtract_tile<T>(W + j, weight.row_stride, packed_left, packed_right + j * rank, rank, scaling, rows, cols - j);
       }
     }
