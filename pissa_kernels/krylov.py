@@ -199,8 +199,13 @@ def _unresolved(T: Tensor, values: Tensor, old: int, rank: int) -> Unresolved:
 def _leading(basis: Tensor, images: list[Tensor], vectors: Tensor, rank: int, unresolved: Unresolved) -> Subspace:
     size = vectors.shape[-1]
     wanted = vectors[:, :, -rank:]
-    AQ = torch.cat(images, dim=-1) if images else None
-    AV = AQ @ wanted if AQ is not None and AQ.shape[-1] == size else None
+    widths = [image.shape[-1] for image in images]
+    AV = None
+    if images and sum(widths) == size:
+        first, *others = wanted.split(widths, dim=1)
+        AV = images[0] @ first
+        for image, part in zip(images[1:], others, strict=True):  # to put A·Q together would take as long again
+            AV.baddbmm_(image, part)
     return Subspace(basis[:, :size].mT @ wanted, AV, unresolved.missing)
 
 

@@ -60,7 +60,10 @@ def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, T
         return
     stack = max(1, n * weight.shape[:-2].numel())
     rows = max(1, min(m, BLOCK_ELEMENTS.get(weight.device.type, 1 << 24) // stack))
-    buffer = torch.empty(*batch, rows, n, dtype=dtype, device=weight.device)
+    turned = weight.stride(-2) < weight.stride(-1)  # to be kept: to turn it back takes longer than to widen it
+    shape = (n, rows) if turned else (rows, n)
+    buffer = torch.empty(*batch, *shape, dtype=dtype, device=weight.device)
+    buffer = buffer.mT if turned else buffer
     for start in range(0, m, rows):
         stop = min(start + rows, m)
         block = buffer[..., : stop - start, :]
