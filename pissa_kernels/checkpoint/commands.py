@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..arguments import initializer, positive
 from ..report.tables import text_table
-from .init import init_checkpoint
-from .plan import Plan, make_plan
+from .ahead import Ahead
+from .init import begins, init_checkpoint
+from .plan import Plan, lay_plan, make_plan, open_source
+from .planner import Planner, quiet_transformers
 from .targets import AdapterOptions
 from .verify import verify_checkpoint
 
@@ -63,7 +66,6 @@ def _run_init(arguments: argparse.Namespace) -> int:
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no CUDA device")
-    quiet_transformers()
     options = AdapterOptions(
         rank=arguments.rank,
         alpha=arguments.alpha,
@@ -76,7 +78,32 @@ def _run_init(arguments: argparse.Namespace) -> int:
         use_rslora=arguments.rslora,
         trust_remote_code=arguments.trust_remote_code,
     )
-    plan = make_plan(arguments.model, arguments.out, options, arguments.device)
+    with _planned(arguments, options) as (plan, ahead):
+        return _carry_out(arguments, plan, ahead)
+
+
+@contextlib.contextmanager
+def _planned(arguments: argparse.Namespace, options: AdapterOptions) -> Iterator[tuple[Plan, Ahead | None]]:
+    """The plan, and what the cores that its making leaves idle have decomposed meanwhile."""
+    import torch
+
+    if arguments.device != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1":
+        quiet_transformers()
+        yield make_plan(arguments.model, arguments.out, options, arguments.device), None
+        return
+    checkpoint = open_source(arguments.model, arguments.out)
+    workers = arguments.workers or torch.get_num_threads()
+    useful = workers > 1 and not arguments.dry_run and begins(arguments.out, arguments.resume, arguments.force)
+    with contextlib.ExitStack() as stack:
+        with Planner(checkpoint, options) as planner:
+            ahead = stack.enter_context(Ahead(checkpoint, options, workers)) if useful else None
+            adapter = planner.adapter()
+        if ahead is not None:
+            ahead.stop()
+        yield lay_plan(checkpoint, arguments.out, options, adapter, arguments.device), ahead
+
+
+def _carry_out(arguments: argparse.Namespace, plan: Plan, ahead: Ahead | None) -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     if plan.checkpoint.left_out and speaks:
         print(f"left out, as they hold weights that would not be residuals: {', '.join(plan.checkpoint.left_out)}",
@@ -98,6 +125,7 @@ def _run_init(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         on_tensor=on_tensor,
         shown=not arguments.json,
+        ahead=ahead,
     )
     if not speaks:
         return 0
@@ -170,18 +198,6 @@ def _run_verify(arguments: argparse.Namespace) -> int:
         where = ", ".join(dict.fromkeys(where for where, _ in found.problems))
         print(f"pissa-kernels: error: {arguments.out} does not hold: {where}", file=sys.stderr)
     return 0 if found.holds else 1
-
-
-def quiet_transformers() -> None:
-    """No advice and no bars from other packages: they are no part of a command's output."""
-    import warnings
-
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
 def _plan_record(plan: Plan) -> dict[str, Any]:

@@ -119,21 +119,40 @@ def make_plan(model: Path, out: Path, options: AdapterOptions, device: str = "cp
         device: "cpu" or "cuda", where the weights are decomposed.
 
     Raises:
-        OSError, TypeError, ValueError: as :func:`open_checkpoint` and :func:`find_targets`.
+        OSError, TypeError, ValueError: as :func:`open_source` and :func:`find_targets`.
+    """
+    checkpoint = open_source(model, out)
+    return lay_plan(checkpoint, out, options, find_targets(checkpoint, options), device)
+
+
+def open_source(model: Path, out: Path) -> Checkpoint:
+    """The checkpoint of a run to ``out``: what can be refused without asking transformers and PEFT.
+
+    Raises:
+        OSError, ValueError: as :func:`open_checkpoint`; a residual, or an ``out`` in ``model``.
     """
     checkpoint = open_checkpoint(model)
     if own := [name for name in checkpoint.others if name.startswith(f"{ADAPTER_FOLDER}/")]:
         raise ValueError(f"{model} is a residual already, as {own[0]} says; take the checkpoint that it was made of")
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
         raise ValueError(f"OUT {out} is in the source {model}, which is not to be written to")
-    adapter = find_targets(checkpoint, options)
-    by_tensor = {(target.shard, target.entry.name): target for target in adapter.targets}
+    return checkpoint
+
+
+def lay_plan(checkpoint: Checkpoint, out: Path, options: AdapterOptions, adapter: Adapter, device: str) -> Plan:
+    """The plan of a run whose targets have been found."""
+    items = in_order(checkpoint, adapter.targets, options, device)
+    return Plan(checkpoint, out, options, adapter, _adapter_layout(adapter.targets), tuple(items), device)
+
+
+def in_order(checkpoint: Checkpoint, targets: Sequence[Target], options: AdapterOptions, device: str) -> list[Item]:
+    """Every tensor of a checkpoint, of which these are targets, the longest work first."""
+    by_tensor = {(target.shard, target.entry.name): target for target in targets}
     items = [
         _item(shard, entry, by_tensor.get((shard, name)), options, device)
         for name, (shard, entry) in checkpoint.tensors().items()
     ]
-    items.sort(key=lambda item: -item.seconds)
-    return Plan(checkpoint, out, options, adapter, _adapter_layout(adapter.targets), tuple(items), device)
+    return sorted(items, key=lambda item: -item.seconds)
 
 
 def _item(shard: str, entry: Entry, target: Target | None, options: AdapterOptions, device: str) -> Item:

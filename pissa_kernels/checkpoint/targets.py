@@ -192,8 +192,8 @@ def _lora_config(model: nn.Module, options: AdapterOptions) -> Any:
     return peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
-        target_modules=_modules(options.target_modules),
-        exclude_modules=_modules(options.exclude_modules) if options.exclude_modules else None,
+        target_modules=module_names(options.target_modules),
+        exclude_modules=module_names(options.exclude_modules) if options.exclude_modules else None,
         rank_pattern=dict(options.rank_pattern),
         alpha_pattern=dict(options.alpha_pattern),
         use_rslora=options.use_rslora,
@@ -205,7 +205,7 @@ def _lora_config(model: nn.Module, options: AdapterOptions) -> Any:
     )
 
 
-def _modules(names: tuple[str, ...]) -> str | list[str]:
+def module_names(names: tuple[str, ...]) -> str | list[str]:
     if len(names) == 1 and (names[0] == "all-linear" or _PATTERN.search(names[0])):
         return names[0]
     return list(names)

@@ -18,6 +18,7 @@ from ..decompose import principal_factors
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from ..svd import exact_arithmetic
+from .ahead import Ahead
 from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of, write_at
 from .plan import ADAPTER_WEIGHTS, Item, Plan
 from .targets import Target
@@ -38,10 +39,12 @@ class Worker:
         plan: of the run.
         out: the staged result.
         device: where weights are decomposed.
+        ahead: what has been decomposed for this plan before.
     """
 
-    def __init__(self, plan: Plan, out: Path, device: torch.device) -> None:
+    def __init__(self, plan: Plan, out: Path, device: torch.device, ahead: Ahead | None = None) -> None:
         self.plan, self.device = plan, device
+        self._ahead = ahead
         self._sources: dict[str, int] = {}
         self._results: dict[str, int] = {}
         self._out = out
@@ -113,18 +116,23 @@ class Worker:
         return sha256_of(copied())
 
     def _decompose(self, item: Item, target: Target) -> Record:
-        began = time.perf_counter()
+        known = self._ahead.take(target) if self._ahead is not None else None
+        began = time.perf_counter() - (known.seconds if known else 0.0)
         options, where = self.plan.options, f"the weight of layer {target.name!r}"
         weight = read_tensor(self._sources[item.shard], item.entry).to(self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            factors = principal_factors(
-                weight,
-                target.rank,
-                scaling=target.scaling,
-                init=options.init,
-                fan_in_fan_out=target.transposed,
-                seed=options.seed,
-                where=where,
+            factors = (
+                known.widened()
+                if known
+                else principal_factors(
+                    weight,
+                    target.rank,
+                    scaling=target.scaling,
+                    init=options.init,
+                    fan_in_fan_out=target.transposed,
+                    seed=options.seed,
+                    where=where,
+                )
             )
             with exact_arithmetic(self.device):
                 ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.scaling, target.transposed)
