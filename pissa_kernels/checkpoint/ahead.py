@@ -11,12 +11,14 @@ import dataclasses
 import math
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..decompose import Factors, principal_factors
 from ..memory import resident
@@ -27,8 +29,9 @@ from .layout import Entry, read_tensor
 from .plan import Plan, in_order
 from .targets import AdapterOptions, Target, module_names
 
-# Of A and B in all, beyond which none is begun.
+# Of A and B in all; what would be more is not begun.
 KEPT_BYTES = 64 << 20
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,8 @@ class Done:
 
     def widened(self) -> Factors:
         """As :func:`pissa_kernels.decompose.principal_factors` gave them."""
-        A, B = self.factors.lora_A, self.factors.lora_B
-        return dataclasses.replace(self.factors, lora_A=A.float(), lora_B=B.float())
+        found = self.factors
+        return Factors(found.lora_A.float(), found.lora_B.float(), found.singular_values.clone(), found.certificate)
 
 
 class Ahead:
@@ -69,7 +72,10 @@ class Ahead:
         self._fingerprint = checkpoint.fingerprint()
         self.began, self.resident = time.perf_counter(), resident()
         self.taken = 0
-        self._kept, self._stopped = 0, False
+        self._stopped = False
+        # one block, of which the system gives what is written to: small ones that are kept would lie between the
+        # weights that come and go, and no weight would fit where the last one was
+        self._memory, self._used, self._lock = torch.empty(KEPT_BYTES, dtype=torch.uint8), 0, threading.Lock()
         guesses = in_order(checkpoint, list(_guesses(checkpoint, options)), options, "cpu")
         self._jobs = {
             (item.shard, item.entry.name): (item.target, Future[Done]()) for item in guesses if item.target is not None
@@ -117,16 +123,16 @@ class Ahead:
 
     def _work(self) -> None:
         for target, job in self._next:
-            if self._stopped or self._kept >= KEPT_BYTES:
+            if self._stopped or (parts := self._room(target)) is None:
                 return
             if not job.set_running_or_notify_cancel():
                 continue
             try:
-                job.set_result(self._decompose(target))
+                job.set_result(self._decompose(target, parts))
             except BaseException as error:
                 job.set_exception(error)
 
-    def _decompose(self, target: Target) -> Done:
+    def _decompose(self, target: Target, parts: Sequence[Tensor]) -> Done:
         began = time.perf_counter()
         descriptor = os.open(self._checkpoint.folder / target.shard, os.O_RDONLY)
         try:
@@ -141,9 +147,27 @@ class Ahead:
             fan_in_fan_out=target.transposed,
             seed=self._options.seed,
         )
-        lora_A, lora_B = found.lora_A.to(target.dtype), found.lora_B.to(target.dtype)
-        self._kept += lora_A.nbytes + lora_B.nbytes  # a lost update costs a few MiB
-        return Done(dataclasses.replace(found, lora_A=lora_A, lora_B=lora_B), time.perf_counter() - began)
+        A, B, S = (
+            part.copy_(whole)
+            for part, whole in zip(parts, (found.lora_A, found.lora_B, found.singular_values), strict=True)
+        )
+        return Done(Factors(A, B, S, found.certificate), time.perf_counter() - began)
+
+    def _room(self, target: Target) -> list[Tensor] | None:
+        """Where A, B and singular values of a target are to be kept; None where there is no room for them."""
+        (m, n), rank = target.shape, target.rank
+        shapes = [((rank, n), target.dtype), ((m, rank), target.dtype), ((rank,), torch.float32)]
+        found = []
+        with self._lock:
+            used = self._used
+            for shape, dtype in shapes:
+                nbytes = dtype.itemsize * torch.Size(shape).numel()
+                if used + nbytes > KEPT_BYTES:
+                    return None
+                found.append(self._memory[used : used + nbytes].view(dtype).view(shape))
+                used += nbytes + -nbytes % ALIGNMENT
+            self._used = used
+        return found
 
 
 def _guesses(checkpoint: Checkpoint, options: AdapterOptions) -> Iterator[Target]:
