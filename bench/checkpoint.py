@@ -4,6 +4,9 @@
 Llama-shaped checkpoint whose projections have the spectra of real ones. Before a run everything is brought to the disk,
 so that no earlier run's pages are written during it, and the checkpoint is read once, so that each finds it in memory.
 After it the result is brought to the disk, which is timed on its own: one provider has done so already, the other not.
+
+The wall time of the process is what counts. What of it is imports and what is work is each provider's own affair: ours
+imports torch first, and transformers and PEFT in a child while it works.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ MIB = 2**20
 # What our peak may be: weights of the largest target's size, and MiB besides.
 LIMIT_WEIGHTS, LIMIT_MIB = 4, 100
 HEADERS = (
-    *("checkpoint", "provider", "wall s", f"× {OURS}", "work s", "work CPU s", "sync s"),
+    *("checkpoint", "provider", "wall s", f"× {OURS}", "imports s", "work s", "work CPU s", "sync s"),
     *("peak MiB", "limit MiB", "energy deficit", "rounding"),
 )
 
@@ -49,11 +52,13 @@ class Run:
     """What the system says of one process.
 
     Attributes:
-        wall_s, cpu_s: of the whole process, the interpreter's start included; CPU is user and system.
-        imports_s: seconds that the imports took.
-        work_s, work_cpu_s: after the imports.
+        wall_s, cpu_s: of the whole process, the interpreter's start included; CPU is user and system, children's too.
+        imports_s: seconds until the provider's modules were imported: ours without transformers and PEFT.
+        work_s, work_cpu_s: after that; ours with the planning, for which a child imports these two.
         imported_mib: resident after the imports.
         peak_mib: the most that the resident set grew by after them, file pages that are mapped included.
+        planner_mib: the largest resident set of a child, 0 where there is none. It is that of transformers and PEFT,
+            imported beside what the child shares with its parent; nothing of the checkpoint's weights is in it.
         sync_s: seconds to bring the result to the disk after the process has ended.
     """
 
@@ -64,6 +69,7 @@ class Run:
     work_cpu_s: float
     imported_mib: float
     peak_mib: float
+    planner_mib: float
     sync_s: float
 
 
@@ -168,7 +174,7 @@ def _cells(row: Row, ours: float | None) -> list[str]:
     return [
         row["provider"] if row["ok"] else f"{row['provider']}, red: {row['reason']}",
         *(shown("wall_s", ".1f"), ratio),
-        *(shown(key, ".1f") for key in ("work_s", "work_cpu_s", "sync_s")),
+        *(shown(key, ".1f") for key in ("imports_s", "work_s", "work_cpu_s", "sync_s")),
         shown("peak_mib", ".0f"),
         shown("limit_mib", ".0f") if row["provider"] == OURS else "–",
         *(shown("energy_deficit", ".1e"), shown("rounding", ".3g")),
