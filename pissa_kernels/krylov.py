@@ -202,7 +202,7 @@ def _leading(basis: Tensor, images: list[Tensor], vectors: Tensor, rank: int, un
     widths = [image.shape[-1] for image in images]
     AV = None
     if images and sum(widths) == size:
-        first, *others = wanted.split(widths, dim=1)
+        first, *others = torch.split(wanted, widths, dim=1)
         AV = images[0] @ first
         for image, part in zip(images[1:], others, strict=True):  # to put A·Q together would take as long again
             AV.baddbmm_(image, part)
