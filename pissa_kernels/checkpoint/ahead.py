@@ -75,7 +75,8 @@ class Ahead:
         self._stopped = False
         # one block, of which the system gives what is written to: small ones that are kept would lie between the
         # weights that come and go, and no weight would fit where the last one was
-        self._memory, self._used, self._lock = torch.empty(KEPT_BYTES, dtype=torch.uint8), 0, threading.Lock()
+        self._memory, self._used = torch.empty(KEPT_BYTES, dtype=torch.uint8), 0
+        self._lock = threading.Lock()
         guesses = in_order(checkpoint, list(_guesses(checkpoint, options)), options, "cpu")
         self._jobs = {
             (item.shard, item.entry.name): (item.target, Future[Done]()) for item in guesses if item.target is not None
@@ -104,11 +105,9 @@ class Ahead:
 
     def serves(self, plan: Plan) -> bool:
         """Whether this is of the plan's source, as it is still there, and of its options."""
-        return (plan.checkpoint.folder, plan.options, plan.device) == (
-            self._checkpoint.folder,
-            self._options,
-            "cpu",
-        ) and plan.checkpoint.fingerprint() == self._fingerprint
+        asked = plan.checkpoint.folder, plan.options, plan.device
+        mine = self._checkpoint.folder, self._options, "cpu"
+        return asked == mine and plan.checkpoint.fingerprint() == self._fingerprint
 
     def take(self, target: Target) -> Done | None:
         """What is known of a target, which may be waited for; None where it is to be computed, and when asked again."""
@@ -118,7 +117,8 @@ class Ahead:
         # what cannot be decomposed is left to the plan, which knows the layer's name
         if job.cancel() or job.exception() is not None:
             return None
-        self.taken += 1
+        with self._lock:
+            self.taken += 1
         return job.result()
 
     def _work(self) -> None:
