@@ -27,7 +27,7 @@ def ours() -> Job:
     from pissa_kernels import cli
 
     def job(model: Path, out: Path, rank: int, device: str) -> None:
-        if cli.main(["init", str(model), str(out), "--rank", str(rank), "--device", device]):
+        if cli.command(["init", str(model), str(out), "--rank", str(rank), "--device", device]):
             raise RuntimeError("pissa_kernels init failed")
 
     return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import sys
 import warnings
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from .demo import DemoResult
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """:func:`main` for a process that does nothing else."""
+    # torch's modules stay to the end, and nothing is to be found among them: it would take the collections on the way
+    # out half a second. What is imported later may want to be collected (nanobind complains where it was not).
+    gc.freeze()
+    return main(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

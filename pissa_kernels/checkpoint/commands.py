@@ -85,9 +85,12 @@ def _run_init(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _planned(arguments: argparse.Namespace, options: AdapterOptions) -> Iterator[tuple[Plan, Ahead | None]]:
     """The plan, and what the cores that its making leaves idle have decomposed meanwhile."""
+    import multiprocessing
+
     import torch
 
-    if arguments.device != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1":
+    may_fork = not multiprocessing.current_process().daemon  # as this one may be a pool's, where a program calls main
+    if arguments.device != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1" or not may_fork:
         quiet_transformers()
         yield make_plan(arguments.model, arguments.out, options, arguments.device), None
         return
