@@ -197,6 +197,15 @@ def test_long_names_keep_their_end() -> None:
     assert len(label) == 36
 
 
+@pytest.mark.parametrize("name", ["model.$a_$.q_proj", "model.0.$\\frac{x$_proj", "$.q"])
+def test_a_name_is_no_mathematics(name: str, tmp_path: Path) -> None:
+    report = Report([layer(name), layer("model.0.k_proj")])
+    label = energy_figure(report).axes[0].get_yticklabels()[0].get_text()
+    assert label.replace(r"\$", "$") in name
+    drawn = draw(report, tmp_path, suffix="svg")
+    assert all(path.stat().st_size > 0 for path in drawn)
+
+
 def test_draw_writes_three_files(tmp_path: Path) -> None:
     written = draw(SMALL, tmp_path / "a" / "b")
     assert [path.name for path in written] == ["energy.png", "spectra.png", "ranks.png"]

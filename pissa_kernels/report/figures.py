@@ -35,8 +35,9 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def shorten(label: str) -> str:
-    """The label's end, where it is too long."""
-    return label if len(label) <= LABEL_LENGTH else "…" + label[1 - LABEL_LENGTH :]
+    """The label's end, where it is too long, as matplotlib takes a text that is no mathematics."""
+    end = label if len(label) <= LABEL_LENGTH else "…" + label[1 - LABEL_LENGTH :]
+    return end.replace("$", r"\$")
 
 
 def panels(
