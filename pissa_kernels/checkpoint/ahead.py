@@ -24,6 +24,7 @@ from ..decompose import Factors, principal_factors
 from ..memory import resident
 from ..ops import WEIGHT_DTYPES
 from ..svd import exact_arithmetic
+from . import buffer
 from .folder import Checkpoint
 from .layout import Entry, read_tensor
 from .plan import Plan, in_order
@@ -136,7 +137,7 @@ class Ahead:
         began = time.perf_counter()
         descriptor = os.open(self._checkpoint.folder / target.shard, os.O_RDONLY)
         try:
-            weight = read_tensor(descriptor, target.entry)
+            weight = read_tensor(descriptor, target.entry, buffer.weights)
         finally:
             os.close(descriptor)
         found = principal_factors(

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffer import Buffer
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -131,8 +133,8 @@ def plan_layout(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
     return Layout(header, entries, metadata, len(header) + offset)
 
 
-def read_tensor(descriptor: int, entry: Entry) -> Tensor:
-    """One tensor, in memory of its own.
+def read_tensor(descriptor: int, entry: Entry, buffer: Buffer | None = None) -> Tensor:
+    """One tensor, in memory of its own, or in a buffer's.
 
     Raises:
         OSError: the file ends before the tensor does.
@@ -141,7 +143,7 @@ def read_tensor(descriptor: int, entry: Entry) -> Tensor:
     dtype = entry.torch_dtype
     if dtype is None:
         raise TypeError(f"tensor {entry.name!r} is {entry.dtype}, which is not read here")
-    tensor = torch.empty(entry.shape, dtype=dtype)
+    tensor = torch.empty(entry.shape, dtype=dtype) if buffer is None else buffer.take(entry.shape, dtype)
     read_into(descriptor, bytes_of(tensor), entry.start)
     return tensor
 

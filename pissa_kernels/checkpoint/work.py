@@ -18,6 +18,7 @@ from ..decompose import principal_factors
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from ..svd import exact_arithmetic
+from . import buffer
 from .ahead import Ahead
 from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of, write_at
 from .plan import ADAPTER_WEIGHTS, Item, Plan
@@ -119,7 +120,7 @@ class Worker:
         known = self._ahead.take(target) if self._ahead is not None else None
         began = time.perf_counter() - (known.seconds if known else 0.0)
         options, where = self.plan.options, f"the weight of layer {target.name!r}"
-        weight = read_tensor(self._sources[item.shard], item.entry).to(self.device)
+        weight = read_tensor(self._sources[item.shard], item.entry, buffer.weights).to(self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             factors = (
                 known.widened()

@@ -1,0 +1,43 @@
+"""Memory for one tensor at a time, which each thread keeps for the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Buffer(threading.local):
+    """Each thread's own: grown to its largest tensor, released with the thread.
+
+    In large pages, where the system has them. A weight is read some forty times, and to look up its pages of 4 KiB each
+    time takes a product with 23 MB 5 % longer. Fresh large pages would be zeroed for every tensor.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised CPU tensor; with the same thread's next call it is no longer the caller's."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if nbytes > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # releases the old before the new is there
+            self._memory = _in_large_pages(nbytes)
+        return self._memory[:nbytes].view(dtype).view(torch.Size(shape))
+
+
+def _in_large_pages(nbytes: int) -> Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system than Linux
+        return torch.empty(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+# One for all who do one weight after another: a thread goes over from the one to the other.
+weights = Buffer()

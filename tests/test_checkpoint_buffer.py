@@ -1,0 +1,57 @@
+"""Memory that a thread keeps from one tensor to the next."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pissa_kernels.checkpoint.buffer import Buffer
+from pissa_kernels.checkpoint.layout import read_layout, read_tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (700, 300), (3, 5, 7)])
+def test_it_gives_a_tensor_of_any_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = Buffer().take(shape, dtype)
+    assert tensor.shape == torch.Size(shape)
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    assert torch.equal(tensor.fill_(3), torch.full(shape, 3, dtype=dtype))
+
+
+def test_a_thread_has_one_memory_and_no_other_threads() -> None:
+    buffer = Buffer()
+    large = buffer.take((1 << 20,), torch.float32)
+    again = buffer.take((1000, 3), torch.bfloat16)
+    assert again.data_ptr() == large.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(buffer.take, (1 << 20,), torch.float32).result()
+    assert other.data_ptr() != large.data_ptr()
+    other.fill_(1)
+    large.fill_(2)
+    assert bool((other == 1).all())
+
+
+def test_it_grows() -> None:
+    buffer = Buffer()
+    for mib in (1, 9, 33):
+        tensor = buffer.take((mib << 20,), torch.uint8).fill_(mib)
+        assert int(tensor.sum()) == mib * len(tensor)
+
+
+def test_tensors_read_one_after_another_are_the_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(64, 33), "b": torch.randn(700, 300).bfloat16(), "c": torch.randn(5)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    layout, buffer = read_layout(tmp_path / "model.safetensors"), Buffer()
+    descriptor = os.open(tmp_path / "model.safetensors", os.O_RDONLY)
+    try:
+        for name, expected in tensors.items():
+            assert torch.equal(read_tensor(descriptor, layout.entries[name], buffer), expected), name
+    finally:
+        os.close(descriptor)
