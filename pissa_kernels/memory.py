@@ -35,18 +35,14 @@ def free(device: torch.device) -> int:
 class Peak:
     """Context: the most that this process grows meanwhile, on the CPU and on each GPU.
 
-    Args:
-        before: resident bytes to count from, where the work began earlier; by default those at the context's start.
-
     Attributes:
         extra_bytes: by which the resident set grew at its peak (sampled), plus torch's own peak on each GPU; None where
             the system does not tell. A GPU's is an upper bound where more had been in use earlier: torch's statistics
             are the user's and are not reset.
     """
 
-    def __init__(self, before: int | None = None) -> None:
+    def __init__(self) -> None:
         self.extra_bytes: int | None = None
-        self._from = before
         self._stop = threading.Event()
         self._highest = 0
         self._thread = threading.Thread(target=self._watch, daemon=True, name="pissa_kernels-peak")
@@ -55,8 +51,6 @@ class Peak:
         self._gpus = range(torch.cuda.device_count())
         self._before = [torch.cuda.memory_allocated(gpu) for gpu in self._gpus]
         self._resident = self._highest = resident() or 0
-        if self._from is not None:
-            self._resident = self._from
         if self._resident:
             self._thread.start()
         return self

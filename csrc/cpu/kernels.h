@@ -17,8 +17,8 @@ constexpr int64_t BAND = 2 * STRIPE;
 // Columns of a packed panel that lie together; the last eight alone, if they are no more.
 constexpr int64_t TILE = 16, HALF_TILE = 8;
 
-// How the elements of a panel lie. The last two are of HALF_TILE columns and a multiple of 32 rows, what a
-// line of 16-bit elements holds.
+// How the elements of a panel lie. The last two are of HALF_TILE columns and a multiple of 32 rows, what a line of 16-bit
+// elements holds.
 enum class Order {
   tiles,    // [tile][row][TILE or HALF_TILE], a tile beginning at its first column · rows
   turned,   // [row / 8][column][row % 8]

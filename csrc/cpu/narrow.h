@@ -1,7 +1,7 @@
 // W·X and Wᵀ·Y for panels of at most eight columns, where broadcasting every element of W is what takes the time.
 //
-// Vectors lie along W's rows instead: an element of W, straight from memory, meets four columns of the panel. X and Z, which
-// have a row for each of W's columns, are turned for it, or parted.
+// Vectors lie along W's rows instead: an element of W, straight from memory, meets four columns of the panel. X and Z,
+// which have a row for each of W's columns, are turned for it, or parted.
 #pragma once
 
 #include "patch.h"
@@ -43,8 +43,8 @@ inline __attribute__((always_inline)) void add_products(const f32x8* w, const fl
   }
 }
 
-// (row j of eight of Z) += Σᵢ w[i]·y[i][j] for four of them. The products are summed first: one after the other they would
-// lengthen the sum that Z is, and its rounding, ROWS-fold.
+// (row j of eight of Z) += Σᵢ w[i]·y[i][j] for four of them. The products are summed first: one after the other they
+// would lengthen the sum that Z is, and its rounding, ROWS-fold.
 template <int ROWS>
 inline __attribute__((always_inline)) void add_to_rows(const f32x8* w, const f32x8 (*y)[HALF], float* Z) {
 #pragma GCC unroll 4
@@ -56,8 +56,8 @@ inline __attribute__((always_inline)) void add_to_rows(const f32x8* w, const f32
   }
 }
 
-// f(w, offset into a panel) for the vectors of ROWS rows of W, two at a time, over `cols` columns, whole lines of W; what
-// will be read next begins `ahead` elements further.
+// f(w, offset into a panel) for the vectors of ROWS rows of W, two at a time, over `cols` columns, whole lines of W;
+// what will be read next begins `ahead` elements further.
 template <class T, int ROWS, class F>
 inline __attribute__((always_inline)) void for_vectors(const typename T::Scalar* W, int64_t stride, int64_t cols,
                                                        int64_t ahead, const F& f) {
@@ -100,8 +100,8 @@ __attribute__((noinline)) void multiply_rows_narrow(const typename T::Scalar* W,
 
 // `cols` rows of Z += those of Wᵀ·Y that ROWS rows of W and Y make.
 template <class T, int ROWS>
-__attribute__((noinline)) void add_rows_narrow(const typename T::Scalar* W, int64_t stride, const float* Y, int64_t cols,
-                                               float* Z, int64_t ahead) {
+__attribute__((noinline)) void add_rows_narrow(const typename T::Scalar* W, int64_t stride, const float* Y,
+                                               int64_t cols, float* Z, int64_t ahead) {
 #pragma GCC unroll 2
   for (int half = 0; half < COLUMNS; half += HALF) {
     f32x8 y[ROWS][HALF];
@@ -124,8 +124,8 @@ struct Count {
 // time, ROWS of them or what is left one by one, and as many columns as stay in the first cache with their part of a
 // panel. What is no whole line comes with zeros, from a copy.
 template <class T, int ROWS, class F>
-inline __attribute__((always_inline)) void for_rows(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin,
-                                                    int64_t end, const F& f) {
+inline __attribute__((always_inline)) void for_rows(const pissa::Matrix& weight, int64_t row, int64_t rows,
+                                                    int64_t begin, int64_t end, const F& f) {
   typedef typename T::Scalar Scalar;
   constexpr int64_t STEP = LINE / sizeof(Scalar);
   const int64_t stride = weight.row_stride;

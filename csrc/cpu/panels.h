@@ -83,8 +83,8 @@ inline void unpack(const Panel& panel, int64_t begin, int64_t end, const Matrix&
   });
 }
 
-// f(offset, count) for the stretches of memory that hold rows [begin, end), which begin and end with sixteens of them unless
-// they are in tiles.
+// f(offset, count) for the stretches of memory that hold rows [begin, end), which begin and end with sixteens of them
+// unless they are in tiles.
 template <class F>
 inline void for_stretches(const Panel& panel, int64_t begin, int64_t end, const F& f) {
   for (int64_t column = 0; column < panel.columns; column += TILE) {

@@ -76,8 +76,8 @@ struct BFloat16 {
   // the elements 2i + PART: each is the upper half of a float that a pair of them makes, or becomes it
   template <int PART>
   static inline __attribute__((always_inline)) f32x8 part(u32x8 pairs) {
-    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even element of a pair is its lower half");
-    return bits<f32x8>(PART == 0 ? pairs << 16 : pairs & 0xffff0000u);
+    constexpr bool lower_half = (PART == 0) == (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+    return bits<f32x8>(lower_half ? pairs << 16 : pairs & 0xffff0000u);
   }
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) {
     return bits<f32x8>(extend(v) << 16);
@@ -132,8 +132,8 @@ inline f32x8 load_wide(const typename T::Scalar* from, int64_t count) {
   return load_wide<T>(buffer);
 }
 
-// One of the two parts of sixteen elements: where a type's vectors come apart faster than they widen, the even or the odd
-// ones (Order::parted), else the first eight or the last.
+// One of the two parts of sixteen elements: where a type's vectors come apart faster than they widen, the even or the
+// odd ones (Order::parted), else the first eight or the last.
 template <class T, int PART>
 inline __attribute__((always_inline)) f32x8 load_part(const typename T::Scalar* from) {
   if constexpr (T::PARTED) return T::template part<PART>(load<u32x8>(from));
