@@ -36,13 +36,14 @@ class Peak:
     """Context: the most that this process grows meanwhile, on the CPU and on each GPU.
 
     Attributes:
-        extra_bytes: by which the resident set grew at its peak (sampled), plus torch's own peak on each GPU; None where
-            the system does not tell. A GPU's is an upper bound where more had been in use earlier: torch's statistics
-            are the user's and are not reset.
+        extra_bytes: by which the resident set grew at its peak so far (sampled), plus torch's own peak on each GPU;
+            None where the system does not tell. A GPU's is an upper bound where more had been in use earlier: torch's
+            statistics are the user's and are not reset.
     """
 
     def __init__(self) -> None:
-        self.extra_bytes: int | None = None
+        self._resident = 0
+        self._at_end: int | None = None
         self._stop = threading.Event()
         self._highest = 0
         self._thread = threading.Thread(target=self._watch, daemon=True, name="pissa_kernels-peak")
@@ -59,11 +60,17 @@ class Peak:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._resident:
+            self._at_end = self.extra_bytes
             self._stop.set()
             self._thread.join()
-            self._highest = max(self._highest, resident() or 0)
-            on_gpus = (torch.cuda.max_memory_allocated(gpu) - self._before[gpu] for gpu in self._gpus)
-            self.extra_bytes = self._highest - self._resident + sum(on_gpus)
+
+    @property
+    def extra_bytes(self) -> int | None:
+        if not self._resident or self._at_end is not None:
+            return self._at_end
+        self._highest = max(self._highest, resident() or 0)
+        on_gpus = (torch.cuda.max_memory_allocated(gpu) - self._before[gpu] for gpu in self._gpus)
+        return self._highest - self._resident + sum(on_gpus)
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL_SECONDS):

@@ -59,6 +59,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ahead]]:
                 assert not wait([job for _, job in ahead._jobs.values()], PATIENCE).not_done
             return super().adapter()
 
+    monkeypatch.setattr(commands, "may_fork", lambda: True)  # whatever threads the tests run beside
     monkeypatch.setattr(commands, "Ahead", Seen)
     monkeypatch.setattr(commands, "Planner", Slow)
     threads = torch.get_num_threads()
@@ -132,6 +133,17 @@ def test_a_source_that_changes_while_it_is_planned(model: Path, tmp_path: Path) 
         edit_tensor(model, f"{LAYER}.weight", lambda tensor: 2 * tensor)
         init_checkpoint(make_plan(model, tmp_path / "out", OPTIONS), shown=False, ahead=ahead)
         assert ahead.taken == 0
+
+
+def test_the_reported_peak_is_from_its_beginning_on(model: Path, tmp_path: Path) -> None:
+    with Ahead(open_checkpoint(model), OPTIONS, 2) as ahead:
+        passing = torch.ones(64 << 20, dtype=torch.uint8)
+        time.sleep(0.1)
+        del passing
+        plan = make_plan(model, tmp_path / "out", OPTIONS)
+        outcome = init_checkpoint(plan, workers=2, shown=False, ahead=ahead)
+    peak = outcome.report.peak_extra_bytes
+    assert peak is None or peak >= 60 << 20
 
 
 def test_a_weight_that_is_refused_is_left_to_the_plan(

@@ -44,6 +44,11 @@ def test_it_grows() -> None:
         assert int(tensor.sum()) == mib * len(tensor)
 
 
+def test_more_than_the_system_has_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match=str(1 << 60)):
+        Buffer().take((1 << 60,), torch.uint8)
+
+
 def test_tensors_read_one_after_another_are_the_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = {"a": torch.randn(64, 33), "b": torch.randn(700, 300).bfloat16(), "c": torch.randn(5)}

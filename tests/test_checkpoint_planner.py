@@ -7,22 +7,31 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pissa_kernels.checkpoint import commands
 from pissa_kernels.checkpoint import planner as planner_module
 from pissa_kernels.checkpoint.folder import open_checkpoint
 from pissa_kernels.checkpoint.planner import Planner
 from pissa_kernels.checkpoint.targets import Adapter, AdapterOptions, find_targets
 
 from .checkpoints import save, small, tied_llama
-from .refusing import refused
+from .refusing import init, refused
 from .test_checkpoint_refusals import edit_config
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands plan in a process of its own, whatever threads the tests run beside."""
+    monkeypatch.setattr(commands, "may_fork", lambda: True)
 
 
 @pytest.fixture
@@ -100,6 +109,7 @@ def test_any_exception_arrives(
     assert text in str(found)
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_package_that_is_missing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,12 +121,44 @@ def test_a_package_that_is_missing(
     refused(capsys, words, model, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("copied")
 def test_it_is_killed(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner_module, "find_targets", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     words = "error: the process that asks transformers and PEFT has died with exit code -9$"
     refused(capsys, words, model, tmp_path / "out", "--workers", 2)
+
+
+def test_a_process_with_threads_is_not_copied(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copied(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(commands, "Planner", copied)
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        assert not planner_module.may_fork()
+        assert init(model, tmp_path / "out") == 0
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_an_answer_is_enough(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that other packages have left running does not hold up who has the answer."""
+    found = find_targets(open_checkpoint(model), AdapterOptions())
+
+    def leave_a_thread(*_: object) -> Adapter:
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        return found
+
+    monkeypatch.setattr(planner_module, "find_targets", leave_a_thread)
+    monkeypatch.setattr(planner_module, "SECONDS_TO_END", 0.1)
+    began = time.perf_counter()
+    assert asked(model, AdapterOptions()) == found
+    assert time.perf_counter() - began < 30
 
 
 def test_an_interrupt_ends_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

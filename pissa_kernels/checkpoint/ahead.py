@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..decompose import Factors, principal_factors
-from ..memory import resident
+from ..memory import Peak
 from ..ops import WEIGHT_DTYPES
 from ..svd import exact_arithmetic
 from . import buffer
@@ -61,17 +61,17 @@ class Ahead:
         workers: threads of the run, two or more; while the plan is made, all but the one whose core that takes.
 
     Attributes:
-        pool: of these threads. They go over to the run one by one, and no others are needed: each keeps some ten MiB
-            of memory that it has used.
+        pool: of these threads. They go over to the run one by one, and no others are needed: each keeps the memory of
+            its largest weight.
         began: when, by ``time.perf_counter``.
-        resident: bytes of this process that were in memory then, or None.
+        peak: of this process' memory since then.
         taken: the number of weights that were of use.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: AdapterOptions, workers: int) -> None:
         self._checkpoint, self._options = checkpoint, options
         self._fingerprint = checkpoint.fingerprint()
-        self.began, self.resident = time.perf_counter(), resident()
+        self.began, self.peak = time.perf_counter(), Peak()
         self.taken = 0
         self._stopped = False
         # one block, of which the system gives what is written to: small ones that are kept would lie between the
@@ -88,6 +88,7 @@ class Ahead:
 
     def __enter__(self) -> Ahead:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.peak)
             stack.enter_context(exact_arithmetic(torch.device("cpu")))
             stack.callback(torch.set_num_threads, self._threads)  # MKL's number is the process's
             stack.callback(self.pool.shutdown)
@@ -123,15 +124,17 @@ class Ahead:
         return job.result()
 
     def _work(self) -> None:
-        for target, job in self._next:
-            if self._stopped or (parts := self._room(target)) is None:
+        while not self._stopped:
+            with self._lock:
+                target, job = next(self._next, (None, None))
+            if target is None or job is None or (parts := self._room(target)) is None:
                 return
             if not job.set_running_or_notify_cancel():
                 continue
             try:
                 job.set_result(self._decompose(target, parts))
             except BaseException as error:
-                job.set_exception(error)
+                job.set_exception(error.with_traceback(None))  # which would keep the weight
 
     def _decompose(self, target: Target, parts: Sequence[Tensor]) -> Done:
         began = time.perf_counter()

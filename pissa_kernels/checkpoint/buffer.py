@@ -22,7 +22,11 @@ class Buffer(threading.local):
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised CPU tensor; with the same thread's next call it is no longer the caller's."""
+        """An uninitialised CPU tensor; with the same thread's next call it is no longer the caller's.
+
+        Raises:
+            MemoryError: the system does not have as much.
+        """
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         if nbytes > len(self._memory):
             self._memory = torch.empty(0, dtype=torch.uint8)  # releases the old before the new is there
@@ -33,7 +37,10 @@ class Buffer(threading.local):
 def _in_large_pages(nbytes: int) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system than Linux
         return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes: {error}") from None
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

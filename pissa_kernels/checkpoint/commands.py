@@ -17,7 +17,7 @@ from ..report.tables import text_table
 from .ahead import Ahead
 from .init import begins, init_checkpoint
 from .plan import Plan, lay_plan, make_plan, open_source
-from .planner import Planner, quiet_transformers
+from .planner import Planner, may_fork, quiet_transformers
 from .targets import AdapterOptions
 from .verify import verify_checkpoint
 
@@ -85,12 +85,9 @@ def _run_init(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _planned(arguments: argparse.Namespace, options: AdapterOptions) -> Iterator[tuple[Plan, Ahead | None]]:
     """The plan, and what the cores that its making leaves idle have decomposed meanwhile."""
-    import multiprocessing
-
     import torch
 
-    may_fork = not multiprocessing.current_process().daemon  # as this one may be a pool's, where a program calls main
-    if arguments.device != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1" or not may_fork:
+    if arguments.device != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1" or not may_fork():
         quiet_transformers()
         yield make_plan(arguments.model, arguments.out, options, arguments.device), None
         return

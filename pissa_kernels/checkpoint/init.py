@@ -87,7 +87,8 @@ def init_checkpoint(
         if any(ranks.gather(finished)):
             return Outcome(Report.read(plan.out / REPORT), 0, len(plan.items))
         began = time.perf_counter() if ahead is None else ahead.began
-        with ranks.together(), Peak(None if ahead is None else ahead.resident) as peak:
+        peak = Peak() if ahead is None else ahead.peak
+        with ranks.together(), peak if ahead is None else contextlib.nullcontext():
             kept = _work(plan, staging, ranks, workers, on_tensor, shown, ahead)
         kept = sum(ranks.gather(kept))
         with ranks.together():

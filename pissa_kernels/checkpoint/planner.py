@@ -1,4 +1,4 @@
-"""Finding the targets in a process of its own: transformers and PEFT are imported there, and never here.
+"""Finding the targets in a process of its own: transformers and PEFT are imported there, and not here.
 
 They take seconds of one core to import. In another process that holds up nobody: this one has its interpreter to itself
 for :mod:`pissa_kernels.checkpoint.ahead`, and stays as small as torch.
@@ -13,6 +13,7 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 
 from .folder import Checkpoint
 from .targets import Adapter, AdapterOptions, find_targets
+
+SECONDS_TO_END = 5
 
 
 class Planner:
@@ -64,11 +67,20 @@ class Planner:
             raise RuntimeError(
                 f"the process that asks transformers and PEFT has died with exit code {self._process.exitcode}"
             ) from None
-        self._process.join()  # what it took of the processor is counted from here on
+        # what it took of the processor is counted from here on; whatever else may keep it is not waited for
+        self._process.join(SECONDS_TO_END)
         if isinstance(answer, Exception):
             raise answer from RuntimeError(f"in the process that asks transformers and PEFT:\n{trace}")
         found: Adapter = answer
         return found
+
+
+def may_fork() -> bool:
+    """Whether this process can be copied: it may have children, and no thread's lock would be found taken in the copy.
+
+    So it is in the command; a program that calls the command's ``main`` may be anything.
+    """
+    return threading.active_count() == 1 and not multiprocessing.current_process().daemon
 
 
 def quiet_transformers() -> None:

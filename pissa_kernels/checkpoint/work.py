@@ -187,8 +187,8 @@ def chunks(descriptor: int, entry: Entry) -> Iterator[memoryview]:
     Raises:
         OSError: the file ends first.
     """
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.nbytes)))
+    memory = memoryview(bytearray(min(CHUNK_BYTES, entry.nbytes)))
     for start in range(entry.start, entry.stop, CHUNK_BYTES):
-        chunk = buffer[: min(CHUNK_BYTES, entry.stop - start)]
+        chunk = memory[: min(CHUNK_BYTES, entry.stop - start)]
         read_into(descriptor, chunk, start)
         yield chunk
