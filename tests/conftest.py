@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +24,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is visible to torch"))
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint, not to be written to."""
+    from .checkpoints import small
+
+    return small(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path) -> Path:
+    """A checkpoint to spoil, in a folder of its own."""
+    return Path(shutil.copytree(pristine, tmp_path / "source" / "model"))

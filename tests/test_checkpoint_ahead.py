@@ -15,6 +15,7 @@ import torch
 
 from pissa_kernels.checkpoint import ahead as ahead_module
 from pissa_kernels.checkpoint import commands
+from pissa_kernels.checkpoint import targets as targets_module
 from pissa_kernels.checkpoint.ahead import Ahead
 from pissa_kernels.checkpoint.folder import open_checkpoint
 from pissa_kernels.checkpoint.init import begins, init_checkpoint
@@ -30,17 +31,6 @@ from .refusing import LAYER, edit_tensor, init, refused
 
 OPTIONS = AdapterOptions(rank=4)
 PATIENCE = 60.0
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture
-def model(pristine: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil, in a folder of its own."""
-    return Path(shutil.copytree(pristine, tmp_path / "source" / "model"))
 
 
 @pytest.fixture
@@ -169,7 +159,7 @@ def test_one_under_way_is_waited_for_and_no_other_begun(
         assert go_on.wait(PATIENCE)
         return principal_factors(*arguments, **options)
 
-    monkeypatch.setattr(ahead_module, "principal_factors", slow)
+    monkeypatch.setattr(targets_module, "principal_factors", slow)
     plan = make_plan(model, tmp_path / "out", OPTIONS)
     first, *rest = (item.target for item in plan.items if item.target is not None)
     with Ahead(plan.checkpoint, OPTIONS, 2) as ahead:
@@ -197,8 +187,9 @@ def test_seconds_are_counted_from_the_beginning(
         time.sleep(0.1)
         return principal_factors(*arguments, **options)
 
-    monkeypatch.setattr(ahead_module, "principal_factors", slow)
+    monkeypatch.setattr(targets_module, "principal_factors", slow)
     assert init(model, tmp_path / "out", "--workers", 2) == 0
+    assert seen[0].taken == 7, "none was slow in the run itself"
     assert all(layer["seconds"] >= 0.1 for layer in layers(tmp_path / "out"))
     total = float(capsys.readouterr().out.partition(" s in layers, ")[2].split()[0])
     assert total >= 0.7

@@ -16,20 +16,8 @@ import torch
 
 from pissa_kernels.checkpoint import init as init_module
 
-from .checkpoints import small, witness
+from .checkpoints import witness
 from .refusing import LAYER, edit_tensor, init, refused, shard_of
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture
-def model(pristine: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil, in a folder of its own."""
-    return Path(shutil.copytree(pristine, tmp_path / "source" / "model"))
-
 
 # What is there already
 

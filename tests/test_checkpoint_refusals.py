@@ -12,20 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .checkpoints import save, small, tied_llama
+from .checkpoints import save, tied_llama
 from .models import build
 from .refusing import INDEX, LAYER, edit_tensor, refused, shard_of
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture
-def model(pristine: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil, in a folder of its own."""
-    return Path(shutil.copytree(pristine, tmp_path / "source" / "model"))
 
 
 def edit_index(model: Path, change: Callable[[dict[str, str]], object]) -> None:

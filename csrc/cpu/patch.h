@@ -9,6 +9,7 @@ namespace {
 using pissa::cpu::BAND;
 using pissa::cpu::Panel;
 using pissa::cpu::SPAN;
+using pissa::cpu::STRIPE;
 
 constexpr int64_t LINE = 64;
 
@@ -33,19 +34,19 @@ inline void widen(const pissa::Matrix& weight, int64_t row, int64_t col, int64_t
   }
 }
 
-// f(piece of a patch, its first column) for pieces of `width` columns of W's rows [row, row + rows), at most BAND. What
+// f(piece of a patch, its first column) for pieces of STRIPE columns of W's rows [row, row + rows), at most BAND. What
 // the next patch needs is asked for between the pieces: its short rows are not what a CPU foresees by itself. It comes to
 // the second cache, because in the first the rows of a weight whose width is a power of two evict each other.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_patches(const pissa::Matrix& weight, int64_t row, int64_t rows,
-                                                       int64_t begin, int64_t end, int64_t width, const F& f) {
+                                                       int64_t begin, int64_t end, const F& f) {
   constexpr int64_t BYTES = sizeof(typename T::Scalar);
   alignas(LINE) float patch[BAND * SPAN];
   for (int64_t col = begin; col < end; col += SPAN) {
     const int64_t cols = smaller(end - col, SPAN);
     widen<T>(weight, row, col, rows, cols, rows, SPAN, SPAN, patch);
-    for (int64_t j = 0; j < cols; j += width) {
-      for (int64_t i = rows * j / SPAN; cols == SPAN && i < rows * (j + width) / SPAN; ++i) {
+    for (int64_t j = 0; j < cols; j += STRIPE) {
+      for (int64_t i = rows * j / SPAN; cols == SPAN && i < rows * (j + STRIPE) / SPAN; ++i) {
         const char* next = static_cast<const char*>(weight.data) + ((row + i) * weight.row_stride + col + SPAN) * BYTES;
         for (int64_t line = 0; line < SPAN * BYTES; line += LINE) __builtin_prefetch(next + line, 0, 2);
       }

@@ -9,7 +9,6 @@
 namespace {
 
 using pissa::cpu::Order;
-using pissa::cpu::STRIPE;
 using pissa::cpu::TILE;
 
 // Products that are summed before their sum joins the total: rounding grows with the length of a run.
@@ -75,7 +74,7 @@ template <class T>
 void multiply_adjoint(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                       const Panel& Y, int64_t Y_row, const Panel& Z) {
   if (Z.order != Order::tiles) return multiply_adjoint_narrow<T>(weight, row, rows, begin, end, Y, Y_row, Z);
-  for_patches<T>(weight, row, rows, begin, end, STRIPE, [&](const float* patch, int64_t col) {
+  for_patches<T>(weight, row, rows, begin, end, [&](const float* patch, int64_t col) {
     multiply_stripe<1, SPAN>(patch, Y, Y_row, rows, Z, col);
   });
 }

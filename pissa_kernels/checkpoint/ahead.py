@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decompose import Factors, principal_factors
+from ..decompose import Factors
 from ..memory import Peak
 from ..ops import WEIGHT_DTYPES
 from ..svd import exact_arithmetic
@@ -143,14 +143,7 @@ class Ahead:
             weight = read_tensor(descriptor, target.entry, buffer.weights)
         finally:
             os.close(descriptor)
-        found = principal_factors(
-            weight,
-            target.rank,
-            scaling=target.scaling,
-            init=self._options.init,
-            fan_in_fan_out=target.transposed,
-            seed=self._options.seed,
-        )
+        found = target.factors(weight, self._options)
         A, B, S = (
             part.copy_(whole)
             for part, whole in zip(parts, (found.lora_A, found.lora_B, found.singular_values), strict=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_rank, check_scaling, parse_init
+from ..decompose import Factors, principal_factors
 from ..ops import WEIGHT_DTYPES
 from ..seams import in_scope
 from ..verify import lora_layers
@@ -81,6 +82,22 @@ class Target:
         dtype = self.entry.torch_dtype
         assert dtype is not None  # find_targets refuses others
         return dtype
+
+    def factors(self, weight: Tensor, options: AdapterOptions) -> Factors:
+        """A and B of its weight: the same bits, whoever asks, on as many threads.
+
+        Raises:
+            ValueError: the weight's values are refused, with the layer's name.
+        """
+        return principal_factors(
+            weight,
+            self.rank,
+            scaling=self.scaling,
+            init=options.init,
+            fan_in_fan_out=self.transposed,
+            seed=options.seed,
+            where=f"the weight of layer {self.name!r}",
+        )
 
     @property
     def keys(self) -> tuple[str, str]:

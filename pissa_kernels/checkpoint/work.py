@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..decompose import principal_factors
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from ..svd import exact_arithmetic
@@ -119,22 +118,10 @@ class Worker:
     def _decompose(self, item: Item, target: Target) -> Record:
         known = self._ahead.take(target) if self._ahead is not None else None
         began = time.perf_counter() - (known.seconds if known else 0.0)
-        options, where = self.plan.options, f"the weight of layer {target.name!r}"
+        options = self.plan.options
         weight = read_tensor(self._sources[item.shard], item.entry, buffer.weights).to(self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            factors = (
-                known.widened()
-                if known
-                else principal_factors(
-                    weight,
-                    target.rank,
-                    scaling=target.scaling,
-                    init=options.init,
-                    fan_in_fan_out=target.transposed,
-                    seed=options.seed,
-                    where=where,
-                )
-            )
+            factors = known.widened() if known else target.factors(weight, options)
             with exact_arithmetic(self.device):
                 ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.scaling, target.transposed)
             written: dict[str, str] = {}
