@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pissa_kernels.checkpoint.buffer import Buffer
+from pissa_kernels.checkpoint.buffer import BLOCK, Buffer
 from pissa_kernels.checkpoint.layout import read_layout, read_tensor
 
 
@@ -37,6 +37,19 @@ def test_a_thread_has_one_memory_and_no_other_threads() -> None:
     assert bool((other == 1).all())
 
 
+@pytest.mark.parametrize("at", [0, 2, 8, BLOCK - 2, BLOCK, 7 * BLOCK + 1000])
+def test_it_lies_in_a_block_as_in_the_file(at: int) -> None:
+    buffer = Buffer()
+    for length in (1, BLOCK, 3 * BLOCK):  # the memory grows, and is kept
+        tensor = buffer.take((length,), torch.bfloat16, at)
+        assert (tensor.data_ptr() - at) % BLOCK == 0
+        assert int(tensor.fill_(1).sum()) == length
+
+
+def test_elements_are_aligned_whatever_the_file_does() -> None:
+    assert Buffer().take((5,), torch.float32, at=1002).data_ptr() % 4 == 0
+
+
 def test_it_grows() -> None:
     buffer = Buffer()
     for mib in (1, 9, 33):
@@ -45,7 +58,7 @@ def test_it_grows() -> None:
 
 
 def test_more_than_the_system_has_is_a_memory_error() -> None:
-    with pytest.raises(MemoryError, match=str(1 << 60)):
+    with pytest.raises(MemoryError, match=f"{(1 << 60) + BLOCK} bytes: "):
         Buffer().take((1 << 60,), torch.uint8)
 
 

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# What goes past the system's cache begins and ends with these, in memory and in the file: disks have blocks of at most
+# 4096 bytes, and the cache has whole pages.
+BLOCK = max(4096, mmap.PAGESIZE)
+
 
 class Buffer(threading.local):
     """Each thread's own: grown to its largest tensor, released with the thread.
@@ -21,17 +25,23 @@ class Buffer(threading.local):
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def take(self, shape: Sequence[int], dtype: torch.dtype, at: int = 0) -> Tensor:
         """An uninitialised CPU tensor; with the same thread's next call it is no longer the caller's.
+
+        Args:
+            shape, dtype: of the tensor.
+            at: where it begins in a file: there and in memory it will be as far from a block's beginning, unless the
+                dtype's elements may not begin there.
 
         Raises:
             MemoryError: the system does not have as much.
         """
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if nbytes > len(self._memory):
+        place = at % BLOCK if at % dtype.itemsize == 0 else 0
+        if place + nbytes > len(self._memory):
             self._memory = torch.empty(0, dtype=torch.uint8)  # releases the old before the new is there
-            self._memory = _in_large_pages(nbytes)
-        return self._memory[:nbytes].view(dtype).view(torch.Size(shape))
+            self._memory = _in_large_pages(nbytes + BLOCK)
+        return self._memory[place : place + nbytes].view(dtype).view(torch.Size(shape))
 
 
 def _in_large_pages(nbytes: int) -> Tensor:

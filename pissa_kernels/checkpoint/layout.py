@@ -143,7 +143,7 @@ def read_tensor(descriptor: int, entry: Entry, buffer: Buffer | None = None) -> 
     dtype = entry.torch_dtype
     if dtype is None:
         raise TypeError(f"tensor {entry.name!r} is {entry.dtype}, which is not read here")
-    tensor = torch.empty(entry.shape, dtype=dtype) if buffer is None else buffer.take(entry.shape, dtype)
+    tensor = torch.empty(entry.shape, dtype=dtype) if buffer is None else buffer.take(entry.shape, dtype, entry.start)
     read_into(descriptor, bytes_of(tensor), entry.start)
     return tensor
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from ..report.layer import layer_to_dict
 from ..svd import exact_arithmetic
 from . import buffer
 from .ahead import Ahead
-from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of, write_at
+from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of
+from .output import Output
 from .plan import ADAPTER_WEIGHTS, Item, Plan
 from .targets import Target
 
 CHUNK_BYTES = 4 << 20
 # What a core keeps at hand between writing and digesting.
 CACHED_BYTES = 1 << 18
-# Written bytes that may wait for the system to bring them to the disk by itself.
+# Bytes that take the disk longer to write than it takes to ask another thread for it.
+LARGE_BYTES = 1 << 20
+# Written bytes that may wait in the system's cache for it to bring them to the disk by itself.
 UNWRITTEN_BYTES = 64 << 20
 
 Record = dict[str, Any]
@@ -46,7 +51,7 @@ class Worker:
         self.plan, self.device = plan, device
         self._ahead = ahead
         self._sources: dict[str, int] = {}
-        self._results: dict[str, int] = {}
+        self._results: dict[str, Output] = {}
         self._out = out
         self._written = 0
         self._closing = threading.Event()
@@ -55,7 +60,8 @@ class Worker:
         for name in self.plan.layouts:
             if name in self.plan.checkpoint.shards:
                 self._sources[name] = os.open(self.plan.checkpoint.folder / name, os.O_RDONLY)
-            self._results[name] = os.open(self._out / name, os.O_RDWR)
+            self._results[name] = Output(self._out / name)
+        self._writers = ThreadPoolExecutor(thread_name_prefix="pissa_kernels-write")
         # the disk writes what is done while the next weights are computed, and not all of it at the end
         self._flusher = threading.Thread(target=self._flush, name="pissa_kernels-flush", daemon=True)
         self._flusher.start()
@@ -64,8 +70,11 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
         self._flusher.join()
-        for descriptor in (*self._sources.values(), *self._results.values()):
+        self._writers.shutdown()
+        for descriptor in self._sources.values():
             os.close(descriptor)
+        for output in self._results.values():
+            output.close()
 
     def will_need(self, item: Item) -> None:
         """Let the system read an item's bytes ahead."""
@@ -99,21 +108,16 @@ class Worker:
         except (KeyError, AttributeError, TypeError):
             return False
         return all(
-            sha256_of(chunks(self._results[name], entry)) == digest
+            sha256_of(chunks(self._results[name].descriptor, entry)) == digest
             for (name, entry), digest in zip(entries, digests, strict=True)
         )
 
     def _copy(self, item: Item) -> str:
-        at = item.entry.start
-
-        def copied() -> Iterator[memoryview]:
-            nonlocal at
-            for chunk in chunks(self._sources[item.shard], item.entry):
-                self._write(item.shard, chunk, at)
-                at += len(chunk)
-                yield chunk
-
-        return sha256_of(copied())
+        at, digest = item.entry.start, hashlib.sha256()
+        for chunk in chunks(self._sources[item.shard], item.entry):
+            self._write(self._results[item.shard], chunk, at, digest)
+            at += len(chunk)
+        return digest.hexdigest()
 
     def _decompose(self, item: Item, target: Target) -> Record:
         known = self._ahead.take(target) if self._ahead is not None else None
@@ -143,28 +147,33 @@ class Worker:
         return {"sha256": residual, "adapter": written, "layer": layer_to_dict(report)}
 
     def _store(self, name: str, entry: Entry, tensor: Tensor) -> str:
-        data = bytes_of(tensor.to("cpu", entry.torch_dtype).contiguous())
+        digest = hashlib.sha256()
+        self._write(
+            self._results[name], bytes_of(tensor.to("cpu", entry.torch_dtype).contiguous()), entry.start, digest
+        )
+        return digest.hexdigest()
 
-        def stored() -> Iterator[memoryview]:
-            # written and digested a little at a time, while it is in the cache
-            for start in range(0, len(data), CACHED_BYTES):
-                chunk = data[start : start + CACHED_BYTES]
-                self._write(name, chunk, entry.start + start)
-                yield chunk
-
-        return sha256_of(stored())
-
-    def _write(self, name: str, data: memoryview, at: int) -> None:
-        write_at(self._results[name], data, at)
+    def _write(self, output: Output, data: memoryview, at: int, digest: hashlib._Hash) -> None:
+        if len(data) >= LARGE_BYTES and output.takes(data, at):
+            written = self._writers.submit(output.write, data, at)
+            try:
+                digest.update(data)  # while the disk takes it
+            finally:
+                written.result()  # the memory is the next tensor's
+            return
+        for start in range(0, len(data), CACHED_BYTES):  # while it is in the core's cache
+            part = data[start : start + CACHED_BYTES]
+            output.write(part, at + start)
+            digest.update(part)
         self._written += len(data)  # a lost update costs nothing but a later flush
 
     def _flush(self) -> None:
         flushed = 0
         while not self._closing.wait(0.2):
             if (written := self._written) - flushed >= UNWRITTEN_BYTES:
-                for descriptor in self._results.values():
+                for output in self._results.values():
                     with contextlib.suppress(OSError):  # met again by the sync at the end
-                        os.fdatasync(descriptor)
+                        os.fdatasync(output.descriptor)
                 flushed = written
 
 
@@ -174,8 +183,11 @@ def chunks(descriptor: int, entry: Entry) -> Iterator[memoryview]:
     Raises:
         OSError: the file ends first.
     """
-    memory = memoryview(bytearray(min(CHUNK_BYTES, entry.nbytes)))
-    for start in range(entry.start, entry.stop, CHUNK_BYTES):
-        chunk = memory[: min(CHUNK_BYTES, entry.stop - start)]
+    memory, start = buffer.Buffer(), entry.start
+    memory.take((min(CHUNK_BYTES, entry.nbytes),), torch.uint8)  # at once what the largest needs
+    while start < entry.stop:
+        stop = min(entry.stop, start // CHUNK_BYTES * CHUNK_BYTES + CHUNK_BYTES)
+        chunk = bytes_of(memory.take((stop - start,), torch.uint8, start))
         read_into(descriptor, chunk, start)
         yield chunk
+        start = stop
