@@ -164,23 +164,22 @@ def _assembled(ptx: str) -> tuple[int, int]:
     return _number(r"Used (\d+) registers", done.stderr), _spills(done.stderr)
 
 
-def cuda_reports() -> Iterator[Report]:
-    """The kernels of csrc/cuda, each for every NVIDIA target."""
+def cuda_reports(job: tuple[Path, str]) -> list[Report]:
+    """The kernels of a file of csrc/cuda, for a target."""
     from torch.utils.cpp_extension import include_paths
 
-    includes = [f"-I{path}" for path in include_paths()]
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        for target in NVIDIA:
-            with tempfile.TemporaryDirectory() as temporary:
-                out = Path(temporary) / "kernel.cubin"
-                command = ["nvcc", "-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-                command += [*includes, f"-arch={target}", "-cubin", "-Xptxas", "-v", str(source), "-o", str(out)]
-                began = time.perf_counter()
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                seconds = time.perf_counter() - began
-                disassembler = triton.knobs.nvidia.cuobjdump.path  # Triton brings one
-                sass = subprocess.run([disassembler, "-sass", str(out)], capture_output=True, text=True, check=True)
-            yield from _cuda_report(source.name, target, done.stderr, sass.stdout, seconds)
+    source, target = job
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "kernel.cubin"
+        command = ["nvcc", "-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        command += [f"-I{path}" for path in include_paths()]
+        command += [f"-arch={target}", "-cubin", "-Xptxas", "-v", str(source), "-o", str(out)]
+        began = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = time.perf_counter() - began
+        disassembler = triton.knobs.nvidia.cuobjdump.path  # Triton brings one
+        sass = subprocess.run([disassembler, "-sass", str(out)], capture_output=True, text=True, check=True)
+    return list(_cuda_report(source.name, target, done.stderr, sass.stdout, seconds))
 
 
 def _cuda_report(file: str, target: str, log: str, sass: str, seconds: float) -> Iterator[Report]:
@@ -238,13 +237,15 @@ def main() -> int:
         if re.search(arguments.only, variant.name)
         for target in arguments.targets
     ]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(_report_job, jobs))
-    if shutil.which("nvcc"):
-        wanted = (report for report in cuda_reports() if report.target in arguments.targets)
-        reports += [report for report in wanted if re.search(arguments.only, report.kernel)]
-    else:
+    files = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if not shutil.which("nvcc"):
+        files = []
         print("nvcc is not on the PATH: csrc/cuda is left out", file=sys.stderr)
+    cuda_jobs = [(file, target) for file in files for target in arguments.targets if target in NVIDIA]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        triton_reports, cuda = pool.map(_report_job, jobs), pool.map(cuda_reports, cuda_jobs)
+        found = [report for group in cuda for report in group]
+        reports = [*triton_reports, *(report for report in found if re.search(arguments.only, report.kernel))]
     headers = ("kernel", "target", "registers", "spilled bytes", "shared bytes", "16-byte loads", "stores", "seconds")
     lines = [tuple(vars(report).values()) for report in reports]
     print(tabulate(lines, headers, floatfmt=".1f"))

@@ -51,7 +51,7 @@ class Certificate:
             within √2·max ρ of W. Measured in float32, with that measurement's own rounding added.
         converged: the energy deficit, estimated from the residuals, is below the tolerance, or a dense method answered.
             Where singular values cluster across index r the estimate may be short by a factor of two or three, at
-            tolerances between 1e-5 and 1e-3 by one of ten: half a dozen values within 3 % suffice there.
+            tolerances between 1e-5 and 1e-3 by one of ten: half a dozen values within 1 % suffice there.
         method: "krylov" or "chebyshev", or "gram" and "svd" for the two dense ones.
     """
 
