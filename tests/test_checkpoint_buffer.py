@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pissa_kernels.checkpoint.buffer import BLOCK, Buffer
+from pissa_kernels.checkpoint.buffer import BLOCK, LARGE_PAGE, Buffer
 from pissa_kernels.checkpoint.layout import read_layout, read_tensor
 
 
@@ -46,6 +46,16 @@ def test_it_lies_in_a_block_as_in_the_file(at: int) -> None:
         assert int(tensor.fill_(1).sum()) == length
 
 
+def test_memory_is_whole_large_pages() -> None:
+    """Else the system does not align it to any."""
+    buffer = Buffer()
+    buffer.take((LARGE_PAGE,), torch.uint8)
+    assert len(buffer._memory) == 2 * LARGE_PAGE
+    buffer.take((100,), torch.uint8)
+    assert len(buffer._memory) == 2 * LARGE_PAGE
+    assert len(Buffer().take((100,), torch.uint8)) == 100
+
+
 def test_elements_are_aligned_whatever_the_file_does() -> None:
     assert Buffer().take((5,), torch.float32, at=1002).data_ptr() % 4 == 0
 
@@ -58,7 +68,7 @@ def test_it_grows() -> None:
 
 
 def test_more_than_the_system_has_is_a_memory_error() -> None:
-    with pytest.raises(MemoryError, match=f"{(1 << 60) + BLOCK} bytes: "):
+    with pytest.raises(MemoryError, match=f"{(1 << 60) + LARGE_PAGE} bytes: "):
         Buffer().take((1 << 60,), torch.uint8)
 
 

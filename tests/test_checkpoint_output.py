@@ -6,17 +6,28 @@ import errno
 import itertools
 import mmap
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from pissa_kernels.checkpoint import output as module
+from pissa_kernels.checkpoint import work
 from pissa_kernels.checkpoint.buffer import BLOCK
+from pissa_kernels.checkpoint.init import init_checkpoint
 from pissa_kernels.checkpoint.output import Output
+from pissa_kernels.checkpoint.plan import Plan, make_plan
+from pissa_kernels.checkpoint.staging import Staging
+from pissa_kernels.checkpoint.targets import AdapterOptions
+from pissa_kernels.checkpoint.verify import verify_checkpoint
+
+from .checkpoints import save
+from .models import build
 
 SIZE = 40 * BLOCK + 77
 
@@ -36,12 +47,17 @@ def memory(length: int, place: int, seed: int = 0) -> memoryview:
     return lying
 
 
-def goes_direct(path: Path) -> bool:
-    output = Output(path)
-    try:
-        return output.takes(memory(4 * BLOCK, 0), 0)
-    finally:
-        output.close()
+@pytest.fixture
+def direct(file: Path) -> Path:
+    """The file, on a file system that writes past its cache."""
+    output, data = Output(file), memory(4 * BLOCK, 0)
+    output.write(data, 0)
+    went = output.takes(data, 0)  # it may have been refused
+    output.close()
+    file.write_bytes(b"\x01" * SIZE)
+    if not went:
+        pytest.skip("this file system writes through its cache alone")
+    return file
 
 
 @hypothesis.given(
@@ -79,11 +95,9 @@ def test_neighbours_are_written_at_once(file: Path) -> None:
         file.write_bytes(b"\x01" * SIZE)
 
 
-def test_what_lies_alike_leaves_nothing_in_the_cache(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not goes_direct(file):
-        pytest.skip("this file system writes through its cache alone")
+def test_whole_blocks_go_past_the_cache(direct: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[bool, int, int]] = []
-    output = Output(file)
+    output = Output(direct)
 
     def noted(descriptor: int, data: memoryview, at: int) -> None:
         calls.append((descriptor == output.descriptor, at, at + len(data)))
@@ -99,11 +113,9 @@ def test_what_lies_alike_leaves_nothing_in_the_cache(file: Path, monkeypatch: py
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
 def test_a_system_that_refuses_gets_it_through_its_cache(
-    code: int, file: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, direct: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not goes_direct(file):
-        pytest.skip("this file system writes through its cache alone")
-    output, asked = Output(file), []
+    output, asked = Output(direct), []
 
     def refusing(descriptor: int, data: memoryview, at: int) -> None:
         if descriptor != output.descriptor:
@@ -116,22 +128,24 @@ def test_a_system_that_refuses_gets_it_through_its_cache(
     output.write(data, 0)
     output.write(data, 0)
     output.close()
-    assert file.read_bytes() == data
+    assert direct.read_bytes() == data
     assert asked == [0], "it is asked once"
 
 
-def test_a_full_disk_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_full_disk_is_told(direct: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(direct)
+
+    def full(descriptor: int, *_: object) -> None:
+        if descriptor != output.descriptor:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "write_at", full)
-    output = Output(file)
     with pytest.raises(OSError, match="No space left"):
         output.write(memory(4 * BLOCK, 0), 0)
     output.close()
 
 
-def test_a_file_system_in_memory_takes_it(file: Path) -> None:
+def test_a_file_system_in_memory_takes_it() -> None:
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         pytest.skip("no file system in memory")
@@ -145,3 +159,80 @@ def test_a_file_system_in_memory_takes_it(file: Path) -> None:
         assert path.read_bytes() == data
     finally:
         path.unlink()
+
+
+def test_no_more_open_files_is_no_failure(direct: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(direct)
+    monkeypatch.setattr(module.os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+    data = memory(SIZE, 0)
+    output.write(data, 0)
+    output.close()
+    assert direct.read_bytes() == data
+
+
+# What a run does with it
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A checkpoint whose every weight is a large one."""
+    monkeypatch.setattr(work, "LARGE_BYTES", 2 * BLOCK)
+    model = save(build("llama", torch.bfloat16, width=64, layers=2), tmp_path / "model", shard="300KB")
+    return make_plan(model, tmp_path / "out", AdapterOptions(rank=4))
+
+
+def test_memory_is_kept_until_it_is_written(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the slowest of disks the next weight would be read over it."""
+    wrote, write = [], Output.write
+
+    def slowly(output: Output, data: memoryview, at: int) -> None:
+        time.sleep(0.02)
+        write(output, data, at)
+        wrote.append(len(data))
+
+    monkeypatch.setattr(Output, "takes", lambda output, data, at: True)
+    monkeypatch.setattr(Output, "write", slowly)
+    init_checkpoint(planned, workers=2, shown=False)
+    assert len(wrote) > 8
+    assert verify_checkpoint(planned.checkpoint.folder, planned.out, shown=False).holds
+
+
+def test_a_write_that_fails_ends_the_run(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "takes", lambda *_: True)
+        patch.setattr(Output, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            init_checkpoint(planned, workers=2, shown=False)
+    assert not planned.out.exists()
+    init_checkpoint(planned, workers=2, shown=False, resume=True)
+    assert verify_checkpoint(planned.checkpoint.folder, planned.out, shown=False).holds
+
+
+def test_what_the_flusher_hears_is_not_lost(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system tells once that it could not bring something to the disk."""
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(work, "UNWRITTEN_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(work.os, "fdatasync", broken)
+        patch.setattr(work.Worker, "run", lambda *_, run=work.Worker.run: (run(*_), time.sleep(0.3))[0])
+        with pytest.raises(OSError, match=r"Input/output error: '.*\.safetensors'"):
+            init_checkpoint(planned, workers=2, shown=False)
+    assert not planned.out.exists()
+
+
+def test_files_that_cannot_be_opened_leave_none_open(planned: Plan) -> None:
+    staging = Staging(planned.out)
+    staging.folder.mkdir()
+    staging.begin(planned, replace=False)
+    last = list(planned.layouts)[-1]
+    (staging.out / last).unlink()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError), work.Worker(planned, staging.out, torch.device("cpu")):
+        pass
+    assert sorted(os.listdir("/proc/self/fd")) == before

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What goes past the system's cache begins and ends with these, in memory and in the file: disks have blocks of at most
-# 4096 bytes, and the cache has whole pages.
+# What goes past the system's cache begins and ends with these, in memory and in the file: few disks have larger blocks
+# than 4096 bytes, and the cache has whole pages.
 BLOCK = max(4096, mmap.PAGESIZE)
+# What memory in large pages is a multiple of: else the system lets it begin anywhere, and its ends are small pages.
+LARGE_PAGE = 2 << 20
 
 
 class Buffer(threading.local):
@@ -30,8 +32,8 @@ class Buffer(threading.local):
 
         Args:
             shape, dtype: of the tensor.
-            at: where it begins in a file: there and in memory it will be as far from a block's beginning, unless the
-                dtype's elements may not begin there.
+            at: where it begins in a file. In memory it is as far from a block's beginning as there, unless the dtype's
+                elements may not begin there, or the system is none with large pages.
 
         Raises:
             MemoryError: the system does not have as much.
@@ -47,6 +49,8 @@ class Buffer(threading.local):
 def _in_large_pages(nbytes: int) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system than Linux
         return torch.empty(nbytes, dtype=torch.uint8)
+    if nbytes >= LARGE_PAGE:
+        nbytes = -(-nbytes // LARGE_PAGE) * LARGE_PAGE
     try:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

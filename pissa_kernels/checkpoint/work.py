@@ -21,7 +21,7 @@ from ..report.layer import layer_to_dict
 from ..svd import exact_arithmetic
 from . import buffer
 from .ahead import Ahead
-from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of
+from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of, write_at
 from .output import Output
 from .plan import ADAPTER_WEIGHTS, Item, Plan
 from .targets import Target
@@ -54,14 +54,19 @@ class Worker:
         self._results: dict[str, Output] = {}
         self._out = out
         self._written = 0
+        self._unflushed: OSError | None = None
         self._closing = threading.Event()
 
     def __enter__(self) -> Worker:
-        for name in self.plan.layouts:
-            if name in self.plan.checkpoint.shards:
-                self._sources[name] = os.open(self.plan.checkpoint.folder / name, os.O_RDONLY)
-            self._results[name] = Output(self._out / name)
-        self._writers = ThreadPoolExecutor(thread_name_prefix="pissa_kernels-write")
+        with contextlib.ExitStack() as stack:
+            for name in self.plan.layouts:
+                if name in self.plan.checkpoint.shards:
+                    self._sources[name] = os.open(self.plan.checkpoint.folder / name, os.O_RDONLY)
+                    stack.callback(os.close, self._sources[name])
+                self._results[name] = Output(self._out / name)
+                stack.callback(self._results[name].close)
+            self._writers = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="pissa_kernels-write"))
+            self._opened = stack.pop_all()
         # the disk writes what is done while the next weights are computed, and not all of it at the end
         self._flusher = threading.Thread(target=self._flush, name="pissa_kernels-flush", daemon=True)
         self._flusher.start()
@@ -70,11 +75,9 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
         self._flusher.join()
-        self._writers.shutdown()
-        for descriptor in self._sources.values():
-            os.close(descriptor)
-        for output in self._results.values():
-            output.close()
+        self._opened.close()
+        if self._unflushed is not None and exception[0] is None:
+            raise self._unflushed
 
     def will_need(self, item: Item) -> None:
         """Let the system read an item's bytes ahead."""
@@ -147,13 +150,16 @@ class Worker:
         return {"sha256": residual, "adapter": written, "layer": layer_to_dict(report)}
 
     def _store(self, name: str, entry: Entry, tensor: Tensor) -> str:
+        if tensor.device.type == "cpu":
+            tensor = tensor.to(entry.torch_dtype).contiguous()
+        else:  # to where the weight was: it lies there as in the file
+            tensor = buffer.weights.take(entry.shape, entry.torch_dtype or tensor.dtype, entry.start).copy_(tensor)
         digest = hashlib.sha256()
-        self._write(
-            self._results[name], bytes_of(tensor.to("cpu", entry.torch_dtype).contiguous()), entry.start, digest
-        )
+        self._write(self._results[name], bytes_of(tensor), entry.start, digest)
         return digest.hexdigest()
 
     def _write(self, output: Output, data: memoryview, at: int, digest: hashlib._Hash) -> None:
+        self._written += len(data)  # a lost update costs nothing but a later flush
         if len(data) >= LARGE_BYTES and output.takes(data, at):
             written = self._writers.submit(output.write, data, at)
             try:
@@ -163,18 +169,22 @@ class Worker:
             return
         for start in range(0, len(data), CACHED_BYTES):  # while it is in the core's cache
             part = data[start : start + CACHED_BYTES]
-            output.write(part, at + start)
+            write_at(output.descriptor, part, at + start)
             digest.update(part)
-        self._written += len(data)  # a lost update costs nothing but a later flush
 
     def _flush(self) -> None:
         flushed = 0
         while not self._closing.wait(0.2):
             if (written := self._written) - flushed >= UNWRITTEN_BYTES:
-                for output in self._results.values():
-                    with contextlib.suppress(OSError):  # met again by the sync at the end
-                        os.fdatasync(output.descriptor)
+                for name in self._results:
+                    self._bring_to_disk(name)
                 flushed = written
+
+    def _bring_to_disk(self, name: str) -> None:
+        try:
+            os.fdatasync(self._results[name].descriptor)
+        except OSError as error:  # the system tells it once: the sync at the end would hear of nothing
+            self._unflushed = OSError(error.errno, error.strerror, str(self._out / name))
 
 
 def chunks(descriptor: int, entry: Entry) -> Iterator[memoryview]:
