@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pissa_kernels
 from pissa_kernels import Certificate
-from pissa_kernels.decompose import tolerance
+from pissa_kernels.pissa import tolerance
 
 ADAPTER = "default"
 # lora_alpha/r. Not 1, so that a scaling left out or applied twice shows.

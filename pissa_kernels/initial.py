@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .numerics import UNIT_ROUNDOFF
 from .report import LayerReport
-from .verify import UNIT_ROUNDOFF
 
 # Elements by which a weight is recognised. A residual differs from its weight in nearly all of them.
 SAMPLES = 64

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import sidecar
 from .initial import Initial, recognises
+from .numerics import UNIT_ROUNDOFF
 from .report import REPORT_NAME, LayerReport, Report
-from .verify import UNIT_ROUNDOFF, lora_layers
+from .verify import lora_layers
 
 
 class Source:

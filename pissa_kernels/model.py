@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import memory
-from .pool import run_jobs
+from .numerics import exact_arithmetic
 from .report import LayerReport
-from .svd import exact_arithmetic
+from .runtime import memory
+from .runtime.workers import run_jobs
 from .task import Task
 from .waves import Emit, in_waves, plan_waves
 

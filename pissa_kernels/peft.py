@@ -20,9 +20,9 @@ import torch
 
 from . import model as whole_model
 from .init import prepare
-from .memory import Peak
 from .report import LayerReport, Report
-from .report.progress import progress
+from .runtime.memory import Peak
+from .runtime.progress import progress
 from .seams import can_wait, creating, injecting, loading, put_in_place, remove_closed, seams
 from .task import Task
 

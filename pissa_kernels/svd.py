@@ -9,10 +9,8 @@ measures them against the weight itself.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from .chebyshev import chebyshev_subspace
 from .checks import check_rank, check_weight
 from .cost import CHEAP_GRAM, Plan, machine_of, plan
 from .krylov import Subspace, block_krylov
+from .numerics import exact_arithmetic
 from .operators import GramOperator, WeightOperator
 from .ops.reference import cholesky_qr
 from .orthogonalize import orthonormalize
@@ -247,18 +246,3 @@ def _results(operator: WeightOperator, triplets: Triplets, converged: list[bool]
         certificate = Certificate(operator.passes, share, relative, converged[index], method)
         results.append(TruncatedSVD(U[index].contiguous(), S[index], V[index].mT.contiguous(), certificate))
     return results
-
-
-@contextlib.contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """float32 means float32: no autograd, no autocast, no TF32 or bf16 behind a float32 product."""
-    precision = torch.get_float32_matmul_precision()
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if precision == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)

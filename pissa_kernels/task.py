@@ -14,10 +14,10 @@ from torch import Tensor
 from . import ops
 from .checks import parse_init
 from .cost import machine_of, workspace
-from .decompose import Factors, principal_factors
 from .initial import Initial, of_adapter, recognises, records, remember, sample
+from .numerics import exact_arithmetic
+from .pissa import Factors, principal_factors
 from .report import LayerReport
-from .svd import exact_arithmetic
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Elements that are held in float64 at a time.
-BLOCK_ELEMENTS = 1 << 18
-# Unit roundoff of each storage dtype: half a unit in the last place, relative.
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+from .numerics import reconstruction
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -44,29 +40,4 @@ def worst_reconstruction(original: Any, adapted: nn.Module) -> float:
             weight, residual = weight.mT, residual.mT
         A, B = (factors["default"].weight.detach() for factors in (layer.lora_A, layer.lora_B))
         worst = max(worst, reconstruction(weight, residual, A, B, layer.scaling["default"]))
-    return worst
-
-
-def reconstruction(weight: Tensor, residual: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """Worst |W − (W_res + s·B·A)| of any element, over what rounding allows it; Inf where anything is not finite.
-
-    Allowed are the one rounding of the residual to its dtype, u·|W_res|, and the float32 product before it,
-    (r + 2)·2⁻²⁴ times (|W| + s·|B|·|A|) (Higham 2002, §3.1). In float64, some rows at a time.
-
-    Args:
-        weight, residual: (out, in), of one dtype.
-        lora_A, lora_B: (r, in) and (out, r).
-        scaling: s.
-    """
-    u = UNIT_ROUNDOFF[residual.dtype]
-    smallest = torch.finfo(residual.dtype).smallest_normal * u  # absolute floor: subnormal residuals
-    A, B = lora_A.double(), lora_B.double()
-    worst = 0.0
-    for start in range(0, len(weight), rows := max(1, BLOCK_ELEMENTS // weight.shape[1])):
-        W, R = weight[start : start + rows].double(), residual[start : start + rows].double()
-        left = scaling * B[start : start + rows]
-        product = (A.shape[0] + 2) * 2.0**-24 * (W.abs() + left.abs() @ A.abs())
-        error = (W - R - left @ A).abs()
-        block = float((error / (u * R.abs() * (1 + u) + product + smallest)).max())
-        worst = max(worst, block if math.isfinite(block) else math.inf)
     return worst

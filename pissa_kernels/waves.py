@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .carrier import Carrier
 from .checks import parse_init
-from .decompose import Factors, rounded_factors, tolerance
+from .numerics import exact_arithmetic
+from .pissa import Factors, rounded_factors, tolerance
 from .report import LayerReport
-from .svd import exact_arithmetic, truncated_svd_stack
+from .runtime.transfer import Carrier
+from .svd import truncated_svd_stack
 from .task import Task
 
 Emit = Callable[[Task, LayerReport], None]

@@ -23,7 +23,7 @@ from pissa_kernels.checkpoint.layout import read_tensor
 from pissa_kernels.checkpoint.plan import make_plan
 from pissa_kernels.checkpoint.planner import Planner
 from pissa_kernels.checkpoint.targets import Adapter, AdapterOptions
-from pissa_kernels.decompose import principal_factors
+from pissa_kernels.pissa import principal_factors
 
 from .checkpoints import layers, save, small, untimed
 from .models import build

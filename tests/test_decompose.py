@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pissa_kernels as pk
-from pissa_kernels.decompose import tolerance
+from pissa_kernels.pissa import tolerance
 
 from .reference import ROUNDOFF, energy_deficit, realistic
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pissa_kernels.examples import docstrings, plain, trainer
-from pissa_kernels.verify import UNIT_ROUNDOFF
+from pissa_kernels.numerics import UNIT_ROUNDOFF
 
 # What rounding may move outputs by: 8 unit roundoffs times the root of some 40 layers, whose errors add like a random
 # walk. A wrong residual moves them by some 1e-1.

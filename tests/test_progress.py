@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pissa_kernels.report import progress
+from pissa_kernels.runtime import progress
 
 
 class Terminal(io.StringIO):

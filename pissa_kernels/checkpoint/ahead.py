@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decompose import Factors
-from ..memory import Peak
+from ..numerics import exact_arithmetic
 from ..ops import WEIGHT_DTYPES
-from ..svd import exact_arithmetic
+from ..pissa import Factors
+from ..runtime.memory import Peak
 from . import buffer
 from .folder import Checkpoint
 from .layout import Entry, read_tensor
@@ -48,7 +48,7 @@ class Done:
     seconds: float
 
     def widened(self) -> Factors:
-        """As :func:`pissa_kernels.decompose.principal_factors` gave them."""
+        """As :func:`pissa_kernels.pissa.principal_factors` gave them."""
         found = self.factors
         return Factors(found.lora_A.float(), found.lora_B.float(), found.singular_values.clone(), found.certificate)
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from ..memory import Peak
-from ..pool import run_jobs
+from ..numerics import exact_arithmetic
 from ..report import Report
 from ..report.layer import layer_from_dict
-from ..report.progress import progress
-from ..svd import exact_arithmetic
+from ..runtime.distributed import Ranks, joined
+from ..runtime.memory import Peak
+from ..runtime.progress import progress
+from ..runtime.workers import run_jobs
 from .ahead import Ahead
 from .layout import sha256
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Item, Plan
-from .ranks import Ranks, joined
 from .staging import Staging, copy_file, write_whole
 from .work import Record, Worker
 

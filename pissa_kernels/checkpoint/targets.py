@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_rank, check_scaling, parse_init
-from ..decompose import Factors, principal_factors
 from ..ops import WEIGHT_DTYPES
+from ..pissa import Factors, principal_factors
 from ..seams import in_scope
 from ..verify import lora_layers
 from .folder import Checkpoint

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..pool import run_jobs
+from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
 from ..report import LayerReport, Report
-from ..report.progress import progress
-from ..svd import exact_arithmetic
-from ..verify import UNIT_ROUNDOFF, reconstruction
+from ..runtime.progress import progress
+from ..runtime.workers import run_jobs
 from .folder import Checkpoint, files_of, open_checkpoint
 from .layout import Entry, Layout, bytes_of, read_layout, read_tensor, sha256, sha256_of
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..numerics import exact_arithmetic
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
-from ..svd import exact_arithmetic
 from . import buffer
 from .ahead import Ahead
 from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of, write_at

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoint.folder import Checkpoint, open_checkpoint
 from ..checkpoint.layout import Entry, read_tensor
-from ..verify import UNIT_ROUNDOFF
+from ..numerics import UNIT_ROUNDOFF
 from .adapter import Layer
 from .lowrank import Factors, whole
 

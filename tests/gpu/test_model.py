@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pissa_kernels as pk
-from pissa_kernels.carrier import Carrier
+from pissa_kernels.runtime.transfer import Carrier
 
 from ..models import build, output
 from ..reference import ROUNDOFF, energy_deficit

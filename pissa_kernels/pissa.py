@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_rank, check_scaling, check_weight, parse_init
+from .numerics import exact_arithmetic
 from .ops import reference
-from .svd import DEFAULT_TOL, Certificate, TruncatedSVD, exact_arithmetic, truncated_svd
+from .svd import DEFAULT_TOL, Certificate, TruncatedSVD, truncated_svd
 
 
 @dataclass(frozen=True, eq=False)
