@@ -25,7 +25,7 @@ import peft
 import torch
 
 import pissa_kernels as pk
-from pissa_kernels.verify import lora_layers
+from pissa_kernels.adapter.layers import lora_layers
 
 from . import environment, gate, memory, resident
 from .llama import SPECTRA, Base, ModelCase, add_case_arguments, case_of, targets

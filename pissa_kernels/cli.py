@@ -20,7 +20,7 @@ from .report.spectrum import check_share, suggestion
 from .report.tables import text_table
 
 if TYPE_CHECKING:
-    from .demo import DemoResult
+    from .examples.demo import DemoResult
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -120,7 +120,7 @@ def _share(text: str) -> float:
 def _demo(arguments: argparse.Namespace) -> int:
     import transformers
 
-    from .demo import demo_model, run_demo
+    from .examples.demo import demo_model, run_demo
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

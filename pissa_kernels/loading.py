@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from . import sidecar
+from .adapter.layers import lora_layers
 from .initial import Initial, recognises
 from .numerics import UNIT_ROUNDOFF
 from .report import REPORT_NAME, LayerReport, Report
-from .verify import lora_layers
 
 
 class Source:

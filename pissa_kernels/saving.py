@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from . import sidecar
+from .adapter.layers import lora_layers
+from .adapter.names import ADAPTER_FOLDER, factor_key
 from .initial import Initial, of_adapter
 from .report import REPORT_NAME
 from .staged import staged
-from .verify import lora_layers
-
-ADAPTER_FOLDER = "pissa_init"
 
 
 def save_pissa(
@@ -141,8 +140,8 @@ def _save_initial_adapter(
 ) -> None:
     state = peft_model.state_dict()
     for name, initial in initials.items():
-        state[f"base_model.model.{name}.lora_A.{adapter_name}.weight"] = initial.lora_A
-        state[f"base_model.model.{name}.lora_B.{adapter_name}.weight"] = initial.lora_B
+        state[factor_key(name, "A", adapter_name)] = initial.lora_A
+        state[factor_key(name, "B", adapter_name)] = initial.lora_B
     config = peft_model.peft_config[adapter_name]
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .adapter.layers import in_scope
 from .loading import Source
 from .saving import SavePretrained
 from .task import Task
@@ -42,25 +43,6 @@ injecting: ContextVar[Injection | None] = ContextVar("pissa_kernels_injecting", 
 loading: ContextVar[Source | None] = ContextVar("pissa_kernels_loading", default=None)
 
 
-def in_scope(layer: Any) -> bool:
-    """Whether :func:`pissa_init` handles this PEFT layer; all others belong to the method that was there.
-
-    In scope is a 2-D weight that one module owns. Out of it: ``target_parameters`` and fused experts, tensor-parallel
-    layers, sharded (DTensor) weights, and ``nn.MultiheadAttention``, whose output projection PEFT wraps first.
-    """
-    from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-    from peft.tuners.lora.tp_layer import LoraParallelLinear
-
-    created = creating.get()
-    if isinstance(layer, (MultiheadAttention, ParamWrapper, LoraParallelLinear)):
-        return False
-    if created is not None and isinstance(created[1], nn.MultiheadAttention):
-        return False
-    weight = layer.get_base_layer().weight
-    # an empty ZeRO-3 partition and a packed 4-bit weight have odd shapes too, and get their own message
-    return type(weight.data).__name__ != "DTensor" and (weight.ndim == 2 or weight.numel() == 0)
-
-
 def can_wait(layer: Any, adapter_name: str) -> bool:
     """Whether nothing reads this layer's weight, A or B before its model has been gone through.
 
@@ -81,7 +63,8 @@ def seams(patch: PatchedPeft) -> list[tuple[type, str, Wrapper]]:
 
     def pissa_init(previous: Callable[..., None]) -> Callable[..., None]:
         def wrapper(layer: Any, adapter_name: str, init_lora_weights: str) -> None:
-            if patch.applies() and in_scope(layer):
+            created = creating.get()
+            if patch.applies() and in_scope(layer, None if created is None else created[1]):
                 patch.initialize(layer, adapter_name, init_lora_weights)
             else:
                 previous(layer, adapter_name, init_lora_weights)

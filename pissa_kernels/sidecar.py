@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter.names import KEY_PREFIX
 from .initial import Initial
 from .report import REPORT_NAME, Report
 
@@ -109,7 +110,7 @@ def find(source: str | os.PathLike[str], options: Mapping[str, Any], filename: s
 
 
 def _key(name: str, part: str) -> str:
-    return f"base_model.model.{name}.{part}" + (".weight" if part.startswith("lora_") else "")
+    return f"{KEY_PREFIX}{name}.{part}" + (".weight" if part.startswith("lora_") else "")
 
 
 def digest(record: str, tensors: Mapping[str, Tensor]) -> str:

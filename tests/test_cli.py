@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from pissa_kernels import cli, demo, saving
-from pissa_kernels.verify import worst_reconstruction
+from pissa_kernels import cli, saving
+from pissa_kernels.examples import demo
+from pissa_kernels.examples.demo import worst_reconstruction
 
 from .models import build, output
 

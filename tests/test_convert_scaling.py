@@ -9,7 +9,7 @@ import peft
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pissa_kernels.convert.scaling import pattern_key, rank_of, scaling_of, with_ranks
+from pissa_kernels.adapter.patterns import pattern_key, rank_of, scaling_of, with_ranks
 
 NAMES = ["model.layers.0.q", "model.layers.1.q", "model.layers.10.v", "q", "vision.model.layers.0.q"]
 KEYS = st.sampled_from([*NAMES, "layers.0.q", r"layers\.\d\.q", "q|v", ".*v", "^q", "0.q", "layers", "(q", "^model.*"])

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..adapter.names import ADAPTER_FOLDER
 from ..arguments import initializer, positive
 from ..report.tables import text_table
 from .ahead import Ahead
@@ -149,7 +150,7 @@ def _carry_out(arguments: argparse.Namespace, plan: Plan, ahead: Ahead | None) -
     print(report.summary())
     if outcome.kept:
         print(f"{outcome.kept} of {outcome.kept + outcome.done} tensors had been done before")
-    print(f"{plan.out}: the residual model ({plan.size / 1e9:.3g} GB), and its adapter in {plan.out}/pissa_init")
+    print(f"{plan.out}: the residual model ({plan.size / 1e9:.3g} GB), and its adapter in {plan.out}/{ADAPTER_FOLDER}")
     return 0
 
 

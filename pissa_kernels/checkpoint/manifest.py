@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapter.names import ADAPTER_FOLDER
 from ..report import REPORT_NAME
 from ..report.strict import load
-from ..saving import ADAPTER_FOLDER
 from .layout import sha256
 from .staging import write_whole
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checks import parse_init
 from ..cost import machine_of, plan, workspace
-from ..saving import ADAPTER_FOLDER
 from .folder import Checkpoint, open_checkpoint
 from .layout import Entry, Layout, plan_layout, sha256
 from .targets import Adapter, AdapterOptions, Target, find_targets
 
-ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
-ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
+ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
 # Reading, digesting and writing, in bytes a second. It only has to weigh a copy against a decomposition.
 COPIED_PER_SECOND = 5e8
 

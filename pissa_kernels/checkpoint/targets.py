@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.layers import in_scope, lora_layers
+from ..adapter.names import factor_key
 from ..checks import check_rank, check_scaling, parse_init
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Factors, principal_factors
-from ..seams import in_scope
-from ..verify import lora_layers
 from .folder import Checkpoint
 from .layout import Entry
 
@@ -102,7 +102,7 @@ class Target:
     @property
     def keys(self) -> tuple[str, str]:
         """PEFT's keys of A and B in an adapter's file."""
-        return tuple(f"base_model.model.{self.name}.lora_{factor}.weight" for factor in "AB")  # type: ignore[return-value]
+        return factor_key(self.name, "A"), factor_key(self.name, "B")
 
 
 @dataclass(frozen=True)

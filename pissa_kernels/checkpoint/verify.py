@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..adapter.names import factor_key
 from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
 from ..report import LayerReport, Report
 from ..runtime.progress import progress
@@ -247,7 +248,7 @@ def _residual(
         return _Finding(tensor, 0, f"cannot be checked without {missing}")
     problems: list[str] = []
     residual = _read(folders, shard, tensor, problems)
-    keys = [f"base_model.model.{about['layer']}.lora_{factor}.weight" for factor in "AB"]
+    keys = [factor_key(about["layer"], factor) for factor in "AB"]
     A, B = (_read(folders, ADAPTER_WEIGHTS, key, problems) for key in keys)
     weight = read_tensor(descriptor, entry)
     if about["transposed"]:

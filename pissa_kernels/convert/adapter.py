@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import sidecar
+from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME, factor_key, module_name
+from ..adapter.patterns import rank_of, scaling_of
 from ..checkpoint.layout import DTYPES, Entry, Layout, read_layout, read_tensor
 from ..report import Report
-from ..saving import ADAPTER_FOLDER
-from .scaling import rank_of, scaling_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 # What makes an adapter more, or less, than W + s·B·A in every layer and for every token.
 _OTHER_FORMS = (
@@ -83,9 +81,11 @@ def read_adapter(folder: Path) -> AdapterFile:
             its config describes; the message names the file and the layer.
     """
     config = read_config(folder)
-    path = folder / WEIGHTS
+    path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}; a .bin is not read, save with safe_serialization=True")
+        raise FileNotFoundError(
+            f"{folder} has no {WEIGHTS_NAME}; a .bin is not read, save with safe_serialization=True"
+        )
     layout = read_layout(path)
     embeddings: set[str] = set()
     factors: dict[str, dict[str, Entry]] = {}
@@ -94,7 +94,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         if (match := _FACTOR.fullmatch(entry.name)) is None:
             others.append(entry)
             continue
-        name = match["layer"].removeprefix(_PREFIX)
+        name = module_name(match["layer"])
         factors.setdefault(name, {})[match["linear"] or match["embedding"]] = entry
         if match["embedding"]:
             embeddings.add(name)
@@ -125,9 +125,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or describes something else.
     """
-    path = folder / CONFIG
+    path = folder / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no adapter's folder: it has no {CONFIG}")
+        raise FileNotFoundError(f"{folder} is no adapter's folder: it has no {CONFIG_NAME}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -156,11 +156,12 @@ def find_initial(folder: Path) -> AdapterFile:
     if (folder / sidecar.INITIAL_NAME).is_file():
         return _read_sidecar(folder / sidecar.INITIAL_NAME)
     # before the folder's own, which is a trained one when it lies beside a residual model
-    if (folder / ADAPTER_FOLDER / CONFIG).is_file():
+    if (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file():
         return read_adapter(folder / ADAPTER_FOLDER)
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no initial adapter; accepted are {sidecar.INITIAL_NAME}, {ADAPTER_FOLDER}/ or {CONFIG}"
+            f"{folder} holds no initial adapter; accepted are {sidecar.INITIAL_NAME}, {ADAPTER_FOLDER}/ or "
+            f"{CONFIG_NAME}"
         )
     return read_adapter(folder)
 
@@ -172,7 +173,7 @@ def _read_sidecar(path: Path) -> AdapterFile:
         report = Report.from_dict(json.loads(record))
         layers = {}
         for layer in report.layers:
-            A, B = (layout.entries[f"{_PREFIX}{layer.name}.lora_{factor}.weight"] for factor in "AB")
+            A, B = (layout.entries[factor_key(layer.name, factor)] for factor in "AB")
             _check_pair(path, layer.name, A, B, layer.rank)
             layers[layer.name] = Layer(A, B, layer.rank, layer.scaling, transposed=False)
     except (KeyError, ValueError) as error:

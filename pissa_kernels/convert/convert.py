@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapter.names import CONFIG_NAME
 from ..checkpoint.staging import sync
 from ..staged import staged
-from .adapter import CONFIG, AdapterFile, Layer
+from .adapter import AdapterFile, Layer
 from .merged import Merged
 from .origin import is_hub_name, original_name, residual_folder
 from .pair import Pair, open_pair
@@ -109,7 +110,7 @@ def _check_out(out: Path, sources: list[Path], force: bool) -> None:
         return
     if not force:
         raise FileExistsError(f"{out} exists and is not an empty folder; force replaces an adapter")
-    if not (there / CONFIG).is_file() or any(path.is_dir() for path in there.iterdir()):
+    if not (there / CONFIG_NAME).is_file() or any(path.is_dir() for path in there.iterdir()):
         raise FileExistsError(f"{out} holds more than an adapter, or none; only an adapter's folder is replaced")
 
 

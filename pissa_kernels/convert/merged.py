@@ -46,7 +46,7 @@ class Merged:
         """Worst difference of any element of one layer, over what rounding allows it (≤ 1: they are the same).
 
         Allowed are the one rounding of W_res to its dtype and the float32 product before it, as in
-        :func:`pissa_kernels.verify.worst_reconstruction`: with s·(B'·A') = s·(B·A − B₀·A₀) what is compared is
+        :func:`pissa_kernels.examples.demo.worst_reconstruction`: with s·(B'·A') = s·(B·A − B₀·A₀) what is compared is
         W_res + s·B₀·A₀ and W, whatever training did.
 
         Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..adapter.names import ADAPTER_FOLDER
 from ..checkpoint.folder import INDEX, SINGLE
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..saving import ADAPTER_FOLDER
 from .adapter import AdapterFile
 
 # A model's name on a hub; anything else is a path.

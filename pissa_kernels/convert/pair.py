@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter.patterns import same
 from ..checkpoint.layout import read_tensor
 from .adapter import AdapterFile, find_initial, read_adapter
 from .lowrank import Factors
-from .scaling import same
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
+from ..adapter.patterns import same, with_ranks
 from ..checkpoint.layout import Layout, bytes_of, plan_layout, write_at
 from ..checkpoint.staging import sync, write_whole
 from ..checkpoint.work import chunks
 from . import lowrank
-from .adapter import CONFIG, WEIGHTS, Layer, read_adapter
+from .adapter import Layer, read_adapter
 from .pair import Pair
-from .scaling import same, with_ranks
 
 # PEFT holds these as sets and saves them in any order. The order of other lists means something.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -108,8 +109,8 @@ def write_plain(plain: Plain, base: str | None, folder: Path) -> tuple[list[Conv
         "init_lora_weights": True,
         "base_model_name_or_path": base,
     }
-    write_whole(folder / CONFIG, _config_text(config))
-    descriptor = os.open(folder / WEIGHTS, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    write_whole(folder / CONFIG_NAME, _config_text(config))
+    descriptor = os.open(folder / WEIGHTS_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         os.ftruncate(descriptor, plain.layout.size)
         write_at(descriptor, memoryview(plain.layout.header), 0)

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 import pissa_kernels as pk
-from pissa_kernels.demo import demo_model
+from pissa_kernels.examples.demo import demo_model
 
 from . import count, new_folder, quiet
 from .docstrings import docstrings

