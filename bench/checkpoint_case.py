@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pissa_kernels.checkpoint.layout import Entry, Layout, bytes_of, plan_layout, read_tensor, write_at
+from pissa_kernels.files.header import Entry, Layout, bytes_of, plan_layout, read_tensor, write_at
 
 from . import gate
 from .cases import DTYPES

@@ -14,9 +14,9 @@ import torch
 from . import sidecar
 from .adapter.layers import lora_layers
 from .adapter.names import ADAPTER_FOLDER, factor_key
+from .files.atomic import atomic_file, atomic_folder
 from .initial import Initial, of_adapter
 from .report import REPORT_NAME
-from .staged import staged
 
 
 def save_pissa(
@@ -51,7 +51,7 @@ def save_pissa(
     for name, layer in lora_layers(peft_model):
         if layer.merged:
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
-    with staged(out) as staging:
+    with atomic_folder(out) as staging:
         _save_initial_adapter(peft_model, adapter_name, initials, out, staging)
         sidecar.report_of(initials).write(staging / ADAPTER_FOLDER / REPORT_NAME)
         _save_residual(peft_model.get_base_model(), staging)
@@ -127,12 +127,11 @@ def _complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments:
     }
     if not missing:
         return
-    staging = path.with_name(f".{path.name}")
-    if safe:
-        save_file({**converted, **missing}, staging, metadata={"format": "pt"})
-    else:
-        torch.save({**converted, **missing}, staging)
-    os.replace(staging, path)
+    with atomic_file(path) as temporary:
+        if safe:
+            save_file({**converted, **missing}, temporary, metadata={"format": "pt"})
+        else:
+            torch.save({**converted, **missing}, temporary)
 
 
 def _save_initial_adapter(

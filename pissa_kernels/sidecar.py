@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .adapter.names import KEY_PREFIX
+from .files.atomic import atomic_file
 from .initial import Initial
 from .report import REPORT_NAME, Report
 
@@ -41,15 +41,8 @@ def write(folder: Path, initials: Mapping[str, Initial]) -> None:
     report = report_of(initials)
     record = report.to_json()
     metadata = {"format": "pt", "pissa_kernels": record, "sha256": digest(record, tensors)}
-    descriptor, staging = tempfile.mkstemp(prefix=f".{INITIAL_NAME}.", dir=folder)
-    os.close(descriptor)
-    try:
-        save_file(tensors, staging, metadata=metadata)
-        os.chmod(staging, 0o644)  # mkstemp's file is its owner's only
-        os.replace(staging, folder / INITIAL_NAME)
-    except BaseException:
-        os.unlink(staging)
-        raise
+    with atomic_file(folder / INITIAL_NAME) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
     report.write(folder / REPORT_NAME)
 
 

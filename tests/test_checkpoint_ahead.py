@@ -17,12 +17,12 @@ from pissa_kernels.checkpoint import ahead as ahead_module
 from pissa_kernels.checkpoint import commands
 from pissa_kernels.checkpoint import targets as targets_module
 from pissa_kernels.checkpoint.ahead import Ahead
-from pissa_kernels.checkpoint.folder import open_checkpoint
 from pissa_kernels.checkpoint.init import begins, init_checkpoint
-from pissa_kernels.checkpoint.layout import read_tensor
 from pissa_kernels.checkpoint.plan import make_plan
 from pissa_kernels.checkpoint.planner import Planner
 from pissa_kernels.checkpoint.targets import Adapter, AdapterOptions
+from pissa_kernels.files.folder import open_checkpoint
+from pissa_kernels.files.header import read_tensor
 from pissa_kernels.pissa import principal_factors
 
 from .checkpoints import layers, save, small, untimed

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pissa_kernels.checkpoint.buffer import BLOCK, LARGE_PAGE, Buffer
-from pissa_kernels.checkpoint.layout import read_layout, read_tensor
+from pissa_kernels.files.buffer import BLOCK, LARGE_PAGE, Buffer
+from pissa_kernels.files.header import read_layout, read_tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

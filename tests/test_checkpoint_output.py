@@ -16,15 +16,15 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from pissa_kernels.checkpoint import output as module
 from pissa_kernels.checkpoint import work
-from pissa_kernels.checkpoint.buffer import BLOCK
 from pissa_kernels.checkpoint.init import init_checkpoint
-from pissa_kernels.checkpoint.output import Output
 from pissa_kernels.checkpoint.plan import Plan, make_plan
 from pissa_kernels.checkpoint.staging import Staging
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
+from pissa_kernels.files import direct as module
+from pissa_kernels.files.buffer import BLOCK
+from pissa_kernels.files.direct import Output
 
 from .checkpoints import save
 from .models import build

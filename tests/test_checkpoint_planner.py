@@ -17,9 +17,9 @@ import pytest
 
 from pissa_kernels.checkpoint import commands
 from pissa_kernels.checkpoint import planner as planner_module
-from pissa_kernels.checkpoint.folder import open_checkpoint
 from pissa_kernels.checkpoint.planner import Planner
 from pissa_kernels.checkpoint.targets import Adapter, AdapterOptions, find_targets
+from pissa_kernels.files.folder import open_checkpoint
 
 from .checkpoints import save, small, tied_llama
 from .refusing import init, refused

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from pissa_kernels.checkpoint import work
+from pissa_kernels.files import header
 from pissa_kernels.checkpoint.init import init_checkpoint
-from pissa_kernels.checkpoint.layout import read_layout
 from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
 from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, make_plan
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.cli import main
+from pissa_kernels.files.header import read_layout
 
 from .models import build
 
@@ -101,7 +102,7 @@ def test_digests_are_of_every_chunk(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of tensors that are read and written in many chunks: against hashlib, and bit for bit."""
-    monkeypatch.setattr(work, "CHUNK_BYTES", 48)
+    monkeypatch.setattr(header, "CHUNK_BYTES", 48)
     monkeypatch.setattr(work, "CACHED_BYTES", 48)
     base, out = folders[0], tmp_path / "out"
     plan = make_plan(base, out, AdapterOptions(rank=4))

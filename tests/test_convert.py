@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import pissa_kernels as pk
 from pissa_kernels import cli
-from pissa_kernels.checkpoint import layout
 from pissa_kernels.convert import plain
 from pissa_kernels.convert.convert import convert_adapter
 from pissa_kernels.convert.pair import Pair
+from pissa_kernels.files import header as layout
 
 from .models import build, output
 from .test_models import config, lora_layers, moved

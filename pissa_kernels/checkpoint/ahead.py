@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..files import buffer
+from ..files.folder import Checkpoint
+from ..files.header import Entry, read_tensor
 from ..numerics import exact_arithmetic
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Factors
 from ..runtime.memory import Peak
-from . import buffer
-from .folder import Checkpoint
-from .layout import Entry, read_tensor
 from .plan import Plan, in_order
 from .targets import AdapterOptions, Target, module_names
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..files.atomic import RESUMABLE, copy_file, write_text
+from ..files.header import sha256
 from ..numerics import exact_arithmetic
 from ..report import Report
 from ..report.layer import layer_from_dict
@@ -23,10 +25,9 @@ from ..runtime.memory import Peak
 from ..runtime.progress import progress
 from ..runtime.workers import run_jobs
 from .ahead import Ahead
-from .layout import sha256
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Item, Plan
-from .staging import Staging, copy_file, write_whole
+from .staging import Staging
 from .work import Record, Worker
 
 CPU = torch.device("cpu")
@@ -225,15 +226,16 @@ def _finish(
     for name in plan.checkpoint.others:
         files[name] = {"sha256": copy_file(plan.checkpoint.folder / name, out / name)}
     config = {**plan.adapter.config, "base_model_name_or_path": str(plan.out.resolve())}
-    text = json.dumps(config, indent=2, sort_keys=True)
-    write_whole(out / ADAPTER_CONFIG, text)
-    files[ADAPTER_CONFIG] = {"sha256": sha256((text + "\n").encode())}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_text(out / ADAPTER_CONFIG, text, suffix=RESUMABLE)
+    files[ADAPTER_CONFIG] = {"sha256": sha256(text.encode())}
     layers = [
         layer_from_dict(records[target.shard, target.entry.name]["layer"], target.name)
         for target in plan.adapter.targets
     ]
-    write_whole(out / REPORT, Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).to_json())
-    write_whole(out / REPORT_DIGEST, f"{sha256((out / REPORT).read_bytes())}  {Path(REPORT).name}")
+    report = Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).to_json() + "\n"
+    write_text(out / REPORT, report, suffix=RESUMABLE)
+    write_text(out / REPORT_DIGEST, f"{sha256(report.encode())}  {Path(REPORT).name}\n", suffix=RESUMABLE)
     targets = {
         target.entry.name: {"layer": target.name, "transposed": target.transposed} for target in plan.adapter.targets
     }

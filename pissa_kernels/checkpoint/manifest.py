@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.names import ADAPTER_FOLDER
+from ..files.atomic import RESUMABLE, write_text
+from ..files.header import sha256
 from ..report import REPORT_NAME
 from ..report.strict import load
-from .layout import sha256
-from .staging import write_whole
 
 MANIFEST = "pissa_manifest.json"
 FORMAT, VERSION = "pissa_kernels checkpoint", 1
@@ -50,7 +50,8 @@ class Manifest:
             "files": {name: dict(about) for name, about in self.files.items()},
             "targets": {name: dict(about) for name, about in self.targets.items()},
         }
-        write_whole(folder / MANIFEST, json.dumps({**record, "sha256": _digest(record)}, indent=1, sort_keys=True))
+        text = json.dumps({**record, "sha256": _digest(record)}, indent=1, sort_keys=True) + "\n"
+        write_text(folder / MANIFEST, text, suffix=RESUMABLE)
 
     @staticmethod
     def read(folder: Path) -> Manifest:

@@ -14,8 +14,8 @@ from .. import ops
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checks import parse_init
 from ..cost import machine_of, plan, workspace
-from .folder import Checkpoint, open_checkpoint
-from .layout import Entry, Layout, plan_layout, sha256
+from ..files.folder import Checkpoint, open_checkpoint
+from ..files.header import Entry, Layout, plan_layout, sha256
 from .targets import Adapter, AdapterOptions, Target, find_targets
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .folder import Checkpoint
+from ..files.folder import Checkpoint
 from .targets import Adapter, AdapterOptions, find_targets
 
 SECONDS_TO_END = 5

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .layout import write_at
+from ..files.atomic import RESUMABLE, fsync, write_text
+from ..files.header import write_at
 from .plan import Plan
 
 PLAN = "plan.json"
@@ -57,7 +57,8 @@ class Staging:
                 os.replace(self._replaced, self.result)  # a run was killed before its own took this one's place
             self._empty()
             self.lay_out(plan)
-            write_whole(self.folder / PLAN, json.dumps({"replace": replace, "plan": plan.record()}, sort_keys=True))
+            text = json.dumps({"replace": replace, "plan": plan.record()}, sort_keys=True) + "\n"
+            write_text(self.folder / PLAN, text, suffix=RESUMABLE)
         except OSError as error:
             self._empty()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -172,55 +173,13 @@ class Staging:
         """Bring everything to the disk, and the folder to its place; a result that is there is replaced."""
         for path, _, files in os.walk(self.out, topdown=False):
             for name in files:
-                sync(Path(path, name))
-            sync(Path(path))
+                fsync(Path(path, name))
+            fsync(Path(path))
         if os.path.lexists(self.result):
             os.replace(self.result, self._replaced)
         os.replace(self.out, self.result)
-        sync(self.result.parent)
+        fsync(self.result.parent)
         self.discard()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there with all of its text, or not at all.
-
-    Its temporary name is always the same, so that a killed process leaves nothing that the next one does not replace.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def copy_file(source: Path, path: Path) -> str:
-    """Copy a file that is no weights; its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    shutil.copyfile(source, temporary)
-    temporary.chmod(source.stat().st_mode & 0o777 | 0o200)
-    os.replace(temporary, path)
-    return digest_of(path)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, read a little at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Bring a file's contents, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _short(value: object) -> str:

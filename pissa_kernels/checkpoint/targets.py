@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..adapter.layers import in_scope, lora_layers
 from ..adapter.names import factor_key
 from ..checks import check_rank, check_scaling, parse_init
+from ..files.folder import Checkpoint
+from ..files.header import Entry
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Factors, principal_factors
-from .folder import Checkpoint
-from .layout import Entry
 
 # A single name with one of these is a regular expression; a name may well have a dot.
 _PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from .. import ops
 from ..adapter.names import factor_key
+from ..files.atomic import sha256_of_file
+from ..files.folder import Checkpoint, files_of, open_checkpoint
+from ..files.header import Entry, Layout, bytes_of, chunks, read_layout, read_tensor, sha256, sha256_of
 from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
 from ..report import LayerReport, Report
 from ..runtime.progress import progress
 from ..runtime.workers import run_jobs
-from .folder import Checkpoint, files_of, open_checkpoint
-from .layout import Entry, Layout, bytes_of, read_layout, read_tensor, sha256, sha256_of
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_WEIGHTS
-from .staging import digest_of
-from .work import chunks
 
 # Of sums in float32 of up to 10⁹ squares, in blocks.
 ENERGY_ROUNDING = 1e-4
@@ -180,14 +179,14 @@ def _check_files(base: Checkpoint, out: Path, manifest: Manifest, verification: 
     for name, about in manifest.files.items():
         if "tensors" in about or name not in found:
             continue
-        if digest_of(out / name) != about["sha256"]:
+        if sha256_of_file(out / name) != about["sha256"]:
             problems.append((name, "its bytes are not those that were written"))
-        elif name in base.others and digest_of(base.folder / name) != about["sha256"]:
+        elif name in base.others and sha256_of_file(base.folder / name) != about["sha256"]:
             problems.append((name, f"differs from the file in {base.folder}"))
         else:
             verification.files += 1
     if {REPORT, REPORT_DIGEST} <= found:
-        if (out / REPORT_DIGEST).read_bytes() != f"{digest_of(out / REPORT)}  {Path(REPORT).name}\n".encode():
+        if (out / REPORT_DIGEST).read_bytes() != f"{sha256_of_file(out / REPORT)}  {Path(REPORT).name}\n".encode():
             problems.append((REPORT, f"its bytes do not match {Path(REPORT_DIGEST).name}"))
         else:
             verification.files += 2

@@ -7,7 +7,6 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..files import buffer
+from ..files.direct import Output
+from ..files.header import Entry, bytes_of, chunks, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
-from . import buffer
 from .ahead import Ahead
-from .layout import Entry, bytes_of, read_into, read_tensor, sha256_of, write_at
-from .output import Output
 from .plan import ADAPTER_WEIGHTS, Item, Plan
 from .targets import Target
 
-CHUNK_BYTES = 4 << 20
 # What a core keeps at hand between writing and digesting.
 CACHED_BYTES = 1 << 18
 # Bytes that take the disk longer to write than it takes to ask another thread for it.
@@ -185,19 +183,3 @@ class Worker:
             os.fdatasync(self._results[name].descriptor)
         except OSError as error:  # the system tells it once: the sync at the end would hear of nothing
             self._unflushed = OSError(error.errno, error.strerror, str(self._out / name))
-
-
-def chunks(descriptor: int, entry: Entry) -> Iterator[memoryview]:
-    """A tensor's bytes, a few MiB at a time in one buffer: each is to be used before the next is asked for.
-
-    Raises:
-        OSError: the file ends first.
-    """
-    memory, start = buffer.Buffer(), entry.start
-    memory.take((min(CHUNK_BYTES, entry.nbytes),), torch.uint8)  # at once what the largest needs
-    while start < entry.stop:
-        stop = min(entry.stop, start // CHUNK_BYTES * CHUNK_BYTES + CHUNK_BYTES)
-        chunk = bytes_of(memory.take((stop - start,), torch.uint8, start))
-        read_into(descriptor, chunk, start)
-        yield chunk
-        start = stop

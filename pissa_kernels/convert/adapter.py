@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import sidecar
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME, factor_key, module_name
 from ..adapter.patterns import rank_of, scaling_of
-from ..checkpoint.layout import DTYPES, Entry, Layout, read_layout, read_tensor
+from ..files.header import DTYPES, Entry, Layout, read_layout, read_tensor
 from ..report import Report
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")

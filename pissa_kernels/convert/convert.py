@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.names import CONFIG_NAME
-from ..checkpoint.staging import sync
-from ..staged import staged
+from ..files.atomic import atomic_folder, fsync
 from .adapter import AdapterFile, Layer
 from .merged import Merged
 from .origin import is_hub_name, original_name, residual_folder
@@ -92,9 +91,9 @@ def convert_adapter(
         if name is None:
             notes.append("the config names no base model: only a residual one is known, or none; base names it")
         checked = _check_layers(pair, _merged(pair.initial, base, notes), notes)
-        with staged(out, replace=force) as staging:
+        with atomic_folder(out, replace=force) as staging:
             layers, loss = write_plain(plain, name, staging)
-    sync(out.resolve().parent)
+    fsync(out.resolve().parent)
     return Conversion(out, name, layers, loss, [entry.name for entry in pair.trained.others], checked, notes)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.folder import Checkpoint, open_checkpoint
-from ..checkpoint.layout import Entry, read_tensor
+from ..files.folder import Checkpoint, open_checkpoint
+from ..files.header import Entry, read_tensor
 from ..numerics import UNIT_ROUNDOFF
 from .adapter import Layer
 from .lowrank import Factors, whole

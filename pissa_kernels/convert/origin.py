@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from ..adapter.names import ADAPTER_FOLDER
-from ..checkpoint.folder import INDEX, SINGLE
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..files.folder import INDEX, SINGLE
 from .adapter import AdapterFile
 
 # A model's name on a hub; anything else is a path.

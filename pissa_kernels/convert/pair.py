@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter.patterns import same
-from ..checkpoint.layout import read_tensor
+from ..files.header import read_tensor
 from .adapter import AdapterFile, find_initial, read_adapter
 from .lowrank import Factors
 

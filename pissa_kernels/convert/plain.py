@@ -14,9 +14,8 @@ import torch
 
 from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
 from ..adapter.patterns import same, with_ranks
-from ..checkpoint.layout import Layout, bytes_of, plan_layout, write_at
-from ..checkpoint.staging import sync, write_whole
-from ..checkpoint.work import chunks
+from ..files.atomic import fsync, write_text
+from ..files.header import Layout, bytes_of, chunks, plan_layout, write_at
 from . import lowrank
 from .adapter import Layer, read_adapter
 from .pair import Pair
@@ -109,7 +108,7 @@ def write_plain(plain: Plain, base: str | None, folder: Path) -> tuple[list[Conv
         "init_lora_weights": True,
         "base_model_name_or_path": base,
     }
-    write_whole(folder / CONFIG_NAME, _config_text(config))
+    write_text(folder / CONFIG_NAME, _config_text(config) + "\n")
     descriptor = os.open(folder / WEIGHTS_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         os.ftruncate(descriptor, plain.layout.size)
@@ -123,7 +122,7 @@ def write_plain(plain: Plain, base: str | None, folder: Path) -> tuple[list[Conv
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    sync(folder)
+    fsync(folder)
     _check_written(folder, layers)
     return layers, loss
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from .files import check_target, write_text
+from ..files.atomic import check_writable_target, write_text
 from .inline import svg_element
 from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_row
 from .pictures import energy_figure, ranks_figure, spectra_figure
@@ -41,7 +41,7 @@ def write_page(report: Report, path: str | Path, shares: Sequence[float] = (0.9,
         ValueError: no layer, a share out of range, or what JSON does not have, such as a NaN.
     """
     path = Path(path)
-    check_target(path)
+    check_writable_target(path)
     write_text(path, render_page(report, shares, title))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..adapter.names import ADAPTER_FOLDER
+from ..files.atomic import write_text
 from . import strict
-from .files import write_text
 from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict
 from .tables import text_table
 

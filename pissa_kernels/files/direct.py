@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .buffer import BLOCK
-from .layout import write_at
+from .header import write_at
 
 # What a system answers that does not write past its cache, or not with blocks as small as these.
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)

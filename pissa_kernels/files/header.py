@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,3 +189,22 @@ def sha256_of(chunks: Iterable[memoryview]) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
+
+
+CHUNK_BYTES = 4 << 20
+
+
+def chunks(descriptor: int, entry: Entry) -> Iterator[memoryview]:
+    """A tensor's bytes, a few MiB at a time in one buffer: each is to be used before the next is asked for.
+
+    Raises:
+        OSError: the file ends first.
+    """
+    memory, start = Buffer(), entry.start
+    memory.take((min(CHUNK_BYTES, entry.nbytes),), torch.uint8)  # at once what the largest needs
+    while start < entry.stop:
+        stop = min(entry.stop, start // CHUNK_BYTES * CHUNK_BYTES + CHUNK_BYTES)
+        chunk = bytes_of(memory.take((stop - start,), torch.uint8, start))
+        read_into(descriptor, chunk, start)
+        yield chunk
+        start = stop

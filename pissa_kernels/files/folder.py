@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .layout import Entry, Layout, read_layout, sha256
+from .header import Entry, Layout, read_layout, sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What else holds weights, of this model or of an optimizer: the same ones once more, without a residual.

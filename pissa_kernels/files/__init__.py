@@ -1,0 +1,1 @@
+"""Files on disk: safetensors headers and single tensors, checkpoint folders, atomic and direct writes."""
