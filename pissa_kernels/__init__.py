@@ -5,12 +5,12 @@ no Triton, no question to a GPU.
 """
 
 from . import ops
-from .init import pissa_init
-from .original import original_model
-from .peft import PatchedPeft, patch_peft, unpatch_peft
+from .peft.initialize import pissa_init
+from .peft.original import original_model
+from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
+from .peft.save import save_pissa
 from .pissa import Decomposition, decompose
 from .report import LayerReport, Report
-from .saving import save_pissa
 from .svd import Certificate, TruncatedSVD, truncated_svd
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pissa_kernels as pk
-from pissa_kernels import task as task_module
+from pissa_kernels.peft import layer as task_module
 
 from .reference import realistic
 

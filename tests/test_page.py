@@ -220,7 +220,13 @@ def test_replaces_a_file_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         (Report(), "page.html", (0.9,), ValueError, "no layer was initialised, so there is nothing to show"),
         (SMALL, "page.html", (0.9, 90.0), ValueError, "at most 1"),
         (Report([layer("q", seconds=float("nan"))]), "page.html", (), ValueError, "seconds is NaN"),
-        (SMALL, "missing/page.html", (), FileNotFoundError, "cannot write page.html: the folder .*missing does not exist"),
+        (
+            SMALL,
+            "missing/page.html",
+            (),
+            FileNotFoundError,
+            "cannot write page.html: the folder .*missing does not exist",
+        ),
         (SMALL, "", (), FileExistsError, "is a folder"),
     ],
 )

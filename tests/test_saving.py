@@ -15,7 +15,8 @@ import torch
 import transformers
 
 import pissa_kernels as pk
-from pissa_kernels import sidecar, waves
+from pissa_kernels.peft import batches as waves
+from pissa_kernels.peft import sidecar
 
 from .models import build, output
 from .test_models import config, lora_layers, moved
@@ -53,7 +54,7 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("an SVD was run")
 
-    monkeypatch.setattr("pissa_kernels.task.principal_factors", fail)
+    monkeypatch.setattr("pissa_kernels.peft.layer.principal_factors", fail)
     monkeypatch.setattr(waves, "truncated_svd_stack", fail)
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels import model as whole_model
-from pissa_kernels import task as task_module
-from pissa_kernels import waves
-from pissa_kernels.init import prepare
-from pissa_kernels.task import Task
+from pissa_kernels.peft import batches as waves
+from pissa_kernels.peft import layer as task_module
+from pissa_kernels.peft import schedule as whole_model
+from pissa_kernels.peft.initialize import prepare
+from pissa_kernels.peft.layer import Task
 
 from .models import build, linear_weights
 from .reference import ROUNDOFF, energy_deficit, realistic

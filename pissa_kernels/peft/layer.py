@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .checks import parse_init
-from .cost import machine_of, workspace
-from .initial import Initial, of_adapter, recognises, records, remember, sample
-from .numerics import exact_arithmetic
-from .pissa import Factors, principal_factors
-from .report import LayerReport
+from .. import ops
+from ..checks import parse_init
+from ..cost import machine_of, workspace
+from ..numerics import exact_arithmetic
+from ..pissa import Factors, principal_factors
+from ..report import LayerReport
+from .record import Initial, of_adapter, recognises, records, remember, sample
 
 
 @dataclass(frozen=True, eq=False)

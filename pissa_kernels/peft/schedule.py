@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .numerics import exact_arithmetic
-from .report import LayerReport
-from .runtime import memory
-from .runtime.workers import run_jobs
-from .task import Task
-from .waves import Emit, in_waves, plan_waves
+from ..numerics import exact_arithmetic
+from ..report import LayerReport
+from ..runtime import memory
+from ..runtime.workers import run_jobs
+from .batches import Emit, in_waves, plan_waves
+from .layer import Task
 
 CPU = torch.device("cpu")
 Finished = tuple[Task, LayerReport]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter.layers import lora_layers
-from .initial import Initial, records
+from ..adapter.layers import lora_layers
+from .record import Initial, records
 
 
 @contextlib.contextmanager

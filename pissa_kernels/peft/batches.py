@@ -12,14 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-from . import ops
-from .checks import parse_init
-from .numerics import exact_arithmetic
-from .pissa import Factors, rounded_factors, tolerance
-from .report import LayerReport
-from .runtime.transfer import Carrier
-from .svd import truncated_svd_stack
-from .task import Task
+from .. import ops
+from ..checks import parse_init
+from ..numerics import exact_arithmetic
+from ..pissa import Factors, rounded_factors, tolerance
+from ..report import LayerReport
+from ..runtime.transfer import Carrier
+from ..svd import truncated_svd_stack
+from .layer import Task
 
 Emit = Callable[[Task, LayerReport], None]
 # Stacks of streamed weights that exist at once: one arrives, one is computed on, one leaves.

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import ops
-from .checks import check_rank, check_scaling, check_weight, parse_init
-from .initial import Initial
-from .task import Task
+from .. import ops
+from ..checks import check_rank, check_scaling, check_weight, parse_init
+from .layer import Task
+from .record import Initial
 from .ties import Ties
 
 

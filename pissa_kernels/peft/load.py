@@ -6,15 +6,19 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 
+from ..adapter.layers import lora_layers
+from ..numerics import UNIT_ROUNDOFF
+from ..report import REPORT_NAME, LayerReport, Report
 from . import sidecar
-from .adapter.layers import lora_layers
-from .initial import Initial, recognises
-from .numerics import UNIT_ROUNDOFF
-from .report import REPORT_NAME, LayerReport, Report
+from .record import Initial, recognises
+
+# Where the adapter that PEFT loads in this thread comes from.
+loading: ContextVar[Source | None] = ContextVar("pissa_kernels_loading", default=None)
 
 
 class Source:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter.names import KEY_PREFIX
-from .files.atomic import atomic_file
-from .initial import Initial
-from .report import REPORT_NAME, Report
+from ..adapter.names import KEY_PREFIX
+from ..files.atomic import atomic_file
+from ..report import REPORT_NAME, Report
+from .record import Initial
 
 INITIAL_NAME = "pissa_initial.safetensors"
 _TENSORS = ("lora_A", "lora_B", "before", "after")

@@ -10,51 +10,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from .adapter.layers import in_scope
-from .loading import Source
-from .saving import SavePretrained
-from .task import Task
+from ..adapter.layers import in_scope
+from .load import Source, loading
+from .save import SavePretrained
+from .scope import Injection, Session, creating, injecting
 from .ties import Ties
-
-if TYPE_CHECKING:
-    from .peft import PatchedPeft
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-@dataclass
-class Injection:
-    """One run of ``inject_adapter``: what it has come by so far."""
-
-    ties: Ties
-    tasks: list[Task] = field(default_factory=list)
-
-
-# Of this thread: name and target module of the layer that PEFT is creating; the injection that it belongs to; where the
-# adapter that is being loaded comes from.
-creating: ContextVar[tuple[str, nn.Module] | None] = ContextVar("pissa_kernels_creating", default=None)
-injecting: ContextVar[Injection | None] = ContextVar("pissa_kernels_injecting", default=None)
-loading: ContextVar[Source | None] = ContextVar("pissa_kernels_loading", default=None)
-
-
-def can_wait(layer: Any, adapter_name: str) -> bool:
-    """Whether nothing reads this layer's weight, A or B before its model has been gone through.
-
-    Not so where a variant takes more from them (DoRA its magnitudes), where the weight is there only now (a gathered
-    ZeRO-3 partition), and where the adapter is a view of another one (tied embeddings).
-    """
-    if adapter_name in layer.lora_variant or hasattr(layer.get_base_layer().weight, "ds_id"):
-        return False
-    return not any(factor[adapter_name].weight._is_view() for factor in (layer.lora_A, layer.lora_B))
-
-
-def seams(patch: PatchedPeft) -> list[tuple[type, str, Wrapper]]:
+def seams(patch: Session) -> list[tuple[type, str, Wrapper]]:
     """The attributes, and for each what makes ``patch``'s wrapper of the function that is found there."""
     from peft import PeftModel
     from peft.tuners.lora.layer import LoraLayer
@@ -144,7 +113,7 @@ def seams(patch: PatchedPeft) -> list[tuple[type, str, Wrapper]]:
     ]
 
 
-def put_in_place(patch: PatchedPeft, owner: type, attribute: str, wrapper: Wrapper) -> None:
+def put_in_place(patch: Session, owner: type, attribute: str, wrapper: Wrapper) -> None:
     """Replace an attribute by a wrapper that knows its patch and what it has replaced."""
     found = vars(owner)[attribute]
     function: Any = found.__func__ if isinstance(found, classmethod) else found
