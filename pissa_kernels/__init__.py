@@ -11,7 +11,8 @@ from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
 from .peft.save import save_pissa
 from .pissa import Decomposition, decompose
 from .report import LayerReport, Report
-from .svd import Certificate, TruncatedSVD, truncated_svd
+from .svd.driver import truncated_svd
+from .svd.result import Certificate, TruncatedSVD
 
 __version__ = "0.1.0"
 __all__ = [

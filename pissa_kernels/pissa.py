@@ -11,7 +11,8 @@ from . import ops
 from .checks import check_rank, check_scaling, check_weight, parse_init
 from .numerics import exact_arithmetic
 from .ops import reference
-from .svd import DEFAULT_TOL, Certificate, TruncatedSVD, truncated_svd
+from .svd.driver import DEFAULT_TOL, truncated_svd
+from .svd.result import Certificate, TruncatedSVD
 
 
 @dataclass(frozen=True, eq=False)

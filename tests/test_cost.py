@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bench.rows import read_rows
 from bench.run import RESULTS
-from pissa_kernels import cost
-from pissa_kernels.krylov import BEYOND, steps_for_niter
+from pissa_kernels.svd import cost
+from pissa_kernels.svd.krylov import BEYOND, steps_for_niter
 
 
 @pytest.mark.parametrize(

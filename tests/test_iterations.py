@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pissa_kernels as pk
-from pissa_kernels import cost, krylov, svd
-from pissa_kernels.chebyshev import chebyshev_subspace
-from pissa_kernels.operators import Projection
+from pissa_kernels.svd import cost, krylov
+from pissa_kernels.svd import driver as svd
+from pissa_kernels.svd.chebyshev import chebyshev_subspace
+from pissa_kernels.svd.operators import Projection
 
 from .reference import KINDS, check_triplets, energy_deficit, matrix, real_spectrum, realistic, with_spectrum
 

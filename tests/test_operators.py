@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pissa_kernels.operators import GramOperator, Operator, WeightOperator
+from pissa_kernels.svd.operators import GramOperator, Operator, WeightOperator
 
 from .reference import EPS, realistic
 

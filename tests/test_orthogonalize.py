@@ -7,7 +7,7 @@ import torch
 
 import pissa_kernels as pk
 from pissa_kernels.ops import dispatch, reference
-from pissa_kernels.orthogonalize import orthonormalize
+from pissa_kernels.svd.orthogonalize import orthonormalize
 
 from .reference import EPS, with_spectrum
 

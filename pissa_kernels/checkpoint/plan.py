@@ -13,9 +13,9 @@ import torch
 from .. import ops
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checks import parse_init
-from ..cost import machine_of, plan, workspace
 from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Entry, Layout, plan_layout, sha256
+from ..svd.cost import machine_of, plan, workspace
 from .targets import Adapter, AdapterOptions, Target, find_targets
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"

@@ -18,7 +18,7 @@ from ..numerics import exact_arithmetic
 from ..pissa import Factors, rounded_factors, tolerance
 from ..report import LayerReport
 from ..runtime.transfer import Carrier
-from ..svd import truncated_svd_stack
+from ..svd.driver import truncated_svd_stack
 from .layer import Task
 
 Emit = Callable[[Task, LayerReport], None]

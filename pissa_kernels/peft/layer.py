@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import parse_init
-from ..cost import machine_of, workspace
 from ..numerics import exact_arithmetic
 from ..pissa import Factors, principal_factors
 from ..report import LayerReport
+from ..svd.cost import machine_of, workspace
 from .record import Initial, of_adapter, recognises, records, remember, sample
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import parse_init
 from ..ops import WEIGHT_DTYPES
-from ..svd import Certificate
+from ..svd.result import Certificate
 from . import strict
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}

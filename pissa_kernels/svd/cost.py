@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import ops
+from .. import ops
 from .krylov import BEYOND, steps_for_niter
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
-from .ops.reference import project_out
+from .. import ops
+from ..ops.reference import project_out
 
 # Smallest pivot of the scaled Gram matrix's factor that one CholeskyQR round is trusted with: below it the first
 # round may lose orthogonality altogether (ε·cond² ≈ 1), and the second could not bring it back.

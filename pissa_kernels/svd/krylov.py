@@ -8,7 +8,7 @@ block; the last step needs QᵀHQ alone, so one product and not two.
 What was measured (``python -m bench.run --suite engine``, and the same spectra on diagonal matrices):
 
 - To a tolerance, C ≈ 5r + 7b columns reach an energy deficit of 1e-6 with blocks of b: small blocks need fewer columns
-  and more steps, and BLAS decides (:mod:`pissa_kernels.cost`).
+  and more steps, and BLAS decides (:mod:`pissa_kernels.svd.cost`).
 - A restart at 4r to 6r columns that keeps 2r costs a step or two, and bounds the eigenproblems of T, which at 1000
   columns would take as long as five products.
 """

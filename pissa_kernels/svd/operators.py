@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import ops
-from .ops import reference
+from .. import ops
+from ..ops import reference
 
 
 class Projection(NamedTuple):

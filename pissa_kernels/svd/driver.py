@@ -2,29 +2,26 @@
 
 Every step works on a stack of weights of equal shape, of which a single weight is the smallest, and is written in
 products with the weights, orthonormalisation and small dense problems, so that it runs wherever the weights are.
-The methods work on tall operators; a wide weight is seen through its transpose (a view). :mod:`pissa_kernels.cost`
-chooses among them. Whatever found the subspace, :func:`_rayleigh_ritz` turns it into triplets and :func:`_measured`
+The methods work on tall operators; a wide weight is seen through its transpose (a view). :mod:`pissa_kernels.svd.cost`
+chooses among them. Whatever found the subspace, :func:`rayleigh_ritz` turns it into triplets and :func:`_measured`
 measures them against the weight itself.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import check_rank, check_weight
+from ..numerics import exact_arithmetic
 from .chebyshev import chebyshev_subspace
-from .checks import check_rank, check_weight
 from .cost import CHEAP_GRAM, Plan, machine_of, plan
 from .krylov import Subspace, block_krylov
-from .numerics import exact_arithmetic
 from .operators import GramOperator, WeightOperator
-from .ops.reference import cholesky_qr
-from .orthogonalize import orthonormalize
+from .rayleigh_ritz import Triplets, dense_triplets, gram_triplets, rayleigh_ritz, truncated_svds
+from .result import TruncatedSVD
 
 ITERATIONS = ("krylov", "chebyshev")
 # The energy deficit that is iterated to where nothing else is asked for.
@@ -36,38 +33,6 @@ MAX_STEPS = 100
 GRAM_RESIDUAL = 1e-5
 # σ_r/σ₁ below which σ_r² is near the rounding of σ₁² in float32.
 STEEP = 1e-2
-FLOAT32_EPS = torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known of a truncated SVD without a reference.
-
-    Attributes:
-        passes: products with W or Wᵀ, the measurement of the residual included.
-        energy: Σσ̂²/‖W‖_F², the share of W's energy that the triplets capture; 1 for a zero matrix.
-        residual: max ρ/σ₁ with ρᵢ = max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖): the triplets are the exact ones of a matrix
-            within √2·max ρ of W. Measured in float32, with that measurement's own rounding added.
-        converged: the energy deficit, estimated from the residuals, is below the tolerance, or a dense method answered.
-            Where singular values cluster across index r the estimate may be short by a factor of two or three, at
-            tolerances between 1e-5 and 1e-3 by one of ten: half a dozen values within 1 % suffice there.
-        method: "krylov" or "chebyshev", or "gram" and "svd" for the two dense ones.
-    """
-
-    passes: int
-    energy: float
-    residual: float
-    converged: bool
-    method: str
-
-
-class TruncatedSVD(NamedTuple):
-    """W ≈ U·diag(S)·Vh: U (m, r), S (r,) descending, Vh (r, n), float32, contiguous, on W's device."""
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    certificate: Certificate
 
 
 def truncated_svd(
@@ -75,9 +40,9 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """The leading ``rank`` singular triplets of a weight, to a tolerance on the captured energy.
 
-    Block Krylov (:mod:`pissa_kernels.krylov`) or filtered subspace iteration (:mod:`pissa_kernels.chebyshev`) where
-    they are the cheaper way, a dense factorisation elsewhere. The weight is read as it is stored; torch's global random
-    state is neither used nor changed.
+    Block Krylov (:mod:`pissa_kernels.svd.krylov`) or filtered subspace iteration (:mod:`pissa_kernels.svd.chebyshev`)
+    where they are the cheaper way, a dense factorization elsewhere. The weight is read as it is stored; torch's global
+    random state is neither used nor changed.
 
     Args:
         weight: (m, n), float32, float16 or bfloat16, any strides, finite.
@@ -142,25 +107,13 @@ def truncated_svd_stack(
             # Krylov has the last word among iterations; a dense method has it where that is cheap
             final = chosen.steps is not None or (chosen.method == "krylov" and n > CHEAP_GRAM)
             if all(converged) or final:
-                return _results(operator, triplets, converged, chosen.method)
+                return truncated_svds(operator, triplets, converged, chosen.method)
         if chosen.method == "svd":
-            return _results(operator, _svd(operator, rank), [True] * batch, "svd")
-        triplets = _gram(operator, rank, torch.float32)
+            return truncated_svds(operator, dense_triplets(operator, rank), [True] * batch, "svd")
+        triplets = gram_triplets(operator, rank, torch.float32)
         if (triplets.residuals.amax(-1) > GRAM_RESIDUAL * triplets.S[:, 0]).any().item():
-            triplets = _gram(operator, rank, torch.float64)
-        return _results(operator, triplets, [True] * batch, "gram")
-
-
-class Triplets(NamedTuple):
-    """Triplets of a stack of tall operators A, scaled as these are: U (batch, m, r), S (batch, r), V (batch, n, r).
-
-    ``residuals`` (batch, r) are ρᵢ = max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖), measured.
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-    residuals: Tensor
+            triplets = gram_triplets(operator, rank, torch.float64)
+        return truncated_svds(operator, triplets, [True] * batch, "gram")
 
 
 def _iterate(operator: WeightOperator, rank: int, chosen: Plan, tol: float, seed: int) -> tuple[Triplets, list[bool]]:
@@ -175,7 +128,7 @@ def _iterate(operator: WeightOperator, rank: int, chosen: Plan, tol: float, seed
     if chosen.steps is not None:
         if (triplets.S[:, -1] < STEEP * triplets.S[:, 0]).any().item():
             # float32 squares mix directions this far below the first, which the promised rounds would tell apart
-            triplets = _rayleigh_ritz(operator, operator.adjoint(triplets.U))
+            triplets = rayleigh_ritz(operator, operator.adjoint(triplets.U))
     elif not all(converged) and operator.passes < 2 * MAX_STEPS:
         # the last step did not bring what was expected of it
         found = krylov(block=rank, start=triplets.V)
@@ -184,65 +137,7 @@ def _iterate(operator: WeightOperator, rank: int, chosen: Plan, tol: float, seed
 
 
 def _evaluated(operator: WeightOperator, found: Subspace, tol: float) -> tuple[Triplets, list[bool]]:
-    triplets = _rayleigh_ritz(operator, found.V, found.AV)
+    triplets = rayleigh_ritz(operator, found.V, found.AV)
     # the residual of an eigenpair of AᵀA is σ times that of the triplet
     missing = found.missing(triplets.S.square(), triplets.residuals * triplets.S)
     return triplets, (missing <= tol).tolist()
-
-
-def _gram(operator: WeightOperator, rank: int, dtype: torch.dtype) -> Triplets:
-    """From the leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
-    _, vectors = torch.linalg.eigh(operator.gram(dtype))
-    return _rayleigh_ritz(operator, vectors[:, :, -rank:])
-
-
-def _svd(operator: WeightOperator, rank: int) -> Triplets:
-    """LAPACK's or cuSOLVER's own, for ranks that leave little to truncate."""
-    U, S, Vh = torch.linalg.svd(operator.dense(), full_matrices=False)
-    V = Vh[:, :rank].mT.contiguous()
-    return _measured(operator, U[:, :, :rank].contiguous(), S[:, :rank], V, operator.apply(V))
-
-
-def _rayleigh_ritz(operator: WeightOperator, V: Tensor, AV: Tensor | None = None) -> Triplets:
-    """Triplets of A on the subspace of V: A·V = Q·R, R = X·S·Zᵀ, U = Q·X. Orthonormal even where S is zero.
-
-    Args:
-        operator: A.
-        V: (batch, n, r), of full rank.
-        AV: A·V where it is known, for a V that is orthonormal up to rounding.
-    """
-    if AV is None:
-        V, _ = orthonormalize(V)
-        Y = operator.apply(V)
-    else:
-        V, change, _, _ = cholesky_qr(V)
-        Y = AV @ change
-    Q, _ = orthonormalize(Y)
-    X, S, Zh = torch.linalg.svd((Q.mT @ Y).double())
-    U, Z = (Q @ X.to(Q.dtype)).float(), Zh.mT.to(V.dtype)
-    return _measured(operator, U, S.float(), (V @ Z).float(), (Y @ Z).float())
-
-
-def _measured(operator: WeightOperator, U: Tensor, S: Tensor, V: Tensor, AV: Tensor) -> Triplets:
-    left = torch.linalg.vector_norm(AV - U * S.unsqueeze(-2), dim=-2)
-    right = torch.linalg.vector_norm(operator.adjoint(U) - V * S.unsqueeze(-2), dim=-2)
-    return Triplets(U, S, V, torch.maximum(left, right))
-
-
-def _results(operator: WeightOperator, triplets: Triplets, converged: list[bool], method: str) -> list[TruncatedSVD]:
-    U, V = (triplets.V, triplets.U) if operator.wide else (triplets.U, triplets.V)
-    S = triplets.S if operator.scale is None else triplets.S / operator.scale.squeeze(-1)
-    captured = triplets.S.double().square().sum(-1)
-    figures = torch.stack([triplets.residuals.amax(-1), triplets.S[:, 0], S[:, 0]], dim=-1).tolist()
-    results = []
-    for index, (residual, largest, unscaled) in enumerate(figures):
-        if not math.isfinite(unscaled):
-            raise ValueError("the weight's singular values exceed float32's range")
-        # What was measured is off by a few ε·σ₁ itself: float32 products, and A·V by way of V·Z, sums of r terms.
-        rounding = (8 + 2 * math.sqrt(S.shape[1])) * FLOAT32_EPS
-        relative = residual / largest + rounding if largest > 0 else 0.0
-        energy = operator.energy[index]
-        share = min(float(captured[index]) / energy, 1.0) if energy > 0 else 1.0
-        certificate = Certificate(operator.passes, share, relative, converged[index], method)
-        results.append(TruncatedSVD(U[index].contiguous(), S[index], V[index].mT.contiguous(), certificate))
-    return results
