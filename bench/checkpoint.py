@@ -5,8 +5,7 @@ Llama-shaped checkpoint whose projections have the spectra of real ones. Before 
 so that no earlier run's pages are written during it, and the checkpoint is read once, so that each finds it in memory.
 After it the result is brought to the disk, which is timed on its own: one provider has done so already, the other not.
 
-The wall time of the process is what counts. What of it is imports and what is work is each provider's own affair: ours
-imports torch first, and transformers and PEFT in a child while it works.
+The wall time of the process is what counts; the rows also split it into imports and work.
 """
 
 from __future__ import annotations
@@ -53,12 +52,10 @@ class Run:
 
     Attributes:
         wall_s, cpu_s: of the whole process, the interpreter's start included; CPU is user and system, children's too.
-        imports_s: seconds until the provider's modules were imported: ours without transformers and PEFT.
-        work_s, work_cpu_s: after that; ours with the planning, for which a child imports these two.
+        imports_s: seconds until the provider's modules were imported.
+        work_s, work_cpu_s: after that.
         imported_mib: resident after the imports.
         peak_mib: the most that the resident set grew by after them, file pages that are mapped included.
-        planner_mib: the largest resident set of a child, 0 where there is none. It is that of transformers and PEFT,
-            imported beside what the child shares with its parent; nothing of the checkpoint's weights is in it.
         sync_s: seconds to bring the result to the disk after the process has ended.
     """
 
@@ -69,7 +66,6 @@ class Run:
     work_cpu_s: float
     imported_mib: float
     peak_mib: float
-    planner_mib: float
     sync_s: float
 
 

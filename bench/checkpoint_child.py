@@ -1,11 +1,9 @@
 """``python -m bench.checkpoint_child PROVIDER MODEL OUT RANK DEVICE``: one initialisation of a checkpoint on disk.
 
-A process does this and nothing else. It prints a line of JSON last: seconds of the imports, seconds and CPU seconds
-after them, MiB resident after them and by how much the resident set grew at its peak; and the largest resident set of
-its children.
+The process does nothing else. Its last line of output is JSON: seconds of the imports, seconds and CPU seconds after
+them, MiB resident after them, and by how much the resident set grew at its peak.
 
-The imports are the provider's own: stock needs transformers and PEFT for all that it does, ours imports torch, and the
-two others in a child, which is work that it waits for. So only the wall time of the whole process compares the two.
+Both providers import torch, transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -24,6 +22,9 @@ Job = Callable[[Path, Path, int, str], None]
 
 def ours() -> Job:
     """Import what ``python -m pissa_kernels init`` does; what then runs it."""
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
     from pissa_kernels import cli
 
     def job(model: Path, out: Path, rank: int, device: str) -> None:
@@ -76,15 +77,14 @@ def main() -> None:
         "work_cpu_s": _cpu_seconds() - cpu,
         "imported_mib": resident,
         "peak_mib": peak,
-        "planner_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
     print(json.dumps(figures))
 
 
 def _cpu_seconds() -> float:
-    """User and system, of this process and of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+    """User and system time of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

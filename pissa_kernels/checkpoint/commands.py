@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,8 @@ from typing import Any
 from ..adapter.names import ADAPTER_FOLDER
 from ..arguments import initializer, positive
 from ..report.tables import text_table
-from .ahead import Ahead
-from .init import begins, init_checkpoint
-from .plan import Plan, lay_plan, make_plan, open_source
-from .planner import Planner, may_fork, quiet_transformers
+from .init import init_checkpoint
+from .plan import Plan, make_plan
 from .targets import AdapterOptions
 from .verify import verify_checkpoint
 
@@ -79,32 +77,21 @@ def _run_init(arguments: argparse.Namespace) -> int:
         use_rslora=arguments.rslora,
         trust_remote_code=arguments.trust_remote_code,
     )
-    with _planned(arguments, options) as (plan, ahead):
-        return _carry_out(arguments, plan, ahead)
+    _quiet_transformers()
+    return _carry_out(arguments, make_plan(arguments.model, arguments.out, options, arguments.device))
 
 
-@contextlib.contextmanager
-def _planned(arguments: argparse.Namespace, options: AdapterOptions) -> Iterator[tuple[Plan, Ahead | None]]:
-    """The plan, and what the cores that its making leaves idle have decomposed meanwhile."""
-    import torch
+def _quiet_transformers() -> None:
+    """Silence progress bars and advice of other packages, which are no part of this command's output."""
+    import transformers
 
-    if arguments.device != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1" or not may_fork():
-        quiet_transformers()
-        yield make_plan(arguments.model, arguments.out, options, arguments.device), None
-        return
-    checkpoint = open_source(arguments.model, arguments.out)
-    workers = arguments.workers or torch.get_num_threads()
-    useful = workers > 1 and not arguments.dry_run and begins(arguments.out, arguments.resume, arguments.force)
-    with contextlib.ExitStack() as stack:
-        with Planner(checkpoint, options) as planner:
-            ahead = stack.enter_context(Ahead(checkpoint, options, workers)) if useful else None
-            adapter = planner.adapter()
-        if ahead is not None:
-            ahead.stop()
-        yield lay_plan(checkpoint, arguments.out, options, adapter, arguments.device), ahead
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
-def _carry_out(arguments: argparse.Namespace, plan: Plan, ahead: Ahead | None) -> int:
+def _carry_out(arguments: argparse.Namespace, plan: Plan) -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     if plan.checkpoint.left_out and speaks:
         print(f"left out, as they hold weights that would not be residuals: {', '.join(plan.checkpoint.left_out)}",
@@ -126,7 +113,6 @@ def _carry_out(arguments: argparse.Namespace, plan: Plan, ahead: Ahead | None) -
         force=arguments.force,
         on_tensor=on_tensor,
         shown=not arguments.json,
-        ahead=ahead,
     )
     if not speaks:
         return 0

@@ -24,7 +24,6 @@ from ..runtime.distributed import Ranks, joined
 from ..runtime.memory import Peak
 from ..runtime.progress import progress
 from ..runtime.workers import run_jobs
-from .ahead import Ahead
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Item, Plan
 from .staging import Staging
@@ -56,7 +55,6 @@ def init_checkpoint(
     force: bool = False,
     on_tensor: Callable[[Record], None] | None = None,
     shown: bool = True,
-    ahead: Ahead | None = None,
 ) -> Outcome:
     """Carry out a plan: the result appears at ``plan.out`` as a whole, or not at all.
 
@@ -70,8 +68,6 @@ def init_checkpoint(
         force: replace a finished result at the end, and begin an unfinished one again unless ``resume``.
         on_tensor: told of each tensor of this rank, with its journal record.
         shown: a progress bar, where stderr is a terminal.
-        ahead: what has been decomposed while the plan was made; the report's seconds and its peak of memory are counted
-            from the beginning of that.
 
     Raises:
         FileExistsError: there is a result, or an unfinished one, and neither ``force`` nor ``resume`` says what to do.
@@ -87,10 +83,9 @@ def init_checkpoint(
             finished = ranks.first and not _begin(plan, staging, resume, force)
         if any(ranks.gather(finished)):
             return Outcome(Report.read(plan.out / REPORT), 0, len(plan.items))
-        began = time.perf_counter() if ahead is None else ahead.began
-        peak = Peak() if ahead is None else ahead.peak
-        with ranks.together(), peak if ahead is None else contextlib.nullcontext():
-            kept = _work(plan, staging, ranks, workers, on_tensor, shown, ahead)
+        began, peak = time.perf_counter(), Peak()
+        with ranks.together(), peak:
+            kept = _work(plan, staging, ranks, workers, on_tensor, shown)
         kept = sum(ranks.gather(kept))
         with ranks.together():
             if ranks.first:
@@ -99,11 +94,6 @@ def init_checkpoint(
                 seconds = time.perf_counter() - began if not kept else None
                 _finish(plan, staging, records, seconds, peak.extra_bytes)
         return Outcome(Report.read(plan.out / REPORT), len(plan.items) - kept, kept)
-
-
-def begins(out: Path, resume: bool, force: bool) -> bool:
-    """Whether a run to ``out`` will write all of it: there is nothing to go on with, and nothing in the way."""
-    return (force or not os.path.lexists(out)) and (not Staging(out).exists() or (force and not resume))
 
 
 def _begin(plan: Plan, staging: Staging, resume: bool, force: bool) -> bool:
@@ -136,7 +126,6 @@ def _work(
     workers: int | None,
     on_tensor: Callable[[Record], None] | None,
     shown: bool,
-    ahead: Ahead | None,
 ) -> int:
     """Do this rank's share; the number of tensors in it that had been done."""
     device = CPU if plan.device == "cpu" else torch.device(plan.device, ranks.local % torch.cuda.device_count())
@@ -145,9 +134,7 @@ def _work(
     items = plan.share(ranks.rank, ranks.world)
     claimed = _by_tensor(staging.records())
     kept = 0
-    if ahead is not None and not ahead.serves(plan):
-        ahead = None
-    with Worker(plan, staging.out, device, ahead) as worker, staging.journal(ranks.rank) as journal:
+    with Worker(plan, staging.out, device) as worker, staging.journal(ranks.rank) as journal:
 
         def one(index: int, emit: Callable[[tuple[Item, Record, bool]], None]) -> None:
             torch.set_num_threads(1)  # of this thread alone, except MKL's
@@ -175,7 +162,7 @@ def _work(
             exact_arithmetic(device),
         ):
             try:
-                run_jobs(jobs, workers, done, pool=ahead.pool if ahead is not None else None)
+                run_jobs(jobs, workers, done)
             finally:
                 torch.set_num_threads(threads)  # MKL's number is the process's too
     return kept

@@ -119,13 +119,15 @@ def make_plan(model: Path, out: Path, options: AdapterOptions, device: str = "cp
         device: "cpu" or "cuda", where the weights are decomposed.
 
     Raises:
-        OSError, TypeError, ValueError: as :func:`open_source` and :func:`find_targets`.
+        OSError, TypeError, ValueError: as :func:`_open_source` and :func:`find_targets`.
     """
-    checkpoint = open_source(model, out)
-    return lay_plan(checkpoint, out, options, find_targets(checkpoint, options), device)
+    checkpoint = _open_source(model, out)
+    adapter = find_targets(checkpoint, options)
+    items = _in_order(checkpoint, adapter.targets, options, device)
+    return Plan(checkpoint, out, options, adapter, _adapter_layout(adapter.targets), tuple(items), device)
 
 
-def open_source(model: Path, out: Path) -> Checkpoint:
+def _open_source(model: Path, out: Path) -> Checkpoint:
     """The checkpoint of a run to ``out``: what can be refused without asking transformers and PEFT.
 
     Raises:
@@ -139,13 +141,7 @@ def open_source(model: Path, out: Path) -> Checkpoint:
     return checkpoint
 
 
-def lay_plan(checkpoint: Checkpoint, out: Path, options: AdapterOptions, adapter: Adapter, device: str) -> Plan:
-    """The plan of a run whose targets have been found."""
-    items = in_order(checkpoint, adapter.targets, options, device)
-    return Plan(checkpoint, out, options, adapter, _adapter_layout(adapter.targets), tuple(items), device)
-
-
-def in_order(checkpoint: Checkpoint, targets: Sequence[Target], options: AdapterOptions, device: str) -> list[Item]:
+def _in_order(checkpoint: Checkpoint, targets: Sequence[Target], options: AdapterOptions, device: str) -> list[Item]:
     """Every tensor of a checkpoint, of which these are targets, the longest work first."""
     by_tensor = {(target.shard, target.entry.name): target for target in targets}
     items = [

@@ -21,7 +21,6 @@ from ..files.header import Entry, bytes_of, chunks, read_tensor, sha256_of, writ
 from ..numerics import exact_arithmetic
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
-from .ahead import Ahead
 from .plan import ADAPTER_WEIGHTS, Item, Plan
 from .targets import Target
 
@@ -42,12 +41,10 @@ class Worker:
         plan: of the run.
         out: the staged result.
         device: where weights are decomposed.
-        ahead: what has been decomposed for this plan before.
     """
 
-    def __init__(self, plan: Plan, out: Path, device: torch.device, ahead: Ahead | None = None) -> None:
+    def __init__(self, plan: Plan, out: Path, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        self._ahead = ahead
         self._sources: dict[str, int] = {}
         self._results: dict[str, Output] = {}
         self._out = out
@@ -121,12 +118,11 @@ class Worker:
         return digest.hexdigest()
 
     def _decompose(self, item: Item, target: Target) -> Record:
-        known = self._ahead.take(target) if self._ahead is not None else None
-        began = time.perf_counter() - (known.seconds if known else 0.0)
+        began = time.perf_counter()
         options = self.plan.options
         weight = read_tensor(self._sources[item.shard], item.entry, buffer.weights).to(self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            factors = known.widened() if known else target.factors(weight, options)
+            factors = target.factors(weight, options)
             with exact_arithmetic(self.device):
                 ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.scaling, target.transposed)
             written: dict[str, str] = {}

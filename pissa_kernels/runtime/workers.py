@@ -17,7 +17,6 @@ def run_jobs(
     workers: int,
     done: Callable[[T], None],
     stop: threading.Event | None = None,
-    pool: ThreadPoolExecutor | None = None,
 ) -> None:
     """Run the jobs, telling ``done`` of what they emit. After the first failure nothing new is begun.
 
@@ -26,7 +25,6 @@ def run_jobs(
         workers: threads.
         done: called in this thread, in the order of the emissions.
         stop: set at a failure, for jobs that look at it.
-        pool: of so many workers, to be used up; by default one of its own.
 
     Raises:
         BaseException: the first that a job or ``done`` raised, an interrupt included; what was emitted by the jobs that
@@ -37,7 +35,7 @@ def run_jobs(
     def emit(value: T) -> None:
         finished.put((value,))
 
-    with pool or ThreadPoolExecutor(max(1, workers), thread_name_prefix="pissa_kernels") as pool:
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="pissa_kernels") as pool:
         futures = [pool.submit(job, emit) for job in jobs]
         for future in futures:
             future.add_done_callback(finished.put)
