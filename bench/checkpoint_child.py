@@ -25,7 +25,7 @@ def ours() -> Job:
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    from pissa_kernels import cli
+    from pissa_kernels.cli import main as cli
 
     def job(model: Path, out: Path, rank: int, device: str) -> None:
         if cli.command(["init", str(model), str(out), "--rank", str(rank), "--device", device]):

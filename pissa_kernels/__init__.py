@@ -5,6 +5,7 @@ no Triton, no question to a GPU.
 """
 
 from . import ops
+from ._version import __version__ as __version__
 from .peft.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
@@ -14,7 +15,6 @@ from .report import LayerReport, Report
 from .svd.driver import truncated_svd
 from .svd.result import Certificate, TruncatedSVD
 
-__version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "Decomposition",

@@ -23,9 +23,9 @@ import tqdm
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from pissa_kernels.checkpoint.init import init_checkpoint
+from pissa_kernels.checkpoint.journal import Staging
 from pissa_kernels.checkpoint.plan import make_plan
-from pissa_kernels.checkpoint.staging import Staging
+from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
 OPTIONS = AdapterOptions(rank=4)

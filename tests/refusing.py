@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pissa_kernels import cli
+from pissa_kernels.cli import main as cli
 
 from .checkpoints import witness
 

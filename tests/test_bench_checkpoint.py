@@ -18,7 +18,7 @@ from bench.checkpoint_case import checkpoint_of, distinct_projections, projectio
 from bench.checkpoint_gate import Folder, Verdict, judge
 from bench.llama import ModelCase
 from bench.rows import read_rows
-from pissa_kernels import cli
+from pissa_kernels.cli import main as cli
 
 CASE = ModelCase(layers=1, width=256, inner=512, groups=1, rank=4)
 TINY = ["--layers", "1", "--width", "256", "--inner", "512", "--groups", "1", "--rank", "4", "--repeats", "1"]

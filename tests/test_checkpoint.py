@@ -15,8 +15,8 @@ import torch
 import transformers
 
 import pissa_kernels as pk
-from pissa_kernels.checkpoint.init import init_checkpoint
 from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
 from .checkpoints import ADAPTER, ADDED, contents, factors, header, layers, save, tensors, tied_llama

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pissa_kernels import cli
+from pissa_kernels.cli import main as cli
 from pissa_kernels.examples.demo import demo_model
 
 from .checkpoints import REPORT, contents, small, tensors, witness

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pissa_kernels.checkpoint import init as init_module
+from pissa_kernels.checkpoint import run as init_module
 
 from .checkpoints import witness
 from .refusing import LAYER, edit_tensor, init, refused, shard_of

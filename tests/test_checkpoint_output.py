@@ -16,10 +16,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from pissa_kernels.checkpoint import work
-from pissa_kernels.checkpoint.init import init_checkpoint
+from pissa_kernels.checkpoint import worker as work
+from pissa_kernels.checkpoint.journal import Staging
 from pissa_kernels.checkpoint.plan import Plan, make_plan
-from pissa_kernels.checkpoint.staging import Staging
+from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.files import direct as module

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pissa_kernels.checkpoint.init import init_checkpoint
 from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.run import init_checkpoint
 
 from .checkpoints import small, untimed
 from .crashing import KILLED, OPTIONS, Child

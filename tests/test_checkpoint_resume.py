@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pissa_kernels.checkpoint.init import Outcome, init_checkpoint
 from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.run import Outcome, init_checkpoint
 
 from .checkpoints import ADAPTER, contents, header, small, untimed, witness
 from .crashing import KILLED, OPTIONS, Child

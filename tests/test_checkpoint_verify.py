@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pissa_kernels.checkpoint import work
-from pissa_kernels.checkpoint.init import init_checkpoint
+from pissa_kernels.checkpoint import worker as work
 from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
 from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, make_plan
+from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
-from pissa_kernels.cli import main
+from pissa_kernels.cli.main import main
 from pissa_kernels.files import header
 from pissa_kernels.files.header import read_layout
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from pissa_kernels import cli
+from pissa_kernels.cli import main as cli
 from pissa_kernels.examples import demo
 from pissa_kernels.examples.demo import worst_reconstruction
 from pissa_kernels.peft import save as saving

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pissa_kernels import Report, cli
+from pissa_kernels import Report
+from pissa_kernels.cli import main as cli
 from pissa_kernels.report import REPORT_NAME
 from pissa_kernels.report.spectrum import suggestion
 
@@ -106,7 +107,7 @@ def test_without_matplotlib(
 def test_needs_neither_peft_nor_transformers(folder: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['peft', 'transformers', 'tqdm', 'tabulate', 'matplotlib'])); "
-        "from pissa_kernels import cli; sys.exit(cli.main(sys.argv[1:]))"
+        "from pissa_kernels.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "report", str(folder)],

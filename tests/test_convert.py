@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import pissa_kernels as pk
-from pissa_kernels import cli
+from pissa_kernels.cli import main as cli
 from pissa_kernels.convert import plain
 from pissa_kernels.convert.convert import convert_adapter
 from pissa_kernels.convert.pair import Pair

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checks import parse_init
 from ..files.folder import Checkpoint, open_checkpoint
@@ -85,8 +86,6 @@ class Plan:
 
         In what JSON gives back as it was.
         """
-        from .. import __version__
-
         return {
             "source": str(self.checkpoint.folder.resolve()),
             "fingerprint": self.checkpoint.fingerprint(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER
 from ..files.atomic import write_text
 from . import strict
@@ -31,12 +32,6 @@ _REPORT_RULES = {
 }
 
 
-def _package_version() -> str:
-    from .. import __version__  # not known yet when the package imports this module
-
-    return __version__
-
-
 @dataclass(eq=False, repr=False)
 class Report:
     """What an initialisation did to a model.
@@ -52,7 +47,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float | None = None
     peak_extra_bytes: int | None = None
-    package_version: str = field(default_factory=_package_version)
+    package_version: str = __version__
     torch_version: str = field(default_factory=lambda: str(torch.__version__))
 
     def __repr__(self) -> str:

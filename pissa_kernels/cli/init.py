@@ -6,24 +6,21 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..adapter.names import ADAPTER_FOLDER
-from ..arguments import initializer, positive
+from ..checkpoint.plan import Plan, make_plan
+from ..checkpoint.run import init_checkpoint
+from ..checkpoint.targets import AdapterOptions
 from ..report.tables import text_table
-from .init import init_checkpoint
-from .plan import Plan, make_plan
-from .targets import AdapterOptions
-from .verify import verify_checkpoint
+from .arguments import initializer, pattern, positive, quiet_libraries
 
 MIB = 2**20
 
 
-def add_init(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Declare ``init MODEL OUT``."""
     parser = commands.add_parser(
         "init",
@@ -45,10 +42,10 @@ def add_init(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--exclude-modules", nargs="+", default=[], metavar="NAME", help="module names, or one regex")
     parser.add_argument(
-        "--rank-pattern", nargs="+", default=[], type=_pattern(int), metavar="NAME=R", help="ranks of single layers"
+        "--rank-pattern", nargs="+", default=[], type=pattern(int), metavar="NAME=R", help="ranks of single layers"
     )
     parser.add_argument(
-        "--alpha-pattern", nargs="+", default=[], type=_pattern(float), metavar="NAME=A", help="alphas of single layers"
+        "--alpha-pattern", nargs="+", default=[], type=pattern(float), metavar="NAME=A", help="alphas of single layers"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where weights are decomposed")
@@ -57,10 +54,10 @@ def add_init(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace a finished OUT, begin an unfinished one again")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each tensor, and one at the end")
-    parser.set_defaults(run=_run_init, interrupted="what is done is kept, and --resume goes on with it")
+    parser.set_defaults(run=run, interrupted="what is done is kept, and --resume goes on with it")
 
 
-def _run_init(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     import torch
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -77,18 +74,8 @@ def _run_init(arguments: argparse.Namespace) -> int:
         use_rslora=arguments.rslora,
         trust_remote_code=arguments.trust_remote_code,
     )
-    _quiet_transformers()
+    quiet_libraries()
     return _carry_out(arguments, make_plan(arguments.model, arguments.out, options, arguments.device))
-
-
-def _quiet_transformers() -> None:
-    """Silence progress bars and advice of other packages, which are no part of this command's output."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
 def _carry_out(arguments: argparse.Namespace, plan: Plan) -> int:
@@ -140,53 +127,6 @@ def _carry_out(arguments: argparse.Namespace, plan: Plan) -> int:
     return 0
 
 
-def add_verify(commands: Any) -> None:
-    """Declare ``verify BASE OUT``."""
-    parser = commands.add_parser(
-        "verify",
-        help="check every tensor of an initialised checkpoint against the original",
-        description="Read both checkpoints, a tensor at a time: untouched tensors are bit-identical, W_res + s·B·A is "
-        "W to one rounding, A and B are the triplets of their certificate, and every byte of OUT is the one that was "
-        "written. Exit status 1 if anything is off.",
-    )
-    parser.add_argument("base", type=Path, metavar="BASE", help="the original checkpoint's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="what pissa-kernels init made of it")
-    parser.add_argument("--workers", type=positive, metavar="N", help="tensors at a time (default: cores)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
-    parser.set_defaults(run=_run_verify)
-
-
-def _run_verify(arguments: argparse.Namespace) -> int:
-    found = verify_checkpoint(arguments.base, arguments.out, workers=arguments.workers, shown=not arguments.json)
-    if arguments.json:
-        print(json.dumps({"holds": found.holds, **asdict(found)}))
-        return 0 if found.holds else 1
-    rows = [
-        [
-            layer.name,
-            f"{layer.reconstruction:.2f}",
-            f"{100 * layer.energy:.2f}",
-            f"{layer.residual:.0e}",
-            "OFF" if layer.problem else "holds",
-        ]
-        for layer in found.layers
-    ]
-    print(text_table(["layer", "W_res + s·B·A, × rounding", "energy, %", "residual/σ₁", ""], rows, [0, 4]))
-    print()
-    for where, what in found.problems:
-        print(f"OFF: {where}: {what}")
-    if found.extra:
-        print(f"not of this result: {', '.join(found.extra)}")
-    print(
-        f"{len(found.layers)} residuals, {found.copied} tensors copied bit for bit, {found.files} other files: "
-        + ("all as written, and W to one rounding" if found.holds else f"{len(found.problems)} things are OFF")
-    )
-    if not found.holds:
-        where = ", ".join(dict.fromkeys(where for where, _ in found.problems))
-        print(f"pissa-kernels: error: {arguments.out} does not hold: {where}", file=sys.stderr)
-    return 0 if found.holds else 1
-
-
 def _plan_record(plan: Plan) -> dict[str, Any]:
     targets = plan.adapter.targets
     return {
@@ -234,16 +174,3 @@ def _plan_text(plan: Plan) -> str:
             f"about {sum(item.seconds for item in plan.items):.0f} s of one core; nothing has been written",
         ]
     )
-
-
-def _pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:
-    def parse(text: str) -> tuple[str, Any]:
-        name, equals, value = text.rpartition("=")
-        try:
-            if not (equals and name):
-                raise ValueError
-            return name, kind(value)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not NAME={'R' if kind is int else 'A'}") from None
-
-    return parse

@@ -24,10 +24,10 @@ from ..runtime.distributed import Ranks, joined
 from ..runtime.memory import Peak
 from ..runtime.progress import progress
 from ..runtime.workers import run_jobs
+from .journal import Staging
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Item, Plan
-from .staging import Staging
-from .work import Record, Worker
+from .worker import Record, Worker
 
 CPU = torch.device("cpu")
 

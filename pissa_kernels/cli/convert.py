@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..arguments import positive
+from ..convert.convert import Conversion, convert_adapter
 from ..report.tables import text_table
-from .convert import Conversion, convert_adapter
+from .arguments import positive
 
 
-def add_convert(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Declare ``convert TRAINED INIT OUT``."""
     parser = commands.add_parser(
         "convert",
@@ -34,10 +34,10 @@ def add_convert(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an adapter that is at OUT")
     parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     conversion = convert_adapter(
         arguments.trained,
         arguments.initial,

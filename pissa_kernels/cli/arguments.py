@@ -1,0 +1,65 @@
+"""Types of command-line arguments, exit codes, and set-up that subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def initializer(text: str) -> str:
+    """An initializer: pissa, or pissa_niter_N."""
+    from ..checks import parse_init
+
+    try:
+        parse_init(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def share(text: str) -> float:
+    """A share of the captured energy, above 0 and at most 1."""
+    from ..report.spectrum import check_share
+
+    try:
+        check_share(value := float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:
+    """NAME=R or NAME=A: an entry of PEFT's ``rank_pattern`` or ``alpha_pattern``."""
+
+    def parse(text: str) -> tuple[str, Any]:
+        name, equals, value = text.rpartition("=")
+        try:
+            if not (equals and name):
+                raise ValueError
+            return name, kind(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME={'R' if kind is int else 'A'}") from None
+
+    return parse
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and warnings of transformers and PEFT, which are no part of a command's output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")

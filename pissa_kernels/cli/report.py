@@ -1,0 +1,60 @@
+"""``pissa-kernels report``: print and draw the report of an initialization, and the ranks that its spectra suggest."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..report import Report, find_report
+from ..report.spectrum import suggestion
+from .arguments import share
+
+
+def add_parser(commands: Any) -> None:
+    """Declare ``report SOURCE``."""
+    parser = commands.add_parser(
+        "report",
+        help="print and draw what an initialization did, and the ranks that its spectra suggest",
+        description="Print the report of an initialization: a row for each layer, a total, and the rank that keeps a "
+        "share of the captured energy. --pictures also draws it, --html writes it as a web page.",
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE",
+        help="report (JSON), or a folder with pissa_report.json or pissa_init/pissa_report.json in it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--share", type=share, action="append", metavar="Q",
+        help="share of the captured energy that a lower rank should keep, 0 < Q ≤ 1; can be repeated (default: 0.9)",
+    )  # fmt: skip
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw energy, spectra and ranks into this folder")
+    parser.add_argument("--svg", action="store_true", help="draw SVG instead of PNG")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one HTML page")
+    parser.add_argument("--json", action="store_true", help="print the report's JSON and nothing else")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; draw it where asked."""
+    report = Report.read(find_report(arguments.source))
+    shares = sorted(set(arguments.share or [0.9]))
+    drawn = []
+    if arguments.pictures is not None:
+        from ..report.pictures import draw
+
+        drawn = draw(report, arguments.pictures, shares, "svg" if arguments.svg else "png")
+    if arguments.html is not None:
+        from ..report.page import write_page
+
+        write_page(report, arguments.html, shares, f"PiSSA initialization of {arguments.source.resolve().name}")
+    if arguments.json:
+        print(report.to_json())
+        return 0
+    print(report.table())
+    for q in shares if report.layers else []:
+        print(suggestion(report.layers, q))
+    for path in drawn:
+        print(f"drew {path}")
+    if arguments.html is not None:
+        print(f"wrote {arguments.html}")
+    return 0
