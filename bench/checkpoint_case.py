@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pissa_kernels.files.header import Entry, Layout, bytes_of, plan_layout, read_tensor, write_at
+from pissa_kernels.files.header import Header, TensorInfo, bytes_of, plan_header, read_tensor, write_at
 
 from . import gate
 from .cases import DTYPES
@@ -38,18 +38,18 @@ def checkpoint_of(case: ModelCase) -> Path:
         return folder
     model = case.empty()
     declared = [(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    layouts = _shards(declared)
-    size = sum(layout.size for layout in layouts.values())
+    headers = _shards(declared)
+    size = sum(header.size for header in headers.values())
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     if shutil.disk_usage(unfinished).free < 2 * size:
         raise OSError(f"{gate.CACHE} has no space for a checkpoint of {size / 1e9:.2g} GB and its result")
-    _write_tensors(unfinished, layouts, case)
+    _write_tensors(unfinished, headers, case)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = DTYPES[case.dtype]
     model.config.save_pretrained(unfinished)
-    listed = {name: shard for shard, layout in layouts.items() for name in layout.entries}
+    listed = {name: shard for shard, header in headers.items() for name in header.tensors}
     index = json.dumps({"metadata": {"total_size": size}, "weight_map": listed}, indent=2)
     (unfinished / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     unfinished.rename(folder)
@@ -67,8 +67,8 @@ def distinct_projections(case: ModelCase) -> list[str]:
     return names[: case.distinct * len(names) // case.layers or None]
 
 
-def _shards(declared: list[Declared]) -> dict[str, Layout]:
-    """The layout of each file, by its name: the tensors in their order, :data:`SHARD_BYTES` to a file."""
+def _shards(declared: list[Declared]) -> dict[str, Header]:
+    """The header of each file, by its name: the tensors in their order, :data:`SHARD_BYTES` to a file."""
     groups: list[list[Declared]] = [[]]
     room = SHARD_BYTES
     for tensor in declared:
@@ -79,19 +79,19 @@ def _shards(declared: list[Declared]) -> dict[str, Layout]:
         groups[-1].append(tensor)
         room -= nbytes
     return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": plan_layout(group)
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": plan_header(group)
         for number, group in enumerate(groups, start=1)
     }
 
 
-def _write_tensors(folder: Path, layouts: dict[str, Layout], case: ModelCase) -> None:
+def _write_tensors(folder: Path, headers: dict[str, Header], case: ModelCase) -> None:
     with contextlib.ExitStack() as stack:
-        places: dict[str, tuple[int, Entry]] = {}
-        for name, layout in layouts.items():
+        places: dict[str, tuple[int, TensorInfo]] = {}
+        for name, header in headers.items():
             file = stack.enter_context((folder / name).open("w+b"))
-            os.truncate(file.fileno(), layout.size)
-            write_at(file.fileno(), memoryview(layout.header), 0)
-            places |= {tensor: (file.fileno(), entry) for tensor, entry in layout.entries.items()}
+            os.truncate(file.fileno(), header.size)
+            write_at(file.fileno(), memoryview(header.encoded), 0)
+            places |= {tensor: (file.fileno(), entry) for tensor, entry in header.tensors.items()}
         for name, source in _sources(case, {name: entry.shape for name, (_, entry) in places.items()}):
             descriptor, entry = places[name]
             tensor = read_tensor(*places[source]) if isinstance(source, str) else source.to(DTYPES[case.dtype])

@@ -159,7 +159,7 @@ def cold(device: str) -> str:
     weight = torch.ones(2, 2, device=device)
     lines = []
     with tempfile.TemporaryDirectory() as cache:
-        for backend, reasons in ops.refusals("transpose_cast", weight).items():
+        for backend, reasons in ops.unsupported_reasons("transpose_cast", weight).items():
             if not reasons:
                 for state in ("empty cache", "cache on disk") if backend == "triton" else ("",):
                     seconds = cold_seconds(backend, device, cache)

@@ -98,7 +98,7 @@ class VerbCase:
         """By name: "ours csrc" and so on for the backends that do not refuse, "torch …" for its spellings."""
         ours = {
             f"ours {name}": self._forced(name, left, right)
-            for name, reasons in ops.refusals(self.verb, weight).items()
+            for name, reasons in ops.unsupported_reasons(self.verb, weight).items()
             if not reasons
         }
         return ours | self._spellings(weight, left, right)

@@ -23,8 +23,8 @@ import tqdm
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from pissa_kernels.checkpoint.journal import Staging
-from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.journal import Journal
+from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
@@ -104,7 +104,7 @@ def _run(
     torch.set_num_threads(1)
     names: list[str] = []
     try:
-        plan = make_plan(model, out, options)
+        plan = plan_checkpoint(model, out, options)
         _count_steps(names, fatal, torn)
         connection.send("begun")
         began = time.perf_counter()
@@ -137,12 +137,12 @@ def _count_steps(names: list[str], fatal: int | None, torn: bool) -> None:
 
     for module, name in STEPS:
         setattr(module, name, counted(name, getattr(module, name)))
-    plain = Staging.journal
+    plain = Journal.journal
 
-    def journal(self: Staging, rank: int) -> Any:
+    def journal(self: Journal, rank: int) -> Any:
         return _Journal(plain(self, rank), step)
 
-    Staging.journal = journal  # type: ignore[method-assign]
+    Journal.journal = journal  # type: ignore[method-assign]
 
 
 class _Journal:

@@ -44,7 +44,7 @@ def _poison() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the faster backends, forced."""
     name: str = request.param
-    reasons = pk.ops.refusals("transpose_cast", torch.ones(2, 2, device=DEVICE))[name]
+    reasons = pk.ops.unsupported_reasons("transpose_cast", torch.ones(2, 2, device=DEVICE))[name]
     if reasons:
         pytest.skip(f"{name}: {'; '.join(reasons)}")
     monkeypatch.setenv(dispatch.VARIABLE, name)
@@ -118,7 +118,7 @@ def test_squares_are_summed_to_float32(
 ) -> None:
     for shape in SMALL + LARGE:
         W = layouts(randn(*shape).to(dtype))[layout][None].expand(2, -1, -1)
-        reasons = pk.ops.refusals("sum_of_squares", W)[name]
+        reasons = pk.ops.unsupported_reasons("sum_of_squares", W)[name]
         if reasons:
             pytest.skip(f"{name}: {'; '.join(reasons)}")
         monkeypatch.setenv(dispatch.VARIABLE, name)
@@ -179,7 +179,7 @@ def test_any_shape_is_within_one_rounding(
     m: int, n: int, rank: int, dtype: torch.dtype, layout: str, name: str
 ) -> None:
     W = layouts(randn(m, n).to(dtype))[layout]
-    if dispatch.refusals("subtract_lowrank_", W)[name]:
+    if dispatch.unsupported_reasons("subtract_lowrank_", W)[name]:
         return
     B, A = randn(m, rank, seed=2), randn(rank, n, seed=3)
     exact = W.double() - 2 * (B.double() @ A.double())
@@ -218,7 +218,7 @@ def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str,
 
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = pk.ops.refusals("matmul", torch.ones(2, 2, device=DEVICE))["triton"]
+    reasons = pk.ops.unsupported_reasons("matmul", torch.ones(2, 2, device=DEVICE))["triton"]
     if reasons:
         pytest.skip("; ".join(reasons))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
@@ -226,7 +226,7 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def csrc_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = pk.ops.refusals("matmul", torch.ones(2, 2))["csrc"]
+    reasons = pk.ops.unsupported_reasons("matmul", torch.ones(2, 2))["csrc"]
     if reasons:
         pytest.skip("; ".join(reasons))
     monkeypatch.setenv(dispatch.VARIABLE, "csrc")
@@ -250,7 +250,7 @@ def test_products_of_any_shape_are_within_their_roundoff(
     W = W if batch else weights[0]
     X = randn(*W.shape[:-2], columns, n, seed=8).cpu().mT  # a panel that is not contiguous
     Y = randn(*W.shape[:-1], columns, seed=9).cpu()
-    if dispatch.refusals("matmul", W)["csrc"]:
+    if dispatch.unsupported_reasons("matmul", W)["csrc"]:
         return
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

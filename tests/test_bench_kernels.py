@@ -55,7 +55,9 @@ def test_every_backend_that_can_is_measured(tmp_path: Path) -> None:
         assert row["of_copy"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"])
     for case in TINY:
         group = {row["provider"]: row for row in rows if row["case"] == case.name}
-        able = [name for name, reasons in ops.refusals(case.verb, case.inputs("cpu")[0]).items() if not reasons]
+        able = [
+            name for name, reasons in ops.unsupported_reasons(case.verb, case.inputs("cpu")[0]).items() if not reasons
+        ]
         assert {name for name in group if name.startswith("ours")} == {f"ours {name}" for name in able}
         assert any(name.startswith("torch") for name in group)
         assert sum(row["chosen"] for row in group.values()) == 1
@@ -100,7 +102,7 @@ def test_a_wrong_backend_gets_a_reason_and_no_times(
 
     triton = pytest.importorskip("pissa_kernels.ops.triton")
     monkeypatch.setattr(triton, "transpose_cast", body)
-    monkeypatch.setattr(triton, "refusals", lambda verb, weight: [])
+    monkeypatch.setattr(triton, "unsupported_reasons", lambda verb, weight: [])
     out = tmp_path / "rows.jsonl"
     assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "transpose"]) == 1
     rows = {row["provider"]: row for row in read_rows(out)}
@@ -121,7 +123,7 @@ def test_both_halves_of_normal_are_judged(tmp_path: Path, monkeypatch: pytest.Mo
         return Y + 1e-3, Z
 
     monkeypatch.setattr(triton, "normal", wrong_first_half)
-    monkeypatch.setattr(triton, "refusals", lambda verb, weight: [])
+    monkeypatch.setattr(triton, "unsupported_reasons", lambda verb, weight: [])
     out = tmp_path / "rows.jsonl"
     assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "^normal"]) == 1
     assert {row["provider"]: row["ok"] for row in read_rows(out)}["ours triton"] is False
@@ -255,7 +257,7 @@ def test_the_search_tries_a_dozen_and_the_default_first(verb: str) -> None:
 
 
 def test_the_search_keeps_what_is_correct(monkeypatch: pytest.MonkeyPatch) -> None:
-    if ops.refusals("matmul", torch.ones(2, 2))["triton"]:
+    if ops.unsupported_reasons("matmul", torch.ones(2, 2))["triton"]:
         pytest.skip("needs Triton's interpreter")
     monkeypatch.setattr(search, "SHAPE", (64, 48))
     monkeypatch.setattr(search, "REPEATS", 1)

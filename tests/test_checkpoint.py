@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import pissa_kernels as pk
-from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 def init(model: Path, out: Path, workers: int = 2, **options: Any) -> Path:
     settings = {"rank": 4} | options
-    init_checkpoint(make_plan(model, out, AdapterOptions(**settings)), workers=workers, shown=False)
+    init_checkpoint(plan_checkpoint(model, out, AdapterOptions(**settings)), workers=workers, shown=False)
     return out
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from pissa_kernels.files.buffer import BLOCK, LARGE_PAGE, Buffer
-from pissa_kernels.files.header import read_layout, read_tensor
+from pissa_kernels.files.header import read_header, read_tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -76,10 +76,10 @@ def test_tensors_read_one_after_another_are_the_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = {"a": torch.randn(64, 33), "b": torch.randn(700, 300).bfloat16(), "c": torch.randn(5)}
     save_file(tensors, tmp_path / "model.safetensors")
-    layout, buffer = read_layout(tmp_path / "model.safetensors"), Buffer()
+    header, buffer = read_header(tmp_path / "model.safetensors"), Buffer()
     descriptor = os.open(tmp_path / "model.safetensors", os.O_RDONLY)
     try:
         for name, expected in tensors.items():
-            assert torch.equal(read_tensor(descriptor, layout.entries[name], buffer), expected), name
+            assert torch.equal(read_tensor(descriptor, header.tensors[name], buffer), expected), name
     finally:
         os.close(descriptor)

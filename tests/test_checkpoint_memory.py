@@ -21,7 +21,7 @@ import json, re, sys
 from pathlib import Path
 import peft, torch, transformers.models.llama.modeling_llama
 from pissa_kernels.checkpoint.init import init_checkpoint
-from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
 def peak():
@@ -29,7 +29,7 @@ def peak():
 
 imported = peak()
 model, out, options = Path(sys.argv[1]), Path(sys.argv[2]), AdapterOptions(rank=8)
-plan = make_plan(model, out, options)
+plan = plan_checkpoint(model, out, options)
 planned = peak()
 outcome = init_checkpoint(plan, workers=2, shown=False)
 print(json.dumps([imported, planned, peak(), len(outcome.report.layers)]))

@@ -17,8 +17,8 @@ import torch
 from hypothesis import strategies as st
 
 from pissa_kernels.checkpoint import worker as work
-from pissa_kernels.checkpoint.journal import Staging
-from pissa_kernels.checkpoint.plan import Plan, make_plan
+from pissa_kernels.checkpoint.journal import Journal
+from pissa_kernels.checkpoint.plan import CheckpointJob, plan_checkpoint
 from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
@@ -52,7 +52,7 @@ def direct(file: Path) -> Path:
     """The file, on a file system that writes past its cache."""
     output, data = Output(file), memory(4 * BLOCK, 0)
     output.write(data, 0)
-    went = output.takes(data, 0)  # it may have been refused
+    went = output.can_write_directly(data, 0)  # it may have been refused
     output.close()
     file.write_bytes(b"\x01" * SIZE)
     if not went:
@@ -174,14 +174,14 @@ def test_no_more_open_files_is_no_failure(direct: Path, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointJob:
     """A checkpoint whose every weight is a large one."""
     monkeypatch.setattr(work, "LARGE_BYTES", 2 * BLOCK)
     model = save(build("llama", torch.bfloat16, width=64, layers=2), tmp_path / "model", shard="300KB")
-    return make_plan(model, tmp_path / "out", AdapterOptions(rank=4))
+    return plan_checkpoint(model, tmp_path / "out", AdapterOptions(rank=4))
 
 
-def test_memory_is_kept_until_it_is_written(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_kept_until_it_is_written(planned: CheckpointJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the slowest of disks the next weight would be read over it."""
     wrote, write = [], Output.write
 
@@ -190,19 +190,19 @@ def test_memory_is_kept_until_it_is_written(planned: Plan, monkeypatch: pytest.M
         write(output, data, at)
         wrote.append(len(data))
 
-    monkeypatch.setattr(Output, "takes", lambda output, data, at: True)
+    monkeypatch.setattr(Output, "can_write_directly", lambda output, data, at: True)
     monkeypatch.setattr(Output, "write", slowly)
     init_checkpoint(planned, workers=2, shown=False)
     assert len(wrote) > 8
     assert verify_checkpoint(planned.checkpoint.folder, planned.out, shown=False).holds
 
 
-def test_a_write_that_fails_ends_the_run(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_ends_the_run(planned: CheckpointJob, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "takes", lambda *_: True)
+        patch.setattr(Output, "can_write_directly", lambda *_: True)
         patch.setattr(Output, "write", full)
         with pytest.raises(OSError, match="No space left"):
             init_checkpoint(planned, workers=2, shown=False)
@@ -211,7 +211,7 @@ def test_a_write_that_fails_ends_the_run(planned: Plan, monkeypatch: pytest.Monk
     assert verify_checkpoint(planned.checkpoint.folder, planned.out, shown=False).holds
 
 
-def test_what_the_flusher_hears_is_not_lost(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_flusher_hears_is_not_lost(planned: CheckpointJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system tells once that it could not bring something to the disk."""
 
     def broken(*_: object) -> None:
@@ -226,11 +226,11 @@ def test_what_the_flusher_hears_is_not_lost(planned: Plan, monkeypatch: pytest.M
     assert not planned.out.exists()
 
 
-def test_files_that_cannot_be_opened_leave_none_open(planned: Plan) -> None:
-    staging = Staging(planned.out)
+def test_files_that_cannot_be_opened_leave_none_open(planned: CheckpointJob) -> None:
+    staging = Journal(planned.out)
     staging.folder.mkdir()
     staging.begin(planned, replace=False)
-    last = list(planned.layouts)[-1]
+    last = list(planned.headers)[-1]
     (staging.out / last).unlink()
     before = sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(FileNotFoundError), work.Worker(planned, staging.out, torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""Ranks that share out a checkpoint end at the bytes of one process, fail together, and are resumed by any number."""
+"""Processes that share a checkpoint produce the bytes of one process, fail together, and any number can resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import init_checkpoint
 
 from .checkpoints import small, untimed
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Where all results go, and what one process makes there."""
     out = tmp_path_factory.mktemp("results") / "out"
-    init_checkpoint(make_plan(model, out, OPTIONS), shown=False)
+    init_checkpoint(plan_checkpoint(model, out, OPTIONS), shown=False)
     return out, untimed(out.parent)
 
 
@@ -107,7 +107,7 @@ def test_a_rank_that_dies_ends_all_and_another_number_goes_on(
     assert codes[dying] == KILLED
     assert codes[1 - dying] == 1, "neither done nor waiting"
     assert not out.exists()
-    outcome = init_checkpoint(make_plan(model, out, OPTIONS), resume=True, shown=False)
+    outcome = init_checkpoint(plan_checkpoint(model, out, OPTIONS), resume=True, shown=False)
     assert outcome.kept >= 2
     assert untimed(out.parent) == expected[1]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pissa_kernels.checkpoint.plan import make_plan
+from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import Outcome, init_checkpoint
 
 from .checkpoints import ADAPTER, contents, header, small, untimed, witness
@@ -79,7 +79,9 @@ def _clear(undisturbed: Undisturbed) -> Iterator[None]:
 
 
 def resume(undisturbed: Undisturbed, **changes: Any) -> Outcome:
-    return init_checkpoint(make_plan(undisturbed.model, undisturbed.out, OPTIONS), resume=True, shown=False, **changes)
+    return init_checkpoint(
+        plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), resume=True, shown=False, **changes
+    )
 
 
 def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
@@ -136,7 +138,7 @@ def test_gone_on_with_only_when_asked(undisturbed: Undisturbed) -> None:
     unfinished(undisturbed)
     before = witness(undisturbed.out.parent)
     with pytest.raises(FileExistsError, match="out has an unfinished run; --resume goes on with it, --force begins"):
-        init_checkpoint(make_plan(undisturbed.model, undisturbed.out, OPTIONS), shown=False)
+        init_checkpoint(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), shown=False)
     assert witness(undisturbed.out.parent) == before
     lines = len(journal.read_text().splitlines())
     outcome = resume(undisturbed)
@@ -144,7 +146,7 @@ def test_gone_on_with_only_when_asked(undisturbed: Undisturbed) -> None:
     assert outcome.report.seconds is None, "what the killed run took is not known"
     undisturbed.check()
     unfinished(undisturbed)
-    outcome = init_checkpoint(make_plan(undisturbed.model, undisturbed.out, OPTIONS), force=True, shown=False)
+    outcome = init_checkpoint(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), force=True, shown=False)
     assert (outcome.kept, outcome.done) == (0, TENSORS)
     undisturbed.check()
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from pissa_kernels.checkpoint import worker as work
 from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
-from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, make_plan
+from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, plan_checkpoint
 from pissa_kernels.checkpoint.run import init_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.cli.main import main
 from pissa_kernels.files import header
-from pissa_kernels.files.header import read_layout
+from pissa_kernels.files.header import read_header
 
 from .models import build
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("verify")
     build("llama", torch.bfloat16, width=32, layers=1).save_pretrained(root / "base", max_shard_size="20KB")
     (root / "base" / "notes.txt").write_text("carried along\n")
-    init_checkpoint(make_plan(root / "base", root / "out", AdapterOptions(rank=4)), shown=False)
+    init_checkpoint(plan_checkpoint(root / "base", root / "out", AdapterOptions(rank=4)), shown=False)
     return root / "base", root / "out"
 
 
@@ -56,7 +56,7 @@ def test_what_init_wrote_holds(folders: tuple[Path, Path]) -> None:
     assert found.holds
     assert len(found.layers) == 7
     assert len(found.layers) + found.copied == sum(
-        len(read_layout(path).entries) for path in folders[0].glob("*.safetensors")
+        len(read_header(path).tensors) for path in folders[0].glob("*.safetensors")
     )
     assert all(0.5 < layer.reconstruction <= 1 for layer in found.layers)  # bf16 does round
 
@@ -65,7 +65,7 @@ def test_what_init_wrote_holds(folders: tuple[Path, Path]) -> None:
 def test_other_architectures_and_dtypes_hold(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     build(name, dtype, width=32, layers=1).save_pretrained(tmp_path / "base")
     options = AdapterOptions(rank=4, alpha=9, use_rslora=True)
-    init_checkpoint(make_plan(tmp_path / "base", tmp_path / "out", options), shown=False)
+    init_checkpoint(plan_checkpoint(tmp_path / "base", tmp_path / "out", options), shown=False)
     assert verify_checkpoint(tmp_path / "base", tmp_path / "out", shown=False).holds
 
 
@@ -105,7 +105,7 @@ def test_digests_are_of_every_chunk(
     monkeypatch.setattr(header, "CHUNK_BYTES", 48)
     monkeypatch.setattr(work, "CACHED_BYTES", 48)
     base, out = folders[0], tmp_path / "out"
-    plan = make_plan(base, out, AdapterOptions(rank=4))
+    plan = plan_checkpoint(base, out, AdapterOptions(rank=4))
     init_checkpoint(plan, shown=False)
     files = Manifest.read(out).files
     for path in out.rglob("*.safetensors"):
@@ -114,8 +114,8 @@ def test_digests_are_of_every_chunk(
             for name, tensor in load_file(path).items()
         }
         assert files[path.relative_to(out).as_posix()]["tensors"] == found
-    shard = next(path for path in out.glob("*.safetensors") if NORM in read_layout(path).entries)
-    entry = read_layout(shard).entries[NORM]
+    shard = next(path for path in out.glob("*.safetensors") if NORM in read_header(path).tensors)
+    entry = read_header(shard).tensors[NORM]
     edge = entry.start // 48 * 48 + 48  # of two chunks: they end at multiples of their size
     assert entry.start < edge - 1 < edge < entry.stop
     for byte in (entry.start, edge - 1, edge, entry.stop - 1):
@@ -133,13 +133,13 @@ def test_digests_are_of_every_chunk(
 def test_the_tensor_is_named_and_nothing_else(copies: tuple[Path, Path]) -> None:
     base, out = copies
     for tensor in (NORM, QUERY):
-        shard = next(path for path in out.glob("*.safetensors") if tensor in read_layout(path).entries)
-        place = 8 * read_layout(shard).entries[tensor].start
+        shard = next(path for path in out.glob("*.safetensors") if tensor in read_header(path).tensors)
+        place = 8 * read_header(shard).tensors[tensor].start
         flip(shard, place)
         assert problems(base, out) == {tensor: "its bytes are not those that were written"}
         flip(shard, place)
     A = "base_model.model." + QUERY.replace(".weight", ".lora_A.weight")
-    flip(out / ADAPTER_WEIGHTS, 8 * read_layout(out / ADAPTER_WEIGHTS).entries[A].start)
+    flip(out / ADAPTER_WEIGHTS, 8 * read_header(out / ADAPTER_WEIGHTS).tensors[A].start)
     [(tensor, what)] = problems(base, out).items()
     assert tensor == QUERY
     assert A in what
@@ -147,10 +147,10 @@ def test_the_tensor_is_named_and_nothing_else(copies: tuple[Path, Path]) -> None
 
 def rewrite(folder: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change a tensor and let the manifest vouch for it, as if init had written it."""
-    path = next(path for path in folder.rglob("*.safetensors") if tensor in read_layout(path).entries)
+    path = next(path for path in folder.rglob("*.safetensors") if tensor in read_header(path).tensors)
     changed = change(load_file(path)[tensor]).contiguous().view(torch.uint8).numpy().tobytes()
     with path.open("r+b") as file:
-        file.seek(read_layout(path).entries[tensor].start)
+        file.seek(read_header(path).tensors[tensor].start)
         file.write(changed)
     if not (folder / MANIFEST).is_file():
         return

@@ -21,7 +21,7 @@ from pissa_kernels.cli import main as cli
 from pissa_kernels.convert import plain
 from pissa_kernels.convert.convert import convert_adapter
 from pissa_kernels.convert.pair import Pair
-from pissa_kernels.files import header as layout
+from pissa_kernels.files import header as header
 
 from .models import build, output
 from .test_models import config, lora_layers, moved
@@ -319,7 +319,7 @@ def test_a_failed_write_leaves_nothing(copied: Path, monkeypatch: pytest.MonkeyP
         written += 1
         if written == 5:
             raise OSError("No space left on device")
-        layout.write_at(*arguments)
+        header.write_at(*arguments)
 
     monkeypatch.setattr(plain, "write_at", fail)
     with pytest.raises(OSError, match="No space"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bench.rows import read_rows
 from bench.run import RESULTS
 from pissa_kernels.svd import cost
-from pissa_kernels.svd.krylov import BEYOND, steps_for_niter
+from pissa_kernels.svd.krylov import GUARD_VECTORS, steps_for_niter
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,15 @@ def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | 
         if plan.method == "krylov":
             assert plan.limit + plan.block <= n
             if niter is None:
-                assert plan.limit >= rank + BEYOND + 2 * plan.block, "room for what a restart keeps"
-                assert plan.limit >= rank + BEYOND + 2 * rank, "and for a second run from the vectors found"
+                assert plan.limit >= rank + GUARD_VECTORS + 2 * plan.block, "room for what a restart keeps"
+                assert plan.limit >= rank + GUARD_VECTORS + 2 * rank, "and for a second run from the vectors found"
             else:
                 assert plan.steps == steps_for_niter(niter)
-                assert plan.block >= rank + BEYOND
+                assert plan.block >= rank + GUARD_VECTORS
                 assert plan.limit >= (plan.steps + 1) * plan.block
         if plan.method == "chebyshev":
             assert niter is None
-            assert rank + BEYOND <= plan.block < n
+            assert rank + GUARD_VECTORS <= plan.block < n
 
 
 def test_the_workspace_is_an_upper_estimate_of_what_was_measured() -> None:

@@ -19,7 +19,7 @@ VERBS = ["matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "
 def test_the_first_that_gives_no_reason_runs(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     W = torch.ones(4, 4)
-    reasons = pk.ops.refusals(verb, W)
+    reasons = pk.ops.unsupported_reasons(verb, W)
     assert tuple(reasons) == pk.ops.BACKENDS
     assert reasons["torch"] == []
     order = dispatch.ORDER["cpu"][verb]
@@ -31,7 +31,7 @@ def test_a_library_that_was_not_built_is_a_reason(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(csrc.LIBRARIES, "cpu", "missing.so")
     monkeypatch.setattr(csrc, "_FAILURES", {})
     W = torch.ones(4, 4)
-    assert "csrc was not built for cpu" in pk.ops.refusals("transpose_cast", W)["csrc"][0]
+    assert "csrc was not built for cpu" in pk.ops.unsupported_reasons("transpose_cast", W)["csrc"][0]
     assert pk.ops.backend("transpose_cast", W) == "torch"
     monkeypatch.setenv(dispatch.VARIABLE, "csrc")
     with pytest.raises(RuntimeError, match=r"csrc cannot run on a \(4, 4\) float32 weight on cpu: csrc was not"):
@@ -47,7 +47,7 @@ def test_a_library_that_does_not_load_is_a_reason(
     broken.write_bytes(b"not a library")
     monkeypatch.setitem(csrc.LIBRARIES, "cpu", str(broken))
     monkeypatch.setattr(csrc, "_FAILURES", {})
-    assert "does not load" in pk.ops.refusals("transpose_cast", torch.ones(4, 4))["csrc"][0]
+    assert "does not load" in pk.ops.unsupported_reasons("transpose_cast", torch.ones(4, 4))["csrc"][0]
 
 
 def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,18 +69,23 @@ def test_double_panels_go_to_torch_whatever_is_forced(monkeypatch: pytest.Monkey
 
 def test_a_weight_with_no_contiguous_dimension_is_not_for_csrc() -> None:
     W = torch.ones(8, 8)[::2, ::2]
-    assert any("neither dimension" in reason for reason in pk.ops.refusals("transpose_cast", W)["csrc"])
+    assert any("neither dimension" in reason for reason in pk.ops.unsupported_reasons("transpose_cast", W)["csrc"])
     assert torch.equal(pk.ops.transpose_cast(W, torch.bfloat16), torch.ones(4, 4).bfloat16())
 
 
 def test_a_slice_of_a_stack_whose_weights_are_apart_is_for_csrc() -> None:
     stack = torch.ones(3, 8, 8)
-    assert pk.ops.refusals("matmul", stack[:, ::2])["csrc"] == pk.ops.refusals("matmul", stack)["csrc"]
-    assert any("neither dimension" in reason for reason in pk.ops.refusals("matmul", stack.permute(2, 0, 1))["csrc"])
+    assert (
+        pk.ops.unsupported_reasons("matmul", stack[:, ::2])["csrc"]
+        == pk.ops.unsupported_reasons("matmul", stack)["csrc"]
+    )
+    assert any(
+        "neither dimension" in reason for reason in pk.ops.unsupported_reasons("matmul", stack.permute(2, 0, 1))["csrc"]
+    )
 
 
 def test_triton_on_the_cpu_needs_its_interpreter() -> None:
-    code = "import torch, pissa_kernels as pk; print(pk.ops.refusals('matmul', torch.ones(2, 2))['triton'])"
+    code = "import torch, pissa_kernels as pk; print(pk.ops.unsupported_reasons('matmul', torch.ones(2, 2))['triton'])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment(TRITON_INTERPRET="0")
     )

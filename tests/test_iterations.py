@@ -26,7 +26,7 @@ Force = Callable[..., None]
 def force(patch: pytest.MonkeyPatch, method: str, **changes: Any) -> None:
     """Make ``method`` the plan for everything, with some of its parameters changed, and Krylov the one after it."""
 
-    def forced(*arguments: Any, without: Any, **where: Any) -> cost.Plan:
+    def forced(*arguments: Any, without: Any, **where: Any) -> cost.SolverPlan:
         wanted = "krylov" if method in without else method
         plans = [plan for plan in cost.candidates(*arguments, **where) if plan.method == wanted]
         return replace(min(plans, key=lambda plan: plan.seconds), **changes)
@@ -78,7 +78,7 @@ def test_more_equal_values_than_a_block_has_columns(rank: int, block: int) -> No
     """Krylov holds no more directions of one singular value than its block; the others come from arbitrary panels."""
     W = matrix("clustered", 600, 500, 0).float()  # 251 times 2, then ones
     with pytest.MonkeyPatch.context() as patch:
-        force(patch, "krylov", block=block, limit=384, patience=1)
+        force(patch, "krylov", block=block, limit=384, check_every=1)
         result = pk.truncated_svd(W, rank)
     check_triplets(W, rank, result)
     assert energy_deficit(W, result.Vh) <= 1e-6
@@ -188,7 +188,7 @@ def test_a_stack_equals_its_weights_one_by_one(
     if method in ("krylov", "chebyshev"):
         force(monkeypatch, method)
     else:
-        monkeypatch.setattr(svd, "plan", lambda *_, **__: cost.Plan(method, 0.0))
+        monkeypatch.setattr(svd, "plan", lambda *_, **__: cost.SolverPlan(method, 0.0))
     weights = torch.stack([realistic(*shape, seed=seed) * scale for seed, scale in enumerate((1.0, 1e3, 1e-12))])
     weights = torch.cat([weights, torch.zeros(1, *shape), with_spectrum(*shape, torch.ones(3))[None]]).bfloat16()
     together = svd.truncated_svd_stack(weights, 8, niter=niter)

@@ -68,7 +68,7 @@ def test_orthonormalize_any_panel(kinds: tuple[str, ...], size: int) -> None:
 @pytest.fixture(params=["torch", "csrc"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
-    reasons = pk.ops.refusals("gram_schmidt", torch.ones(2, 2))[name]
+    reasons = pk.ops.unsupported_reasons("gram_schmidt", torch.ones(2, 2))[name]
     if reasons:
         pytest.skip(f"{name}: {'; '.join(reasons)}")
     monkeypatch.setenv(dispatch.VARIABLE, name)

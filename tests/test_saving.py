@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches as waves
+from pissa_kernels.peft import batches as batches
 from pissa_kernels.peft import sidecar
 
 from .models import build, output
@@ -55,7 +55,7 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an SVD was run")
 
     monkeypatch.setattr("pissa_kernels.peft.layer.principal_factors", fail)
-    monkeypatch.setattr(waves, "truncated_svd_stack", fail)
+    monkeypatch.setattr(batches, "truncated_svd_stack", fail)
 
 
 def residuals(adapted: Any) -> dict[str, torch.Tensor]:

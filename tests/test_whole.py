@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches as waves
+from pissa_kernels.peft import batches as batches
 from pissa_kernels.peft import layer as task_module
 from pissa_kernels.peft import schedule as whole_model
 from pissa_kernels.peft.initialize import prepare
-from pissa_kernels.peft.layer import Task
+from pissa_kernels.peft.layer import LayerJob
 
 from .models import build, linear_weights
 from .reference import ROUNDOFF, energy_deficit, realistic
@@ -189,7 +189,7 @@ def test_a_layer_that_is_refused_leaves_the_earlier_ones_untouched() -> None:
 
 
 def test_another_call_with_another_rank_is_another_initialisation() -> None:
-    """What a second call recognises is its own work, not any residual."""
+    """What a second call matches is its own work, not any residual."""
     net = Net()
     with pk.patch_peft(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -204,7 +204,7 @@ def test_another_call_with_another_rank_is_another_initialisation() -> None:
 # Waves, as a GPU gets them, here on the CPU
 
 
-def tasks_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[Task]:
+def tasks_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[LayerJob]:
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     settings = {"r": rank, "init_lora_weights": True, "target_modules": names}
     model = peft.get_peft_model(net, peft.LoraConfig(**settings))
@@ -212,7 +212,7 @@ def tasks_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[Task]:
     return [task for task in tasks if task is not None]
 
 
-def assert_right(tasks: list[Task], weights: dict[str, torch.Tensor]) -> None:
+def assert_right(tasks: list[LayerJob], weights: dict[str, torch.Tensor]) -> None:
     for task in tasks:
         W = weights[task.name or ""].double()
         A, B = (factor["default"].weight.detach() for factor in (task.layer.lora_A, task.layer.lora_B))
@@ -230,21 +230,21 @@ def mixed_net(dtype: torch.dtype = torch.float32) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("way", [waves._resident, "streamed"])
+@pytest.mark.parametrize("way", [batches._resident, "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_waves_are_right(way: Any, dtype: torch.dtype) -> None:
     net = mixed_net(dtype)
     weights = {name: layer.weight.detach().clone() for name, layer in net.named_children()}  # type: ignore[operator, union-attr]
     tasks = tasks_of(net)
-    planned = waves.plan_waves(tasks, CPU, 1 << 30)
-    assert sorted(len(wave) for wave in planned) == [1, 2, 3]
+    planned = batches.plan_batches(tasks, CPU, 1 << 30)
+    assert sorted(len(batch) for batch in planned) == [1, 2, 3]
     emitted: list[str | None] = []
     emit = lambda task, report: emitted.append(task.name)  # noqa: E731
     if way == "streamed":
-        waves._streamed(planned, CPU, emit, threading.Event())
+        batches._streamed(planned, CPU, emit, threading.Event())
     else:
-        for wave in planned:
-            way(wave, emit)
+        for batch in planned:
+            way(batch, emit)
     assert sorted(emitted, key=str) == sorted(weights)
     assert_right(tasks, weights)
 
@@ -252,7 +252,7 @@ def test_waves_are_right(way: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("way", ["resident", "streamed"])
 def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real = waves.truncated_svd_stack
+    real = batches.truncated_svd_stack
 
     def small_only(stack: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(stack))
@@ -260,7 +260,7 @@ def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.Monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(stack, *args, **kwargs)
 
-    monkeypatch.setattr(waves, "truncated_svd_stack", small_only)
+    monkeypatch.setattr(batches, "truncated_svd_stack", small_only)
     net = Net()
     weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
     tasks = tasks_of(net)
@@ -274,22 +274,22 @@ def test_streamed_waves_that_are_halved_do_not_disturb_their_neighbours(
     fails: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(waves, "truncated_svd_stack", on_call(fails, error, waves.truncated_svd_stack))
+    monkeypatch.setattr(batches, "truncated_svd_stack", on_call(fails, error, batches.truncated_svd_stack))
     net = Net()
     weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
     tasks = tasks_of(net)
     planned = [tasks[index : index + 2] for index in range(0, 8, 2)]
     done: list[str | None] = []
-    waves._streamed(planned, CPU, lambda task, report: done.append(task.name), threading.Event())
+    batches._streamed(planned, CPU, lambda task, report: done.append(task.name), threading.Event())
     assert sorted(done, key=str) == sorted(weights)
     assert_right(tasks, weights)
 
 
-def run_wave(tasks: list[Task], way: str) -> None:
+def run_wave(tasks: list[LayerJob], way: str) -> None:
     if way == "streamed":
-        waves._streamed([tasks], CPU, lambda task, report: None, threading.Event())
+        batches._streamed([tasks], CPU, lambda task, report: None, threading.Event())
     else:
-        waves._resident(tasks, lambda task, report: None)
+        batches._resident(tasks, lambda task, report: None)
 
 
 @pytest.mark.parametrize("way", ["resident", "streamed"])
@@ -310,7 +310,7 @@ def test_one_layer_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(waves, "truncated_svd_stack", fail)
+    monkeypatch.setattr(batches, "truncated_svd_stack", fail)
     with pytest.raises(torch.OutOfMemoryError, match=r"layer 'layers\.0': CUDA out of memory"):
         run_wave(tasks_of(Net()), "resident")
 
@@ -318,12 +318,12 @@ def test_one_layer_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 @given(st.lists(st.sampled_from([(64, 48), (48, 64), (48, 48)]), min_size=1, max_size=20), st.integers(1, 1 << 26))
 def test_waves_hold_every_layer_once_and_fit_the_budget(shapes: list[tuple[int, int]], budget: int) -> None:
     tasks = [FakeTask(shape) for shape in shapes]
-    planned = waves.plan_waves(tasks, CPU, budget)  # type: ignore[arg-type]
-    assert sorted(id(task) for wave in planned for task in wave) == sorted(map(id, tasks))
-    for wave in planned:
-        assert len({task.weight.shape for task in wave}) == 1
-        each = wave[0].workspace(CPU) + wave[0].weight.nbytes
-        assert len(wave) == 1 or len(wave) * each <= budget
+    planned = batches.plan_batches(tasks, CPU, budget)  # type: ignore[arg-type]
+    assert sorted(id(task) for batch in planned for task in batch) == sorted(map(id, tasks))
+    for batch in planned:
+        assert len({task.weight.shape for task in batch}) == 1
+        each = batch[0].workspace(CPU) + batch[0].weight.nbytes
+        assert len(batch) == 1 or len(batch) * each <= budget
 
 
 class FakeTask:
@@ -332,7 +332,7 @@ class FakeTask:
     def __init__(self, shape: tuple[int, int]) -> None:
         self.weight = torch.empty(shape)
 
-    workspace = Task.workspace
+    workspace = LayerJob.workspace
 
 
 # Budgets

@@ -19,12 +19,12 @@ from typing import IO, Any
 
 from ..files.atomic import RESUMABLE, fsync, write_text
 from ..files.header import write_at
-from .plan import Plan
+from .plan import CheckpointJob
 
 PLAN = "plan.json"
 
 
-class Staging:
+class Journal:
     """The folder beside ``out``.
 
     Attributes:
@@ -42,7 +42,7 @@ class Staging:
         """Whether a run has begun, and not ended."""
         return (self.folder / PLAN).is_file()
 
-    def begin(self, plan: Plan, *, replace: bool) -> None:
+    def begin(self, plan: CheckpointJob, *, replace: bool) -> None:
         """Make every file that tensors are written into, at its full size, and then the plan.
 
         Args:
@@ -67,16 +67,16 @@ class Staging:
                 ) from None
             raise
 
-    def lay_out(self, plan: Plan) -> None:
+    def lay_out(self, plan: CheckpointJob) -> None:
         """Make every file that tensors are written into, at its full size and with its header; what it holds stays."""
-        for name, layout in plan.layouts.items():
+        for name, header in plan.headers.items():
             path = self.out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 # so that a full disk is met here, and not after hours
-                os.posix_fallocate(descriptor, 0, layout.size)
-                write_at(descriptor, memoryview(layout.header), 0)
+                os.posix_fallocate(descriptor, 0, header.size)
+                write_at(descriptor, memoryview(header.encoded), 0)
             finally:
                 os.close(descriptor)
 
@@ -84,7 +84,7 @@ class Staging:
         """Whether the run that has begun here may take the place of a result that is there."""
         return bool(self._begun()["replace"])
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: CheckpointJob) -> None:
         """See that the run that has begun here is the one that is planned.
 
         Raises:

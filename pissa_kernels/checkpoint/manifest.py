@@ -26,7 +26,7 @@ class Manifest:
     """Every file of a result but the report.
 
     Attributes:
-        plan: what the run was asked for, and of which source (:meth:`pissa_kernels.checkpoint.plan.Plan.record`).
+        plan: options and source of the run (:meth:`pissa_kernels.checkpoint.plan.CheckpointJob.record`).
         files: by path; {"header": digest, "tensors": {name: digest}} where tensors are, else {"sha256": digest}.
         targets: by tensor, {"layer": name in the model, "transposed": stored (in, out)}.
     """

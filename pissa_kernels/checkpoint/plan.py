@@ -15,7 +15,7 @@ from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checks import parse_init
 from ..files.folder import Checkpoint, open_checkpoint
-from ..files.header import Entry, Layout, plan_layout, sha256
+from ..files.header import Header, TensorInfo, plan_header, sha256
 from ..svd.cost import machine_of, plan, workspace
 from .targets import Adapter, AdapterOptions, Target, find_targets
 
@@ -26,7 +26,7 @@ COPIED_PER_SECOND = 5e8
 
 
 @dataclass(frozen=True)
-class Item:
+class TensorJob:
     """One tensor of the checkpoint, to be copied or to become a residual.
 
     Attributes:
@@ -36,13 +36,13 @@ class Item:
     """
 
     shard: str
-    entry: Entry
+    entry: TensorInfo
     target: Target | None
     seconds: float
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckpointJob:
     """One checkpoint's way into another.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan:
         out: the folder to be.
         options: as they were asked for.
         adapter: PEFT's config and the targets.
-        adapter_layout: of the file with A and B of every target.
+        adapter_header: of the file with A and B of every target.
         items: every tensor of the source, the longest work first.
         device: "cpu" or "cuda".
     """
@@ -59,19 +59,19 @@ class Plan:
     out: Path
     options: AdapterOptions
     adapter: Adapter
-    adapter_layout: Layout
-    items: tuple[Item, ...]
+    adapter_header: Header
+    items: tuple[TensorJob, ...]
     device: str
 
     @property
-    def layouts(self) -> dict[str, Layout]:
+    def headers(self) -> dict[str, Header]:
         """Of every file that is filled tensor by tensor, by its path in the result."""
-        return {**self.checkpoint.shards, ADAPTER_WEIGHTS: self.adapter_layout}
+        return {**self.checkpoint.shards, ADAPTER_WEIGHTS: self.adapter_header}
 
     @property
     def size(self) -> int:
         """Bytes of the result's tensors and headers."""
-        return sum(layout.size for layout in self.layouts.values())
+        return sum(header.size for header in self.headers.values())
 
     def workspace(self) -> int:
         """Bytes that a worker takes at the most: a weight, what its decomposition needs, A and B."""
@@ -91,14 +91,14 @@ class Plan:
             "fingerprint": self.checkpoint.fingerprint(),
             "out": str(self.out.resolve()),
             "options": json.loads(json.dumps(asdict(self.options))),
-            "adapter_header": sha256(self.adapter_layout.header),
+            "adapter_header": sha256(self.adapter_header.encoded),
             "device": self.device,
             "products": ops.backend("normal", torch.empty(1, 1, dtype=torch.bfloat16)),
             "package": __version__,
             "torch": str(torch.__version__),
         }
 
-    def share(self, rank: int, world: int) -> list[Item]:
+    def share(self, rank: int, world: int) -> list[TensorJob]:
         """One rank's items: the next goes to whoever has least to do so far."""
         loads, shares = [0.0] * world, [[] for _ in range(world)]  # type: ignore[var-annotated]
         for item in self.items:
@@ -108,7 +108,7 @@ class Plan:
         return shares[rank]
 
 
-def make_plan(model: Path, out: Path, options: AdapterOptions, device: str = "cpu") -> Plan:
+def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str = "cpu") -> CheckpointJob:
     """Look at everything that can be refused before a byte is written.
 
     Args:
@@ -123,7 +123,7 @@ def make_plan(model: Path, out: Path, options: AdapterOptions, device: str = "cp
     checkpoint = _open_source(model, out)
     adapter = find_targets(checkpoint, options)
     items = _in_order(checkpoint, adapter.targets, options, device)
-    return Plan(checkpoint, out, options, adapter, _adapter_layout(adapter.targets), tuple(items), device)
+    return CheckpointJob(checkpoint, out, options, adapter, _adapter_header(adapter.targets), tuple(items), device)
 
 
 def _open_source(model: Path, out: Path) -> Checkpoint:
@@ -140,7 +140,9 @@ def _open_source(model: Path, out: Path) -> Checkpoint:
     return checkpoint
 
 
-def _in_order(checkpoint: Checkpoint, targets: Sequence[Target], options: AdapterOptions, device: str) -> list[Item]:
+def _in_order(
+    checkpoint: Checkpoint, targets: Sequence[Target], options: AdapterOptions, device: str
+) -> list[TensorJob]:
     """Every tensor of a checkpoint, of which these are targets, the longest work first."""
     by_tensor = {(target.shard, target.entry.name): target for target in targets}
     items = [
@@ -150,19 +152,19 @@ def _in_order(checkpoint: Checkpoint, targets: Sequence[Target], options: Adapte
     return sorted(items, key=lambda item: -item.seconds)
 
 
-def _item(shard: str, entry: Entry, target: Target | None, options: AdapterOptions, device: str) -> Item:
+def _item(shard: str, entry: TensorInfo, target: Target | None, options: AdapterOptions, device: str) -> TensorJob:
     seconds = entry.nbytes / COPIED_PER_SECOND
     if target is not None:
         m, n = max(target.shape), min(target.shape)
         seconds += plan(m, n, target.rank, parse_init(options.init), device=_machine(target, device)).seconds
-    return Item(shard, entry, target, seconds)
+    return TensorJob(shard, entry, target, seconds)
 
 
 def _machine(target: Target, device: str) -> str:
     return machine_of(torch.empty(1, 1, dtype=target.dtype)) if device == "cpu" else device
 
 
-def _adapter_layout(targets: Sequence[Target]) -> Layout:
+def _adapter_header(targets: Sequence[Target]) -> Header:
     tensors = []
     for target in targets:
         out_features, in_features = target.shape
@@ -170,4 +172,4 @@ def _adapter_layout(targets: Sequence[Target]) -> Layout:
         # as PEFT would store them, so that nothing is rounded where they are loaded without a cast to float32
         tensors.append((key_A, target.dtype, (target.rank, in_features)))
         tensors.append((key_B, target.dtype, (out_features, target.rank)))
-    return plan_layout(tensors)
+    return plan_header(tensors)

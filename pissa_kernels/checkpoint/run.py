@@ -20,13 +20,13 @@ from ..files.header import sha256
 from ..numerics import exact_arithmetic
 from ..report import Report
 from ..report.layer import layer_from_dict
-from ..runtime.distributed import Ranks, joined
+from ..runtime.distributed import ProcessGroup, joined
 from ..runtime.memory import Peak
 from ..runtime.progress import progress
 from ..runtime.workers import run_jobs
-from .journal import Staging
+from .journal import Journal
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
-from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Item, Plan
+from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob, TensorJob
 from .worker import Record, Worker
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def init_checkpoint(
-    plan: Plan,
+    plan: CheckpointJob,
     *,
     workers: int | None = None,
     resume: bool = False,
@@ -62,7 +62,7 @@ def init_checkpoint(
     of the ranks; they do on the kind of CPU or GPU. Under torchrun every rank calls this, on a folder that they share.
 
     Args:
-        plan: of :func:`pissa_kernels.checkpoint.plan.make_plan`.
+        plan: of :func:`pissa_kernels.checkpoint.plan.plan_checkpoint`.
         workers: threads of this process; by default as many as torch uses, two for a GPU.
         resume: go on with an unfinished run, if there is one.
         force: replace a finished result at the end, and begin an unfinished one again unless ``resume``.
@@ -74,7 +74,7 @@ def init_checkpoint(
         OSError: reading or writing failed; what is done can be resumed, and the source is untouched.
         ValueError: the unfinished run had another plan; or a weight's values are refused, with the layer's name.
     """
-    staging = Staging(plan.out)
+    staging = Journal(plan.out)
     with joined() as ranks, contextlib.ExitStack() as lock:
         several_hosts = ranks.on_several_hosts()
         with ranks.together():
@@ -96,7 +96,7 @@ def init_checkpoint(
         return Outcome(Report.read(plan.out / REPORT), len(plan.items) - kept, kept)
 
 
-def _begin(plan: Plan, staging: Staging, resume: bool, force: bool) -> bool:
+def _begin(plan: CheckpointJob, staging: Journal, resume: bool, force: bool) -> bool:
     """Make the staging folder, or see that it can be gone on with; False where there is nothing left to do."""
     unfinished, there = staging.exists(), os.path.lexists(plan.out)
     if unfinished and not (resume or force):
@@ -120,9 +120,9 @@ def _begin(plan: Plan, staging: Staging, resume: bool, force: bool) -> bool:
 
 
 def _work(
-    plan: Plan,
-    staging: Staging,
-    ranks: Ranks,
+    plan: CheckpointJob,
+    staging: Journal,
+    ranks: ProcessGroup,
     workers: int | None,
     on_tensor: Callable[[Record], None] | None,
     shown: bool,
@@ -136,7 +136,7 @@ def _work(
     kept = 0
     with Worker(plan, staging.out, device) as worker, staging.journal(ranks.rank) as journal:
 
-        def one(index: int, emit: Callable[[tuple[Item, Record, bool]], None]) -> None:
+        def one(index: int, emit: Callable[[tuple[TensorJob, Record, bool]], None]) -> None:
             torch.set_num_threads(1)  # of this thread alone, except MKL's
             item = items[index]
             record = next(filter(worker.holds, claimed.get(_key(item), ())), None)
@@ -144,7 +144,7 @@ def _work(
                 worker.will_need(items[index + workers])
             emit((item, record or worker.run(item), record is not None))
 
-        def done(finished: tuple[Item, Record, bool]) -> None:
+        def done(finished: tuple[TensorJob, Record, bool]) -> None:
             nonlocal kept
             item, record, held = finished
             if held:
@@ -168,7 +168,7 @@ def _work(
     return kept
 
 
-def _records(plan: Plan, staging: Staging, *, check: bool) -> dict[tuple[str, str], Record]:
+def _records(plan: CheckpointJob, staging: Journal, *, check: bool) -> dict[tuple[str, str], Record]:
     """One journal record of every tensor.
 
     Args:
@@ -196,8 +196,8 @@ def _records(plan: Plan, staging: Staging, *, check: bool) -> dict[tuple[str, st
 
 
 def _finish(
-    plan: Plan,
-    staging: Staging,
+    plan: CheckpointJob,
+    staging: Journal,
     records: dict[tuple[str, str], Record],
     seconds: float | None,
     peak_bytes: int | None,
@@ -205,7 +205,7 @@ def _finish(
     """Write all that is no tensor, see that the source has not changed meanwhile, and publish."""
     out = staging.out
     files: dict[str, dict[str, Any]] = {
-        name: {"header": sha256(layout.header), "tensors": {}} for name, layout in plan.layouts.items()
+        name: {"header": sha256(header.encoded), "tensors": {}} for name, header in plan.headers.items()
     }
     for (shard, tensor), record in records.items():
         files[shard]["tensors"][tensor] = record["sha256"]
@@ -231,7 +231,7 @@ def _finish(
     staging.publish()
 
 
-def _key(item: Item) -> tuple[str, str]:
+def _key(item: TensorJob) -> tuple[str, str]:
     return item.shard, item.entry.name
 
 

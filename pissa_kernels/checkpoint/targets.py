@@ -17,7 +17,7 @@ from ..adapter.layers import in_scope, lora_layers
 from ..adapter.names import factor_key
 from ..checks import check_rank, check_scaling, parse_init
 from ..files.folder import Checkpoint
-from ..files.header import Entry
+from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Factors, principal_factors
 
@@ -66,7 +66,7 @@ class Target:
 
     name: str
     shard: str
-    entry: Entry
+    entry: TensorInfo
     transposed: bool
     rank: int
     scaling: float

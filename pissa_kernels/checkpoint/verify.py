@@ -16,7 +16,7 @@ from .. import ops
 from ..adapter.names import factor_key
 from ..files.atomic import sha256_of_file
 from ..files.folder import Checkpoint, files_of, open_checkpoint
-from ..files.header import Entry, Layout, bytes_of, chunks, read_layout, read_tensor, sha256, sha256_of
+from ..files.header import Header, TensorInfo, bytes_of, chunks, read_header, read_tensor, sha256, sha256_of
 from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
 from ..report import LayerReport, Report
 from ..runtime.progress import progress
@@ -129,7 +129,7 @@ class _Folders:
     def __init__(self, base: Checkpoint, out: Path, manifest: Manifest, verification: Verification) -> None:
         self.base, self.out, self.manifest = base, out, manifest
         self.verification = verification
-        self.layouts: dict[str, Layout] = {}
+        self.headers: dict[str, Header] = {}
         self.descriptors: dict[tuple[bool, str], int] = {}
 
     def __enter__(self) -> _Folders:
@@ -137,19 +137,19 @@ class _Folders:
             path = self.out / name
             if "tensors" not in about or not path.is_file():
                 continue
-            layout = self.base.shards.get(name)
+            header = self.base.shards.get(name)
             try:
-                found = read_layout(path)
+                found = read_header(path)
             except ValueError as error:
                 self.verification.problems.append((name, str(error)))
             else:
-                if sha256(found.header) == about["header"]:
-                    layout = found
+                if sha256(found.encoded) == about["header"]:
+                    header = found
                 else:
                     self.verification.problems.append((name, "its header is not the one that was written"))
-            if layout is None:
+            if header is None:
                 continue
-            self.layouts[name] = layout
+            self.headers[name] = header
             self.descriptors[False, name] = os.open(path, os.O_RDONLY)
             if name in self.base.shards:
                 self.descriptors[True, name] = os.open(self.base.folder / name, os.O_RDONLY)
@@ -159,11 +159,11 @@ class _Folders:
         for descriptor in self.descriptors.values():
             os.close(descriptor)
 
-    def written(self, shard: str, tensor: str) -> tuple[int, Entry]:
-        return self.descriptors[False, shard], self.layouts[shard].entries[tensor]
+    def written(self, shard: str, tensor: str) -> tuple[int, TensorInfo]:
+        return self.descriptors[False, shard], self.headers[shard].tensors[tensor]
 
-    def original(self, shard: str, tensor: str) -> tuple[int, Entry]:
-        return self.descriptors[True, shard], self.base.shards[shard].entries[tensor]
+    def original(self, shard: str, tensor: str) -> tuple[int, TensorInfo]:
+        return self.descriptors[True, shard], self.base.shards[shard].tensors[tensor]
 
     def digest(self, shard: str, tensor: str) -> str:
         return str(self.manifest.files[shard]["tensors"][tensor])
@@ -208,7 +208,7 @@ def _jobs(folders: _Folders, reports: dict[str, LayerReport]) -> Iterator[Callab
         where = "the original" if (shard, tensor) in listed else "the result's manifest"
         problems.append((tensor, f"is not in {shard} of {where}"))
     for shard, tensor in sorted(listed & originals):
-        if shard not in folders.layouts:
+        if shard not in folders.headers:
             continue
         about = folders.manifest.targets.get(tensor)
         if about is None:
@@ -242,7 +242,7 @@ def _residual(
     folders: _Folders, shard: str, tensor: str, about: Mapping[str, Any], report: LayerReport | None
 ) -> _Finding:
     descriptor, entry = folders.original(shard, tensor)
-    if ADAPTER_WEIGHTS not in folders.layouts or report is None:
+    if ADAPTER_WEIGHTS not in folders.headers or report is None:
         missing = REPORT if report is None else ADAPTER_WEIGHTS
         return _Finding(tensor, 0, f"cannot be checked without {missing}")
     problems: list[str] = []

@@ -17,11 +17,11 @@ from torch import Tensor
 from .. import ops
 from ..files import buffer
 from ..files.direct import Output
-from ..files.header import Entry, bytes_of, chunks, read_tensor, sha256_of, write_at
+from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
-from .plan import ADAPTER_WEIGHTS, Item, Plan
+from .plan import ADAPTER_WEIGHTS, CheckpointJob, TensorJob
 from .targets import Target
 
 # What a core keeps at hand between writing and digesting.
@@ -43,7 +43,7 @@ class Worker:
         device: where weights are decomposed.
     """
 
-    def __init__(self, plan: Plan, out: Path, device: torch.device) -> None:
+    def __init__(self, plan: CheckpointJob, out: Path, device: torch.device) -> None:
         self.plan, self.device = plan, device
         self._sources: dict[str, int] = {}
         self._results: dict[str, Output] = {}
@@ -54,7 +54,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         with contextlib.ExitStack() as stack:
-            for name in self.plan.layouts:
+            for name in self.plan.headers:
                 if name in self.plan.checkpoint.shards:
                     self._sources[name] = os.open(self.plan.checkpoint.folder / name, os.O_RDONLY)
                     stack.callback(os.close, self._sources[name])
@@ -74,11 +74,11 @@ class Worker:
         if self._unflushed is not None and exception[0] is None:
             raise self._unflushed
 
-    def will_need(self, item: Item) -> None:
+    def will_need(self, item: TensorJob) -> None:
         """Let the system read an item's bytes ahead."""
         os.posix_fadvise(self._sources[item.shard], item.entry.start, item.entry.nbytes, os.POSIX_FADV_WILLNEED)
 
-    def run(self, item: Item) -> Record:
+    def run(self, item: TensorJob) -> Record:
         """Do one item; its journal record.
 
         Raises:
@@ -98,10 +98,10 @@ class Worker:
     def holds(self, record: Record) -> bool:
         """Whether the staged files have the bytes that a record claims."""
         try:
-            entries = [(record["shard"], self.plan.checkpoint.shards[record["shard"]].entries[record["tensor"]])]
+            entries = [(record["shard"], self.plan.checkpoint.shards[record["shard"]].tensors[record["tensor"]])]
             digests = [record["sha256"]]
             for key, digest in record.get("adapter", {}).items():
-                entries.append((ADAPTER_WEIGHTS, self.plan.adapter_layout.entries[key]))
+                entries.append((ADAPTER_WEIGHTS, self.plan.adapter_header.tensors[key]))
                 digests.append(digest)
         except (KeyError, AttributeError, TypeError):
             return False
@@ -110,14 +110,14 @@ class Worker:
             for (name, entry), digest in zip(entries, digests, strict=True)
         )
 
-    def _copy(self, item: Item) -> str:
+    def _copy(self, item: TensorJob) -> str:
         at, digest = item.entry.start, hashlib.sha256()
         for chunk in chunks(self._sources[item.shard], item.entry):
             self._write(self._results[item.shard], chunk, at, digest)
             at += len(chunk)
         return digest.hexdigest()
 
-    def _decompose(self, item: Item, target: Target) -> Record:
+    def _decompose(self, item: TensorJob, target: Target) -> Record:
         began = time.perf_counter()
         options = self.plan.options
         weight = read_tensor(self._sources[item.shard], item.entry, buffer.weights).to(self.device)
@@ -127,7 +127,7 @@ class Worker:
                 ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.scaling, target.transposed)
             written: dict[str, str] = {}
             for key, factor in zip(target.keys, (factors.lora_A, factors.lora_B), strict=True):
-                written[key] = self._store(ADAPTER_WEIGHTS, self.plan.adapter_layout.entries[key], factor)
+                written[key] = self._store(ADAPTER_WEIGHTS, self.plan.adapter_header.tensors[key], factor)
             residual = self._store(item.shard, item.entry, weight)
         report = LayerReport(
             name=target.name,
@@ -143,7 +143,7 @@ class Worker:
         )
         return {"sha256": residual, "adapter": written, "layer": layer_to_dict(report)}
 
-    def _store(self, name: str, entry: Entry, tensor: Tensor) -> str:
+    def _store(self, name: str, entry: TensorInfo, tensor: Tensor) -> str:
         if tensor.device.type == "cpu":
             tensor = tensor.to(entry.torch_dtype).contiguous()
         else:  # to where the weight was: it lies there as in the file
@@ -154,7 +154,7 @@ class Worker:
 
     def _write(self, output: Output, data: memoryview, at: int, digest: hashlib._Hash) -> None:
         self._written += len(data)  # a lost update costs nothing but a later flush
-        if len(data) >= LARGE_BYTES and output.takes(data, at):
+        if len(data) >= LARGE_BYTES and output.can_write_directly(data, at):
             written = self._writers.submit(output.write, data, at)
             try:
                 digest.update(data)  # while the disk takes it

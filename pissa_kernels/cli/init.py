@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.names import ADAPTER_FOLDER
-from ..checkpoint.plan import Plan, make_plan
+from ..checkpoint.plan import CheckpointJob, plan_checkpoint
 from ..checkpoint.run import init_checkpoint
 from ..checkpoint.targets import AdapterOptions
 from ..report.tables import text_table
@@ -75,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     quiet_libraries()
-    return _carry_out(arguments, make_plan(arguments.model, arguments.out, options, arguments.device))
+    return _carry_out(arguments, plan_checkpoint(arguments.model, arguments.out, options, arguments.device))
 
 
-def _carry_out(arguments: argparse.Namespace, plan: Plan) -> int:
+def _carry_out(arguments: argparse.Namespace, plan: CheckpointJob) -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     if plan.checkpoint.left_out and speaks:
         print(f"left out, as they hold weights that would not be residuals: {', '.join(plan.checkpoint.left_out)}",
@@ -127,13 +127,13 @@ def _carry_out(arguments: argparse.Namespace, plan: Plan) -> int:
     return 0
 
 
-def _plan_record(plan: Plan) -> dict[str, Any]:
+def _plan_record(plan: CheckpointJob) -> dict[str, Any]:
     targets = plan.adapter.targets
     return {
         "source": str(plan.checkpoint.folder),
         "out": str(plan.out),
         "bytes": plan.size,
-        "adapter_bytes": plan.adapter_layout.size,
+        "adapter_bytes": plan.adapter_header.size,
         "worker_bytes": plan.workspace(),
         "core_seconds": sum(item.seconds for item in plan.items),
         "copied": [item.entry.name for item in plan.items if item.target is None],
@@ -154,7 +154,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _plan_text(plan: Plan) -> str:
+def _plan_text(plan: CheckpointJob) -> str:
     """A row for each kind of target, and the sizes."""
     kinds: dict[tuple[str, ...], int] = {}
     for target in plan.adapter.targets:
@@ -169,7 +169,7 @@ def _plan_text(plan: Plan) -> str:
             "",
             f"{len(plan.adapter.targets)} tensors become residuals, {len(copied)} are copied "
             f"({sum(item.entry.nbytes for item in copied) / 1e9:.3g} GB), {len(plan.checkpoint.others)} other files",
-            f"{plan.out} takes {plan.size / 1e9:.3g} GB, of it {plan.adapter_layout.size / MIB:.1f} MiB the adapter; "
+            f"{plan.out} takes {plan.size / 1e9:.3g} GB, of it {plan.adapter_header.size / MIB:.1f} MiB the adapter; "
             f"a worker takes up to {plan.workspace() / MIB:.0f} MiB",
             f"about {sum(item.seconds for item in plan.items):.0f} s of one core; nothing has been written",
         ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME, factor_key, module_name
 from ..adapter.patterns import rank_of, scaling_of
-from ..files.header import DTYPES, Entry, Layout, read_layout, read_tensor
+from ..files.header import DTYPES, Header, TensorInfo, read_header, read_tensor
 from ..peft import sidecar
 from ..report import Report
 
@@ -38,8 +38,8 @@ class Layer:
         transposed: the weight is (in, out): Conv1D by the config, or an embedding.
     """
 
-    A: Entry
-    B: Entry
+    A: TensorInfo
+    B: TensorInfo
     rank: int
     scaling: float
     transposed: bool
@@ -69,7 +69,7 @@ class AdapterFile:
     path: Path
     config: Mapping[str, Any]
     layers: Mapping[str, Layer]
-    others: tuple[Entry, ...]
+    others: tuple[TensorInfo, ...]
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -86,11 +86,11 @@ def read_adapter(folder: Path) -> AdapterFile:
         raise FileNotFoundError(
             f"{folder} has no {WEIGHTS_NAME}; a .bin is not read, save with safe_serialization=True"
         )
-    layout = read_layout(path)
+    header = read_header(path)
     embeddings: set[str] = set()
-    factors: dict[str, dict[str, Entry]] = {}
+    factors: dict[str, dict[str, TensorInfo]] = {}
     others = []
-    for entry in layout.entries.values():
+    for entry in header.tensors.values():
         if (match := _FACTOR.fullmatch(entry.name)) is None:
             others.append(entry)
             continue
@@ -167,20 +167,20 @@ def find_initial(folder: Path) -> AdapterFile:
 
 
 def _read_sidecar(path: Path) -> AdapterFile:
-    layout = read_layout(path)
+    header = read_header(path)
     try:
-        record = layout.metadata["pissa_kernels"]
+        record = header.metadata["pissa_kernels"]
         report = Report.from_dict(json.loads(record))
         layers = {}
         for layer in report.layers:
-            A, B = (layout.entries[factor_key(layer.name, factor)] for factor in "AB")
+            A, B = (header.tensors[factor_key(layer.name, factor)] for factor in "AB")
             _check_pair(path, layer.name, A, B, layer.rank)
             layers[layer.name] = Layer(A, B, layer.rank, layer.scaling, transposed=False)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold the initial factors of a PiSSA adapter: {error}") from None
     with path.open("rb") as file:
-        digest = sidecar.digest(record, _OneAtATime(file.fileno(), layout))
-    if layout.metadata.get("sha256") != digest:
+        digest = sidecar.digest(record, _OneAtATime(file.fileno(), header))
+    if header.metadata.get("sha256") != digest:
         raise ValueError(f"{path} is damaged: its contents do not match the digest that was written with them")
     return AdapterFile(path, {}, layers, ())
 
@@ -188,17 +188,17 @@ def _read_sidecar(path: Path) -> AdapterFile:
 class _OneAtATime(Mapping[str, Tensor]):
     """The tensors of a file, none of which is kept."""
 
-    def __init__(self, descriptor: int, layout: Layout) -> None:
-        self._descriptor, self._layout = descriptor, layout
+    def __init__(self, descriptor: int, header: Header) -> None:
+        self._descriptor, self._layout = descriptor, header
 
     def __getitem__(self, name: str) -> Tensor:
-        return read_tensor(self._descriptor, self._layout.entries[name])
+        return read_tensor(self._descriptor, self._layout.tensors[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layout.entries)
+        return iter(self._layout.tensors)
 
     def __len__(self) -> int:
-        return len(self._layout.entries)
+        return len(self._layout.tensors)
 
 
 def _values(path: Path, config: Mapping[str, Any], key: str) -> list[Any]:
@@ -208,7 +208,7 @@ def _values(path: Path, config: Mapping[str, Any], key: str) -> list[Any]:
     return list(pattern.values())
 
 
-def _check_pair(path: Path, name: str, A: Entry, B: Entry, rank: int) -> None:
+def _check_pair(path: Path, name: str, A: TensorInfo, B: TensorInfo, rank: int) -> None:
     for factor, entry, at in (("A", A, 0), ("B", B, 1)):
         if len(entry.shape) != 2 or entry.shape[at] != rank:
             accepted = f"({rank}, in)" if factor == "A" else f"(out, {rank})"

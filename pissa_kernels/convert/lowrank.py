@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class FactorPair:
     """What one layer was trained to, and what it began with; each pair in the dtype that its file has.
 
     Attributes:
@@ -46,7 +46,7 @@ class Product:
     lost: float
 
 
-def whole(factors: Factors) -> Product:
+def whole(factors: FactorPair) -> Product:
     """[A; A₀] and [B, −B₀], which is exact, in a dtype that holds all four."""
     dtype = reduce(torch.promote_types, [factor.dtype for factor in (factors.A, factors.B, factors.A0, factors.B0)])
     return Product(
@@ -57,7 +57,7 @@ def whole(factors: Factors) -> Product:
     )
 
 
-def best(factors: Factors, rank: int) -> Product:
+def best(factors: FactorPair, rank: int) -> Product:
     """The nearest product of a lower rank (Eckart and Young 1936), √σ on either side, computed in float64.
 
     Args:

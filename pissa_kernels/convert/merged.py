@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..files.folder import Checkpoint, open_checkpoint
-from ..files.header import Entry, read_tensor
+from ..files.header import TensorInfo, read_tensor
 from ..numerics import UNIT_ROUNDOFF
 from .adapter import Layer
-from .lowrank import Factors, whole
+from .lowrank import FactorPair, whole
 
 # Elements of a weight that are float64 at a time.
 BLOCK = 1 << 22
@@ -28,7 +28,7 @@ class Merged:
     def __init__(self, base: Path, residual: Path) -> None:
         self._base, self._residual = open_checkpoint(base), open_checkpoint(residual)
 
-    def check(self, name: str, layer: Layer, factors: Factors) -> float:
+    def check(self, name: str, layer: Layer, factors: FactorPair) -> float:
         """:meth:`worst` of a layer, which has to be ≤ 1.
 
         Raises:
@@ -42,7 +42,7 @@ class Merged:
             )
         return worst
 
-    def worst(self, name: str, layer: Layer, factors: Factors) -> float:
+    def worst(self, name: str, layer: Layer, factors: FactorPair) -> float:
         """Worst difference of any element of one layer, over what rounding allows it (≤ 1: they are the same).
 
         Allowed are the one rounding of W_res to its dtype and the float32 product before it, as in
@@ -88,7 +88,7 @@ def _weight(checkpoint: Checkpoint, name: str, layer: Layer) -> Tensor:
     return weight.mT if transposed else weight
 
 
-def _find(checkpoint: Checkpoint, key: str) -> tuple[str, Entry]:
+def _find(checkpoint: Checkpoint, key: str) -> tuple[str, TensorInfo]:
     """Shard and place of a tensor, whose name may have a prefix more or less than the module."""
     tensors = checkpoint.tensors()
     if key in tensors:

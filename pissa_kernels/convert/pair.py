@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapter.patterns import same
 from ..files.header import read_tensor
 from .adapter import AdapterFile, find_initial, read_adapter
-from .lowrank import Factors
+from .lowrank import FactorPair
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Pair:
     initial: AdapterFile
     descriptors: tuple[int, int]
 
-    def read(self, name: str) -> Factors:
+    def read(self, name: str) -> FactorPair:
         """The factors of one layer.
 
         Raises:
@@ -30,7 +30,7 @@ class Pair:
         """
         mine, its = self.descriptors
         layer, first = self.trained.layers[name], self.initial.layers[name]
-        factors = Factors(
+        factors = FactorPair(
             A=read_tensor(mine, layer.A),
             B=read_tensor(mine, layer.B),
             A0=read_tensor(its, first.A),

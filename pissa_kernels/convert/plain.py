@@ -15,7 +15,7 @@ import torch
 from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
 from ..adapter.patterns import same, with_ranks
 from ..files.atomic import fsync, write_text
-from ..files.header import Layout, bytes_of, chunks, plan_layout, write_at
+from ..files.header import Header, bytes_of, chunks, plan_header, write_at
 from . import lowrank
 from .adapter import Layer, read_adapter
 from .pair import Pair
@@ -51,13 +51,13 @@ class Plain:
         pair: of the adapters.
         ranks: of each layer of the result.
         recompressed: the factors are those of a lower rank, else both pairs of them, stacked.
-        layout: of the weights.
+        header: of the weights.
     """
 
     pair: Pair
     ranks: Mapping[str, int]
     recompressed: bool
-    layout: Layout
+    header: Header
 
 
 def plan_plain(pair: Pair, rank: int | None) -> Plain:
@@ -84,7 +84,7 @@ def plan_plain(pair: Pair, rank: int | None) -> Plain:
         if entry.torch_dtype is None:
             raise ValueError(f"{trained.path}: {entry.name!r} is {entry.dtype}, which is not written here")
         tensors.append((entry.name, entry.torch_dtype, entry.shape))
-    return Plain(pair, ranks, rank is not None, plan_layout(tensors))
+    return Plain(pair, ranks, rank is not None, plan_header(tensors))
 
 
 def write_plain(plain: Plain, base: str | None, folder: Path) -> tuple[list[ConvertedLayer], float]:
@@ -111,11 +111,11 @@ def write_plain(plain: Plain, base: str | None, folder: Path) -> tuple[list[Conv
     write_text(folder / CONFIG_NAME, _config_text(config) + "\n")
     descriptor = os.open(folder / WEIGHTS_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        os.ftruncate(descriptor, plain.layout.size)
-        write_at(descriptor, memoryview(plain.layout.header), 0)
+        os.ftruncate(descriptor, plain.header.size)
+        write_at(descriptor, memoryview(plain.header.encoded), 0)
         layers, loss = _write_factors(descriptor, plain)
         for entry in trained.others:
-            at = plain.layout.entries[entry.name].start
+            at = plain.header.tensors[entry.name].start
             for chunk in chunks(plain.pair.descriptors[0], entry):
                 write_at(descriptor, chunk, at)
                 at += len(chunk)
@@ -143,7 +143,7 @@ def _write_layer(descriptor: int, plain: Plain, name: str, layer: Layer) -> tupl
     factors = plain.pair.read(name)
     product = lowrank.best(factors, plain.ranks[name]) if plain.recompressed else lowrank.whole(factors)
     for entry, factor in ((layer.A, product.A), (layer.B, product.B)):
-        write_at(descriptor, bytes_of(factor), plain.layout.entries[entry.name].start)
+        write_at(descriptor, bytes_of(factor), plain.header.tensors[entry.name].start)
     return product.norm, product.lost
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .header import Entry, Layout, read_layout, sha256
+from .header import Header, TensorInfo, read_header, sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What else holds weights, of this model or of an optimizer: the same ones once more, without a residual.
@@ -26,19 +26,19 @@ class Checkpoint:
 
     Attributes:
         folder: where.
-        shards: the layout of each safetensors file, by its name.
+        shards: the header of each safetensors file, by its name.
         others: files that are no weights, relative to the folder, with "/".
         left_out: files that hold weights in other formats, or outside of the index.
     """
 
     folder: Path
-    shards: Mapping[str, Layout]
+    shards: Mapping[str, Header]
     others: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    def tensors(self) -> dict[str, tuple[str, Entry]]:
+    def tensors(self) -> dict[str, tuple[str, TensorInfo]]:
         """Shard and place of every tensor, by name."""
-        return {name: (shard, entry) for shard, layout in self.shards.items() for name, entry in layout.entries.items()}
+        return {name: (shard, entry) for shard, header in self.shards.items() for name, entry in header.tensors.items()}
 
     def fingerprint(self) -> dict[str, Any]:
         """What changes when a file does: size, time of modification, and the digest of each shard's header."""
@@ -47,7 +47,7 @@ class Checkpoint:
             about = (self.folder / name).stat()
             found[name] = {"size": about.st_size, "mtime_ns": about.st_mtime_ns}
             if name in self.shards:
-                found[name]["header"] = sha256(self.shards[name].header)
+                found[name]["header"] = sha256(self.shards[name].encoded)
         return found
 
 
@@ -65,7 +65,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     if (folder / SINGLE).is_file():
-        shards = {SINGLE: read_layout(folder / SINGLE)}
+        shards = {SINGLE: read_header(folder / SINGLE)}
     elif (folder / INDEX).is_file():
         shards = _indexed(folder)
     else:
@@ -94,7 +94,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _indexed(folder: Path) -> dict[str, Layout]:
+def _indexed(folder: Path) -> dict[str, Header]:
     path = folder / INDEX
     try:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -107,10 +107,10 @@ def _indexed(folder: Path) -> dict[str, Layout]:
             raise ValueError(f"{path} lists {name!r}, which is no safetensors file of its folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{path} lists {name}, which is missing")
-    shards = {name: read_layout(folder / name) for name in names}
+    shards = {name: read_header(folder / name) for name in names}
     found: dict[str, str] = {}
-    for name, layout in shards.items():
-        for tensor in layout.entries:
+    for name, header in shards.items():
+        for tensor in header.tensors:
             if tensor in found:
                 raise ValueError(f"{folder}: tensor {tensor!r} is in {found[tensor]} and in {name}")
             found[tensor] = name

@@ -1,8 +1,9 @@
-"""Where each tensor lies in a safetensors file, and reading and writing it there without loading the others.
+"""Safetensors headers, and single tensors read and written at their place in a file.
 
 The safetensors package reads whole tensors through a memory map and writes whole files from memory. A checkpoint that
-is larger than memory needs single tensors at known places; the format makes that easy: eight bytes with the length of
-a JSON header, the header, and the tensors one after another (https://github.com/huggingface/safetensors#format).
+is larger than memory needs one tensor at a time at a known offset. The format is simple: eight bytes with the length of
+a JSON header (little endian), the header, and the tensors one after another
+(https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -35,19 +36,21 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Headers are padded so that the tensors begin at a multiple of this.
+# Headers are padded so that the first tensor starts at a multiple of this.
 ALIGNMENT = 8
+# Bytes of a tensor that are copied or hashed at a time.
+CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """One tensor of a file.
 
     Attributes:
-        name: its key.
-        dtype: the format's name of it, such as "BF16".
-        shape: of the tensor.
-        start, stop: its first byte in the file, and the one behind its last.
+        name: key of the tensor.
+        dtype: the format's name of the dtype, such as "BF16".
+        shape: shape of the tensor.
+        start, stop: offset of its first byte in the file, and of the byte after its last.
     """
 
     name: str
@@ -56,9 +59,9 @@ class Entry:
     start: int
     stop: int
 
-    def behind(self, header: int) -> Entry:
-        """The entry of a file whose header has so many bytes, made from one that counts from the header's end."""
-        return replace(self, start=header + self.start, stop=header + self.stop)
+    def shifted(self, offset: int) -> TensorInfo:
+        """The same tensor ``offset`` bytes further into the file."""
+        return replace(self, start=offset + self.start, stop=offset + self.stop)
 
     @property
     def nbytes(self) -> int:
@@ -66,115 +69,141 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None where this version of the package does not know the dtype; such a tensor can be copied all the same."""
+        """The torch dtype; None for one that this package does not know. Such a tensor can still be copied."""
         return DTYPES.get(self.dtype)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A file's header, and its tensors in the order in which they lie.
+class Header:
+    """The header of a safetensors file.
 
     Attributes:
-        header: the bytes before the first tensor, length included.
-        entries: by name.
-        metadata: the header's strings.
-        size: of the file, in bytes.
+        encoded: the bytes before the first tensor, the eight bytes of the length included.
+        tensors: by name, in the order of their offsets.
+        metadata: strings of the header.
+        size: size of the file in bytes.
     """
 
-    header: bytes
-    entries: Mapping[str, Entry]
+    encoded: bytes
+    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     size: int
 
 
-def read_layout(path: Path) -> Layout:
-    """The layout of a file that is there.
+def read_header(path: Path) -> Header:
+    """Read the header of a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is truncated, or its header is not a valid one; the message names the file.
+        OSError: the file cannot be read.
+        ValueError: the file is truncated or its header is invalid; the message names the file.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        # the format's own package checks the header: offsets without gaps or overlaps, sizes, the file's length
+        # the safetensors package validates offsets (no gaps, no overlaps), sizes and the file's length
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from None
     with path.open("rb") as file:
         length = file.read(8)
-        header = length + file.read(int.from_bytes(length, "little"))
+        encoded = length + file.read(int.from_bytes(length, "little"))
         size = os.fstat(file.fileno()).st_size
-    record: dict[str, Any] = json.loads(header[8:])
+    record: dict[str, Any] = json.loads(encoded[8:])
     metadata = record.pop("__metadata__", {})
-    relative = [
-        Entry(name, value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in record.items()
+    tensors = [
+        TensorInfo(name, value["dtype"], tuple(value["shape"]), *value["data_offsets"])
+        for name, value in record.items()
     ]
-    relative.sort(key=lambda entry: (entry.start, entry.stop))
-    return Layout(header, {entry.name: entry.behind(len(header)) for entry in relative}, metadata, size)
+    tensors.sort(key=lambda info: (info.start, info.stop))
+    return Header(encoded, {info.name: info.shifted(len(encoded)) for info in tensors}, metadata, size)
 
 
-def plan_layout(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Layout:
-    """The layout of a file that is to be written, with tensors of these names, dtypes and shapes in this order."""
-    metadata = {"format": "pt"}  # without it transformers and PEFT do not take the file
+def plan_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Header:
+    """Header of a file to be written.
+
+    Args:
+        tensors: name, dtype and shape of each tensor. Larger dtypes are placed first, which aligns every tensor to its
+            own dtype; equal ones keep the given order.
+    """
+    metadata = {"format": "pt"}  # transformers and PEFT refuse a file without it
     record: dict[str, Any] = {"__metadata__": metadata}
-    relative, offset = [], 0
-    # the largest dtype first, so that each tensor is aligned to its own
+    placed, offset = [], 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
         stop = offset + dtype.itemsize * torch.Size(shape).numel()
         record[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
-        relative.append(Entry(name, NAMES[dtype], tuple(shape), offset, stop))
+        placed.append(TensorInfo(name, NAMES[dtype], tuple(shape), offset, stop))
         offset = stop
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
-    entries = {entry.name: entry.behind(len(header)) for entry in relative}
-    return Layout(header, entries, metadata, len(header) + offset)
+    encoded = len(text).to_bytes(8, "little") + text
+    infos = {info.name: info.shifted(len(encoded)) for info in placed}
+    return Header(encoded, infos, metadata, len(encoded) + offset)
 
 
-def read_tensor(descriptor: int, entry: Entry, buffer: Buffer | None = None) -> Tensor:
-    """One tensor, in memory of its own, or in a buffer's.
+def read_tensor(descriptor: int, info: TensorInfo, buffer: Buffer | None = None) -> Tensor:
+    """Read one tensor from an open file.
+
+    Args:
+        descriptor: file descriptor.
+        info: the tensor.
+        buffer: memory to read into; None allocates.
 
     Raises:
         OSError: the file ends before the tensor does.
-        TypeError: a dtype that torch does not have.
+        TypeError: the dtype is not known.
     """
-    dtype = entry.torch_dtype
+    dtype = info.torch_dtype
     if dtype is None:
-        raise TypeError(f"tensor {entry.name!r} is {entry.dtype}, which is not read here")
-    tensor = torch.empty(entry.shape, dtype=dtype) if buffer is None else buffer.take(entry.shape, dtype, entry.start)
-    read_into(descriptor, bytes_of(tensor), entry.start)
+        raise TypeError(f"tensor {info.name!r} has dtype {info.dtype}, which this package does not read")
+    tensor = torch.empty(info.shape, dtype=dtype) if buffer is None else buffer.take(info.shape, dtype, info.start)
+    read_into(descriptor, bytes_of(tensor), info.start)
     return tensor
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer from a file.
+    """Fill ``buffer`` from a file, starting at ``offset``.
 
     Raises:
-        OSError: the file ends first.
+        OSError: the file is too short.
     """
     done = 0
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if count == 0:
-            raise OSError(f"the file ends at byte {offset + done}, {len(buffer) - done} short of a tensor's end")
+            raise OSError(f"the file ends at byte {offset + done}, {len(buffer) - done} bytes before a tensor does")
         done += count
 
 
 def write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Write all of a buffer into a file.
+    """Write all of ``buffer`` into a file, starting at ``offset``.
 
     Raises:
-        OSError: no space, for one.
+        OSError: the file system has no space, for example.
     """
     done = 0
     while done < len(buffer):
         done += os.pwritev(descriptor, [buffer[done:]], offset + done)
 
 
+def chunks(descriptor: int, info: TensorInfo) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor, :data:`CHUNK_BYTES` at a time. All chunks share one buffer.
+
+    Raises:
+        OSError: the file is too short.
+    """
+    memory, start = Buffer(), info.start
+    memory.take((min(CHUNK_BYTES, info.nbytes),), torch.uint8)  # allocate the largest chunk first, so that it is reused
+    while start < info.stop:
+        stop = min(info.stop, start // CHUNK_BYTES * CHUNK_BYTES + CHUNK_BYTES)
+        chunk = bytes_of(memory.take((stop - start,), torch.uint8, start))
+        read_into(descriptor, chunk, start)
+        yield chunk
+        start = stop
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The storage of a contiguous tensor on the CPU, without a copy."""
+    """The memory of a contiguous CPU tensor, not copied."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -184,27 +213,8 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 def sha256_of(chunks: Iterable[memoryview]) -> str:
-    """Hexadecimal SHA-256 of what comes in chunks, each digested before the next is asked for."""
+    """Hexadecimal SHA-256 of consecutive chunks."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
-
-
-CHUNK_BYTES = 4 << 20
-
-
-def chunks(descriptor: int, entry: Entry) -> Iterator[memoryview]:
-    """A tensor's bytes, a few MiB at a time in one buffer: each is to be used before the next is asked for.
-
-    Raises:
-        OSError: the file ends first.
-    """
-    memory, start = Buffer(), entry.start
-    memory.take((min(CHUNK_BYTES, entry.nbytes),), torch.uint8)  # at once what the largest needs
-    while start < entry.stop:
-        stop = min(entry.stop, start // CHUNK_BYTES * CHUNK_BYTES + CHUNK_BYTES)
-        chunk = bytes_of(memory.take((stop - start,), torch.uint8, start))
-        read_into(descriptor, chunk, start)
-        yield chunk
-        start = stop

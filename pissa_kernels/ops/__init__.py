@@ -26,7 +26,7 @@ __all__ = [
     "has_overlap",
     "matmul",
     "normal",
-    "refusals",
+    "unsupported_reasons",
     "rmatmul",
     "subtract_lowrank_",
     "sum_of_squares",
@@ -46,14 +46,14 @@ def backend(verb: str, weight: Tensor) -> str:
     return dispatch.select(verb, weight)
 
 
-def refusals(verb: str, weight: Tensor) -> dict[str, list[str]]:
+def unsupported_reasons(verb: str, weight: Tensor) -> dict[str, list[str]]:
     """For each of :data:`BACKENDS`, its reasons against running ``verb`` on ``weight``; an empty list where it can.
 
     Raises:
         TypeError, ValueError: as :func:`backend` does.
     """
     checks.check_verb(verb, weight)
-    return dispatch.refusals(verb, weight)
+    return dispatch.unsupported_reasons(verb, weight)
 
 
 def matmul(weight: Tensor, X: Tensor, *, pieces: int = 3) -> Tensor:

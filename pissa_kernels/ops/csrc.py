@@ -34,7 +34,7 @@ def verbs(device: str) -> tuple[str, ...]:
     return VERBS.get(device, ())
 
 
-def refusals(verb: str, weight: Tensor) -> list[str]:
+def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
     """Reasons why ``verb`` cannot run on ``weight``; none when it can."""
     device = weight.device.type
     if device not in LIBRARIES:

@@ -34,7 +34,7 @@ def load(name: str) -> Any:
     """The backend's module, imported when first asked for: importing the package loads no library and no triton.
 
     It has some of the verbs, each with the signature of :mod:`pissa_kernels.ops.reference`'s, their names in
-    ``verbs(device)``, and ``refusals(verb, weight)``: the reasons why a verb cannot run on a weight, none when it can.
+    ``verbs(device)``, and ``unsupported_reasons(verb, weight)``: why a verb cannot run on a weight, empty if it can.
     """
     # statements, which torch.compile can trace; importlib it cannot
     if name == "csrc":
@@ -50,7 +50,7 @@ def load(name: str) -> Any:
     return reference
 
 
-def refusals(verb: str, weight: Tensor) -> dict[str, list[str]]:
+def unsupported_reasons(verb: str, weight: Tensor) -> dict[str, list[str]]:
     """For each backend, its reasons against running ``verb`` on ``weight``; an empty list where it can."""
     return {name: _reasons(name, verb, weight) for name in BACKENDS}
 
@@ -93,7 +93,7 @@ def _reasons(name: str, verb: str, weight: Tensor) -> list[str]:
         return [f"it cannot be imported: {error}"]
     if verb not in backend.verbs(weight.device.type):
         return [f"it has no {verb} for {weight.device.type} tensors"]
-    reasons: list[str] = backend.refusals(verb, weight)
+    reasons: list[str] = backend.unsupported_reasons(verb, weight)
     return reasons
 
 

@@ -37,7 +37,7 @@ def verbs(device: str) -> tuple[str, ...]:
     return VERBS
 
 
-def refusals(verb: str, weight: Tensor) -> list[str]:
+def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
     """None: plain torch runs everywhere."""
     return []
 

@@ -23,7 +23,7 @@ from .ties import Ties
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def seams(patch: Session) -> list[tuple[type, str, Wrapper]]:
+def replacements(patch: Session) -> list[tuple[type, str, Wrapper]]:
     """The attributes, and for each what makes ``patch``'s wrapper of the function that is found there."""
     from peft import PeftModel
     from peft.tuners.lora.layer import LoraLayer

@@ -10,8 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import ops
 from ..checks import check_rank, check_scaling, check_weight, parse_init
-from .layer import Task
-from .record import Initial
+from .layer import LayerJob
+from .record import InitRecord
 from .ties import Ties
 
 
@@ -46,8 +46,8 @@ def prepare(
     seed: int = 0,
     name: str | None = None,
     ties: Ties | None = None,
-    given: Initial | None = None,
-) -> Task | None:
+    given: InitRecord | None = None,
+) -> LayerJob | None:
     """Check everything that needs no arithmetic; None where the layer is to be left alone.
 
     Args:
@@ -62,7 +62,7 @@ def prepare(
     """
     if given is not None:
         init, seed = given.report.init, given.report.seed
-    task = Task(layer, adapter_name, init, seed, name, given)
+    task = LayerJob(layer, adapter_name, init, seed, name, given)
     base, where = layer.get_base_layer(), task.where
     parse_init(init)
     weight = base.weight
@@ -91,7 +91,7 @@ def _warn_left_alone(where: str) -> None:
     )
 
 
-def _check_adapter(task: Task) -> None:
+def _check_adapter(task: LayerJob) -> None:
     (out_features, in_features), rank = task.view.shape, task.rank
     lora_A, lora_B = task.layer.lora_A[task.adapter].weight, task.layer.lora_B[task.adapter].weight
     found, wanted = (tuple(lora_A.shape), tuple(lora_B.shape)), ((rank, in_features), (out_features, rank))

@@ -17,11 +17,11 @@ from ..numerics import exact_arithmetic
 from ..pissa import Factors, principal_factors
 from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
-from .record import Initial, of_adapter, recognises, records, remember, sample
+from .record import InitRecord, fingerprint, matches, of_adapter, records, remember
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class LayerJob:
     """One layer to be initialised that has passed every check but those of its values.
 
     Attributes:
@@ -39,7 +39,7 @@ class Task:
     init: str
     seed: int = 0
     name: str | None = None
-    given: Initial | None = None
+    given: InitRecord | None = None
     deferred: bool = False
 
     # The layer is asked at every use: PEFT and accelerate may replace a parameter between the plan and the work.
@@ -77,7 +77,7 @@ class Task:
         machine = machine_of(self.weight) if device == self.weight.device else device.type
         return workspace(m, n, self.rank, parse_init(self.init), device=machine)
 
-    def defer(self) -> Task:
+    def defer(self) -> LayerJob:
         """The same task for later. Until it has run, B is zero: the layer computes what its weight does."""
         self._set_adapter(self._adapter()[0].data, torch.zeros_like(self._adapter()[1]), torch.float32)
         return replace(self, deferred=True)
@@ -92,7 +92,7 @@ class Task:
         """
         began = time.perf_counter()
         try:
-            return self.settled() or self.write(self._factors(), began)
+            return self.reuse_previous() or self.write(self._factors(), began)
         except (RuntimeError, MemoryError) as error:  # these do not know the layer
             error.args = (f"{self.where}: {error}",)
             raise
@@ -108,7 +108,7 @@ class Task:
             where=f"the weight of {self.where}",
         )
 
-    def settled(self) -> LayerReport | None:
+    def reuse_previous(self) -> LayerReport | None:
         """Do what needs no SVD: put back what an earlier call found, or subtract what was given; None where it does.
 
         After a failure in one layer, a second call of ``get_peft_model`` comes by all the others again. Their weights
@@ -118,7 +118,7 @@ class Task:
         """
         began, weight = time.perf_counter(), self.weight
         for initial in reversed(records(self.layer)):
-            if self._repeats(initial) and recognises(initial.after, initial.report.dtype, weight):
+            if self._repeats(initial) and matches(initial.after, initial.report.dtype, weight):
                 self._set_adapter(initial.lora_A, initial.lora_B)
                 latest = of_adapter(self.layer, self.adapter)
                 if latest is None or latest.lora_A is not initial.lora_A:
@@ -127,7 +127,7 @@ class Task:
         if self.given is None:
             return None
         was, given = self.given.report, self.given
-        if not recognises(given.before, was.dtype, weight):
+        if not matches(given.before, was.dtype, weight):
             raise ValueError(
                 f"the weight of {self.where} {tuple(weight.shape)} is not the one that the adapter's initial factors "
                 "were taken from. Load the base model that it was trained on, neither its residual nor another."
@@ -135,7 +135,7 @@ class Task:
         A, B = given.lora_A.to(weight.device).float(), given.lora_B.to(weight.device).float()
         return self.write(Factors(A, B, was.singular_values, was.certificate), began, dtype=given.lora_A.dtype)
 
-    def _repeats(self, initial: Initial) -> bool:
+    def _repeats(self, initial: InitRecord) -> bool:
         """Whether this initialisation would find what that one did."""
         was, given = initial.report, self.given
         if given is not None:
@@ -155,7 +155,7 @@ class Task:
             residual: W_res as the weight is stored, where another device has computed it.
         """
         weight = self.weight
-        before = sample(weight)
+        before = fingerprint(weight)
         with self._restored_on_failure():
             self._set_adapter(factors.lora_A, factors.lora_B)
             if residual is not None:
@@ -167,7 +167,7 @@ class Task:
             factor.to("cpu", dtype or weight.dtype, copy=True) for factor in (factors.lora_A, factors.lora_B)
         )
         report = self._report(factors, time.perf_counter() - began)
-        remember(self.layer, Initial(self.adapter, lora_A, lora_B, report, before, sample(weight)))
+        remember(self.layer, InitRecord(self.adapter, lora_A, lora_B, report, before, fingerprint(weight)))
         return report
 
     def _report(self, factors: Factors, seconds: float) -> LayerReport:

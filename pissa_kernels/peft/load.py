@@ -15,7 +15,7 @@ from ..adapter.layers import lora_layers
 from ..numerics import UNIT_ROUNDOFF
 from ..report import REPORT_NAME, LayerReport, Report
 from . import sidecar
-from .record import Initial, recognises
+from .record import InitRecord, matches
 
 # Where the adapter that PEFT loads in this thread comes from.
 loading: ContextVar[Source | None] = ContextVar("pissa_kernels_loading", default=None)
@@ -32,7 +32,7 @@ class Source:
         self.location = location
         self.options = options
         self.missing: list[str | None] = []
-        self._initials: dict[str, Initial] | None = None
+        self._initials: dict[str, InitRecord] | None = None
 
     @classmethod
     def of_call(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Source, str]:
@@ -41,7 +41,7 @@ class Source:
         call.apply_defaults()
         return cls(call.arguments["model_id"], call.arguments["kwargs"]), call.arguments["adapter_name"]
 
-    def initial(self, name: str | None, adapter: str) -> Initial | None:
+    def initial(self, name: str | None, adapter: str) -> InitRecord | None:
         """The initial factors of one layer, or None where there are none.
 
         Raises:
@@ -66,14 +66,14 @@ class Source:
             # a partitioned or sharded weight cannot be looked at here
             if given is None or weight.is_meta or weight.ndim != 2 or type(weight.data) is not Tensor:
                 continue
-            if not recognises(given.after, given.report.dtype, weight):
+            if not matches(given.after, given.report.dtype, weight):
                 raise ValueError(
                     f"the weight of layer {name!r} {tuple(weight.shape)} is not the residual that the adapter in "
                     f"{self.location} was trained on. Make the model with PeftModel.from_pretrained on the original "
                     "base model, or with get_peft_model under patch_peft() as for the training."
                 )
 
-    def _all(self, adapter: str) -> dict[str, Initial]:
+    def _all(self, adapter: str) -> dict[str, InitRecord]:
         if self._initials is None:
             path = sidecar.find(self.location, self.options)
             self._initials = {} if path is None else sidecar.read(path, adapter)

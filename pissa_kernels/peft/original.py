@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers
-from .record import Initial, records
+from .record import InitRecord, records
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def original_model(peft_model: Any) -> Iterator[Any]:
         yield peft_model
 
 
-def _putting_back(taken: list[Initial]) -> Any:
+def _putting_back(taken: list[InitRecord]) -> Any:
     moved: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

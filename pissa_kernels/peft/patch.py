@@ -22,9 +22,9 @@ from ..report import LayerReport, Report
 from ..runtime.memory import Peak
 from ..runtime.progress import progress
 from . import schedule as whole_model
-from .hooks import put_in_place, remove_closed, seams
+from .hooks import put_in_place, remove_closed, replacements
 from .initialize import prepare
-from .layer import Task
+from .layer import LayerJob
 from .load import loading
 from .scope import can_wait, creating, injecting
 
@@ -68,7 +68,7 @@ def patch_peft(
         ValueError: ``device`` without ``batch``, or a budget below 1.
     """
     if device is not None and not batch:
-        raise ValueError("device= streams whole waves of layers, which batch=False does not have")
+        raise ValueError("device= streams whole batches of layers, which batch=False does not have")
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget is a number of bytes above 0, got {memory_budget}")
     resources = whole_model.Resources(None if device is None else _existing(device), memory_budget)
@@ -119,7 +119,7 @@ class PatchedPeft(Report):
         self.shown = shown
         self.thread: int | None = None
         self.open = True
-        self._seams = seams(self)
+        self._seams = replacements(self)
         with _lock:
             for owner, attribute, _ in self._seams:
                 if attribute not in vars(owner):
@@ -172,14 +172,14 @@ class PatchedPeft(Report):
         if self.on_layer is not None:
             self.on_layer(report)
 
-    def carry_out(self, tasks: list[Task]) -> None:
+    def carry_out(self, tasks: list[LayerJob]) -> None:
         """The layers that were collected; those that are done are in the report, whatever happens."""
-        reports: dict[Task, LayerReport] = {}
+        reports: dict[LayerJob, LayerReport] = {}
         peak, began = Peak(), time.perf_counter()
         try:
             with peak, progress(len(tasks), "PiSSA", shown=self.shown) as tick:
 
-                def done(task: Task, report: LayerReport) -> None:
+                def done(task: LayerJob, report: LayerReport) -> None:
                     reports[task] = report
                     tick(report.name, task.weight.nbytes)
                     if self.on_layer is not None:

@@ -20,7 +20,7 @@ _ATTRIBUTE = "pissa_initial"
 
 
 @dataclass(frozen=True, eq=False)
-class Initial:
+class InitRecord:
     """One initialisation of one layer.
 
     Attributes:
@@ -41,19 +41,19 @@ class Initial:
     shared: bool = False
 
 
-def sample(weight: Tensor) -> Tensor:
+def fingerprint(weight: Tensor) -> Tensor:
     """Evenly spread elements of a weight (m, n), the same ones for every layout and device: float32 on the CPU."""
     m, n = weight.shape
     index = torch.linspace(0, m * n - 1, min(SAMPLES, m * n), dtype=torch.float64).long().to(weight.device)
     return weight.detach()[index // n, index % n].float().cpu()
 
 
-def recognises(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:
-    """Whether ``weight`` holds the elements that :func:`sample` took from one of ``dtype``.
+def matches(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether ``weight`` holds the elements that :func:`fingerprint` took from one of ``dtype``.
 
     Exactly so in the same dtype; else to the rounding of both.
     """
-    found = sample(weight)
+    found = fingerprint(weight)
     if found.shape != recorded.shape:
         return False
     if weight.dtype == dtype:
@@ -63,16 +63,16 @@ def recognises(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:
     return bool(((found - recorded).abs() <= allowed * recorded.abs() + subnormal).all())
 
 
-def remember(layer: nn.Module, initial: Initial) -> None:
+def remember(layer: nn.Module, initial: InitRecord) -> None:
     """Keep a record with its layer, as an attribute: copied and pickled with the layer, and no part of its state."""
     layer.__dict__.setdefault(_ATTRIBUTE, []).append(initial)
 
 
-def records(layer: nn.Module) -> list[Initial]:
+def records(layer: nn.Module) -> list[InitRecord]:
     """What was taken out of this layer's weight so far, the first first; what adapters share is there for each."""
     return list(layer.__dict__.get(_ATTRIBUTE, []))
 
 
-def of_adapter(layer: nn.Module, adapter: str) -> Initial | None:
+def of_adapter(layer: nn.Module, adapter: str) -> InitRecord | None:
     """The latest record of one adapter, or None."""
     return next((initial for initial in reversed(records(layer)) if initial.adapter == adapter), None)

@@ -16,7 +16,7 @@ from ..adapter.names import ADAPTER_FOLDER, factor_key
 from ..files.atomic import atomic_file, atomic_folder
 from ..report import REPORT_NAME
 from . import sidecar
-from .record import Initial, of_adapter
+from .record import InitRecord, of_adapter
 
 
 def save_pissa(
@@ -59,7 +59,7 @@ def save_pissa(
             tokenizer.save_pretrained(staging)
 
 
-def initial_factors(peft_model: Any, adapter_name: str) -> dict[str, Initial]:
+def initial_factors(peft_model: Any, adapter_name: str) -> dict[str, InitRecord]:
     """What was taken out of each layer for one adapter, by the layer's name in the base model."""
     found = {name: of_adapter(layer, adapter_name) for name, layer in lora_layers(peft_model)}
     return {name: initial for name, initial in found.items() if initial is not None}
@@ -135,7 +135,7 @@ def _complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments:
 
 
 def _save_initial_adapter(
-    peft_model: Any, adapter_name: str, initials: dict[str, Initial], out: Path, staging: Path
+    peft_model: Any, adapter_name: str, initials: dict[str, InitRecord], out: Path, staging: Path
 ) -> None:
     state = peft_model.state_dict()
     for name, initial in initials.items():

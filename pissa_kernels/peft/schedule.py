@@ -2,7 +2,7 @@
 
 On the CPU every layer is one job, done from start to end by one thread, as many at once as there are threads: an SVD by
 block Krylov is a chain of small steps, half of which leave a second core idle, while layers do not wait for each other.
-A layer's result does not depend on the number of cores then. On a GPU, layers of equal shape are stacked into waves,
+A layer's result does not depend on the number of cores then. On a GPU, layers of equal shape are stacked into batches,
 whose small problems are solved together; several GPUs work at once.
 """
 
@@ -20,11 +20,11 @@ from ..numerics import exact_arithmetic
 from ..report import LayerReport
 from ..runtime import memory
 from ..runtime.workers import run_jobs
-from .batches import Emit, in_waves, plan_waves
-from .layer import Task
+from .batches import Emit, plan_batches, run_batches
+from .layer import LayerJob
 
 CPU = torch.device("cpu")
-Finished = tuple[Task, LayerReport]
+Finished = tuple[LayerJob, LayerReport]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Resources:
     device: torch.device | None = None
     memory_budget: int | None = None
 
-    def place(self, task: Task) -> torch.device:
+    def place(self, task: LayerJob) -> torch.device:
         """Where a layer's work is done."""
         at = task.weight.device
         return self.device if at.type == "cpu" and self.device is not None else at
@@ -49,7 +49,7 @@ class Resources:
         return self.memory_budget if self.memory_budget is not None else memory.free(device) // 2
 
 
-def run(tasks: Sequence[Task], resources: Resources, done: Emit) -> None:
+def run(tasks: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     """Initialise every layer.
 
     Args:
@@ -62,7 +62,7 @@ def run(tasks: Sequence[Task], resources: Resources, done: Emit) -> None:
         RuntimeError, MemoryError: with the layer's name. After any exception, an interrupt included, each layer is
             either done, and ``done`` was told, or as it was.
     """
-    places: dict[torch.device, list[Task]] = defaultdict(list)
+    places: dict[torch.device, list[LayerJob]] = defaultdict(list)
     for task in tasks:
         places[resources.place(task)].append(task)
     budgets = {place: resources.budget(place) for place in places}
@@ -75,7 +75,7 @@ def run(tasks: Sequence[Task], resources: Resources, done: Emit) -> None:
     on_cpu.sort(key=lambda task: -task.weight.numel())  # small ones last, so that no thread is left with a large one
     jobs = [functools.partial(_one_layer, task, max(1, threads // workers)) for task in on_cpu]
     for place, some in places.items():
-        jobs.append(functools.partial(_waves, plan_waves(some, place, budgets[place]), place, stop))
+        jobs.append(functools.partial(_batches, plan_batches(some, place, budgets[place]), place, stop))
     # the precision of float32 products is the process's, so it is set here, once for all threads
     with exact_arithmetic(CPU):
         try:
@@ -84,23 +84,23 @@ def run(tasks: Sequence[Task], resources: Resources, done: Emit) -> None:
             torch.set_num_threads(threads)  # MKL's number is the process's too
 
 
-def _one_layer(task: Task, threads: int, emit: Callable[[Finished], None]) -> None:
+def _one_layer(task: LayerJob, threads: int, emit: Callable[[Finished], None]) -> None:
     torch.set_num_threads(threads)  # of this worker alone, except MKL's
     emit((task, task.run()))
 
 
-def _waves(
-    waves: Sequence[list[Task]], place: torch.device, stop: threading.Event, emit: Callable[[Finished], None]
+def _batches(
+    batches: Sequence[list[LayerJob]], place: torch.device, stop: threading.Event, emit: Callable[[Finished], None]
 ) -> None:
-    in_waves(waves, place, lambda task, report: emit((task, report)), stop)
+    run_batches(batches, place, lambda task, report: emit((task, report)), stop)
 
 
-def _workers(tasks: Sequence[Task], budget: int) -> int:
+def _workers(tasks: Sequence[LayerJob], budget: int) -> int:
     largest = max(task.workspace(CPU) for task in tasks)
     return max(1, min(torch.get_num_threads(), len(tasks), budget // largest))
 
 
-def _check_budget(tasks: Sequence[Task], place: torch.device, budget: int) -> None:
+def _check_budget(tasks: Sequence[LayerJob], place: torch.device, budget: int) -> None:
     for task in tasks:
         needed = task.workspace(place)
         if place != task.weight.device:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..report import LayerReport
-from .layer import Task
+from .layer import LayerJob
 from .ties import Ties
 
 
@@ -30,7 +30,7 @@ class Session(Protocol):
     def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
         """Initialize one layer, now or at the end of the injection."""
 
-    def carry_out(self, tasks: list[Task]) -> None:
+    def carry_out(self, tasks: list[LayerJob]) -> None:
         """Initialize the layers collected during an injection."""
 
 
@@ -44,7 +44,7 @@ class Injection:
     """
 
     ties: Ties
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[LayerJob] = field(default_factory=list)
 
 
 # Name and module of the layer that PEFT is replacing in this thread.

@@ -20,13 +20,13 @@ from torch import Tensor
 from ..adapter.names import KEY_PREFIX
 from ..files.atomic import atomic_file
 from ..report import REPORT_NAME, Report
-from .record import Initial
+from .record import InitRecord
 
 INITIAL_NAME = "pissa_initial.safetensors"
 _TENSORS = ("lora_A", "lora_B", "before", "after")
 
 
-def write(folder: Path, initials: Mapping[str, Initial]) -> None:
+def write(folder: Path, initials: Mapping[str, InitRecord]) -> None:
     """Write the records of one adapter's layers, and their report; each file appears whole or not at all.
 
     Args:
@@ -46,12 +46,12 @@ def write(folder: Path, initials: Mapping[str, Initial]) -> None:
     report.write(folder / REPORT_NAME)
 
 
-def report_of(initials: Mapping[str, Initial]) -> Report:
+def report_of(initials: Mapping[str, InitRecord]) -> Report:
     """What was done to one adapter's layers."""
     return Report(layers=[replace(initial.report, name=name) for name, initial in initials.items()])
 
 
-def read(path: Path, adapter: str) -> dict[str, Initial]:
+def read(path: Path, adapter: str) -> dict[str, InitRecord]:
     """The records in a file, by the layer's name.
 
     Args:
@@ -74,7 +74,7 @@ def read(path: Path, adapter: str) -> dict[str, Initial]:
     if metadata.get("sha256") != digest(record, tensors):
         raise ValueError(f"{path} is damaged: its contents do not match the digest that was written with them")
     return {
-        layer.name: Initial(adapter, report=layer, **{part: tensors[_key(layer.name, part)] for part in _TENSORS})
+        layer.name: InitRecord(adapter, report=layer, **{part: tensors[_key(layer.name, part)] for part in _TENSORS})
         for layer in report.layers
     }
 

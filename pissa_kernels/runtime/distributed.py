@@ -16,7 +16,7 @@ JOINING, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process among those that share the work.
 
     Attributes:
@@ -66,17 +66,17 @@ class Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined() -> Iterator[ProcessGroup]:
     """This process's ranks, connected through gloo for as long as the context is open."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Ranks()
+        yield ProcessGroup()
         return
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=JOINING)
     try:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")), group)
+        yield ProcessGroup(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Carrier:
+class PinnedTransfer:
     """Moves stacks of equal tensors, one at a time.
 
     Copies from pageable memory go through the driver's own staging and block. Here one of two pinned buffers is filled
@@ -26,7 +26,7 @@ class Carrier:
         self._buffers: list[Tensor] = []
         self._moved = [torch.cuda.Event() for _ in range(2)] if self.on_gpu else []  # type: ignore[no-untyped-call]
 
-    def bring(self, weights: Sequence[Tensor]) -> Tensor:
+    def to_device(self, weights: Sequence[Tensor]) -> Tensor:
         """A stack (batch, m, n) on the device. It is complete on return."""
         with self._on_stream():
             stack = weights[0].new_empty((len(weights), *weights[0].shape), device=self.device)
@@ -40,7 +40,7 @@ class Carrier:
             self._finish()
         return stack
 
-    def take(self, stack: Tensor) -> Iterator[Tensor]:
+    def to_host(self, stack: Tensor) -> Iterator[Tensor]:
         """Each of a stack on the CPU, valid until the next one but one is asked for."""
         with self._on_stream():
             for index in range(min(2, len(stack))):

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .krylov import BEYOND, Subspace, missing_energy
+from .krylov import GUARD_VECTORS, Subspace, missing_energy
 from .operators import Operator
 from .orthogonalize import orthonormalize
 
@@ -35,7 +35,7 @@ def chebyshev_subspace(
     Args:
         operator: H, finite, scaled so that its square neither overflows nor vanishes in float32.
         rank: r.
-        block: b ≥ r + BEYOND, the columns that are iterated; the more, the faster.
+        block: b ≥ r + GUARD_VECTORS, the columns that are iterated; the more, the faster.
         tol: stop when the estimated energy deficit 1 − ‖AV‖_F²/Σ_{i≤r}σᵢ² of every H is below it.
         max_products: give up after so many products with H.
         seed: of the sketch.
@@ -50,7 +50,7 @@ def chebyshev_subspace(
         wanted = values[:, -rank:]
         residuals = torch.linalg.vector_norm(Z[:, :, -rank:] - X[:, :, -rank:] * wanted.unsqueeze(-2), dim=1)
         # the gap to the edge of the block would leave out what the block itself has not resolved
-        beyond = values[:, block - rank - BEYOND]
+        beyond = values[:, block - rank - GUARD_VECTORS]
         missing = missing_energy(wanted, residuals, beyond)
         # the one transfer of a round
         figures = torch.stack([missing.float(), values[:, 0], values[:, -rank], values[:, -1]], dim=-1).tolist()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ops
-from .krylov import BEYOND, steps_for_niter
+from .krylov import GUARD_VECTORS, steps_for_niter
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ CHEAP_GRAM = 1024
 
 
 @dataclass(frozen=True)
-class Plan:
+class SolverPlan:
     """How to find the leading r eigenvectors of AᵀA.
 
     Attributes:
@@ -72,7 +72,7 @@ class Plan:
         block: columns of a block, 0 for the dense methods.
         limit: columns of the largest Krylov basis, else 0.
         steps: Krylov steps where their number is fixed, None to iterate to a tolerance.
-        patience: Krylov steps that may pass between two looks at the projected problem, 1 where these cost little.
+        check_every: Krylov steps that may pass between two looks at the projected problem, 1 where these cost little.
         through_gram: iterate with the matrix AᵀA instead of with A.
     """
 
@@ -81,7 +81,7 @@ class Plan:
     block: int = 0
     limit: int = 0
     steps: int | None = None
-    patience: int = 1
+    check_every: int = 1
     through_gram: bool = False
 
 
@@ -100,13 +100,15 @@ def plan(
     device: str = "cpu",
     batch: int = 1,
     without: Collection[str] = (),
-) -> Plan:
+) -> SolverPlan:
     """The cheapest of :func:`candidates` whose method is not in ``without``."""
     plans = candidates(m, n, rank, niter, device=device, batch=batch)
     return min((plan for plan in plans if plan.method not in without), key=lambda plan: plan.seconds)
 
 
-def candidates(m: int, n: int, rank: int, niter: int | None, *, device: str = "cpu", batch: int = 1) -> list[Plan]:
+def candidates(
+    m: int, n: int, rank: int, niter: int | None, *, device: str = "cpu", batch: int = 1
+) -> list[SolverPlan]:
     """Every plan that fits, the iterations only where their blocks leave most of A's smaller side free.
 
     Args:
@@ -121,7 +123,7 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, device: str = "c
     # LAPACK's SVD of a tall matrix starts with its QR factorisation; a Gram matrix leaves a small SVD in float64
     factorised = 2.4 * machine.eigenproblem(n) + (4 * m * n * n / machine.flops if m > n else 0.0)
     through_gram = gram + machine.eigenproblem(n) + 6 * machine.eigenproblem(rank) + DENSE_CALLS * call
-    dense = [Plan("gram", through_gram), Plan("svd", factorised)]
+    dense = [SolverPlan("gram", through_gram), SolverPlan("svd", factorised)]
     if niter is not None:
         return dense + _fixed_plans(machine, m, n, rank, call, niter)
     return dense + _krylov_plans(machine, m, n, rank, call) + _chebyshev_plans(machine, m, n, rank, call, gram)
@@ -146,10 +148,10 @@ def workspace(m: int, n: int, rank: int, niter: int | None, *, device: str, batc
     return panels + matrices + (ROW_BLOCK_BYTES if device in MACHINES and device != "cuda" else 0)
 
 
-def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> list[Plan]:
+def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:
     """Krylov to a tolerance, one plan for each block: whole multiples of 16, because BLAS takes 24 for 32; or 8."""
     plans = []
-    for block in (8, *range(16, _multiple_of_16(rank + BEYOND) + 1, 16)):
+    for block in (8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
         if block < machine.block:
             continue
         limit = block * math.ceil(max(256, min(6 * rank, 512), 4 * rank, 6 * block) / block)
@@ -159,22 +161,22 @@ def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> l
         basis = min(columns, limit)
         step, look = _krylov_step(machine, m, n, block, basis, call), machine.eigenproblem(basis)
         seconds = math.ceil(columns / block) * step + 4 * look
-        plans.append(Plan("krylov", seconds, block=block, limit=limit, patience=math.ceil(3 * look / step)))
+        plans.append(SolverPlan("krylov", seconds, block=block, limit=limit, check_every=math.ceil(3 * look / step)))
     return plans
 
 
-def _fixed_plans(machine: Machine, m: int, n: int, rank: int, call: float, niter: int) -> list[Plan]:
+def _fixed_plans(machine: Machine, m: int, n: int, rank: int, call: float, niter: int) -> list[SolverPlan]:
     """Krylov that matches ``niter`` rounds: a block that holds a component of each wanted vector from the start."""
     steps = steps_for_niter(niter)
-    block = rank + BEYOND
+    block = rank + GUARD_VECTORS
     if (steps + 2) * block > n:
         return []
     limit = (steps + 1) * block
     seconds = (steps + 1) * _krylov_step(machine, m, n, block, limit, call) + machine.eigenproblem(limit)
-    return [Plan("krylov", seconds, block=block, limit=limit, steps=steps)]
+    return [SolverPlan("krylov", seconds, block=block, limit=limit, steps=steps)]
 
 
-def _chebyshev_plans(machine: Machine, m: int, n: int, rank: int, call: float, gram: float) -> list[Plan]:
+def _chebyshev_plans(machine: Machine, m: int, n: int, rank: int, call: float, gram: float) -> list[SolverPlan]:
     block = _multiple_of_16(rank + max(16, rank // 2))
     if 2 * block > n:
         return []
@@ -185,8 +187,8 @@ def _chebyshev_plans(machine: Machine, m: int, n: int, rank: int, call: float, g
     direct = products * (2 * machine.product(m, n, block) + 4 * call)
     through = gram + products * (2 * n * n * block / machine.flops + 5 * call)
     return [
-        Plan("chebyshev", direct + small, block=block),
-        Plan("chebyshev", through + small, block=block, through_gram=True),
+        SolverPlan("chebyshev", direct + small, block=block),
+        SolverPlan("chebyshev", through + small, block=block, through_gram=True),
     ]
 
 

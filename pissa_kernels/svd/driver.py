@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_rank, check_weight
 from ..numerics import exact_arithmetic
 from .chebyshev import chebyshev_subspace
-from .cost import CHEAP_GRAM, Plan, machine_of, plan
+from .cost import CHEAP_GRAM, SolverPlan, machine_of, plan
 from .krylov import Subspace, block_krylov
 from .operators import GramOperator, WeightOperator
 from .rayleigh_ritz import Triplets, dense_triplets, gram_triplets, rayleigh_ritz, truncated_svds
@@ -116,14 +116,16 @@ def truncated_svd_stack(
         return truncated_svds(operator, triplets, [True] * batch, "gram")
 
 
-def _iterate(operator: WeightOperator, rank: int, chosen: Plan, tol: float, seed: int) -> tuple[Triplets, list[bool]]:
+def _iterate(
+    operator: WeightOperator, rank: int, chosen: SolverPlan, tol: float, seed: int
+) -> tuple[Triplets, list[bool]]:
     """The triplets that an iteration comes to, and for each weight whether they meet the tolerance."""
     H = GramOperator(operator.gram(torch.float32), operator.shape[1]) if chosen.through_gram else operator
     if chosen.method == "chebyshev":
         found = chebyshev_subspace(H, rank, block=chosen.block, tol=tol, max_products=MAX_STEPS, seed=seed)
         return _evaluated(operator, found, tol)
     krylov = functools.partial(block_krylov, H, rank, limit=chosen.limit, tol=tol, max_steps=MAX_STEPS, seed=seed)
-    found = krylov(block=chosen.block, steps=chosen.steps, patience=chosen.patience)
+    found = krylov(block=chosen.block, steps=chosen.steps, check_every=chosen.check_every)
     triplets, converged = _evaluated(operator, found, tol)
     if chosen.steps is not None:
         if (triplets.S[:, -1] < STEEP * triplets.S[:, 0]).any().item():

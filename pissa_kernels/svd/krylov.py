@@ -27,7 +27,7 @@ from .operators import Operator
 from .orthogonalize import orthonormalize
 
 # How far after the last wanted Ritz value its neighbour is read: a chance neighbour of σ_r is no cluster.
-BEYOND = 8
+GUARD_VECTORS = 8
 # A neighbour closer than this, relative to θ_r, is one of a cluster.
 CLUSTERED = 2e-3
 # What the missing energy is expected to fall by at the very best in a step with a block as wide as the rank.
@@ -96,7 +96,7 @@ class Unresolved(NamedTuple):
 
     Attributes:
         edge: (batch,) the largest eigenvalue of H on the newest panel, which every residual is close to lying in.
-        neighbour: (batch,) the Ritz value BEYOND places after the last wanted one.
+        neighbour: (batch,) the Ritz value GUARD_VECTORS places after the last wanted one.
     """
 
     edge: Tensor
@@ -129,7 +129,7 @@ def block_krylov(
     tol: float,
     steps: int | None = None,
     max_steps: int,
-    patience: int = 1,
+    check_every: int = 1,
     seed: int,
     start: Tensor | None = None,
 ) -> Subspace:
@@ -139,75 +139,75 @@ def block_krylov(
         operator: H, finite, scaled so that its square neither overflows nor vanishes in float32.
         rank: r.
         block: b, the columns of one block.
-        limit: columns of the largest basis, at least r + BEYOND + 2b; with b more, no more than n. It is restarted from
-            its leading Ritz vectors when it is full.
+        limit: columns of the largest basis, at least r + GUARD_VECTORS + 2b; with b more, no more than n. It is
+            restarted from its leading Ritz vectors when it is full.
         tol: stop when the estimated energy deficit 1 − ‖AV‖_F²/Σ_{i≤r}σᵢ² of every H is below it.
         steps: instead, so many steps; then b ≥ r and limit ≥ (steps + 1)·b.
         max_steps: give up after so many.
-        patience: steps that may pass without a look at whether they were enough.
+        check_every: steps that may pass without a look at whether they were enough.
         seed: of the sketch.
         start: (batch, n, b) instead of a sketch.
     """
     batch, _, n = operator.shape
     basis = torch.empty(batch, limit, n, dtype=torch.float32, device=operator.device)
     T = torch.zeros(batch, limit, limit, dtype=torch.float32, device=operator.device)  # its lower triangle
-    progress = Progress(rank, tol, block, patience)
+    progress = Progress(rank, tol, block, check_every)
     panel, deficient = orthonormalize(operator.sketch(block, seed) if start is None else start)
     doubtful = any(deficient)
-    coupling = basis.new_zeros(batch, 0, block)  # of the basis' last rows, all that H couples the panel to
-    images: list[Tensor] = []  # A·Q, panel by panel, as far as it is known
+    off_diagonal = basis.new_zeros(batch, 0, block)  # of the basis' last rows, all that H couples the panel to
+    AQ_blocks: list[Tensor] = []  # A·Q, panel by panel, as far as it is known
     size = step = 0
     while True:
         old, size = size, size + block
-        near = old - coupling.shape[1]
+        near = old - off_diagonal.shape[1]
         basis[:, old:size] = panel.mT
-        T[:, old:size, near:old] = coupling.mT
+        T[:, old:size, near:old] = off_diagonal.mT
         if step == steps or step >= max_steps or progress.last_step:
-            T[:, old:size, old:size], image = operator.compress(panel)
+            T[:, old:size, old:size], AQ = operator.compress(panel)
             values, vectors = torch.linalg.eigh(T[:, :size, :size])
-            images += [] if image is None else [image]
-            return _leading(basis, images, vectors, rank, _unresolved(T, values, old, rank))
-        T[:, old:size, old:size], Z, image = operator.project(panel)
-        images += [] if image is None else [image]
+            AQ_blocks += [] if AQ is None else [AQ]
+            return _leading(basis, AQ_blocks, vectors, rank, _unresolved(T, values, old, rank))
+        T[:, old:size, old:size], Z, AQ = operator.project(panel)
+        AQ_blocks += [] if AQ is None else [AQ]
         panel, deficient = orthonormalize(Z, basis[:, :size], basis[:, near:size])
         doubtful = doubtful or any(deficient)
-        coupling = Z.mT @ panel
+        off_diagonal = Z.mT @ panel
         step += 1
         full = size + block > limit
         if not full and (steps is not None or not progress.due(step, size)):
             continue
         values, vectors = torch.linalg.eigh(T[:, :size, :size])
         if steps is None:
-            residuals = torch.linalg.vector_norm(coupling.mT @ vectors[:, old:, -rank:], dim=1)
+            residuals = torch.linalg.vector_norm(off_diagonal.mT @ vectors[:, old:, -rank:], dim=1)
             unresolved = _unresolved(T, values, old, rank)
             missing = unresolved.missing(values[:, -rank:], residuals).tolist()
             if progress.look(step, max(missing), doubtful):
-                return _leading(basis, images, vectors, rank, unresolved)
+                return _leading(basis, AQ_blocks, vectors, rank, unresolved)
         if full:
             keep = min(2 * rank + block, limit - 2 * block)
             basis[:, :keep] = vectors[:, :, -keep:].mT @ basis[:, :size]
             T.zero_().diagonal(dim1=-2, dim2=-1)[:, :keep] = values[:, -keep:]
-            coupling = vectors[:, old:, -keep:].mT @ coupling
+            off_diagonal = vectors[:, old:, -keep:].mT @ off_diagonal
             size = keep
-            images.clear()
+            AQ_blocks.clear()
 
 
 def _unresolved(T: Tensor, values: Tensor, old: int, rank: int) -> Unresolved:
     size = values.shape[-1]
     edge = torch.linalg.eigvalsh(T[:, old:size, old:size])[:, -1]
-    return Unresolved(edge, values[:, max(0, size - rank - BEYOND)])
+    return Unresolved(edge, values[:, max(0, size - rank - GUARD_VECTORS)])
 
 
-def _leading(basis: Tensor, images: list[Tensor], vectors: Tensor, rank: int, unresolved: Unresolved) -> Subspace:
+def _leading(basis: Tensor, AQ_blocks: list[Tensor], vectors: Tensor, rank: int, unresolved: Unresolved) -> Subspace:
     size = vectors.shape[-1]
     wanted = vectors[:, :, -rank:]
-    widths = [image.shape[-1] for image in images]
+    widths = [AQ.shape[-1] for AQ in AQ_blocks]
     AV = None
-    if images and sum(widths) == size:
+    if AQ_blocks and sum(widths) == size:
         first, *others = torch.split(wanted, widths, dim=1)
-        AV = images[0] @ first
-        for image, part in zip(images[1:], others, strict=True):  # to put A·Q together would take as long again
-            AV.baddbmm_(image, part)
+        AV = AQ_blocks[0] @ first
+        for AQ, part in zip(AQ_blocks[1:], others, strict=True):  # to put A·Q together would take as long again
+            AV.baddbmm_(AQ, part)
     return Subspace(basis[:, :size].mT @ wanted, AV, unresolved.missing)
 
 
@@ -220,10 +220,10 @@ class Progress:
         last_step: one more product with the next block will do.
     """
 
-    def __init__(self, rank: int, tol: float, block: int, patience: int) -> None:
-        self.smallest_basis = rank + BEYOND
+    def __init__(self, rank: int, tol: float, block: int, check_every: int) -> None:
+        self.smallest_basis = rank + GUARD_VECTORS
         self.tol = tol
-        self.patience = patience
+        self.check_every = check_every
         self.fastest = FASTEST ** min(1.0, block / rank)
         self.next_look = 3
         self.last_look: tuple[int, float] | None = None
@@ -258,6 +258,6 @@ class Progress:
         at_best = math.log(self.tol / missing) / math.log(self.fastest)
         at_this_pace = math.log(self.tol / missing) / math.log(ratio) if ratio < 1 else math.inf
         expected = math.sqrt(at_best * min(at_this_pace, 2 * at_best))
-        # no look can be the last one before all but one of the steps that are needed at best; after these, patience
-        self.next_look = step + max(1, math.floor(at_best) - 1, min(self.patience, math.floor(0.8 * expected)))
+        # no look can be the last one before all but one of the steps that are needed at best; after these, check_every
+        self.next_look = step + max(1, math.floor(at_best) - 1, min(self.check_every, math.floor(0.8 * expected)))
         return False

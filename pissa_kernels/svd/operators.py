@@ -21,7 +21,7 @@ class Projection(NamedTuple):
 
     small: Tensor
     product: Tensor
-    image: Tensor | None
+    AQ: Tensor | None
 
 
 class Operator(Protocol):

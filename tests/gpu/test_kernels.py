@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture(params=["csrc", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
-    reasons = pk.ops.refusals("transpose_cast", torch.ones(2, 2, device="cuda"))[name]
+    reasons = pk.ops.unsupported_reasons("transpose_cast", torch.ones(2, 2, device="cuda"))[name]
     if reasons:
         pytest.skip(f"{name}: {'; '.join(reasons)}")
     monkeypatch.setenv(dispatch.VARIABLE, name)

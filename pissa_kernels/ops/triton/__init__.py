@@ -23,7 +23,7 @@ __all__ = [
     "grouped",
     "matmul",
     "normal",
-    "refusals",
+    "unsupported_reasons",
     "rmatmul",
     "subtract_lowrank_",
     "transpose_cast",
@@ -39,7 +39,7 @@ def verbs(device: str) -> tuple[str, ...]:
     return VERBS
 
 
-def refusals(verb: str, weight: Tensor) -> list[str]:
+def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
     """Reasons why ``verb`` cannot run on ``weight``; none when it can."""
     if weight.device.type == "cuda":
         reason = _device_reason(weight.device.index or 0)
