@@ -49,7 +49,7 @@ BUILD = Step(
     "build csrc", python("setup.py", "-q", "build_ext", "--inplace"), 75, (("PISSA_KERNELS_BUILD", "cuda"),)
 )  # fmt: skip
 STEPS = (
-    Step("tests", python("-m", "pytest", "-q", "tests/gpu", "tests/test_backends.py"), 150),
+    Step("tests", python("-m", "pytest", "-q", "tests/gpu", "tests/ops/test_backends.py"), 150),
     Step("kernels", bench("kernels", "--repeats", "10"), 60),
     Step("engine", bench("engine", "--repeats", "3", "--no-memory"), 100),
     Step("real model", bench("real", "--repeats", "3", "--no-memory"), 60),

@@ -5,7 +5,7 @@ no Triton, no question to a GPU.
 """
 
 from . import ops
-from ._version import __version__ as __version__
+from ._version import __version__
 from .peft.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
@@ -22,6 +22,7 @@ __all__ = [
     "PatchedPeft",
     "Report",
     "TruncatedSVD",
+    "__version__",
     "decompose",
     "ops",
     "original_model",

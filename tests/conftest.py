@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .interpreter import convert_as_hardware
+from .support.interpreter import convert_as_hardware
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint, not to be written to."""
-    from .checkpoints import small
+    from .support.checkpoints import small
 
     return small(tmp_path_factory.mktemp("source") / "model")
 

@@ -26,11 +26,11 @@ __all__ = [
     "has_overlap",
     "matmul",
     "normal",
-    "unsupported_reasons",
     "rmatmul",
     "subtract_lowrank_",
     "sum_of_squares",
     "transpose_cast",
+    "unsupported_reasons",
 ]
 
 

@@ -10,8 +10,8 @@ import torch
 
 import pissa_kernels as pk
 
-from ..models import TARGETS, build, output
-from ..reference import ROUNDOFF, energy_deficit, realistic
+from ..support.models import TARGETS, build, output
+from ..support.reference import ROUNDOFF, energy_deficit, realistic
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

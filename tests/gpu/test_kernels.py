@@ -1,6 +1,6 @@
 """Both GPU backends on real sizes: accuracy, streams, and weights of more than 2³¹ elements.
 
-tests/test_backends.py runs on CUDA tensors, too, where there is a device: shapes, layouts and ranks are there.
+tests/ops/test_backends.py runs on CUDA tensors, too, where there is a device: shapes, layouts and ranks are there.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import torch
 import pissa_kernels as pk
 from pissa_kernels.runtime.transfer import Carrier
 
-from ..models import build, output
-from ..reference import ROUNDOFF, energy_deficit
-from ..test_models import config, lora_layers, moved
+from ..peft.test_models import config, lora_layers, moved
+from ..support.models import build, output
+from ..support.reference import ROUNDOFF, energy_deficit
 
 pytestmark = pytest.mark.gpu
 

@@ -23,10 +23,10 @@ __all__ = [
     "grouped",
     "matmul",
     "normal",
-    "unsupported_reasons",
     "rmatmul",
     "subtract_lowrank_",
     "transpose_cast",
+    "unsupported_reasons",
     "verbs",
 ]
 

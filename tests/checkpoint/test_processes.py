@@ -1,0 +1,147 @@
+"""Processes that share a checkpoint produce the bytes of one process, fail together, and any number can resume."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pissa_kernels.checkpoint.plan import plan_checkpoint
+from pissa_kernels.checkpoint.run import init_checkpoint
+
+from ..support.checkpoints import small, untimed
+from ..support.crashing import KILLED, OPTIONS, Child
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where all results go, and what one process makes there."""
+    out = tmp_path_factory.mktemp("results") / "out"
+    init_checkpoint(plan_checkpoint(model, out, OPTIONS), shown=False)
+    return out, untimed(out.parent)
+
+
+@pytest.fixture
+def out(expected: tuple[Path, dict[str, Any]]) -> Path:
+    for path in expected[0].parent.iterdir():
+        shutil.rmtree(path)
+    return expected[0]
+
+
+def ranks(model: Path, out: Path, world: int, steps: dict[int, int] | None = None, **changes: Any) -> list[Child]:
+    """As torchrun starts them; a rank that ``steps`` lists dies at that step."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        Child(
+            model,
+            out,
+            common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            step=(steps or {}).get(rank),
+            workers=1,
+            **changes,
+        )
+        for rank in range(world)
+    ]
+
+
+def outcomes(children: list[Child]) -> list[Any]:
+    """What each says at its end; all must have come to it."""
+    for child in children:
+        child.ended()
+    found = []
+    for child in children:
+        child.begun()
+        found.append(child.outcome())
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_make_the_bytes_of_one_process(
+    world: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
+) -> None:
+    children = ranks(model, out, world)
+    assert [child.ended() for child in children] == [0] * world
+    for _, steps in outcomes(children):
+        assert "journal" in steps, "every rank has a share"
+    assert untimed(out.parent) == expected[1]
+
+
+@pytest.mark.slow
+def test_torchrun(model: Path, expected: tuple[Path, dict[str, Any]], out: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pissa_kernels", "init"]
+    done = subprocess.run(
+        [sys.executable, *command, str(model), str(out), "--rank", "4"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("its adapter in") == 1, "one rank speaks"
+    assert untimed(out.parent) == expected[1]
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_that_dies_ends_all_and_another_number_goes_on(
+    dying: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
+) -> None:
+    children = ranks(model, out, 2, {dying: 26 if dying == 0 else 6})
+    codes = [child.ended() for child in children]
+    assert codes[dying] == KILLED
+    assert codes[1 - dying] == 1, "neither done nor waiting"
+    assert not out.exists()
+    outcome = init_checkpoint(plan_checkpoint(model, out, OPTIONS), resume=True, shown=False)
+    assert outcome.kept >= 2
+    assert untimed(out.parent) == expected[1]
+
+
+def test_one_process_is_gone_on_with_by_three(model: Path, expected: tuple[Path, dict[str, Any]], out: Path) -> None:
+    first = Child(model, out, workers=1, step=30)
+    assert first.ended() == KILLED
+    children = ranks(model, out, 3)
+    assert [child.ended() for child in children] == [0, 0, 0]
+    assert untimed(out.parent) == expected[1]
+
+
+def test_an_error_of_one_rank_is_every_ranks(
+    model: Path, expected: tuple[Path, dict[str, Any]], out: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "model"))
+    children = ranks(broken, out, 2)
+    assert all(child.ended() == 0 for child in children)
+    (out / "mine").touch()
+    children = ranks(model, out, 2, resume=False)
+    assert [child.ended() for child in children] == [1, 1]
+    first, second = outcomes(children)
+    assert "exists and is not an empty folder" in first
+    assert second == f"RuntimeError: rank 0: {first.partition(': ')[2]}"
+
+
+def test_a_lock_that_is_held_ends_all_ranks_with_its_reason(model: Path, out: Path) -> None:
+    folder = out.parent / ".out.unfinished"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    children = ranks(model, out, 2)
+    assert [child.ended() for child in children] == [1, 1]
+    os.close(descriptor)
+    first, second = outcomes(children)
+    assert first == f"RuntimeError: another process is writing {out}"
+    assert second == f"RuntimeError: rank 0: another process is writing {out}"

@@ -1,0 +1,191 @@
+"""Runs that die at any moment are gone on with, and end at the bytes of one that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pissa_kernels.checkpoint.plan import plan_checkpoint
+from pissa_kernels.checkpoint.run import Outcome, init_checkpoint
+
+from ..support.checkpoints import ADAPTER, contents, header, small, untimed, witness
+from ..support.crashing import KILLED, OPTIONS, Child
+
+# The ordinary number takes seconds; many more were run before a release.
+KILLS = int(os.environ.get("PISSA_KERNELS_KILLS", "25"))
+TENSORS = 12
+TORN = ("pwritev", "journal")
+
+
+@dataclass
+class Undisturbed:
+    """A run that nothing disturbed.
+
+    Attributes:
+        model, out: from where to where.
+        expected: everything beside and below ``out``, without times.
+        source: of ``model``, for comparison.
+        seconds: from when all was planned.
+        steps: what it did to the file system, in order.
+    """
+
+    model: Path
+    out: Path
+    expected: dict[str, Any]
+    source: dict[str, Any]
+    seconds: float
+    steps: list[str]
+
+    def check(self, what: str = "") -> None:
+        """The result is there, the same, alone; the next run can begin."""
+        found = untimed(self.out.parent)
+        assert found.keys() == self.expected.keys(), what
+        assert [name for name in found if found[name] != self.expected[name]] == [], what
+        assert witness(self.model) == self.source
+        self.clear()
+
+    def clear(self) -> None:
+        for path in self.out.parent.iterdir():
+            shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    model = small(tmp_path_factory.mktemp("source") / "model")
+    out = tmp_path_factory.mktemp("results") / "out"
+    source = witness(model)
+    child = Child(model, out, workers=1)
+    child.begun()
+    assert child.ended() == 0
+    seconds, steps = child.outcome()
+    found = Undisturbed(model, out, untimed(out.parent), source, seconds, steps)
+    found.check()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _clear(undisturbed: Undisturbed) -> Iterator[None]:
+    yield
+    undisturbed.clear()
+
+
+def resume(undisturbed: Undisturbed, **changes: Any) -> Outcome:
+    return init_checkpoint(
+        plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), resume=True, shown=False, **changes
+    )
+
+
+def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
+    """Each run is killed, resumed, killed again, until one gets to its end."""
+    draw = random.Random(0)
+    kills = ends = 0
+    while kills < KILLS:
+        child = Child(undisturbed.model, undisturbed.out, workers=2)
+        child.begun()
+        time.sleep(draw.uniform(0, undisturbed.seconds))
+        child.kill()
+        code = child.ended()
+        assert code in (0, KILLED)
+        if code == KILLED:
+            kills += 1
+        else:
+            ends += 1
+            undisturbed.check()
+    resume(undisturbed)
+    undisturbed.check()
+
+
+def steps_to_die_at(steps: list[str]) -> list[tuple[int, bool]]:
+    """Which steps, and whether after half of a write: all of them, or a third of what many files and tensors repeat."""
+    dies = [(step, torn) for step, name in enumerate(steps) for torn in ([False, True] if name in TORN else [False])]
+    return dies if len(dies) <= KILLS else [die for die in dies if die[0] % 3 == 0 or die[0] >= len(steps) - 10]
+
+
+@pytest.mark.slow
+def test_killed_at_each_step(undisturbed: Undisturbed) -> None:
+    for step, torn in steps_to_die_at(undisturbed.steps):
+        child = Child(undisturbed.model, undisturbed.out, workers=1, step=step, torn=torn)
+        assert child.ended() == KILLED
+        resume(undisturbed)
+        undisturbed.check(f"killed at step {step}, {undisturbed.steps[step]}")
+
+
+@pytest.mark.slow
+def test_killed_while_a_result_is_replaced(undisturbed: Undisturbed) -> None:
+    """The old result is where it was, or in the folder of the run, until the new one is in its place."""
+    for step in range(len(undisturbed.steps) - 10, len(undisturbed.steps) + 3):
+        undisturbed.out.mkdir()
+        (undisturbed.out / "old").write_text("old")
+        child = Child(undisturbed.model, undisturbed.out, workers=1, step=step, force=True, resume=False)
+        assert child.ended() == KILLED
+        found = contents(undisturbed.out.parent)
+        assert "out/old" in found or ".out.unfinished/replaced/old" in found or "out/pissa_manifest.json" in found
+        resume(undisturbed)
+        undisturbed.check(f"killed at step {step} of the run that replaces")
+
+
+def test_gone_on_with_only_when_asked(undisturbed: Undisturbed) -> None:
+    journal = undisturbed.out.parent / ".out.unfinished" / "journal-0.jsonl"
+    unfinished(undisturbed)
+    before = witness(undisturbed.out.parent)
+    with pytest.raises(FileExistsError, match="out has an unfinished run; --resume goes on with it, --force begins"):
+        init_checkpoint(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), shown=False)
+    assert witness(undisturbed.out.parent) == before
+    lines = len(journal.read_text().splitlines())
+    outcome = resume(undisturbed)
+    assert (outcome.kept, outcome.done) == (lines, TENSORS - lines)
+    assert outcome.report.seconds is None, "what the killed run took is not known"
+    undisturbed.check()
+    unfinished(undisturbed)
+    outcome = init_checkpoint(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), force=True, shown=False)
+    assert (outcome.kept, outcome.done) == (0, TENSORS)
+    undisturbed.check()
+
+
+def test_a_finished_result_is_left_alone(undisturbed: Undisturbed) -> None:
+    resume(undisturbed)
+    before = witness(undisturbed.out)
+    outcome = resume(undisturbed)
+    assert (outcome.kept, outcome.done) == (TENSORS, 0)
+    assert witness(undisturbed.out) == before
+
+
+@pytest.mark.parametrize("what", ["residual", "factor", "journal", "header", "end", "file"])
+def test_bytes_that_did_not_reach_the_disk_are_written_again(undisturbed: Undisturbed, what: str) -> None:
+    """As after a power cut: the journal claims them, the files have others."""
+    unfinished(undisturbed)
+    folder = undisturbed.out.parent / ".out.unfinished"
+    journal = folder / "journal-0.jsonl"
+    record = next(record for record in map(json.loads, journal.read_text().splitlines()) if "adapter" in record)
+    if what == "journal":
+        journal.write_text('{"shard": "model-0\n\0\0\0\0{"half": 1}\n[]\n7\n' + journal.read_text()[:-9])
+    else:
+        damaged = folder / "out" / (ADAPTER if what == "factor" else record["shard"])
+        content = damaged.read_bytes()
+        start = len(header(damaged))
+        content = {
+            "header": bytes(start) + content[start:],
+            "end": content[: start + 10],
+            "file": b"",
+        }.get(what, content[:start] + bytes(len(content) - start))
+        damaged.write_bytes(content)
+        if what == "file":
+            damaged.unlink()
+    resume(undisturbed)
+    undisturbed.check()
+
+
+def unfinished(undisturbed: Undisturbed) -> None:
+    """A run that died at its eighth tensor."""
+    eighth = [step for step, name in enumerate(undisturbed.steps) if name == "journal"][7]
+    child = Child(undisturbed.model, undisturbed.out, workers=1, step=eighth)
+    assert child.ended() == KILLED

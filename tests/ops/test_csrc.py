@@ -1,0 +1,207 @@
+"""csrc as torch's operators: registration, tracing, the binary, and its build."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pissa_kernels as pk
+from pissa_kernels.ops import csrc
+
+ROOT = Path(__file__).parents[2]
+REASON = csrc._failure("cpu")
+needs_library = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
+    W = torch.randn(20, 30).to(dtype)
+    W = W.mT if transposed else W
+    m, n = W.shape
+    ops = torch.ops.pissa_kernels
+    torch.library.opcheck(ops.transpose_cast, (W, torch.bfloat16))
+    for weight, leading in ((W, ()), (torch.stack([W.mT, W.mT]).mT, (2,))):
+        torch.library.opcheck(ops.matmul, (weight, torch.randn(*leading, n, 3)))
+        torch.library.opcheck(ops.rmatmul, (weight, torch.randn(*leading, m, 3)))
+        torch.library.opcheck(ops.normal, (weight, torch.randn(*leading, n, 3)))
+    torch.library.opcheck(ops.sum_of_squares, (W[None],))
+    torch.library.opcheck(ops.gram_schmidt, (torch.randn(2, n, 3), torch.randn(2, 4, n)))
+    torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(m, 3), torch.randn(3, n), 0.5))
+    torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(n, 3), torch.randn(3, m), 0.5, True))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.ones(4, 3), torch.ones(5, 2), torch.ones(2, 3), 1.0), "expected a float32 matrix of 4 rows"),
+        ((torch.ones(4, 3), torch.ones(4, 2), torch.ones(2, 4), 1.0), "expected a float32 matrix of 2 rows"),
+        ((torch.ones(4, 3), torch.ones(4, 2), torch.ones(2), 1.0), "A must be 2-D"),
+        ((torch.ones(4, 3), torch.ones(4, 2).half(), torch.ones(2, 3), 1.0), "expected a float32 matrix"),
+        ((torch.ones(4, 3).double(), torch.ones(4, 2), torch.ones(2, 3), 1.0), "must be float32, float16 or bfloat16"),
+        ((torch.ones(8, 6)[::2, ::2], torch.ones(4, 2), torch.ones(2, 3), 1.0), "must be contiguous"),
+    ],
+)
+def test_the_operator_itself_refuses_what_it_would_read_out_of_bounds(arguments, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.pissa_kernels.subtract_lowrank_(*arguments)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("weight", "panel", "words"),
+    [
+        (torch.ones(4, 3), torch.ones(4, 2), "a float32 panel of 3 rows"),
+        (torch.ones(4, 3), torch.ones(3, 2).double(), "must be float32, float16 or bfloat16"),
+        (torch.ones(4, 3), torch.ones(3, 2).half(), "a float32 panel"),
+        (torch.ones(4, 3), torch.ones(3), "a float32 panel"),
+        (torch.ones(2, 4, 3), torch.ones(3, 3, 2), "a float32 panel"),
+        (torch.ones(4), torch.ones(4, 2), "must be 2-D"),
+        (torch.ones(4, 3).double(), torch.ones(3, 2), "must be float32, float16 or bfloat16"),
+        (torch.ones(8, 6)[::2, ::2], torch.ones(3, 2), "must be contiguous"),
+    ],
+)
+def test_products_refuse_what_they_would_read_out_of_bounds(
+    weight: torch.Tensor, panel: torch.Tensor, words: str
+) -> None:
+    for operator in (torch.ops.pissa_kernels.matmul, torch.ops.pissa_kernels.normal):
+        with pytest.raises(RuntimeError, match=words):
+            operator(weight, panel)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("panel", "basis", "words"),
+    [
+        (torch.ones(1, 20, 9), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(1, 20, 0), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(20, 3), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(1, 20, 3).half(), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
+        (torch.ones(1, 20, 3), torch.ones(1, 2, 19), "contiguous rows of 20 elements"),
+        (torch.ones(1, 20, 3), torch.ones(2, 2, 20), "contiguous rows of 20 elements"),
+        (torch.ones(1, 20, 3), torch.ones(2, 20), "contiguous rows of 20 elements"),
+        (torch.ones(1, 20, 3), torch.ones(1, 20, 2).mT, "contiguous rows of 20 elements"),
+    ],
+)
+def test_gram_schmidt_refuses_what_it_would_read_out_of_bounds(
+    panel: torch.Tensor, basis: torch.Tensor, words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.pissa_kernels.gram_schmidt(panel, basis)
+
+
+@pytest.mark.parametrize("backend", ["", "torch", "csrc"])
+def test_verbs_under_torch_compile(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "csrc" and REASON is not None:
+        pytest.skip(REASON)
+    monkeypatch.setenv("PISSA_KERNELS_BACKEND", backend)
+
+    def step(W: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        pk.ops.subtract_lowrank_(W, B, A, 0.5)
+        return pk.ops.transpose_cast(W, torch.float32) + 1
+
+    torch._dynamo.reset()
+    W, B, A = torch.randn(20, 30).bfloat16(), torch.randn(20, 3), torch.randn(3, 30)
+    eager, traced = W.clone(), W.clone()
+    expected = step(eager, B, A)
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(traced, B, A)
+    assert torch.equal(eager, traced)
+    assert torch.equal(expected, got)
+    assert not torch.equal(W, traced)
+
+
+@needs_library
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_under_torch_compile(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PISSA_KERNELS_BACKEND", "csrc")
+
+    def step(W: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        Y, Z = pk.ops.normal(W, X)
+        return pk.ops.rmatmul(W, pk.ops.matmul(W, Z) + Y)
+
+    torch._dynamo.reset()
+    W = torch.randn(20, 30).bfloat16()
+    W, X = (W.mT, torch.randn(20, 3)) if transposed else (W, torch.randn(30, 3))
+    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(W, X), step(W, X))
+
+
+def test_verbs_on_fake_tensors() -> None:
+    with FakeTensorMode():
+        W = torch.empty(20, 30, dtype=torch.bfloat16)
+        assert pk.ops.transpose_cast(W, torch.float32).shape == (30, 20)
+        assert pk.ops.subtract_lowrank_(W, torch.empty(20, 3), torch.empty(3, 30), 1.0) is W
+        assert pk.ops.matmul(W, torch.empty(30, 4)).shape == (20, 4)
+        assert pk.ops.rmatmul(W, torch.empty(20, 4)).shape == (30, 4)
+        assert [product.shape for product in pk.ops.normal(W, torch.empty(30, 4))] == [(20, 4), (30, 4)]
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+def test_the_binary_hangs_on_the_stable_abi_alone() -> None:
+    library = csrc.FOLDER / csrc.LIBRARIES["cpu"]
+    done = subprocess.run(["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True, check=True)
+    wanted = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines()]
+    ours = [name for name in wanted if "torch" in name or "c10" in name or "at::" in name or name.startswith("Py")]
+    assert ours
+    assert all(re.fullmatch(r"(aoti_)?torch_\w+", name) for name in ours), ours
+
+
+@needs_library
+def test_every_instruction_set_was_built() -> None:
+    if shutil.which("objdump") is None or os.uname().machine != "x86_64":
+        pytest.skip("needs objdump and an x86 CPU")
+    library = csrc.FOLDER / csrc.LIBRARIES["cpu"]
+    code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert code.count("vfmadd") > 30
+    assert "mulps  %xmm" in code
+
+
+def build(folder: Path, choice: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+    (folder / "pissa_kernels" / "ops").mkdir(parents=True, exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=folder,
+        env=os.environ | {"PISSA_KERNELS_BUILD": choice} | changes,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_build_that_nobody_asked_for_is_none(tmp_path: Path) -> None:
+    done = build(tmp_path, "0")
+    assert done.returncode == 0, done.stderr
+    assert "csrc is not built" in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_build_without_a_compiler_says_so_and_goes_on(tmp_path: Path) -> None:
+    done = build(tmp_path, "cpu", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert "left out, there is no C++ compiler" in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_build_for_cuda_needs_nvcc_and_cudas_torch(tmp_path: Path) -> None:
+    done = build(tmp_path, "cuda", PATH=str(tmp_path), CXX=shutil.which("c++") or "c++")
+    assert "csrc for cuda: left out, nvcc is not on the PATH" in done.stdout
+
+
+def test_a_build_of_something_else_is_refused(tmp_path: Path) -> None:
+    done = build(tmp_path, "rocm")
+    assert done.returncode != 0
+    assert "PISSA_KERNELS_BUILD must be 0, cpu or cuda, got 'rocm'" in done.stderr

@@ -1,0 +1,321 @@
+"""The seam: what is replaced, for whom, and what is restored."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+import pissa_kernels as pk
+
+from ..support.reference import realistic
+
+ORIGINAL = LoraLayer.__dict__["pissa_init"]
+ORIGINAL_CREATE = LoraModel.__dict__["_create_and_replace"]
+SEAMS = [
+    (LoraLayer, "pissa_init"),
+    (LoraModel, "_create_and_replace"),
+    (BaseTuner, "inject_adapter"),
+    *((peft.PeftModel, name) for name in ("from_pretrained", "load_adapter", "__init__", "add_adapter")),
+]
+ORIGINALS = [vars(owner)[name] for owner, name in SEAMS]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 40)
+        self.second = nn.Linear(40, 24)
+        for index, layer in enumerate((self.first, self.second)):
+            layer.weight.data = realistic(*layer.weight.shape, seed=index).float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def inject(net: nn.Module | None = None, **changes: Any) -> Any:
+    settings = {"r": 4, "init_lora_weights": "pissa", "target_modules": ["first", "second"]} | changes
+    return peft.get_peft_model(net or Net(), peft.LoraConfig(**settings))
+
+
+@pytest.fixture(autouse=True)
+def _restored():  # type: ignore[no-untyped-def]
+    yield
+    assert [vars(owner)[name] for owner, name in SEAMS] == ORIGINALS
+
+
+def test_peft_still_calls_what_is_replaced() -> None:
+    """Pins the seam: a PEFT that moves it makes this fail, not a user's model."""
+    assert list(inspect.signature(ORIGINAL).parameters) == ["self", "adapter_name", "init_lora_weights"]
+    names = list(inspect.signature(ORIGINAL_CREATE).parameters)
+    assert names[:7] == ["self", "lora_config", "adapter_name", "target", "target_name", "parent", "current_key"]
+    from peft.tuners.lora import layer, tp_layer
+
+    call = "self.pissa_init(adapter_name, init_lora_weights)"
+    assert inspect.getsource(layer).count(call) == 2
+    assert inspect.getsource(tp_layer).count(call) == 1
+    for module in (layer, tp_layer):
+        assert "with gather_params_ctx(self.get_base_layer().weight):" in inspect.getsource(module)
+    for subclass in LoraLayer.__subclasses__():
+        assert "pissa_init" not in vars(subclass), f"{subclass.__name__} would bypass the seam"
+
+
+def test_all_that_is_replaced_is_known_here() -> None:
+    with pk.patch_peft():
+        replaced = [(owner, name) for owner in {o for o, _ in SEAMS} for name in vars(owner) if is_ours(owner, name)]
+    assert sorted(replaced, key=str) == sorted(SEAMS, key=str)
+
+
+def is_ours(owner: type, name: str) -> bool:
+    found = vars(owner)[name]
+    return hasattr(getattr(found, "__func__", found), "_pissa_kernels_patch")
+
+
+def test_the_report_names_the_layers() -> None:
+    seen: list[str] = []
+    with pk.patch_peft(on_layer=lambda layer: seen.append(layer.name)) as report:
+        inject()
+    assert [layer.name for layer in report.layers] == sorted(seen) == ["first", "second"]
+    layer = report.layers[0]
+    assert (layer.shape, layer.rank) == ((40, 24), 4)
+    assert layer.certificate.converged
+    assert 0 < layer.certificate.energy < 1
+    assert layer.seconds > 0
+    assert layer.singular_values.shape == (4,)
+
+
+def test_errors_name_the_layer_and_the_patch_ends() -> None:
+    net = Net()
+    net.second.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 'second' \(24, 40\): the weight holds NaN"), pk.patch_peft() as report:
+        inject(net)
+    assert [layer.name for layer in report.layers] == ["first"]
+
+
+def test_function_form() -> None:
+    report = pk.patch_peft()
+    try:
+        assert LoraLayer.__dict__["pissa_init"] is not ORIGINAL
+        inject()
+    finally:
+        pk.unpatch_peft()
+    assert len(report.layers) == 2
+    inject()
+    assert len(report.layers) == 2
+    pk.unpatch_peft()  # none is active: no error, nothing changes
+
+
+def test_the_innermost_patch_does_the_work() -> None:
+    with pk.patch_peft(seed=1) as outer:
+        inject()
+        with pk.patch_peft(seed=2) as inner:
+            inject()
+        inject()
+    assert (len(outer.layers), len(inner.layers)) == (4, 2)
+
+
+def test_patches_may_end_out_of_order() -> None:
+    first = pk.patch_peft()
+    second = pk.patch_peft()
+    first.close()
+    inject()
+    assert (len(first.layers), len(second.layers)) == (0, 2)
+    second.close()
+    second.close()
+
+
+def test_someone_elses_patch_below_ours_is_restored() -> None:
+    calls: list[str] = []
+
+    def theirs(self: Any, adapter_name: str, init_lora_weights: str) -> None:
+        calls.append(adapter_name)
+
+    LoraLayer.pissa_init = theirs
+    try:
+        with pk.patch_peft():
+            inject()
+        assert LoraLayer.__dict__["pissa_init"] is theirs
+        assert calls == []
+        inject()
+        assert calls == ["default", "default"]
+    finally:
+        LoraLayer.pissa_init = ORIGINAL
+
+
+def test_someone_elses_patch_above_ours_survives_and_passes_through() -> None:
+    calls: list[str] = []
+    with pk.patch_peft() as report:
+        below = LoraLayer.__dict__["pissa_init"]
+
+        def theirs(self: Any, adapter_name: str, init_lora_weights: str) -> None:
+            calls.append(adapter_name)
+            below(self, adapter_name, init_lora_weights)
+
+        LoraLayer.pissa_init = theirs
+        inject()
+    assert len(report.layers) == 2
+    try:
+        assert LoraLayer.__dict__["pissa_init"] is theirs
+        inject()  # theirs → our closed wrapper → PEFT's
+        assert len(calls) == 4
+        assert len(report.layers) == 2
+    finally:
+        LoraLayer.pissa_init = ORIGINAL
+
+
+def test_a_with_block_is_for_its_own_thread() -> None:
+    failures: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            inject()
+        except BaseException as error:
+            failures.append(error)
+
+    with pk.patch_peft() as report:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert report.layers == []
+    everywhere = pk.patch_peft()
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    pk.unpatch_peft()
+    assert failures == []
+    assert len(everywhere.layers) == 2
+
+
+def test_threads_patch_at_once() -> None:
+    counts: list[int] = []
+
+    def work() -> None:
+        for _ in range(5):
+            with pk.patch_peft() as report:
+                inject()
+            counts.append(len(report.layers))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts == [2] * 20
+
+
+def test_a_second_adapter_and_other_inits() -> None:
+    with pk.patch_peft() as report:
+        model = inject(init_lora_weights=True)
+        assert report.layers == []
+        model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["first"]))
+    assert [layer.name for layer in report.layers] == ["first"]
+    assert report.layers[0].rank == 2
+
+
+def test_tied_weights_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, 24)
+            self.first = nn.Linear(24, 24)
+            self.head = nn.Linear(24, 50, bias=False)
+            self.head.weight = self.embed.weight
+
+    net = Tied()
+    before = net.embed.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'head' \(50, 24\) is tied to embed\.weight.*Untie"), pk.patch_peft():
+        inject(net, target_modules=["head"])
+    assert torch.equal(before, net.embed.weight)
+    net = Tied()
+    net.head.weight = nn.Parameter(net.embed.weight.detach()[:])  # two parameters, one storage
+    with pytest.raises(ValueError, match=r"tied to embed\.weight"), pk.patch_peft():
+        inject(net, target_modules=["head"])
+    net = Tied()
+    net.head.weight = nn.Parameter(net.embed.weight.detach().clone())
+    with pk.patch_peft() as report:
+        inject(net, target_modules=["first", "head"])
+    assert len(report.layers) == 2
+
+
+def test_a_module_used_twice_is_refused() -> None:
+    class Shared(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alias = self.first
+
+    with pytest.raises(ValueError, match="tied to"), pk.patch_peft():
+        inject(Shared(), target_modules=["first"])
+
+
+def test_slices_of_one_storage_are_not_tied() -> None:
+    net = Net()
+    flat = torch.cat([net.first.weight.detach().flatten(), net.second.weight.detach().flatten()])
+    net.first.weight.data = flat[:960].view(40, 24)
+    net.second.weight.data = flat[960:].view(24, 40)
+    with pk.patch_peft() as report:
+        inject(net)
+    assert len(report.layers) == 2
+
+
+def test_layers_out_of_scope_go_to_the_method_that_was_there() -> None:
+    """Fused experts and MultiheadAttention: ours must neither report nor touch anything."""
+    taken: list[str] = []
+
+    def theirs(self: Any, adapter_name: str, init_lora_weights: str) -> None:
+        taken.append(type(self).__name__)
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Linear(8, 8)
+            self.experts.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+    LoraLayer.pissa_init = theirs
+    try:
+        with pk.patch_peft() as report:
+            net = Experts()
+            before = net.experts.weight.detach().clone()
+            inject(net, target_modules=[], target_parameters=["experts.weight"])
+            assert torch.equal(before, net.experts.base_layer.weight)
+            attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+            before = attention[0].out_proj.weight.detach().clone()
+            with pytest.raises(AttributeError):  # PEFT's own limitation, met before and after
+                inject(attention, target_modules=["0"])
+            assert torch.equal(before, attention[0].out_proj.weight)
+        assert report.layers == []
+        assert taken == ["ParamWrapper", "Linear"]
+    finally:
+        LoraLayer.pissa_init = ORIGINAL
+
+
+def test_low_cpu_mem_usage_leaves_the_model_alone() -> None:
+    net = Net()
+    before = net.first.weight.detach().clone()
+    settings = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["first", "second"])
+    with pk.patch_peft() as report, pytest.warns(UserWarning, match="low_cpu_mem_usage"):
+        model = peft.get_peft_model(net, settings, low_cpu_mem_usage=True)
+    assert report.layers == []
+    assert torch.equal(before, model.base_model.model.first.base_layer.weight)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    """PEFT draws A and B itself before the initializer runs; ours adds nothing to that."""
+    torch.manual_seed(0)
+    inject(init_lora_weights=False)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    with pk.patch_peft():
+        inject(init_lora_weights=False)
+    assert torch.equal(expected, torch.get_rng_state())
+    layer = inject(init_lora_weights=False).base_model.model.first
+    state = torch.get_rng_state()
+    pk.pissa_init(layer, "default", "pissa_niter_4")
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,454 @@
+"""Saved, loaded, converted, merged, taken back: every way round ends at the same function."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import pissa_kernels as pk
+from pissa_kernels.peft import batches, sidecar
+
+from ..support.models import build, output
+from .test_models import config, lora_layers, moved
+from .test_schedule import assert_same, state
+
+DTYPES = [torch.float32, torch.bfloat16]
+NAMES = ["gpt2", "llama", "bert"]
+
+
+def make(name: str, dtype: torch.dtype, **changes: Any) -> tuple[Any, Any]:
+    """An untouched model, and one with a PiSSA adapter."""
+    base = build(name, dtype)
+    with pk.patch_peft():
+        adapted = peft.get_peft_model(copy.deepcopy(base), config(name, **changes))
+    return base, adapted.eval()
+
+
+def train(adapted: Any, steps: int = 3) -> None:
+    """Move every A and B, as training does."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            size = 0.5 * parameter.detach().abs().mean()
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+
+
+@functools.cache
+def allowed(dtype: torch.dtype) -> float:
+    """What rounding may move outputs by: twice what this dtype's arithmetic itself does to them, the worst model's."""
+    models = [build(name, dtype) for name in NAMES]
+    return max(2 * moved(output(copy.deepcopy(model).double()), output(model)) for model in models)
+
+
+def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("an SVD was run")
+
+    monkeypatch.setattr("pissa_kernels.peft.layer.principal_factors", fail)
+    monkeypatch.setattr(batches, "truncated_svd_stack", fail)
+
+
+def residuals(adapted: Any) -> dict[str, torch.Tensor]:
+    return {name: layer.get_base_layer().weight.detach().clone() for name, layer in lora_layers(adapted).items()}
+
+
+# save_pissa
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_residual_model_loads_without_this_package(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapted = make(name, dtype)
+    before = {key: value.clone() for key, value in adapted.state_dict().items()}
+    pk.save_pissa(adapted, tmp_path / "out")
+    assert before.keys() == adapted.state_dict().keys()
+    assert all(torch.equal(value, adapted.state_dict()[key]) for key, value in before.items())
+    assert adapted.peft_config["default"].init_lora_weights == "pissa"
+    no_svd(monkeypatch)
+    factory = type(base)
+    loaded = factory.from_pretrained(tmp_path / "out", dtype=dtype)
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "out", subfolder="pissa_init", is_trainable=True).eval()
+    assert loaded.peft_config["default"].init_lora_weights is True
+    assert_same(state(loaded), state(adapted))
+    assert moved(output(base), output(loaded)) <= allowed(dtype)
+    report = pk.Report.read(tmp_path / "out" / "pissa_init" / "pissa_report.json")
+    assert {layer.name for layer in report.layers} == set(lora_layers(adapted))
+
+
+def test_a_trained_model_still_saves_its_initial_adapter(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    pk.save_pissa(adapted, tmp_path / "out")
+    loaded = type(base).from_pretrained(tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "out" / "pissa_init").eval()
+    assert moved(output(base), output(loaded)) <= allowed(torch.float32)
+
+
+def test_another_adapter_name(tmp_path: Path) -> None:
+    base = build("llama")
+    with pk.patch_peft():
+        adapted = peft.get_peft_model(copy.deepcopy(base), config("llama"), adapter_name="first")
+    pk.save_pissa(adapted, tmp_path / "out", adapter_name="first")
+    assert (tmp_path / "out" / "pissa_init" / "adapter_model.safetensors").is_file()
+    loaded = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "out"), tmp_path / "out/pissa_init")
+    assert moved(output(base), output(loaded.eval())) <= allowed(torch.float32)
+
+
+def test_save_pissa_says_nothing_of_a_folder_that_is_yet_to_come(tmp_path: Path) -> None:
+    _, adapted = make("llama", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.save_pissa(adapted, tmp_path / "out")
+
+
+def test_what_save_pissa_refuses(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    with pytest.raises(ValueError, match=r"'other' was not initialised by pissa_kernels \(adapters: default\)"):
+        pk.save_pissa(adapted, tmp_path / "out", adapter_name="other")
+    with pytest.raises(ValueError, match="was not initialised"):
+        pk.save_pissa(peft.get_peft_model(base, config("llama", init_lora_weights=True)), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"\(adapters: none\)"):
+        pk.save_pissa(build("llama"), tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match="full exists and is not an empty folder"):
+        pk.save_pissa(adapted, tmp_path / "full")
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into the weight of layer 'model\.layers\.0.*unmerge it first"):
+        pk.save_pissa(adapted, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+# Trained, saved and loaded again
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_adapter_comes_back_to_the_last_bit_with_no_svd(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapted = make(name, dtype)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)  # the patch is over: the model brings this along
+    no_svd(monkeypatch)
+    with pk.patch_peft(seed=5) as report, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    for key, residual in residuals(adapted).items():
+        assert torch.equal(residual, residuals(loaded)[key])
+    assert torch.equal(output(loaded), output(adapted))
+    assert moved(output(base), output(loaded)) > 3 * allowed(dtype)
+    assert [layer.seed for layer in report.layers] == [0] * len(lora_layers(adapted))
+    # and it can be saved and loaded once more
+    loaded.save_pretrained(tmp_path / "again")
+    with pk.patch_peft():
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval()
+    assert torch.equal(output(again), output(adapted))
+
+
+def test_an_adapter_on_the_meta_device_gets_its_residual_too(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(output(loaded), output(adapted))
+
+
+def test_a_second_adapter_through_load_adapter(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    plain = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights=True), adapter_name="plain")
+    with pk.patch_peft():
+        plain.load_adapter(tmp_path, "trained")
+    plain.set_adapter("trained")
+    assert moved(output(adapted), output(plain.eval())) <= allowed(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_into_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Trained on one precision of the base model, loaded onto the other: the same function to the coarser one."""
+    other = DTYPES[1 - DTYPES.index(dtype)]
+    base, adapted = make("llama", dtype)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base).to(other), tmp_path).eval()
+    assert moved(output(adapted), output(loaded)) <= 2 * allowed(torch.bfloat16)
+
+
+def test_another_base_model_is_refused_and_untouched(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    adapted.save_pretrained(tmp_path)
+    pk.save_pissa(adapted, tmp_path / "residual")
+    residual = type(base).from_pretrained(tmp_path / "residual").eval()
+    before = output(residual)
+    # whichever of the layers that are done at once is the first to be looked at
+    refusal = r"layer 'model\.layers\.\d\.\w+\.\w+' \(\d+, \d+\) is not the one .* neither its residual nor another"
+    with pytest.raises(ValueError, match=refusal), pk.patch_peft():
+        peft.PeftModel.from_pretrained(residual, tmp_path)
+    assert torch.equal(before, output(residual))
+
+
+def test_a_checkpoint_is_not_loaded_onto_another_residual(tmp_path: Path) -> None:
+    """As a trainer resumes: the adapter is there, only its values are loaded."""
+    base, adapted = make("llama", torch.float32)
+    expected = output(adapted)
+    adapted.save_pretrained(tmp_path)
+    train(adapted)
+    with pk.patch_peft():
+        adapted.load_adapter(tmp_path, "default")
+    assert torch.equal(expected, output(adapted))
+    stock = peft.get_peft_model(base, config("llama", init_lora_weights="pissa_niter_2")).eval()
+    before = output(stock)
+    refusal = r"layer 'model\.layers\.0\.self_attn\.q_proj' \(96, 96\) is not the residual that the adapter"
+    with pytest.raises(ValueError, match=refusal), pk.patch_peft():
+        stock.load_adapter(tmp_path, "default")
+    assert torch.equal(before, output(stock))
+
+
+def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    adapted.save_pretrained(tmp_path)
+    path = tmp_path / sidecar.INITIAL_NAME
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged: its contents do not match"), pk.patch_peft():
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    path.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="does not hold the initial factors"), pk.patch_peft():
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_without_the_sidecar_the_residual_is_taken_anew(tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / sidecar.INITIAL_NAME).unlink()
+    with pk.patch_peft(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(output(loaded), output(adapted))
+    other = copy.deepcopy(base)
+    other.model.layers[1].mlp.up_proj.weight.data *= 1.01
+    with (
+        pk.patch_peft(),
+        pytest.warns(UserWarning, match=r"1 layers \(the first is 'model\.layers\.1\.mlp\.up_proj'\)"),
+    ):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_rough_adapter_of_unknown_origin_is_warned_of(tmp_path: Path) -> None:
+    base = build("llama")
+    stock = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights="pissa_niter_4"))
+    stock.save_pretrained(tmp_path)
+    assert not (tmp_path / sidecar.INITIAL_NAME).exists()
+    with pk.patch_peft(), pytest.warns(UserWarning, match="its sketch was not seeded"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_an_adapter_that_is_added_later_gets_a_sidecar(tmp_path: Path) -> None:
+    model = peft.get_peft_model(build("llama"), config("llama", init_lora_weights=True), adapter_name="plain")
+    with pk.patch_peft():
+        model.add_adapter("second", config("llama"))
+    model.save_pretrained(tmp_path)
+    assert [path.parent.name for path in tmp_path.rglob(sidecar.INITIAL_NAME)] == ["second"]
+
+
+def test_only_pissa_adapters_get_a_sidecar(tmp_path: Path) -> None:
+    _, adapted = make("llama", torch.float32)
+    adapted.add_adapter("plain", config("llama", init_lora_weights=True))
+    adapted.save_pretrained(tmp_path)
+    assert sorted(path.parent.name for path in tmp_path.rglob(sidecar.INITIAL_NAME)) == [tmp_path.name]
+    adapted.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not list((tmp_path / "none").rglob("pissa_*"))
+
+
+# Converted and merged
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_trained_adapter_converts_to_a_lora_of_the_original(dtype: torch.dtype, rslora: bool, tmp_path: Path) -> None:
+    base, adapted = make("llama", dtype, use_rslora=rslora)
+    pk.save_pissa(adapted, tmp_path / "residual")
+    train(adapted)
+    initial = str(tmp_path / "residual" / "pissa_init")
+    adapted.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=initial)
+    assert not (tmp_path / "lora" / sidecar.INITIAL_NAME).exists()
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert plain.peft_config["default"].r == 2 * adapted.peft_config["default"].r
+    assert moved(output(adapted), output(plain)) <= allowed(dtype)
+
+
+EXTRAS: list[dict[str, Any]] = [{"modules_to_save": ["lm_head"]}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("extra", EXTRAS, ids=["modules_to_save", "dora"])
+def test_what_was_trained_beside_the_adapter_is_converted_too(
+    extra: dict[str, Any], safe: bool, tmp_path: Path
+) -> None:
+    """PEFT's own conversion writes A and B only: a head is missing, magnitudes are the initial ones."""
+    base, adapted = make("llama", torch.float32, **extra)
+    before = output(adapted)
+    pk.save_pissa(adapted, tmp_path / "residual")
+    train(adapted)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.1
+    trained = output(adapted)
+    initial = str(tmp_path / "residual" / "pissa_init")
+    adapted.save_pretrained(
+        tmp_path / "lora", safe_serialization=safe, path_initial_model_for_weight_conversion=initial
+    )
+    assert torch.equal(trained, output(adapted))
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert moved(before, trained) > 3 * allowed(torch.float32)
+    assert moved(trained, output(plain)) <= allowed(torch.float32)
+    assert not list((tmp_path / "lora").glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_is_the_trained_model(dtype: torch.dtype) -> None:
+    _, adapted = make("llama", dtype)
+    train(adapted)
+    expected = output(adapted)
+    assert moved(expected, output(adapted.merge_and_unload())) <= allowed(dtype)
+
+
+# Two adapters
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_second_adapter_of_the_same_settings_shares_the_residual(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRL makes one for its reference; PEFT's own takes the principal components of the residual out of it."""
+    base, adapted = make("llama", dtype)
+    train(adapted)
+    trained, before = output(adapted), residuals(adapted)
+    with monkeypatch.context() as patch:
+        no_svd(patch)
+        with pk.patch_peft() as report:
+            adapted.add_adapter("ref", config("llama"))
+    assert len(report.layers) == len(before)
+    assert all(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    assert torch.equal(trained, output(adapted))
+    with pk.original_model(adapted):
+        assert moved(output(base), output(adapted)) <= allowed(dtype)
+    adapted.set_adapter("ref")
+    assert moved(output(base), output(adapted)) <= allowed(dtype)
+    # each one comes back alone, and both do together
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        alone = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ref").eval()
+        both = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        both.load_adapter(tmp_path / "ref", "ref")
+    assert torch.equal(output(alone), output(adapted))
+    assert torch.equal(output(both), trained)
+    both.set_adapter("ref")
+    assert torch.equal(output(both), output(adapted))
+
+
+def test_a_second_adapter_of_other_settings_takes_its_own_share() -> None:
+    base, adapted = make("llama", torch.float32)
+    before = residuals(adapted)
+    with pk.patch_peft():
+        adapted.add_adapter("other", config("llama", r=2))
+    assert not any(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    with pk.original_model(adapted):
+        assert moved(output(base), output(adapted)) <= allowed(torch.float32)
+
+
+# The model before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_original_model_comes_back_for_a_while(name: str, dtype: torch.dtype) -> None:
+    base, adapted = make(name, dtype)
+    train(adapted)
+    trained = output(adapted)
+    with pk.original_model(adapted) as original:
+        assert moved(output(base), output(original)) <= allowed(dtype)
+    assert torch.equal(trained, output(adapted))
+    with adapted.disable_adapter():  # what it is not
+        assert moved(output(base), output(adapted)) > 3 * allowed(dtype)
+    assert moved(output(base), trained) > 3 * allowed(dtype)
+
+
+def test_a_waiting_graph_is_not_disturbed() -> None:
+    _, adapted = make("llama", torch.float32)
+    train(adapted)
+    ids = torch.arange(24).reshape(2, 12)
+
+    def gradients(between: bool) -> list[torch.Tensor]:
+        adapted.zero_grad()
+        logits = adapted(input_ids=ids).logits
+        if between:
+            with pk.original_model(adapted), torch.no_grad():
+                reference = adapted(input_ids=ids).logits
+            assert not reference.requires_grad
+        logits.square().mean().backward()
+        return [p.grad.clone() for p in adapted.parameters() if p.grad is not None]
+
+    alone, disturbed = gradients(False), gradients(True)
+    assert len(alone) == len(disturbed) > 0
+    assert all(torch.equal(one, other) for one, other in zip(alone, disturbed, strict=True))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_remember(way: str, tmp_path: Path) -> None:
+    base, adapted = make("llama", torch.float32)
+    train(adapted)
+    other = copy.deepcopy(adapted) if way == "deepcopy" else pickle.loads(pickle.dumps(adapted))
+    with pk.original_model(other):
+        assert moved(output(base), output(other)) <= allowed(torch.float32)
+    other.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data.zero_()
+    other.save_pretrained(tmp_path)  # the copy's own weights, not those of the one that it was copied from
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(output(loaded), output(other))
+
+
+def test_what_original_model_refuses() -> None:
+    base, adapted = make("llama", torch.float32)
+    with pytest.raises(ValueError, match="no layer of this model was initialised"), pk.original_model(base):
+        pass
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into layer .* and 13 more; unmerge"), pk.original_model(adapted):
+        pass
+
+
+def test_nothing_of_it_is_in_the_state() -> None:
+    """A checkpoint of the whole model has PEFT's keys and no others."""
+    base, adapted = make("llama", torch.float32)
+    stock = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights=True))
+    assert adapted.state_dict().keys() == stock.state_dict().keys()
+    assert [name for name, _ in adapted.named_buffers()] == [name for name, _ in stock.named_buffers()]
+
+
+def test_layers_injected_into_a_model_that_stays_what_it_is() -> None:
+    """PEFT's low-level call, which transformers' own ``add_adapter`` makes."""
+    base = build("llama")
+    expected = output(base)
+    with pk.patch_peft() as report:
+        peft.inject_adapter_in_model(config("llama"), base)
+    assert len(report.layers) == 14
+    assert isinstance(base, transformers.LlamaForCausalLM)
+    assert moved(expected, output(base)) <= allowed(torch.float32)

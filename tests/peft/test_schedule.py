@@ -1,0 +1,367 @@
+"""Layers carried out together: what they come to, what fails, what a second call finishes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import pissa_kernels as pk
+from pissa_kernels.peft import batches
+from pissa_kernels.peft import layer as task_module
+from pissa_kernels.peft import schedule as whole_model
+from pissa_kernels.peft.initialize import prepare
+from pissa_kernels.peft.layer import LayerJob
+
+from ..support.models import build, linear_weights
+from ..support.reference import ROUNDOFF, energy_deficit, realistic
+from .test_models import config, lora_layers, moved
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def state(model: nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Residual, A and B of every layer."""
+    return {
+        name: (
+            layer.get_base_layer().weight.detach().clone(),
+            layer.lora_A["default"].weight.detach().clone(),
+            layer.lora_B["default"].weight.detach().clone(),
+        )
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def assert_same(left: dict[str, tuple[torch.Tensor, ...]], right: dict[str, tuple[torch.Tensor, ...]]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensors in left.items():
+        for one, other in zip(tensors, right[name], strict=True):
+            assert one.dtype == other.dtype, name
+            assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_together_is_one_by_one_to_the_last_bit(name: str, dtype: torch.dtype, two_threads: None) -> None:
+    """One thread does one layer, so company changes nothing; the peer runs on one thread, too."""
+    base = build(name, dtype, width=256)
+    with pk.patch_peft() as together:
+        one = peft.get_peft_model(copy.deepcopy(base), config(name, r=8))
+    torch.set_num_threads(1)
+    with pk.patch_peft(batch=False) as alone:
+        other = peft.get_peft_model(copy.deepcopy(base), config(name, r=8))
+    assert_same(state(one), state(other))
+    assert [layer.name for layer in together.layers] == [layer.name for layer in alone.layers]
+    assert together.peak_extra_bytes is None or together.peak_extra_bytes >= 0
+    assert together.seconds is not None
+
+
+def test_threads_are_as_they_were(two_threads: None) -> None:
+    with pk.patch_peft():
+        peft.get_peft_model(build("llama"), config("llama"))
+    assert torch.get_num_threads() == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pissa_kernels")]
+
+
+def test_a_dora_magnitude_sees_a_finished_layer() -> None:
+    base = build("llama")
+    weights = {name: weight.detach().double() for name, weight in linear_weights(copy.deepcopy(base), "llama")}
+    with pk.patch_peft():
+        model = peft.get_peft_model(base, config("llama", use_dora=True))
+    for name, layer in lora_layers(model).items():
+        magnitude = layer.lora_magnitude_vector["default"].weight.detach().double()
+        # DoRA takes the norm of W_res + s·B·A, which is W
+        assert moved(weights[name].norm(dim=1), magnitude) <= 1e-6
+
+
+class Net(nn.Module):
+    """Eight layers of one shape, enough to have some done, some under way and some to come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 48, bias=False) for _ in range(8))
+        for index, layer in enumerate(self.layers):
+            layer.weight.data = realistic(48, 48, seed=index).float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+NAMES = [str(index) for index in range(8)]
+
+
+def inject(net: nn.Module) -> Any:
+    return peft.get_peft_model(net, peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=NAMES))
+
+
+def on_call(number: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which fails once: at its ``number``-th call."""
+    calls = iter(range(1, 1000))
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+FAILURES = [RuntimeError("no luck"), MemoryError("no room"), torch.OutOfMemoryError("no room"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["principal_factors", "subtract_lowrank_"])
+@pytest.mark.parametrize("number", [1, 4, 8])
+def test_after_a_failure_every_layer_is_done_or_untouched(
+    number: int, where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    original, net = Net(), Net()
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    with pk.patch_peft():
+        undisturbed = state(inject(Net()))
+    owner = task_module if where == "principal_factors" else task_module.ops
+    named = None if isinstance(error, KeyboardInterrupt) else r"layer 'layers\.\d': no "
+    with pk.patch_peft() as report:
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, where, on_call(number, error, getattr(owner, where)))
+            with pytest.raises(type(error), match=named):
+                inject(net)
+        done = {layer.name for layer in report.layers}
+        assert len(done) < 8
+        for name, layer in lora_layers(net).items():
+            W = original.get_submodule(name).weight.double()
+            weight, A, B = layer.get_base_layer().weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if name in done:
+                assert_same({name: (weight, A, B)}, {name: undisturbed[name]})
+            else:
+                assert torch.equal(weight.double(), W)
+                assert not B.any()
+        with torch.no_grad():
+            assert moved(original(x).double(), net(x).double()) <= 1e-5
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+            finished = inject(net)
+    assert_same(state(finished), undisturbed)
+    assert {layer.name for layer in report.layers[len(done) :]} == {f"layers.{name}" for name in NAMES}
+
+
+def test_an_error_of_the_callback_stops_the_work_between_layers(two_threads: None) -> None:
+    def fail(layer: pk.LayerReport) -> None:
+        raise RuntimeError("disk full")
+
+    net, original = Net(), Net()
+    with pytest.raises(RuntimeError, match="disk full"), pk.patch_peft(on_layer=fail) as report:
+        inject(net)
+    assert 1 <= len(report.layers) < 8
+    x = torch.eye(48)
+    with torch.no_grad():
+        assert moved(original(x).double(), net(x).double()) <= 1e-5
+
+
+def test_a_layer_that_is_refused_leaves_the_earlier_ones_untouched() -> None:
+    """A refusal that needs no arithmetic comes while PEFT still goes through the model: nothing has been written."""
+    net, original = Net(), Net()
+    net.layers[5].weight.data = net.layers[5].weight.data.double()
+    with pytest.raises(TypeError, match=r"layer 'layers\.5'"), pk.patch_peft() as report:
+        inject(net)
+    assert report.layers == []
+    for name, layer in lora_layers(net).items():
+        assert torch.equal(layer.get_base_layer().weight, original.get_submodule(name).weight)
+
+
+def test_another_call_with_another_rank_is_another_initialisation() -> None:
+    """What a second call matches is its own work, not any residual."""
+    net = Net()
+    with pk.patch_peft(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inject(net)
+        residual = net.layers[0].get_base_layer().weight.detach().clone()
+        peft.get_peft_model(net, peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=NAMES))
+    layer = net.layers[0]
+    assert energy_deficit(residual, layer.lora_A["default"].weight) <= 1e-6
+    assert not torch.equal(residual, layer.get_base_layer().weight)
+
+
+# Waves, as a GPU gets them, here on the CPU
+
+
+def tasks_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[LayerJob]:
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    settings = {"r": rank, "init_lora_weights": True, "target_modules": names}
+    model = peft.get_peft_model(net, peft.LoraConfig(**settings))
+    tasks = [prepare(layer, "default", init, name=name) for name, layer in lora_layers(model).items()]
+    return [task for task in tasks if task is not None]
+
+
+def assert_right(tasks: list[LayerJob], weights: dict[str, torch.Tensor]) -> None:
+    for task in tasks:
+        W = weights[task.name or ""].double()
+        A, B = (factor["default"].weight.detach() for factor in (task.layer.lora_A, task.layer.lora_B))
+        u = ROUNDOFF[task.weight.dtype]
+        assert energy_deficit(W, A) <= 1e-6 + u**2  # A is off by u, elementwise, as it is stored
+        error = (W - task.weight.double() - task.scaling * B.double() @ A.double()).norm()
+        assert error <= (u + 2e-7) * W.norm()
+
+
+def mixed_net(dtype: torch.dtype = torch.float32) -> nn.Module:
+    shapes = [(64, 48), (48, 64), (64, 48), (48, 48), (64, 48), (48, 64)]
+    net = nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in shapes))
+    for index, layer in enumerate(net):
+        layer.weight.data = realistic(*layer.weight.shape, seed=index).to(dtype)  # type: ignore[arg-type, union-attr]
+    return net
+
+
+@pytest.mark.parametrize("way", [batches._resident, "streamed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_waves_are_right(way: Any, dtype: torch.dtype) -> None:
+    net = mixed_net(dtype)
+    weights = {name: layer.weight.detach().clone() for name, layer in net.named_children()}  # type: ignore[operator, union-attr]
+    tasks = tasks_of(net)
+    planned = batches.plan_batches(tasks, CPU, 1 << 30)
+    assert sorted(len(batch) for batch in planned) == [1, 2, 3]
+    emitted: list[str | None] = []
+    emit = lambda task, report: emitted.append(task.name)  # noqa: E731
+    if way == "streamed":
+        batches._streamed(planned, CPU, emit, threading.Event())
+    else:
+        for batch in planned:
+            way(batch, emit)
+    assert sorted(emitted, key=str) == sorted(weights)
+    assert_right(tasks, weights)
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = batches.truncated_svd_stack
+
+    def small_only(stack: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(stack))
+        if len(stack) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(stack, *args, **kwargs)
+
+    monkeypatch.setattr(batches, "truncated_svd_stack", small_only)
+    net = Net()
+    weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
+    tasks = tasks_of(net)
+    run_wave(tasks, way)
+    assert sizes == [8, 4, 2, 2, 4, 2, 2] or sizes == [8, 8, 4, 2, 2, 4, 2, 2]
+    assert_right(tasks, weights)
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3, 4])
+def test_streamed_waves_that_are_halved_do_not_disturb_their_neighbours(
+    fails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(batches, "truncated_svd_stack", on_call(fails, error, batches.truncated_svd_stack))
+    net = Net()
+    weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
+    tasks = tasks_of(net)
+    planned = [tasks[index : index + 2] for index in range(0, 8, 2)]
+    done: list[str | None] = []
+    batches._streamed(planned, CPU, lambda task, report: done.append(task.name), threading.Event())
+    assert sorted(done, key=str) == sorted(weights)
+    assert_right(tasks, weights)
+
+
+def run_wave(tasks: list[LayerJob], way: str) -> None:
+    if way == "streamed":
+        batches._streamed([tasks], CPU, lambda task, report: None, threading.Event())
+    else:
+        batches._resident(tasks, lambda task, report: None)
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_the_layer_that_cannot_be_done_is_named_and_the_others_of_its_wave_are_done(way: str) -> None:
+    net = Net()
+    net.layers[5].weight.data[1, 2] = torch.nan
+    weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
+    tasks = tasks_of(net)
+    with pytest.raises(ValueError, match=r"layer 'layers\.5' \(48, 48\): the weight holds NaN"):
+        run_wave(tasks, way)
+    # halves in order: 0 to 4 came before it
+    assert_right(tasks[:5], weights)
+    for task in tasks[5:]:
+        assert torch.equal(task.weight, weights[task.name or ""]) or task.name == "layers.5"
+
+
+def test_one_layer_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(batches, "truncated_svd_stack", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"layer 'layers\.0': CUDA out of memory"):
+        run_wave(tasks_of(Net()), "resident")
+
+
+@given(st.lists(st.sampled_from([(64, 48), (48, 64), (48, 48)]), min_size=1, max_size=20), st.integers(1, 1 << 26))
+def test_waves_hold_every_layer_once_and_fit_the_budget(shapes: list[tuple[int, int]], budget: int) -> None:
+    tasks = [FakeTask(shape) for shape in shapes]
+    planned = batches.plan_batches(tasks, CPU, budget)  # type: ignore[arg-type]
+    assert sorted(id(task) for batch in planned for task in batch) == sorted(map(id, tasks))
+    for batch in planned:
+        assert len({task.weight.shape for task in batch}) == 1
+        each = batch[0].workspace(CPU) + batch[0].weight.nbytes
+        assert len(batch) == 1 or len(batch) * each <= budget
+
+
+class FakeTask:
+    transposed, rank, init, seed = False, 4, "pissa", 0
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.weight = torch.empty(shape)
+
+    workspace = LayerJob.workspace
+
+
+# Budgets
+
+
+def test_a_budget_too_small_is_refused_before_anything_is_written() -> None:
+    net, original = Net(), Net()
+    refusal = r"layer 'layers\.0' \(48, 48\) needs [\d,]+ bytes on cpu.* 1,000 "
+    with pytest.raises(ValueError, match=refusal), pk.patch_peft(memory_budget=1000):
+        inject(net)
+    x = torch.eye(48)
+    assert torch.equal(original(x), net(x))
+
+
+def test_a_budget_bounds_the_layers_at_once(two_threads: None) -> None:
+    tasks = tasks_of(Net())
+    each = tasks[0].workspace(CPU)
+    assert whole_model._workers(tasks, 10 * each) == 2
+    assert whole_model._workers(tasks, 2 * each - 1) == 1
+    assert whole_model._workers(tasks[:1], 10 * each) == 1
+
+
+def test_arguments_out_of_range() -> None:
+    with pytest.raises(ValueError, match="memory_budget is a number of bytes above 0, got 0"):
+        pk.patch_peft(memory_budget=0)
+    with pytest.raises(ValueError, match="batch=False"):
+        pk.patch_peft(device="cpu", batch=False)
+    with pytest.raises(RuntimeError):
+        pk.patch_peft(device="no such device")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device='cuda' cannot be used: "):
+            pk.patch_peft(device="cuda")

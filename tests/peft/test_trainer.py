@@ -1,0 +1,97 @@
+"""transformers' Trainer saves, resumes and picks the best of a model that was made under the hook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import pissa_kernels as pk
+
+from ..support.models import build, output
+from .test_models import config
+from .test_save import allowed, moved, residuals
+
+STEPS = 6
+
+
+def make() -> Any:
+    with pk.patch_peft():
+        return peft.get_peft_model(build("llama"), config("llama"))
+
+
+def trainer(model: Any, folder: Path, **changes: Any) -> Any:
+    texts = [torch.randint(0, 100, (12,), generator=torch.Generator().manual_seed(seed)) for seed in range(24)]
+    samples = [{"input_ids": ids, "labels": ids} for ids in texts]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+        **changes,
+    )
+    return transformers.Trainer(model, arguments, train_dataset=samples, eval_dataset=samples[:8])
+
+
+def load(folder: Path | str, **options: Any) -> Any:
+    with pk.patch_peft():
+        return peft.PeftModel.from_pretrained(build("llama"), folder, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model after all steps, and the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = make()
+    trainer(model, folder).train()
+    return model.eval(), folder
+
+
+def test_every_checkpoint_has_its_sidecar(trained: tuple[Any, Path], tmp_path: Path) -> None:
+    model, folder = trained
+    for step in (2, 4, 6):
+        assert (folder / f"checkpoint-{step}" / "pissa_initial.safetensors").is_file()
+    assert torch.equal(output(load(folder / "checkpoint-6").eval()), output(model))
+    trainer(model, tmp_path).save_model(str(tmp_path / "saved"))
+    assert torch.equal(output(load(tmp_path / "saved").eval()), output(model))
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "from_pretrained"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_did(
+    way: str, trained: tuple[Any, Path], tmp_path: Path
+) -> None:
+    model, folder = trained
+    checkpoint = folder / "checkpoint-4"
+    again = make() if way == "get_peft_model" else load(checkpoint, is_trainable=True)
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(residual, residuals(model)[name]) for name, residual in residuals(again).items())
+    assert torch.equal(output(again.eval()), output(model))
+
+
+def test_the_best_model_is_the_one_on_disk(tmp_path: Path) -> None:
+    model = make()
+    # the highest loss is taken for the best, so that it is not the last one
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    runner = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2, **best)
+    runner.train()
+    assert Path(runner.state.best_model_checkpoint).name == "checkpoint-2"
+    assert torch.equal(output(load(runner.state.best_model_checkpoint).eval()), output(model.eval()))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool, trained: tuple[Any, Path], tmp_path: Path) -> None:
+    base, model = build("llama"), make()
+    kind = {"use_reentrant": reentrant}
+    trainer(model, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=kind).train()
+    with pk.original_model(model), torch.no_grad():  # in training mode
+        assert moved(output(base), output(model)) <= allowed(torch.float32)
+    assert moved(output(trained[0]), output(model.eval())) <= allowed(torch.float32)

@@ -1,0 +1,301 @@
+"""The page of a report: one well-formed file that says what the report says, whatever its layers are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pissa_kernels import LayerReport, Report
+from pissa_kernels.report.layer import HEADS, layer_row
+from pissa_kernels.report.spectrum import least_rank, peft_pattern, suggestion
+
+from ..support.reports import LLAMA, layer, llama, power_law
+
+pytest.importorskip("matplotlib", reason="the page has pictures, which need matplotlib")
+
+from pissa_kernels.report.page import render_page, write_page
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+HOSTILE = 'x.0.</script><script>alert(1)</script>"\' onload="x" <b>&amp; --> ]]>'
+GPT2 = [f"transformer.h.{depth}.{name}" for depth in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+SMALL = llama(2, LLAMA[:4])
+
+
+class Page(HTMLParser):
+    """Tags as they are opened, text by the tag that it is in, ids; an unbalanced tag fails."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.rows: list[tuple[dict[str, str | None], list[str]]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+        self.ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute twice in {tag}"
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append((dict(attrs), []))
+        if tag in ("td", "th"):
+            self.rows[-1][1].append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert "svg" in self._open, "only foreign elements may close themselves"
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.texts.append((self._open[-1], data))
+            if self._open[-1] in ("td", "th"):
+                self.rows[-1][1][-1] += data
+
+    def text(self, tag: str) -> list[str]:
+        return [text for within, text in self.texts if within == tag]
+
+    def report(self) -> object:
+        (index,) = (i for i, (tag, attributes) in enumerate(self.tags) if attributes.get("id") == "report")
+        number = [tag for tag, _ in self.tags[:index]].count("script")
+        return json.loads(self.text("script")[number])
+
+
+def with_loose(report: Report, *loose: int) -> Report:
+    """The report with these layers not converged."""
+    layers = [
+        dataclasses.replace(entry, certificate=dataclasses.replace(entry.certificate, converged=index not in loose))
+        for index, entry in enumerate(report.layers)
+    ]
+    return Report(layers, 1.5, 3 * 2**20)
+
+
+REPORTS = {
+    "one layer": Report([layer("lm_head", (2.0,))]),
+    "224 layers": llama(32),
+    "Conv1D": with_loose(power_law(GPT2), 1),
+    "hostile": with_loose(Report([layer(HOSTILE), layer("x.1.\x1b\x00ünï"), layer("x.1.a--b")]), 0),
+    "same names": power_law(["Linear"] * 3),
+}
+
+
+@pytest.fixture(scope="module", params=list(REPORTS))
+def drawn(request: pytest.FixtureRequest) -> tuple[Report, str]:
+    report = REPORTS[request.param]
+    if request.param == "hostile":
+        with pytest.warns(UserWarning, match="Glyph"):  # the font has no picture of a control character
+            return report, render_page(report, (0.5, 0.9), title=HOSTILE)
+    return report, render_page(report, (0.5, 0.9), title=HOSTILE)
+
+
+def test_is_well_formed_and_needs_nothing_else(drawn: tuple[Report, str]) -> None:
+    page = Page(drawn[1])
+    assert len(set(page.ids)) == len(page.ids)
+    for tag, attributes in page.tags:
+        assert not attributes.keys() & {"srcset", "action", "poster", "data", "onload", "xlink:href"}, tag
+        for name in ("src", "href"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:image/png;base64,")), value
+            assert not value.startswith("#") or value == "#" or value[1:] in page.ids
+        for value in attributes.values():
+            for target in re.findall(r"url\(([^)]*)\)", value or ""):
+                assert target[1:] in page.ids
+    assert "url(" not in "".join(page.text("style"))
+    assert "http" not in re.sub(r'http-equiv="', "", drawn[1]), "no address, be it of a name space"
+    assert {tag for tag, _ in page.tags} >= {"title", "h1", "svg", "table", "footer"}
+
+
+def test_says_what_the_report_says(drawn: tuple[Report, str]) -> None:
+    report, text = drawn
+    page = Page(text)
+    assert page.report() == report.to_dict()
+    assert page.text("title") == page.text("h1") == [HOSTILE]
+    rows = [row for row in page.rows if len(row[1]) == len(HEADS)]
+    assert rows[0][1] == list(HEADS)
+    # a NUL is there, too: html.parser, unlike a browser, leaves it as it is
+    assert [cells for _, cells in rows[1:]] == [layer_row(entry) for entry in report.layers]
+    highlighted = [attributes.get("class") == "loose" for attributes, _ in rows[1:]]
+    assert highlighted == [not entry.certificate.converged for entry in report.layers]
+    for share in (0.5, 0.9):
+        assert suggestion(report.layers, share) + "." in page.text("p")
+
+
+def test_names_are_text(drawn: tuple[Report, str]) -> None:
+    page = Page(drawn[1])
+    assert [tag for tag, _ in page.tags if tag in ("script", "b")] == ["script", "script"]
+    assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
+
+
+def test_can_be_read_without_seeing_it() -> None:
+    page = Page(render_page(SMALL))
+    pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert [picture["role"] for picture in pictures] == ["img"] * 3
+    assert all(picture["aria-label"] for picture in pictures)
+    assert "from 10.0 % in model.layers.0.self_attn.q_proj to 13.5 % in" in str(pictures[0]["aria-label"])
+    assert len(page.text("figcaption")) == 3
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    assert ("html", {"lang": "en"}) in page.tags
+
+
+def test_layers_that_have_not_converged_stand_out() -> None:
+    text = render_page(with_loose(llama(2), 3, 5))
+    page = Page(text)
+    assert "2 of 14 not converged" in page.text("strong")
+    assert page.text("code")[:2] == ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj"]
+    assert "and 2 more" not in text
+    many = Page(render_page(with_loose(llama(2), *range(9))))
+    assert ("a", {"href": "#layers"}) in many.tags
+    assert "and 4 more, marked in " in many.text("li")
+    calm = render_page(llama(2))
+    assert "all converged" in Page(calm).text("strong")
+    assert 'class="warning"' not in calm
+    assert 'class="loose"' not in calm
+
+
+def test_time_and_memory_are_left_out_where_they_are_not_known() -> None:
+    known = Page(render_page(with_loose(SMALL)))
+    assert known.text("dd") == ["1.500 s", "2.000 s", "3.0 MiB"]
+    assert Page(render_page(SMALL)).text("dd") == ["2.000 s"]
+    slow = Report([layer("h.0.q"), layer("h.1.q", seconds=0.75), layer("h.2.q", seconds=0.0)])
+    rows = [cells for _, cells in Page(render_page(slow)).rows if len(cells) == 5]
+    assert [(cells[0], *cells[3:]) for cells in rows[1:]] == [
+        ("h.1.q", "750.0", "75.0"),
+        ("h.0.q", "250.0", "25.0"),
+        ("h.2.q", "0.0", "0.0"),
+    ]
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        write_page(SMALL, tmp_path / name, (0.5, 0.9))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    again = Report.from_dict(Page((tmp_path / "a").read_text(encoding="utf-8")).report())
+    assert render_page(again, (0.5, 0.9)) == (tmp_path / "a").read_text(encoding="utf-8")
+
+
+def test_a_users_matplotlibrc_does_not_matter() -> None:
+    from matplotlib import rc_context, rcParams
+
+    plain = render_page(SMALL)
+    with rc_context({"svg.fonttype": "none", "svg.image_inline": False}):
+        assert render_page(SMALL) == plain
+        assert rcParams["svg.fonttype"] == "none", "and it is left as it was"
+
+
+def test_replaces_a_file_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    write_page(SMALL, str(path))
+    assert path.read_text(encoding="utf-8").endswith("</html>\n")
+    assert path.stat().st_mode & 0o777 == 0o644
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_page(llama(1), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("report", "path", "shares", "error", "words"),
+    [
+        (Report(), "page.html", (0.9,), ValueError, "no layer was initialised, so there is nothing to show"),
+        (SMALL, "page.html", (0.9, 90.0), ValueError, "at most 1"),
+        (Report([layer("q", seconds=float("nan"))]), "page.html", (), ValueError, "seconds is NaN"),
+        (
+            SMALL,
+            "missing/page.html",
+            (),
+            FileNotFoundError,
+            "cannot write page.html: the folder .*missing does not exist",
+        ),
+        (SMALL, "", (), FileExistsError, "is a folder"),
+    ],
+)
+def test_refusals_write_nothing(
+    report: Report, path: str, shares: tuple[float, ...], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        write_page(report, tmp_path / path, shares)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'pissa-kernels\[report\]'"):
+        write_page(SMALL, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def layers_of(ranks: dict[str, int]) -> list[LayerReport]:
+    """Layers of rank 8 that keep 90 % at these ranks, and which were scaled by 2."""
+    return [layer(name, (1.0,) * (rank) + (0.0,) * (8 - rank), scaling=2.0) for name, rank in ranks.items()]
+
+
+PATTERNS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "the end of a name": (
+        {"model.layers.0.attn.q": 3, "model.layers.1.attn.q": 5, "model.layers.0.k": 8, "lm_head": 2},
+        {"q": 5, "lm_head": 2},
+    ),
+    "as much of it as is needed": (
+        {"h.0.attn.c_proj": 3, "h.1.attn.c_proj": 4, "h.0.mlp.c_proj": 8, "h.0.mlp.c_fc": 5},
+        {"attn.c_proj": 4, "c_fc": 5},
+    ),
+    "all of it": (
+        {"l.0.attn.out.dense": 8, "l.0.out.dense": 3, "l.1.out.dense": 4, "q": 2, "l.0.q": 5},
+        {"l.[0-9]+.out.dense": 4, "^q": 2, "l.[0-9]+.q": 5},
+    ),
+    "two stacks": (
+        {"encoder.0.q": 3, "encoder.1.q": 3, "decoder.0.q": 6, "decoder.1.q": 8},
+        {"encoder.[0-9]+.q": 3},
+    ),
+    "a name that is a number": ({"0": 3, "1": 4, "2": 4}, {}),
+    "characters of regular expressions": ({"a.0.x+y(": 3, "a.0.z": 8}, {r"x\+y\(": 3}),
+}
+
+
+@pytest.mark.parametrize("case", list(PATTERNS))
+def test_patterns_give_peft_the_ranks(case: str) -> None:
+    ranks, expected = PATTERNS[case]
+    layers = layers_of(ranks)
+    most, pattern = peft_pattern(layers, list(ranks.values()))
+    assert (most, pattern) == (max(ranks.values()), expected)
+    other = pytest.importorskip("peft.utils.other", reason="the rule is PEFT's")
+    keys = list(pattern)
+    for name, rank in ranks.items():
+        for order in (keys, keys[::-1]):
+            found: Any = pattern.get(other.get_pattern_key(order, name), most)
+            assert found >= rank, name
+
+
+def test_the_configuration_is_python_for_peft() -> None:
+    peft = pytest.importorskip("peft", reason="the configuration is PEFT's")
+    layers = layers_of({"h.0.attn.c_proj": 8, "h.0.mlp.c_proj": 4, "h.1.mlp.c_proj": 5, 'h.0."ü\\': 2})
+    (code,) = Page(render_page(Report(layers), (1.0,))).text("code")
+    config = eval(code, {"LoraConfig": peft.LoraConfig})
+    assert (config.r, config.lora_alpha, config.init_lora_weights) == (8, 16, "pissa")
+    assert config.rank_pattern == {"mlp.c_proj": 5, '"ü\\\\': 2}
+    assert config.alpha_pattern == {"mlp.c_proj": 10, '"ü\\\\': 4}
+    assert [least_rank(entry, 1.0) for entry in layers] == [8, 4, 5, 2]
+    same = Page(render_page(Report([layer("q"), layer("k")]))).text("code")
+    assert "pattern" not in same[0]
