@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pissa_kernels as pk
-from pissa_kernels.runtime.transfer import Carrier
+from pissa_kernels.runtime.transfer import PinnedTransfer
 
 from ..peft.test_models import config, lora_layers, moved
 from ..support.models import build, output
@@ -78,11 +78,11 @@ def test_no_svd_on_loading_onto_the_gpu(tmp_path: Any) -> None:
 
 def test_the_carrier_brings_and_takes() -> None:
     weights = [torch.randn(64, 48).bfloat16() for _ in range(7)]
-    carrier = Carrier(torch.device("cuda"))
-    stack = carrier.bring(weights)
+    carrier = PinnedTransfer(torch.device("cuda"))
+    stack = carrier.to_device(weights)
     assert stack.is_cuda
-    taken = [tensor.clone() for tensor in carrier.take(stack)]
+    taken = [tensor.clone() for tensor in carrier.to_host(stack)]
     assert all(torch.equal(one, other) for one, other in zip(weights, taken, strict=True))
     # again, with tensors of another shape
     other = [torch.randn(3, 5) for _ in range(2)]
-    assert all(torch.equal(a, b.clone()) for a, b in zip(other, carrier.take(carrier.bring(other)), strict=True))
+    assert all(torch.equal(a, b.clone()) for a, b in zip(other, carrier.to_host(carrier.to_device(other)), strict=True))

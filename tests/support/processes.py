@@ -1,4 +1,4 @@
-"""What each process of tests/peft/test_distributed.py does: a model of its own, initialised, and its bits for comparison."""
+"""What each process of tests/peft/test_distributed.py does: initialize a model of its own and compare the bits."""
 
 from __future__ import annotations
 
