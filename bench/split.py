@@ -29,7 +29,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "products": (
         (WeightOperator, "apply"),
         (WeightOperator, "adjoint"),
-        (WeightOperator, "_normal"),
+        (WeightOperator, "_both"),
         (WeightOperator, "gram"),
         (GramOperator, "multiply"),
     ),

@@ -1,29 +1,36 @@
-"""PiSSA for PEFT: the exact principal adapter for the price of a rough sketch.
+"""PiSSA for PEFT: the exact principal adapter at the price of a rough sketch.
 
-The names listed in ``__all__`` are the public ones. Importing this package imports torch and nothing heavier: no PEFT,
-no Triton, no question to a GPU.
+The public names are those in ``__all__``. Importing the package imports torch and nothing heavier: neither PEFT nor
+Triton nor safetensors, and it does not query a GPU.
 """
 
 from . import ops
 from ._version import __version__
+from .checkpoint.run import CheckpointReport, init_checkpoint
+from .checkpoint.verify import Finding, Verification, verify_checkpoint
+from .convert.convert import convert_adapter
 from .peft.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
 from .peft.save import save_pissa
 from .pissa import Decomposition, decompose
 from .report import LayerReport, Report
-from .svd.driver import truncated_svd
-from .svd.result import Certificate, TruncatedSVD
+from .svd import Certificate, TruncatedSVD, truncated_svd
 
 __all__ = [
     "Certificate",
+    "CheckpointReport",
     "Decomposition",
+    "Finding",
     "LayerReport",
     "PatchedPeft",
     "Report",
     "TruncatedSVD",
+    "Verification",
     "__version__",
+    "convert_adapter",
     "decompose",
+    "init_checkpoint",
     "ops",
     "original_model",
     "patch_peft",
@@ -31,4 +38,5 @@ __all__ = [
     "save_pissa",
     "truncated_svd",
     "unpatch_peft",
+    "verify_checkpoint",
 ]

@@ -1,20 +1,51 @@
-"""Refusals: each names what was found and what would be accepted, and comes before anything is touched."""
+"""What is refused, with its message. Each check runs once, where a caller's values come in, before any write.
+
+The messages speak of "the weight"; :func:`layer_context` adds the name of the layer where it is known.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .ops import WEIGHT_DTYPES
 
-# PEFT raises with this sentence; callers match on it.
+# PEFT raises a TypeError that starts with this sentence, and callers match it.
 DTYPE_SENTENCE = "Please initialize PiSSA under float32, float16, or bfloat16."
 
 
+@contextlib.contextmanager
+def layer_context(layer: str) -> Iterator[None]:
+    """Context that adds the name of a layer to the errors that leave it. Nested contexts add the innermost name only.
+
+    Args:
+        layer: as in "layer 'model.layers.0.self_attn.q_proj', weight (4096, 4096)".
+    """
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+        if not hasattr(error, "layer"):
+            text = str(error)
+            if text.startswith(DTYPE_SENTENCE):
+                error.args = (f"{DTYPE_SENTENCE} {layer}: {text.removeprefix(DTYPE_SENTENCE).strip()}",)
+            else:
+                error.args = (f"{layer}: {text}",)
+            error.layer = layer  # type: ignore[union-attr]
+        raise
+
+
 def parse_init(init: str) -> int | None:
-    """Rounds that an ``init_lora_weights`` string asks for: None for "pissa", N for "pissa_niter_N".
+    """Parse PEFT's ``init_lora_weights``.
+
+    Args:
+        init: "pissa" or "pissa_niter_N".
+
+    Returns:
+        None for "pissa", the number of rounds N for "pissa_niter_N".
 
     Raises:
         ValueError: any other string, or an N that is not an integer ≥ 0.
@@ -31,61 +62,73 @@ def parse_init(init: str) -> int | None:
     return int(rounds)
 
 
-def check_weight(weight: Tensor, where: str = "the weight") -> None:
-    """Refuse what cannot be decomposed: ``where`` names the layer in the message.
+def check_weight(weight: Tensor) -> None:
+    """Refuse a tensor that cannot be decomposed.
 
     Raises:
-        TypeError: quantised storage, a tensor subclass, or a dtype other than float32, float16 and bfloat16.
+        TypeError: quantized storage, a tensor subclass, or a dtype other than float32, float16 and bfloat16.
         ValueError: empty, on the meta device, or not 2-D.
     """
-    if quantisation := quantised_by(weight):
+    if scheme := quantization_of(weight):
         raise TypeError(
-            f"{DTYPE_SENTENCE} {where} is quantised ({quantisation}): its storage is packed, so its values cannot be "
-            "decomposed in place. Load the model without quantisation, initialise, and quantise the residual model."
+            f"{DTYPE_SENTENCE} the weight is quantized ({scheme}) and its storage is packed, so it cannot be "
+            "decomposed in place. Load the model without quantization, initialize it, and quantize the residual model."
         )
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(
-            f"{DTYPE_SENTENCE} {where} is {weight.dtype} with shape {tuple(weight.shape)}. "
-            "A quantised model is initialised before it is quantised."
+            f"{DTYPE_SENTENCE} the weight is {weight.dtype} with shape {tuple(weight.shape)}. "
+            "A quantized model is initialized before it is quantized."
         )
     if weight.numel() == 0:
         raise ValueError(
-            f"{where} is empty (shape {tuple(weight.shape)}): under DeepSpeed ZeRO-3 the weight has to be gathered "
-            "(deepspeed.zero.GatheredParameters) while it is initialised"
+            f"the weight is empty (shape {tuple(weight.shape)}): under DeepSpeed ZeRO-3 it has to be gathered "
+            "(deepspeed.zero.GatheredParameters) while it is initialized"
         )
     if weight.ndim != 2:
-        raise ValueError(f"{where} must be 2-D, got shape {tuple(weight.shape)}")
+        raise ValueError(f"the weight must be 2-D, got shape {tuple(weight.shape)}")
     if weight.is_meta:
-        raise ValueError(f"{where} is on the meta device and has no values to decompose")
+        raise ValueError("the weight is on the meta device and has no values to decompose")
 
 
-def check_rank(rank: int, shape: tuple[int, ...], where: str = "the weight") -> None:
-    """Refuse a rank that the shape does not have.
+def check_rank(rank: int, shape: tuple[int, ...]) -> None:
+    """Refuse a rank that a matrix of this shape does not have.
 
     Raises:
         ValueError: rank < 1 or rank > min(shape).
     """
     if not 1 <= rank <= min(shape):
         raise ValueError(
-            f"{where} has shape {tuple(shape)}, so PiSSA takes a rank r with 1 ≤ r ≤ {min(shape)}, got r={rank}"
+            f"the weight has shape {tuple(shape)}, so PiSSA takes a rank r with 1 ≤ r ≤ {min(shape)}, got r={rank}"
         )
 
 
-def check_scaling(scaling: float, where: str = "the weight") -> None:
+def check_scaling(scaling: float) -> None:
     """Refuse a scaling that the singular values cannot be divided by.
 
     Raises:
         ValueError: not a finite number above zero.
     """
     if not (math.isfinite(scaling) and scaling > 0):
-        raise ValueError(f"{where}: PiSSA divides by the scaling (lora_alpha/r), which must be above 0, got {scaling}")
+        raise ValueError(f"PiSSA divides by the scaling (lora_alpha/r), which must be above 0, got {scaling}")
 
 
-def quantised_by(weight: Tensor) -> str | None:
-    """What packs the values of ``weight`` behind its dtype, or None for a plain tensor.
+def check_accuracy(tol: float, niter: int | None) -> None:
+    """Refuse a tolerance or a number of rounds out of range.
 
-    Recognised by what the packages put on the parameter: bitsandbytes' ``Params4bit`` and ``Int8Params`` (whose storage
-    dtype may well be a float one), and tensor subclasses that only claim a float dtype (torchao).
+    Raises:
+        ValueError: without ``niter``, a ``tol`` not between 0 and 1; a negative ``niter``.
+    """
+    if niter is None and not 0 < tol < 1:
+        raise ValueError(f"tol must lie between 0 and 1, got {tol}")
+    if niter is not None and niter < 0:
+        raise ValueError(f"niter must be 0 or more, got {niter}")
+
+
+def quantization_of(weight: Tensor) -> str | None:
+    """What packs the values of a weight behind its dtype; None for a plain tensor.
+
+    Recognized by what the packages put on the parameter: bitsandbytes' ``Params4bit`` and ``Int8Params`` (whose storage
+    dtype may be a float one), and tensor subclasses that only claim a float dtype (torchao).
     """
     kind = type(weight).__name__
     if kind in ("Params4bit", "Int8Params") or getattr(weight, "quant_state", None) is not None:

@@ -1,43 +1,89 @@
-"""Exact float32 arithmetic, unit roundoff, and the reconstruction bound in float64."""
+"""Exact float32 arithmetic, unit roundoff, and the reconstruction bound."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# Elements that are held in float64 at a time.
+BLOCK_ELEMENTS = 1 << 18
+# Unit roundoff u of each storage dtype: rounding is off by at most u, relative.
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+_lock = threading.Lock()
+_users = 0
+_restore: Callable[[], None] = lambda: None
+
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """float32 means float32: no autograd, no autocast, no TF32 or bf16 behind a float32 product."""
-    precision = torch.get_float32_matmul_precision()
+    """Context in which float32 products are float32: no TF32 or bf16 instead, no autocast, no autograd graph.
+
+    The precision of float32 products is a setting of the process. It is changed by the first thread that enters and
+    restored by the last that leaves.
+
+    Args:
+        device: where the arithmetic is done, for autocast.
+    """
+    global _users, _restore
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if precision == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
+        with _lock:
+            if _users == 0:
+                _restore = _full_precision_products()
+            _users += 1
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
+            with _lock:
+                _users -= 1
+                if _users == 0:
+                    _restore()
 
 
-# Elements that are held in float64 at a time.
-BLOCK_ELEMENTS = 1 << 18
+def _full_precision_products() -> Callable[[], None]:
+    """Set float32 products to full precision; returns what restores the setting.
+
+    torch has two interfaces to it, ``set_float32_matmul_precision`` and ``fp32_precision`` of each backend. Where the
+    second was used (transformers' ``TrainingArguments(tf32=True)`` does), reading the first raises a RuntimeError.
+    """
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return _full_precision_by_backend()
+    if precision == "highest":
+        return lambda: None
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(precision)
 
 
-# Unit roundoff of each storage dtype: half a unit in the last place, relative.
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+def _full_precision_by_backend() -> Callable[[], None]:
+    backends: Any = torch.backends
+    parents = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
+    found = []
+    for products, parent in parents:
+        precision = products.fp32_precision
+        # an inherited setting reads like one of its own; "none" inherits it again
+        found.append((products, "none" if precision == parent.fp32_precision else precision))
+        products.fp32_precision = "ieee"
+
+    def restore() -> None:
+        for products, precision in found:
+            products.fp32_precision = precision
+
+    return restore
 
 
 def reconstruction(weight: Tensor, residual: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """Worst |W − (W_res + s·B·A)| of any element, over what rounding allows it; Inf where anything is not finite.
+    """Largest |W − (W_res + s·B·A)| of any element relative to its rounding bound; ≤ 1 holds, Inf if not finite.
 
-    Allowed are the one rounding of the residual to its dtype, u·|W_res|, and the float32 product before it,
-    (r + 2)·2⁻²⁴ times (|W| + s·|B|·|A|) (Higham 2002, §3.1). In float64, some rows at a time.
+    The bound is the rounding of the residual to its dtype, u·|W_res|, plus that of the float32 product before it,
+    (r + 2)·2⁻²⁴ times (|W| + s·|B|·|A|) (Higham 2002, §3.1). Computed in float64, a block of rows at a time.
 
     Args:
         weight, residual: (out, in), of one dtype.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,17 +11,42 @@ from . import ops
 from .checks import check_rank, check_scaling, check_weight, parse_init
 from .numerics import exact_arithmetic
 from .ops import reference
-from .svd.driver import DEFAULT_TOL, truncated_svd
+from .svd.driver import DEFAULT_TOL, solve_batch
 from .svd.result import Certificate, TruncatedSVD
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is asked of one layer.
+
+    Attributes:
+        rank: r.
+        scaling: the adapter's scaling s (lora_alpha/r, or lora_alpha/√r with rsLoRA).
+        init: "pissa" or "pissa_niter_N".
+        seed: seed of the sketch.
+        niter: N of "pissa_niter_N", None for "pissa"; parsed from ``init``.
+
+    Raises:
+        ValueError: another ``init``.
+    """
+
+    rank: int
+    scaling: float = 1.0
+    init: str = "pissa"
+    seed: int = 0
+    niter: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "niter", parse_init(self.init))
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The principal adapter of one weight, before anything is written.
+    """The initial adapter of one weight.
 
     Attributes:
-        lora_A: (r, in) float32, contiguous: √(S/s)·Vᵀ.
-        lora_B: (out, r) float32, contiguous: U·√(S/s).
+        lora_A: (r, in) float32, contiguous: √(S/s)·Vᵀ, rounded to the adapter's dtype.
+        lora_B: (out, r) float32, contiguous: U·√(S/s), rounded to the adapter's dtype.
         singular_values: (r,) float32, descending; the scaling is not applied.
         certificate: of the SVD, before A and B were rounded.
     """
@@ -44,11 +69,11 @@ class Decomposition(Factors):
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What energy deficit "pissa" works to for an adapter that ``dtype`` stores: 1e-6, or 2.5e-6 for bfloat16.
+    """Energy deficit that "pissa" iterates to, for an adapter stored in ``dtype``: 1e-6, or 2.5e-6 for bfloat16.
 
-    To round A elementwise costs about u²/6 of its energy, u the dtype's unit roundoff: an element in [2ᵉ, 2ᵉ⁺¹) is off
-    by up to u·2ᵉ, evenly spread. An SVD that lacks as much again at most doubles that, and may be there a step
-    sooner; below 1e-6 the rounding no longer counts.
+    Rounding A elementwise costs about u²/6 of its energy, u the unit roundoff of the dtype: an element in [2ᵉ, 2ᵉ⁺¹)
+    is off by up to u·2ᵉ, uniformly distributed. An SVD with the same deficit at most doubles it and may finish a step
+    earlier; below 1e-6 the rounding is negligible.
     """
     roundoff = torch.finfo(dtype).eps / 2
     return max(DEFAULT_TOL, roundoff**2 / 6)
@@ -65,98 +90,116 @@ def decompose(
     inplace: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> Decomposition:
-    """Split a weight into its principal LoRA adapter and the residual that is frozen.
+    """Split a weight into its principal LoRA adapter and the residual that stays frozen.
 
-    The residual is taken against A and B as they will be stored: both are rounded to ``adapter_dtype`` first, so that
-    residual + s·B·A differs from W by the one rounding of the residual to the weight's dtype:
-    |W − residual − s·B·A| ≤ u·|residual| elementwise, u the dtype's unit roundoff (2⁻⁸ bfloat16, 2⁻¹¹ float16,
-    2⁻²⁴ float32), plus the float32 rounding of the product.
+    A and B are rounded to ``adapter_dtype`` before the residual is taken, so that residual + s·B·A differs from W by
+    one rounding of the residual to the weight's dtype: |W − residual − s·B·A| ≤ u·|residual| elementwise, u the unit
+    roundoff of the dtype (2⁻⁸ bfloat16, 2⁻¹¹ float16, 2⁻²⁴ float32), plus the float32 round-off of the product.
 
     Args:
         weight: (out, in), or (in, out) with ``fan_in_fan_out``; float32, float16 or bfloat16; any strides.
-        rank: 1 ≤ r ≤ min(out, in).
+        rank: r, 1 ≤ r ≤ min(out, in).
         scaling: the adapter's scaling s > 0 (lora_alpha/r, or lora_alpha/√r with rsLoRA).
-        init: "pissa", to an energy deficit of :func:`tolerance` before A is rounded, or "pissa_niter_N", at least as
+        init: "pissa", to the energy deficit of :func:`tolerance` before A is rounded, or "pissa_niter_N", at least as
             accurate as N rounds of ``torch.svd_lowrank``.
-        fan_in_fan_out: the weight is stored (in, out), as transformers' ``Conv1D`` stores it.
-        seed: of the sketch; torch's global random state is neither used nor changed.
-        inplace: write the residual over ``weight``; all checks come first.
-        adapter_dtype: what A and B will be stored in; the weight's dtype by default, as PEFT does it. They are returned
-            as float32 that this dtype holds exactly.
+        fan_in_fan_out: the weight is stored (in, out), as in transformers' ``Conv1D``.
+        seed: seed of the sketch; torch's global random state is neither used nor changed.
+        inplace: overwrite ``weight`` with the residual, after all checks.
+        adapter_dtype: dtype that will store A and B; by default the weight's, as in PEFT. They are returned as float32
+            tensors whose values this dtype represents exactly.
 
     Returns:
         A, B, residual, singular values and certificate.
 
     Raises:
-        TypeError: a quantised weight or a dtype other than float32, float16 and bfloat16.
+        TypeError: a quantized weight, or a dtype other than float32, float16 and bfloat16.
         ValueError: rank, scaling, shape or ``init`` out of range; NaN or Inf in the weight; a residual that overflows
             the weight's dtype; ``inplace`` on a weight whose elements share memory.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> W = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+        >>> d = pk.decompose(W, rank=8, scaling=2.0)
+        >>> d.lora_A.shape, d.lora_B.shape
+        (torch.Size([8, 48]), torch.Size([64, 8]))
+        >>> bool(torch.allclose(d.residual + 2.0 * d.lora_B @ d.lora_A, W, atol=1e-5))
+        True
+        >>> d.certificate.converged
+        True
     """
-    if inplace and weight.ndim == 2 and ops.has_overlap(weight):
+    recipe = Recipe(rank, scaling, init, seed)
+    check_weight(weight)
+    check_rank(rank, weight.shape)
+    check_scaling(scaling)
+    if inplace and ops.has_overlap(weight):
         raise ValueError(
             f"inplace=True takes a weight of its own memory, got strides {weight.stride()}; clone it first"
         )
-    factors = principal_factors(
-        weight,
-        rank,
-        scaling=scaling,
-        init=init,
-        fan_in_fan_out=fan_in_fan_out,
-        seed=seed,
-        adapter_dtype=adapter_dtype,
-    )
+    view = weight.detach().mT if fan_in_fan_out else weight.detach()
+    factors = principal_factors(view, recipe, adapter_dtype)
     with exact_arithmetic(weight.device):
         residual = weight.detach() if inplace else weight.detach().clone(memory_format=torch.preserve_format)
         ops.subtract_lowrank_(residual, factors.lora_B, factors.lora_A, scaling, fan_in_fan_out)
     return Decomposition(**vars(factors), residual=residual)
 
 
-def principal_factors(
-    weight: Tensor,
-    rank: int,
-    *,
-    scaling: float,
-    init: str,
-    fan_in_fan_out: bool,
-    seed: int,
-    adapter_dtype: torch.dtype | None = None,
-    where: str = "the weight",
-) -> Factors:
-    """The read-only part of :func:`decompose`; everything that can be refused is refused here, naming ``where``."""
-    niter = parse_init(init)
-    check_weight(weight, where)
-    check_rank(rank, weight.shape, where)
-    check_scaling(scaling, where)
-    view = weight.detach().mT if fan_in_fan_out else weight.detach()
-    dtype = adapter_dtype or weight.dtype
-    try:
-        svd = truncated_svd(view, rank, tol=tolerance(dtype), niter=niter, seed=seed)
-    except ValueError as error:  # non-finite values are found by the engine, which does not know the layer
-        raise ValueError(f"{where} {tuple(weight.shape)}: {error}") from None
-    return rounded_factors(view, svd, scaling, dtype, where)
+def principal_factors(weight: Tensor, recipe: Recipe, adapter_dtype: torch.dtype | None = None) -> Factors:
+    """A and B of a weight that has passed the checks of :mod:`pissa_kernels.checks`. The weight is only read.
+
+    Args:
+        weight: (out, in), any strides.
+        recipe: rank, scaling, accuracy and seed.
+        adapter_dtype: dtype that will store A and B; by default the weight's.
+
+    Raises:
+        ValueError: NaN or Inf in the weight; A, B or the residual overflow their dtype.
+    """
+    return principal_factors_of_batch(weight.unsqueeze(0), [recipe], adapter_dtype)[0]
 
 
-def rounded_factors(weight: Tensor, svd: TruncatedSVD, scaling: float, dtype: torch.dtype, where: str) -> Factors:
+def principal_factors_of_batch(
+    weights: Tensor, recipes: list[Recipe], adapter_dtype: torch.dtype | None = None
+) -> list[Factors]:
+    """:func:`principal_factors` of each weight of a batch (batch, out, in), with shared small problems.
+
+    Args:
+        weights: (batch, out, in).
+        recipes: one for each weight, equal but for the scaling.
+        adapter_dtype: as for one weight.
+
+    Raises:
+        ValueError: as for one weight.
+    """
+    first, dtype = recipes[0], adapter_dtype or weights.dtype
+    svds = solve_batch(weights, first.rank, tol=tolerance(dtype), niter=first.niter, seed=first.seed)
+    return [
+        rounded_factors(weight, svd, recipe.scaling, dtype)
+        for weight, svd, recipe in zip(weights, svds, recipes, strict=True)
+    ]
+
+
+def rounded_factors(weight: Tensor, svd: TruncatedSVD, scaling: float, dtype: torch.dtype) -> Factors:
     """A and B of a weight (out, in) from its triplets, rounded to the dtype that will store them.
 
     Raises:
-        ValueError: A or B exceed the range of ``dtype``, or the residual that of the weight's.
+        ValueError: A or B overflow ``dtype``, or the residual overflows the weight's dtype.
     """
     with exact_arithmetic(weight.device):
         root = (svd.S / scaling).sqrt()
         lora_A = (root[:, None] * svd.Vh).to(dtype).float()
         lora_B = (svd.U * root).to(dtype).float()
         if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-            raise ValueError(f"{where} {tuple(weight.shape)}: its factors exceed the range of {dtype}")
+            raise ValueError(f"the factors of the weight exceed the range of {dtype}")
         factors = Factors(lora_A, lora_B, svd.S, svd.certificate)
-        _check_residual_range(weight, factors, scaling, where)
+        _check_residual_range(weight, factors, scaling)
     return factors
 
 
-def _check_residual_range(weight: Tensor, factors: Factors, scaling: float, where: str) -> None:
-    """Refuse a residual that its dtype cannot hold (a weight at the end of its range), before it is written."""
+def _check_residual_range(weight: Tensor, factors: Factors, scaling: float) -> None:
+    """Refuse a residual that overflows the weight's dtype, before it is written."""
     limit = torch.finfo(weight.dtype).max
-    # |R_ij| ≤ |W_ij| + |s·B·A|_ij ≤ max|W| + σ₁, and max|W| ≤ σ₁: nearly every weight is settled here
+    # |R_ij| ≤ |W_ij| + |s·B·A|_ij ≤ max|W| + σ₁ and max|W| ≤ σ₁, which settles nearly every weight
     if 2.1 * float(factors.singular_values[0]) < limit:
         return
     left = factors.lora_B
@@ -164,6 +207,5 @@ def _check_residual_range(weight: Tensor, factors: Factors, scaling: float, wher
         residual = block - scaling * (left[start:stop].double() @ factors.lora_A.double())
         if float(residual.abs().amax()) > limit:
             raise ValueError(
-                f"{where} {tuple(weight.shape)}: its residual exceeds the range of {weight.dtype} (±{limit:g}); "
-                "initialise it in a wider dtype"
+                f"the residual exceeds the range of {weight.dtype} (±{limit:g}); initialize it in a wider dtype"
             )

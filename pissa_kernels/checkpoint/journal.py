@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import IO, Any
 
 from ..files.atomic import RESUMABLE, fsync, write_text
 from ..files.header import write_at
-from .plan import CheckpointJob
+from .plan import CheckpointJob, unfinished_folder
 
 PLAN = "plan.json"
 
@@ -34,7 +33,7 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self.result = out
-        self.folder = out.parent / f".{out.name}.unfinished"
+        self.folder = unfinished_folder(out)
         self.out = self.folder / "out"
         self._replaced = self.folder / "replaced"
 
@@ -129,6 +128,8 @@ class Journal:
         Raises:
             RuntimeError: another run is at work here.
         """
+        import fcntl  # not on Windows, where the rest of the package can be imported
+
         missing = [parent for parent in self.folder.parents if not parent.exists()]
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ class Journal:
                 for folder in (self.folder, *missing):
                     folder.rmdir()
 
-    def journal(self, rank: int) -> IO[str]:
+    def open(self, rank: int) -> IO[str]:
         """One rank's journal, to be appended to; a line that was cut short is ended first."""
         path = self.folder / f"journal-{rank}.jsonl"
         file = path.open("a", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``pissa-kernels init``: a checkpoint in, its residual and its adapter out."""
+"""``init_checkpoint``: a checkpoint in, its residual and its adapter out."""
 
 from __future__ import annotations
 
@@ -6,241 +6,257 @@ import contextlib
 import json
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..files.atomic import RESUMABLE, copy_file, write_text
-from ..files.header import sha256
 from ..numerics import exact_arithmetic
 from ..report import Report
-from ..report.layer import layer_from_dict
 from ..runtime.distributed import ProcessGroup, joined
 from ..runtime.memory import Peak
-from ..runtime.progress import progress
+from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
 from .journal import Journal
-from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
-from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob, TensorJob
+from .manifest import MANIFEST, REPORT, Manifest
+from .plan import CheckpointJob, TensorJob, plan_checkpoint
+from .publish import by_tensor, collect_records, publish, tensor_key
+from .targets import AdapterOptions
 from .worker import Record, Worker
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run did.
+@dataclass(eq=False, repr=False)
+class CheckpointReport(Report):
+    """The report of a checkpoint run.
 
     Attributes:
-        report: of all targets, in the model's order.
-        done: tensors that this run did, over all ranks.
-        kept: tensors that an earlier run had done.
+        out: folder of the result; None for a report that was read from a file.
+        written: tensors that the run wrote, over all processes.
+        kept: tensors that an earlier run had written.
+        size: bytes of its safetensors files.
+        left_out: files of the source that hold weights in other formats, and are not part of the result.
     """
 
-    report: Report
-    done: int
-    kept: int
+    out: Path | None = None
+    written: int = 0
+    kept: int = 0
+    size: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 def init_checkpoint(
-    plan: CheckpointJob,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    init: str = "pissa",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    workers: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+    on_plan: Callable[[CheckpointJob], None] | None = None,
+    on_tensor: Callable[[Record], None] | None = None,
+) -> CheckpointReport:
+    """Turn a checkpoint folder into its residual and a PiSSA adapter, without loading the model.
+
+    ``out`` becomes a checkpoint with the names, dtypes, shards and index of the source, in which the weights of the
+    adapted layers are residuals; ``out/pissa_init`` holds the adapter. Plain transformers and PEFT load both. One
+    weight per worker is in memory at a time. The result appears complete or not at all. Each weight is decomposed by
+    one thread, so the bytes depend on the kind of CPU or GPU, not on the number of workers or processes. Under torchrun
+    every process calls this on a folder that all share.
+
+    Args:
+        model: folder with config.json and safetensors.
+        out: folder of the result. It may exist empty.
+        rank: r of every layer.
+        alpha: ``lora_alpha``; None for the rank, a scaling of 1.
+        target_modules: names of modules, one regular expression, or "all-linear", as for PEFT; None for "all-linear".
+        exclude_modules: names of modules, or one regular expression; None for none.
+        rank_pattern, alpha_pattern: ranks and alphas of single layers, as for PEFT.
+        use_rslora: scale by alpha/√r instead of alpha/r.
+        init: "pissa" or "pissa_niter_N".
+        seed: seed of the sketches.
+        trust_remote_code: run the Python code that comes with the checkpoint to build its model.
+        device: "cpu" or "cuda", where the weights are decomposed.
+        workers: weights at a time in this process; None for as many as torch has threads, two on a GPU.
+        resume: continue an unfinished run, if there is one.
+        force: replace a finished result, and start an unfinished run again unless ``resume``.
+        progress: show a bar where stderr is a terminal.
+        on_plan: called with the plan before anything is written.
+        on_tensor: called with the journal record of each tensor of this process.
+
+    Returns:
+        The report of all layers, in the model's order.
+
+    Raises:
+        FileExistsError: ``out`` exists, a run is unfinished, or ``out`` lies in, under or above the source.
+        FileNotFoundError, NotADirectoryError: no checkpoint at ``model``.
+        OSError: reading or writing failed. The run can be resumed, and the source is unchanged.
+        RuntimeError: another process writes to ``out``, or ``device`` is not available.
+        TypeError, ValueError: a layer or an option is refused; the message names it. Or the unfinished run had other
+            options or another source.
+
+    Examples:
+        >>> import pathlib, tempfile, torch, transformers
+        >>> import pissa_kernels as pk
+        >>> config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        ...     num_attention_heads=2, vocab_size=64)
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+        >>> report = pk.init_checkpoint(folder / "base", folder / "out", rank=4, target_modules=["q_proj", "v_proj"])
+        >>> [(layer.name, layer.rank) for layer in report.layers]
+        [('model.layers.0.self_attn.q_proj', 4), ('model.layers.0.self_attn.v_proj', 4)]
+        >>> pk.verify_checkpoint(folder / "base", folder / "out")
+        []
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise RuntimeError(f"device={device!r}: this torch sees no CUDA device")
+    options = AdapterOptions(
+        rank=rank,
+        alpha=alpha,
+        init=init,
+        seed=seed,
+        target_modules=_names(target_modules) or ("all-linear",),
+        exclude_modules=_names(exclude_modules),
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        use_rslora=use_rslora,
+        trust_remote_code=trust_remote_code,
+    )
+    job = plan_checkpoint(Path(model), Path(out), options, device)
+    if on_plan is not None:
+        on_plan(job)
+    return run_job(job, workers=workers, resume=resume, force=force, on_tensor=on_tensor, progress=progress)
+
+
+def _names(modules: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (modules,) if isinstance(modules, str) else tuple(modules or ())
+
+
+def run_job(
+    job: CheckpointJob,
     *,
     workers: int | None = None,
     resume: bool = False,
     force: bool = False,
     on_tensor: Callable[[Record], None] | None = None,
-    shown: bool = True,
-) -> Outcome:
-    """Carry out a plan: the result appears at ``plan.out`` as a whole, or not at all.
-
-    Each weight is decomposed by one thread, so the result's bytes depend neither on the number of workers nor on that
-    of the ranks; they do on the kind of CPU or GPU. Under torchrun every rank calls this, on a folder that they share.
-
-    Args:
-        plan: of :func:`pissa_kernels.checkpoint.plan.plan_checkpoint`.
-        workers: threads of this process; by default as many as torch uses, two for a GPU.
-        resume: go on with an unfinished run, if there is one.
-        force: replace a finished result at the end, and begin an unfinished one again unless ``resume``.
-        on_tensor: told of each tensor of this rank, with its journal record.
-        shown: a progress bar, where stderr is a terminal.
-
-    Raises:
-        FileExistsError: there is a result, or an unfinished one, and neither ``force`` nor ``resume`` says what to do.
-        OSError: reading or writing failed; what is done can be resumed, and the source is untouched.
-        ValueError: the unfinished run had another plan; or a weight's values are refused, with the layer's name.
-    """
-    staging = Journal(plan.out)
-    with joined() as ranks, contextlib.ExitStack() as lock:
-        several_hosts = ranks.on_several_hosts()
-        with ranks.together():
-            if ranks.first:
-                lock.enter_context(staging.locked())
-            finished = ranks.first and not _begin(plan, staging, resume, force)
-        if any(ranks.gather(finished)):
-            return Outcome(Report.read(plan.out / REPORT), 0, len(plan.items))
+    progress: bool = True,
+) -> CheckpointReport:
+    """Carry out a plan. The arguments, errors and result are those of :func:`init_checkpoint`."""
+    journal = Journal(job.out)
+    with joined() as group, contextlib.ExitStack() as lock:
+        several_hosts = group.on_several_hosts()
+        with group.together():
+            if group.first:
+                lock.enter_context(journal.locked())
+            finished = group.first and not _begin(job, journal, resume, force)
+        if any(group.gather(finished)):
+            return _report(job, kept=len(job.tensors))
         began, peak = time.perf_counter(), Peak()
-        with ranks.together(), peak:
-            kept = _work(plan, staging, ranks, workers, on_tensor, shown)
-        kept = sum(ranks.gather(kept))
-        with ranks.together():
-            if ranks.first:
-                records = _records(plan, staging, check=several_hosts)
-                # what an earlier run took is not known
+        with group.together(), peak:
+            kept = _work(job, journal, group, workers, on_tensor, progress)
+        kept = sum(group.gather(kept))
+        with group.together():
+            if group.first:
+                records = collect_records(job, journal, check=several_hosts)
+                # the time of an earlier run is not known
                 seconds = time.perf_counter() - began if not kept else None
-                _finish(plan, staging, records, seconds, peak.extra_bytes)
-        return Outcome(Report.read(plan.out / REPORT), len(plan.items) - kept, kept)
+                publish(job, journal, records, seconds, peak.extra_bytes)
+        return _report(job, kept)
 
 
-def _begin(plan: CheckpointJob, staging: Journal, resume: bool, force: bool) -> bool:
-    """Make the staging folder, or see that it can be gone on with; False where there is nothing left to do."""
-    unfinished, there = staging.exists(), os.path.lexists(plan.out)
+def _report(job: CheckpointJob, kept: int) -> CheckpointReport:
+    report = Report.read(job.out / REPORT)
+    return CheckpointReport(
+        **vars(report),
+        out=job.out,
+        written=len(job.tensors) - kept,
+        kept=kept,
+        size=job.size,
+        left_out=job.checkpoint.left_out,
+    )
+
+
+def _begin(job: CheckpointJob, journal: Journal, resume: bool, force: bool) -> bool:
+    """Create the folder of the run, or check that it can be resumed. False where the result is complete already."""
+    unfinished, exists = journal.exists(), os.path.lexists(job.out)
     if unfinished and not (resume or force):
-        raise FileExistsError(f"{plan.out} has an unfinished run; --resume goes on with it, --force begins again")
+        raise FileExistsError(f"{job.out} has an unfinished run; --resume continues it, --force starts again")
     if unfinished and resume:
-        staging.check(plan)
-        if not staging.out.exists():  # it was renamed, and then the run was killed
-            staging.discard()
+        journal.check(job)
+        if not journal.out.exists():  # the run was killed after it had renamed its result
+            journal.discard()
             return False
-        if there and not (force or staging.replaces()):
-            raise FileExistsError(f"{plan.out} exists; --force replaces it")
-        staging.lay_out(plan)  # no journal says whether the headers reached the disk
+        if exists and not (force or journal.replaces()):
+            raise FileExistsError(f"{job.out} exists; --force replaces it")
+        journal.lay_out(job)  # no journal says whether the headers were flushed to the disk
         return True
-    if there and not force:
-        if resume and (plan.out / MANIFEST).is_file() and Manifest.read(plan.out).plan == plan.record():
+    if exists and not force:
+        if resume and (job.out / MANIFEST).is_file() and Manifest.read(job.out).plan == job.record():
             return False
-        if not plan.out.is_dir() or any(plan.out.iterdir()):
-            raise FileExistsError(f"{plan.out} exists and is not an empty folder; --force replaces it at the end")
-    staging.begin(plan, replace=force or there)
+        if not job.out.is_dir() or any(job.out.iterdir()):
+            raise FileExistsError(f"{job.out} exists and is not an empty folder; --force replaces it at the end")
+    journal.begin(job, replace=force or exists)
     return True
 
 
 def _work(
-    plan: CheckpointJob,
-    staging: Journal,
-    ranks: ProcessGroup,
+    job: CheckpointJob,
+    journal: Journal,
+    group: ProcessGroup,
     workers: int | None,
     on_tensor: Callable[[Record], None] | None,
-    shown: bool,
+    progress: bool,
 ) -> int:
-    """Do this rank's share; the number of tensors in it that had been done."""
-    device = CPU if plan.device == "cpu" else torch.device(plan.device, ranks.local % torch.cuda.device_count())
+    """Do the share of this process. Returns the number of its tensors that an earlier run had written."""
+    device = CPU if job.device == "cpu" else torch.device(job.device, group.local % torch.cuda.device_count())
     threads = torch.get_num_threads()
     workers = workers or (threads if device == CPU else 2)
-    items = plan.share(ranks.rank, ranks.world)
-    claimed = _by_tensor(staging.records())
+    tensors = job.share(group.rank, group.world)
+    recorded = by_tensor(journal.records())
     kept = 0
-    with Worker(plan, staging.out, device) as worker, staging.journal(ranks.rank) as journal:
+    with Worker(job, journal.out, device) as worker, journal.open(group.rank) as lines:
 
         def one(index: int, emit: Callable[[tuple[TensorJob, Record, bool]], None]) -> None:
-            torch.set_num_threads(1)  # of this thread alone, except MKL's
-            item = items[index]
-            record = next(filter(worker.holds, claimed.get(_key(item), ())), None)
-            if index + workers < len(items):
-                worker.will_need(items[index + workers])
-            emit((item, record or worker.run(item), record is not None))
+            torch.set_num_threads(1)  # of this thread, and of MKL in the whole process
+            tensor = tensors[index]
+            record = next(filter(worker.holds, recorded.get(tensor_key(tensor), ())), None)
+            if index + workers < len(tensors):
+                worker.will_need(tensors[index + workers])
+            emit((tensor, record or worker.run(tensor), record is not None))
 
         def done(finished: tuple[TensorJob, Record, bool]) -> None:
             nonlocal kept
-            item, record, held = finished
+            tensor, record, held = finished
             if held:
                 kept += 1
             else:
-                journal.write(json.dumps(record) + "\n")
-                journal.flush()
-            tick(item.entry.name, item.entry.nbytes)
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+            tick(tensor.info.name, tensor.info.nbytes)
             if on_tensor is not None:
                 on_tensor({**record, "kept": held})
 
-        jobs = [partial(one, index) for index in range(len(items))]
+        jobs = [partial(one, index) for index in range(len(tensors))]
         with (
-            progress(len(items), "PiSSA", unit="tensor", shown=shown and ranks.first) as tick,
+            progress_bar(len(tensors), "PiSSA", unit="tensor", shown=progress and group.first) as tick,
             exact_arithmetic(device),
         ):
             try:
                 run_jobs(jobs, workers, done)
             finally:
-                torch.set_num_threads(threads)  # MKL's number is the process's too
+                torch.set_num_threads(threads)
     return kept
-
-
-def _records(plan: CheckpointJob, staging: Journal, *, check: bool) -> dict[tuple[str, str], Record]:
-    """One journal record of every tensor.
-
-    Args:
-        plan, staging: of the run.
-        check: that the staged bytes are there, as written by machines that do not share a cache.
-
-    Raises:
-        RuntimeError: they are not.
-    """
-    found = {}
-    claimed = _by_tensor(staging.records())
-    with Worker(plan, staging.out, CPU) as worker:
-        for item in plan.items:
-            records = claimed.get(_key(item), [])
-            # of two runs on different machines the files may hold either one's bytes
-            if check or len({_digests(record) for record in records}) != 1:
-                records = list(filter(worker.holds, records))
-            if not records:
-                raise RuntimeError(
-                    f"{staging.folder}: the bytes of tensor {item.entry.name!r} are not those that were written; "
-                    "--resume does it again"
-                )
-            found[_key(item)] = records[-1]
-    return found
-
-
-def _finish(
-    plan: CheckpointJob,
-    staging: Journal,
-    records: dict[tuple[str, str], Record],
-    seconds: float | None,
-    peak_bytes: int | None,
-) -> None:
-    """Write all that is no tensor, see that the source has not changed meanwhile, and publish."""
-    out = staging.out
-    files: dict[str, dict[str, Any]] = {
-        name: {"header": sha256(header.encoded), "tensors": {}} for name, header in plan.headers.items()
-    }
-    for (shard, tensor), record in records.items():
-        files[shard]["tensors"][tensor] = record["sha256"]
-        files[ADAPTER_WEIGHTS]["tensors"].update(record.get("adapter", {}))
-    for name in plan.checkpoint.others:
-        files[name] = {"sha256": copy_file(plan.checkpoint.folder / name, out / name)}
-    config = {**plan.adapter.config, "base_model_name_or_path": str(plan.out.resolve())}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_text(out / ADAPTER_CONFIG, text, suffix=RESUMABLE)
-    files[ADAPTER_CONFIG] = {"sha256": sha256(text.encode())}
-    layers = [
-        layer_from_dict(records[target.shard, target.entry.name]["layer"], target.name)
-        for target in plan.adapter.targets
-    ]
-    report = Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).to_json() + "\n"
-    write_text(out / REPORT, report, suffix=RESUMABLE)
-    write_text(out / REPORT_DIGEST, f"{sha256(report.encode())}  {Path(REPORT).name}\n", suffix=RESUMABLE)
-    targets = {
-        target.entry.name: {"layer": target.name, "transposed": target.transposed} for target in plan.adapter.targets
-    }
-    Manifest(plan.record(), files, targets).write(out)
-    staging.check(plan)
-    staging.publish()
-
-
-def _key(item: TensorJob) -> tuple[str, str]:
-    return item.shard, item.entry.name
-
-
-def _by_tensor(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        found[record.get("shard", ""), record.get("tensor", "")].append(record)
-    return found
-
-
-def _digests(record: Record) -> str:
-    return json.dumps([record.get("sha256"), record.get("adapter")], sort_keys=True)

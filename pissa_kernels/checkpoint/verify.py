@@ -1,108 +1,107 @@
-"""``pissa-kernels verify``: every byte of a result against its digest, every tensor against the original checkpoint."""
+"""``verify_checkpoint``: every byte of a result against its hash, every tensor against the original checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..adapter.names import factor_key
 from ..files.atomic import sha256_of_file
 from ..files.folder import Checkpoint, files_of, open_checkpoint
 from ..files.header import Header, TensorInfo, bytes_of, chunks, read_header, read_tensor, sha256, sha256_of
-from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
+from ..numerics import exact_arithmetic
 from ..report import LayerReport, Report
-from ..runtime.progress import progress
+from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
+from .check_layer import LayerCheck, check_layer
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_WEIGHTS
 
-# Of sums in float32 of up to 10⁹ squares, in blocks.
-ENERGY_ROUNDING = 1e-4
-# Of a residual that is measured in float32 once more.
-RESIDUAL_ROUNDING = 1e-5
 
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """What was found of one residual.
+class Finding(NamedTuple):
+    """One thing that does not hold.
 
     Attributes:
-        name: of the layer.
-        reconstruction: worst |W − (W_res + s·B·A)| over what rounding allows; 1 and less holds.
-        energy: s²·Σ‖Bᵢ‖²‖Aᵢ‖² / ‖W‖_F², of the factors as they are stored.
-        residual: max ‖W·vᵢ − σᵢ·uᵢ‖ or ‖Wᵀ·uᵢ − σᵢ·vᵢ‖, over σ₁, of the same.
-        problem: what does not hold; "" for nothing.
+        where: name of a tensor or file.
+        what: what is wrong with it.
     """
 
-    name: str
-    reconstruction: float
-    energy: float
-    residual: float
-    problem: str
+    where: str
+    what: str
 
 
-@dataclass
-class Verification:
-    """What :func:`verify_checkpoint` found.
+class Verification(list[Finding]):
+    """The findings of :func:`verify_checkpoint`, sorted: an empty list where everything holds.
 
     Attributes:
-        layers: every residual, in the report's order.
-        copied: tensors that are the original's, bit for bit.
-        files: other files that are as they were written.
-        problems: (where, what), for each thing that is off; none if all holds.
-        extra: files that the result did not have when it was written.
+        layers: check of every residual, in the report's order.
+        copied: number of tensors that equal the original's bit for bit.
+        files: number of other files that are as they were written.
+        extra: files that were not part of the result when it was written.
     """
 
-    layers: list[LayerCheck] = field(default_factory=list)
-    copied: int = 0
-    files: int = 0
-    problems: list[tuple[str, str]] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[LayerCheck] = []
+        self.copied = 0
+        self.files = 0
+        self.extra: list[str] = []
 
-    @property
-    def holds(self) -> bool:
-        return not self.problems
+    def note(self, where: str, what: str) -> None:
+        """Add a finding."""
+        self.append(Finding(where, what))
 
 
-def verify_checkpoint(base: Path, out: Path, *, workers: int | None = None, shown: bool = True) -> Verification:
-    """Read both folders from end to end, a tensor at a time.
+def verify_checkpoint(
+    base: str | os.PathLike[str], out: str | os.PathLike[str], *, workers: int | None = None, progress: bool = True
+) -> Verification:
+    """Check an initialized checkpoint against the original. Both are read completely, one tensor at a time.
+
+    Three things are checked: copied tensors and files equal the original's bit for bit, and every byte is the one that
+    was written; W_res + s·B·A is W to one rounding; A and B are the triplets of their certificate.
 
     Args:
-        base: the original checkpoint.
-        out: what ``pissa-kernels init`` made of it.
-        workers: threads; by default as many as torch uses.
-        shown: a progress bar, where stderr is a terminal.
+        base: folder of the original checkpoint.
+        out: folder that :func:`init_checkpoint` has written.
+        workers: tensors at a time; None for as many as torch has threads.
+        progress: show a bar where stderr is a terminal.
+
+    Returns:
+        The findings, empty where everything holds.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: a folder that is not there, or was not written by ``init``.
-        ValueError: the original is damaged, or the manifest, without which nothing else can be judged.
+        FileNotFoundError, NotADirectoryError: a folder does not exist, or ``out`` has no manifest.
+        ValueError: the original or the manifest is damaged.
+
+    Examples:
+        See :func:`init_checkpoint`.
     """
+    base, out = Path(base), Path(out)
     checkpoint = open_checkpoint(base)
     if not out.is_dir():
-        raise FileNotFoundError(f"{out} does not exist" if not out.exists() else f"{out} is no folder")
+        raise FileNotFoundError(f"{out} does not exist" if not out.exists() else f"{out} is not a folder")
     manifest = Manifest.read(out)
     verification = Verification()
     reports = _check_files(checkpoint, out, manifest, verification)
     threads = torch.get_num_threads()
     with _Folders(checkpoint, out, manifest, verification) as folders, exact_arithmetic(torch.device("cpu")):
         jobs = list(_jobs(folders, reports))
-        with progress(len(jobs), "verify", unit="tensor", shown=shown) as tick:
+        with progress_bar(len(jobs), "verify", unit="tensor", shown=progress) as tick:
 
-            def done(finding: _Finding) -> None:
-                tick(finding.name, finding.nbytes)
-                if finding.problem:
-                    verification.problems.append((finding.name, finding.problem))
-                if finding.layer is not None:
-                    verification.layers.append(finding.layer)
-                elif not finding.problem:
+            def done(check: _TensorCheck) -> None:
+                tick(check.name, check.nbytes)
+                if check.problem:
+                    verification.note(check.name, check.problem)
+                if check.layer is not None:
+                    verification.layers.append(check.layer)
+                elif not check.problem:
                     verification.copied += 1
 
             try:
@@ -111,12 +110,12 @@ def verify_checkpoint(base: Path, out: Path, *, workers: int | None = None, show
                 torch.set_num_threads(threads)
     order = {name: index for index, name in enumerate(reports)}
     verification.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
-    verification.problems.sort()
+    verification.sort()
     return verification
 
 
 @dataclass(frozen=True)
-class _Finding:
+class _TensorCheck:
     name: str
     nbytes: int
     problem: str
@@ -124,7 +123,7 @@ class _Finding:
 
 
 class _Folders:
-    """Both folders, their files open. A shard whose header is damaged is read by the original's, which it had."""
+    """Both folders with their open files. A shard whose header is damaged is read with the original's header."""
 
     def __init__(self, base: Checkpoint, out: Path, manifest: Manifest, verification: Verification) -> None:
         self.base, self.out, self.manifest = base, out, manifest
@@ -141,12 +140,12 @@ class _Folders:
             try:
                 found = read_header(path)
             except ValueError as error:
-                self.verification.problems.append((name, str(error)))
+                self.verification.note(name, str(error))
             else:
                 if sha256(found.encoded) == about["header"]:
                     header = found
                 else:
-                    self.verification.problems.append((name, "its header is not the one that was written"))
+                    self.verification.note(name, "its header is not the one that was written")
             if header is None:
                 continue
             self.headers[name] = header
@@ -170,33 +169,34 @@ class _Folders:
 
 
 def _check_files(base: Checkpoint, out: Path, manifest: Manifest, verification: Verification) -> dict[str, LayerReport]:
-    """Everything that is no tensor; the reports of the layers by name, as far as they can be read."""
-    problems = verification.problems
+    """Check everything that is not a tensor. Returns the reports of the layers by name, as far as they are readable."""
     found = set(files_of(out))
     known = {*manifest.files, MANIFEST, REPORT, REPORT_DIGEST}
-    problems += [(name, "is missing") for name in sorted(known - found)]
+    for name in sorted(known - found):
+        verification.note(name, "is missing")
     verification.extra = sorted(found - known)
     for name, about in manifest.files.items():
         if "tensors" in about or name not in found:
             continue
         if sha256_of_file(out / name) != about["sha256"]:
-            problems.append((name, "its bytes are not those that were written"))
+            verification.note(name, "its bytes are not those that were written")
         elif name in base.others and sha256_of_file(base.folder / name) != about["sha256"]:
-            problems.append((name, f"differs from the file in {base.folder}"))
+            verification.note(name, f"differs from the file in {base.folder}")
         else:
             verification.files += 1
     if {REPORT, REPORT_DIGEST} <= found:
         if (out / REPORT_DIGEST).read_bytes() != f"{sha256_of_file(out / REPORT)}  {Path(REPORT).name}\n".encode():
-            problems.append((REPORT, f"its bytes do not match {Path(REPORT_DIGEST).name}"))
+            verification.note(REPORT, f"its bytes do not match {Path(REPORT_DIGEST).name}")
         else:
             verification.files += 2
             return {layer.name: layer for layer in Report.read(out / REPORT).layers}
     return {}
 
 
-def _jobs(folders: _Folders, reports: dict[str, LayerReport]) -> Iterator[Callable[[Callable[[_Finding], None]], None]]:
-    """A job for each tensor of the original; a target's takes its A and B along."""
-    problems = folders.verification.problems
+def _jobs(
+    folders: _Folders, reports: dict[str, LayerReport]
+) -> Iterator[Callable[[Callable[[_TensorCheck], None]], None]]:
+    """One job for each tensor of the original. The job of a residual also checks its A and B."""
     listed = {
         (shard, tensor)
         for shard, about in folders.manifest.files.items()
@@ -206,7 +206,7 @@ def _jobs(folders: _Folders, reports: dict[str, LayerReport]) -> Iterator[Callab
     originals = {(shard, tensor) for tensor, (shard, _) in folders.base.tensors().items()}
     for shard, tensor in sorted(listed ^ originals):
         where = "the original" if (shard, tensor) in listed else "the result's manifest"
-        problems.append((tensor, f"is not in {shard} of {where}"))
+        folders.verification.note(tensor, f"is not in {shard} of {where}")
     for shard, tensor in sorted(listed & originals):
         if shard not in folders.headers:
             continue
@@ -218,15 +218,15 @@ def _jobs(folders: _Folders, reports: dict[str, LayerReport]) -> Iterator[Callab
             yield partial(_job, tensor, partial(_residual, folders, shard, tensor, about, layer))
 
 
-def _job(tensor: str, check: Callable[[], _Finding], emit: Callable[[_Finding], None]) -> None:
-    torch.set_num_threads(1)  # of this thread alone, except MKL's
+def _job(tensor: str, check: Callable[[], _TensorCheck], emit: Callable[[_TensorCheck], None]) -> None:
+    torch.set_num_threads(1)  # of this thread, and of MKL in the whole process
     try:
         emit(check())
-    except OSError as error:  # a file that ends too soon
-        emit(_Finding(tensor, 0, str(error)))
+    except OSError as error:  # a file that is too short
+        emit(_TensorCheck(tensor, 0, str(error)))
 
 
-def _copied(folders: _Folders, shard: str, tensor: str) -> _Finding:
+def _copied(folders: _Folders, shard: str, tensor: str) -> _TensorCheck:
     written, original = folders.written(shard, tensor), folders.original(shard, tensor)
     problem = ""
     if (written[1].dtype, written[1].shape) != (original[1].dtype, original[1].shape):
@@ -235,26 +235,25 @@ def _copied(folders: _Folders, shard: str, tensor: str) -> _Finding:
         problem = "its bytes are not those that were written"
     elif sha256_of(chunks(*original)) != folders.digest(shard, tensor):
         problem = f"differs from the tensor in {folders.base.folder}"
-    return _Finding(tensor, written[1].nbytes, problem)
+    return _TensorCheck(tensor, written[1].nbytes, problem)
 
 
 def _residual(
     folders: _Folders, shard: str, tensor: str, about: Mapping[str, Any], report: LayerReport | None
-) -> _Finding:
-    descriptor, entry = folders.original(shard, tensor)
+) -> _TensorCheck:
+    descriptor, info = folders.original(shard, tensor)
     if ADAPTER_WEIGHTS not in folders.headers or report is None:
         missing = REPORT if report is None else ADAPTER_WEIGHTS
-        return _Finding(tensor, 0, f"cannot be checked without {missing}")
+        return _TensorCheck(tensor, 0, f"cannot be checked without {missing}")
     problems: list[str] = []
     residual = _read(folders, shard, tensor, problems)
-    keys = [factor_key(about["layer"], factor) for factor in "AB"]
-    A, B = (_read(folders, ADAPTER_WEIGHTS, key, problems) for key in keys)
-    weight = read_tensor(descriptor, entry)
+    A, B = (_read(folders, ADAPTER_WEIGHTS, factor_key(about["layer"], factor), problems) for factor in "AB")
+    weight = read_tensor(descriptor, info)
     if about["transposed"]:
         weight, residual = weight.mT, residual.mT
-    check = _check_layer(weight, residual, A, B, report)
+    check = check_layer(weight, residual, A, B, report)
     problems += [check.problem] if check.problem else []
-    return _Finding(tensor, entry.nbytes, "; ".join(problems), check)
+    return _TensorCheck(tensor, info.nbytes, "; ".join(problems), check)
 
 
 def _read(folders: _Folders, shard: str, tensor: str, problems: list[str]) -> Tensor:
@@ -263,40 +262,3 @@ def _read(folders: _Folders, shard: str, tensor: str, problems: list[str]) -> Te
         whose = "its" if shard != ADAPTER_WEIGHTS else f"{tensor}'s"
         problems.append(f"{whose} bytes are not those that were written")
     return read
-
-
-def _check_layer(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> LayerCheck:
-    """The stored triplets against the weight and the certificate, W (out, in)."""
-    problems = []
-    if (tuple(weight.shape), len(A), weight.dtype) != (report.shape, report.rank, report.dtype):
-        found = f"{tuple(weight.shape)} {weight.dtype} of rank {len(A)}"
-        return LayerCheck(report.name, torch.inf, 0.0, torch.inf, f"its report is of another weight than {found}")
-    worst = reconstruction(weight, residual, A, B, report.scaling)
-    if not worst <= 1:
-        problems.append(f"W_res + s·B·A is off by {worst:.3g} × what rounding allows")
-    u = UNIT_ROUNDOFF[weight.dtype]
-    rows, columns = A.double().norm(dim=1), B.double().norm(dim=0)
-    sigma = report.scaling * rows * columns
-    expected = report.singular_values.double()
-    # each element is rounded by u, or, where it is subnormal, by u times the smallest normal number
-    tiny = torch.finfo(weight.dtype).smallest_normal * u * max(weight.shape) ** 0.5 * report.scaling
-    if not bool(((sigma - expected).abs() <= (2.1 * u + 1e-6) * expected + tiny * (rows + columns)).all()):
-        problems.append("s·‖B‖·‖A‖ are not the singular values of its certificate")
-    norm = float(sum(weight[row : row + 256].double().square().sum() for row in range(0, len(weight), 256)))
-    energy = float(expected.square().sum()) / norm if norm else 1.0
-    if not abs(energy - report.certificate.energy) <= ENERGY_ROUNDING * report.certificate.energy:
-        problems.append(f"its energy is {energy:.6f}, not the certificate's {report.certificate.energy:.6f}")
-    V = (A.double() / rows.clamp_min(1e-300)[:, None]).float().mT.contiguous()
-    U = (B.double() / columns.clamp_min(1e-300)).float()
-    apart = torch.stack(
-        [
-            (ops.matmul(weight, V) - U * expected.float()).norm(dim=0),
-            (ops.rmatmul(weight, U) - V * expected.float()).norm(dim=0),
-        ]
-    )
-    largest = float(expected[0])
-    moved = float(apart.max()) / largest if largest else 0.0
-    # rounding turns a unit vector by no more than u, and so moves either side by no more than 2u·σ₁
-    if not moved <= report.certificate.residual + 4 * u + RESIDUAL_ROUNDING:
-        problems.append(f"its triplets have a residual of {moved:.1e}, above the certificate's")
-    return LayerCheck(report.name, worst, energy, moved, "; ".join(problems))

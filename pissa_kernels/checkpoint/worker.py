@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import layer_context
 from ..files import buffer
 from ..files.direct import Output
 from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
+from ..pissa import principal_factors
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from .plan import ADAPTER_WEIGHTS, CheckpointJob, TensorJob
@@ -74,26 +76,26 @@ class Worker:
         if self._unflushed is not None and exception[0] is None:
             raise self._unflushed
 
-    def will_need(self, item: TensorJob) -> None:
-        """Let the system read an item's bytes ahead."""
-        os.posix_fadvise(self._sources[item.shard], item.entry.start, item.entry.nbytes, os.POSIX_FADV_WILLNEED)
+    def will_need(self, tensor_job: TensorJob) -> None:
+        """Let the system read an tensor_job's bytes ahead."""
+        os.posix_fadvise(
+            self._sources[tensor_job.shard], tensor_job.info.start, tensor_job.info.nbytes, os.POSIX_FADV_WILLNEED
+        )
 
-    def run(self, item: TensorJob) -> Record:
-        """Do one item; its journal record.
+    def run(self, tensor_job: TensorJob) -> Record:
+        """Copy or decompose one tensor. Returns its journal record.
 
         Raises:
             OSError: reading or writing failed.
-            ValueError: NaN or Inf, or a value out of a dtype's range, with the layer's name.
-            RuntimeError, MemoryError: with the tensor's name.
+            ValueError, RuntimeError, MemoryError: the weight's values are refused, or there is no memory; with the name
+                of the layer or tensor.
         """
-        record = {"shard": item.shard, "tensor": item.entry.name}
-        try:
-            if item.target is None:
-                return {**record, "sha256": self._copy(item)}
-            return {**record, **self._decompose(item, item.target)}
-        except (RuntimeError, MemoryError) as error:
-            error.args = (f"tensor {item.entry.name!r}: {error}",)
-            raise
+        info, target = tensor_job.info, tensor_job.target
+        record = {"shard": tensor_job.shard, "tensor": info.name}
+        with layer_context(f"tensor {info.name!r}" if target is None else target.label):
+            if target is None:
+                return {**record, "sha256": self._copy(tensor_job)}
+            return {**record, **self._decompose(tensor_job, target)}
 
     def holds(self, record: Record) -> bool:
         """Whether the staged files have the bytes that a record claims."""
@@ -110,36 +112,35 @@ class Worker:
             for (name, entry), digest in zip(entries, digests, strict=True)
         )
 
-    def _copy(self, item: TensorJob) -> str:
-        at, digest = item.entry.start, hashlib.sha256()
-        for chunk in chunks(self._sources[item.shard], item.entry):
-            self._write(self._results[item.shard], chunk, at, digest)
+    def _copy(self, tensor_job: TensorJob) -> str:
+        at, digest = tensor_job.info.start, hashlib.sha256()
+        for chunk in chunks(self._sources[tensor_job.shard], tensor_job.info):
+            self._write(self._results[tensor_job.shard], chunk, at, digest)
             at += len(chunk)
         return digest.hexdigest()
 
-    def _decompose(self, item: TensorJob, target: Target) -> Record:
+    def _decompose(self, tensor_job: TensorJob, target: Target) -> Record:
         began = time.perf_counter()
-        options = self.plan.options
-        weight = read_tensor(self._sources[item.shard], item.entry, buffer.weights).to(self.device)
+        weight = read_tensor(self._sources[tensor_job.shard], tensor_job.info, buffer.weights).to(self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            factors = target.factors(weight, options)
+            factors = principal_factors(weight.mT if target.transposed else weight, target.recipe)
             with exact_arithmetic(self.device):
-                ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.scaling, target.transposed)
+                ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.recipe.scaling, target.transposed)
             written: dict[str, str] = {}
             for key, factor in zip(target.keys, (factors.lora_A, factors.lora_B), strict=True):
                 written[key] = self._store(ADAPTER_WEIGHTS, self.plan.adapter_header.tensors[key], factor)
-            residual = self._store(item.shard, item.entry, weight)
+            residual = self._store(tensor_job.shard, tensor_job.info, weight)
         report = LayerReport(
             name=target.name,
             shape=target.shape,
-            rank=target.rank,
+            rank=target.recipe.rank,
             certificate=factors.certificate,
             seconds=time.perf_counter() - began,
             singular_values=factors.singular_values.cpu(),
             dtype=target.dtype,
-            scaling=target.scaling,
-            init=options.init,
-            seed=options.seed,
+            scaling=target.recipe.scaling,
+            init=target.recipe.init,
+            seed=target.recipe.seed,
         )
         return {"sha256": residual, "adapter": written, "layer": layer_to_dict(report)}
 

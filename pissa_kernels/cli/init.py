@@ -1,4 +1,4 @@
-"""The command line of whole checkpoints: ``init`` and ``verify``."""
+"""``pissa-kernels init``: turn a checkpoint into its residual and a PiSSA adapter."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..adapter.names import ADAPTER_FOLDER
 from ..checkpoint.plan import CheckpointJob, plan_checkpoint
-from ..checkpoint.run import init_checkpoint
+from ..checkpoint.run import CheckpointReport, init_checkpoint
 from ..checkpoint.targets import AdapterOptions
 from ..report.tables import text_table
 from .arguments import initializer, pattern, positive, quiet_libraries
@@ -26,151 +25,159 @@ def add_parser(commands: Any) -> None:
         "init",
         help="turn a checkpoint into its residual and a PiSSA adapter, without loading the model",
         description="Turn a checkpoint folder (config.json and safetensors) into OUT: the residual model, and its "
-        "adapter in OUT/pissa_init, which plain transformers and PEFT load. One weight is in memory at a time; a run "
-        "that was killed goes on with --resume. Under torchrun the weights are shared out over the ranks.",
+        "adapter in OUT/pissa_init, which plain transformers and PEFT load. One weight per worker is in memory at a "
+        "time. --resume continues a run that was killed. Under torchrun the processes share the weights.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the checkpoint's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
-    parser.add_argument("--rank", type=positive, default=16, help="r of every layer (default 16)")
-    parser.add_argument("--alpha", type=float, help="lora_alpha (default: the rank, for a scaling of 1)")
-    parser.add_argument("--rslora", action="store_true", help="scale by alpha/√r, not alpha/r")
-    parser.add_argument("--init", type=initializer, default="pissa", help="pissa (default) or pissa_niter_N")
-    parser.add_argument("--seed", type=int, default=0, help="of the sketches (default 0)")
-    parser.add_argument(
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the result")
+    adapter = parser.add_argument_group("adapter, as for PEFT's LoraConfig")
+    adapter.add_argument("--rank", type=positive, default=16, help="rank r of every layer (default: 16)")
+    adapter.add_argument("--alpha", type=float, help="lora_alpha (default: the rank, a scaling of 1)")
+    adapter.add_argument("--rslora", action="store_true", help="scale by alpha/√r instead of alpha/r")
+    adapter.add_argument("--init", type=initializer, default="pissa", help="pissa or pissa_niter_N (default: pissa)")
+    adapter.add_argument("--seed", type=int, default=0, help="seed of the sketches (default: 0)")
+    adapter.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
-        help="module names, one regular expression, or all-linear (default), as PEFT takes them",
+        help="module names, one regular expression, or all-linear (default: all-linear)",
     )  # fmt: skip
-    parser.add_argument("--exclude-modules", nargs="+", default=[], metavar="NAME", help="module names, or one regex")
-    parser.add_argument(
+    adapter.add_argument(
+        "--exclude-modules", nargs="+", default=[], metavar="NAME", help="module names, or one regular expression"
+    )
+    adapter.add_argument(
         "--rank-pattern", nargs="+", default=[], type=pattern(int), metavar="NAME=R", help="ranks of single layers"
     )
-    parser.add_argument(
+    adapter.add_argument(
         "--alpha-pattern", nargs="+", default=[], type=pattern(float), metavar="NAME=A", help="alphas of single layers"
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where weights are decomposed")
-    parser.add_argument("--workers", type=positive, metavar="N", help="weights at a time (default: cores; 2 on a GPU)")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
-    parser.add_argument("--force", action="store_true", help="replace a finished OUT, begin an unfinished one again")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the checkpoint"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where weights are decomposed (default: cpu)"
+    )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="weights at a time (default: number of cores; 2 on a GPU)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished run, if there is one")
+    parser.add_argument("--force", action="store_true", help="replace a finished OUT, restart an unfinished run")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each tensor, and one at the end")
-    parser.set_defaults(run=run, interrupted="what is done is kept, and --resume goes on with it")
+    parser.set_defaults(run=run, interrupted="what is done is kept, and --resume continues the run")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no CUDA device")
-    options = AdapterOptions(
-        rank=arguments.rank,
-        alpha=arguments.alpha,
-        init=arguments.init,
-        seed=arguments.seed,
-        target_modules=tuple(arguments.target_modules),
-        exclude_modules=tuple(arguments.exclude_modules),
-        rank_pattern=dict(arguments.rank_pattern),
-        alpha_pattern=dict(arguments.alpha_pattern),
-        use_rslora=arguments.rslora,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    """Initialize the checkpoint, or print the plan."""
     quiet_libraries()
-    return _carry_out(arguments, plan_checkpoint(arguments.model, arguments.out, options, arguments.device))
+    options: dict[str, Any] = {
+        "rank": arguments.rank,
+        "alpha": arguments.alpha,
+        "init": arguments.init,
+        "seed": arguments.seed,
+        "target_modules": tuple(arguments.target_modules),
+        "exclude_modules": tuple(arguments.exclude_modules),
+        "rank_pattern": dict(arguments.rank_pattern),
+        "alpha_pattern": dict(arguments.alpha_pattern),
+        "use_rslora": arguments.rslora,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, one prints
 
+    def announce(job: CheckpointJob) -> None:
+        if job.checkpoint.left_out and first:
+            names = ", ".join(job.checkpoint.left_out)
+            print(f"left out, as they hold weights that would not be residuals: {names}", file=sys.stderr)
 
-def _carry_out(arguments: argparse.Namespace, plan: CheckpointJob) -> int:
-    speaks = os.environ.get("RANK", "0") == "0"
-    if plan.checkpoint.left_out and speaks:
-        print(f"left out, as they hold weights that would not be residuals: {', '.join(plan.checkpoint.left_out)}",
-              file=sys.stderr)  # fmt: skip
+    def print_tensor(record: dict[str, Any]) -> None:
+        print(json.dumps({"event": "tensor", **record}), flush=True)
+
     if arguments.dry_run:
-        if speaks:
-            print(json.dumps(_plan_record(plan)) if arguments.json else _plan_text(plan))
+        job = plan_checkpoint(arguments.model, arguments.out, AdapterOptions(**options), arguments.device)
+        announce(job)
+        if first:
+            print(json.dumps(_plan_record(job)) if arguments.json else _plan_text(job))
         return 0
-    on_tensor: Callable[[dict[str, Any]], None] | None = None
-    if arguments.json:
-
-        def on_tensor(record: dict[str, Any]) -> None:
-            print(json.dumps({"event": "tensor", **record}), flush=True)
-
-    outcome = init_checkpoint(
-        plan,
+    report = init_checkpoint(
+        arguments.model,
+        arguments.out,
+        **options,
+        device=arguments.device,
         workers=arguments.workers,
         resume=arguments.resume,
         force=arguments.force,
-        on_tensor=on_tensor,
-        shown=not arguments.json,
+        progress=not arguments.json,
+        on_plan=announce,
+        on_tensor=print_tensor if arguments.json else None,
     )
-    if not speaks:
-        return 0
-    report = outcome.report
-    if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "event": "done",
-                    "out": str(plan.out),
-                    "tensors": outcome.done,
-                    "kept": outcome.kept,
-                    "layers": len(report.layers),
-                    "seconds": report.seconds,
-                    "peak_extra_bytes": report.peak_extra_bytes,
-                    "converged": all(layer.certificate.converged for layer in report.layers),
-                }
-            )
-        )
-        return 0
-    print(report.summary())
-    if outcome.kept:
-        print(f"{outcome.kept} of {outcome.kept + outcome.done} tensors had been done before")
-    print(f"{plan.out}: the residual model ({plan.size / 1e9:.3g} GB), and its adapter in {plan.out}/{ADAPTER_FOLDER}")
+    if first:
+        print(json.dumps(_as_json(report)) if arguments.json else _as_text(report))
     return 0
 
 
-def _plan_record(plan: CheckpointJob) -> dict[str, Any]:
-    targets = plan.adapter.targets
+def _as_json(report: CheckpointReport) -> dict[str, Any]:
     return {
-        "source": str(plan.checkpoint.folder),
-        "out": str(plan.out),
-        "bytes": plan.size,
-        "adapter_bytes": plan.adapter_header.size,
-        "worker_bytes": plan.workspace(),
-        "core_seconds": sum(item.seconds for item in plan.items),
-        "copied": [item.entry.name for item in plan.items if item.target is None],
-        "files": list(plan.checkpoint.others),
-        "left_out": list(plan.checkpoint.left_out),
+        "event": "done",
+        "out": str(report.out),
+        "tensors": report.written,
+        "kept": report.kept,
+        "layers": len(report.layers),
+        "seconds": report.seconds,
+        "peak_extra_bytes": report.peak_extra_bytes,
+        "converged": all(layer.certificate.converged for layer in report.layers),
+    }
+
+
+def _as_text(report: CheckpointReport) -> str:
+    lines = [report.summary()]
+    if report.kept:
+        lines.append(f"{report.kept} of {report.kept + report.written} tensors had been written by an earlier run")
+    size = f"{report.size / 1e9:.3g} GB"
+    lines.append(f"{report.out}: the residual model ({size}), and its adapter in {report.out}/{ADAPTER_FOLDER}")
+    return "\n".join(lines)
+
+
+def _plan_record(job: CheckpointJob) -> dict[str, Any]:
+    return {
+        "source": str(job.checkpoint.folder),
+        "out": str(job.out),
+        "bytes": job.size,
+        "adapter_bytes": job.adapter_header.size,
+        "worker_bytes": job.workspace(),
+        "core_seconds": sum(tensor.seconds for tensor in job.tensors),
+        "copied": [tensor.info.name for tensor in job.tensors if tensor.target is None],
+        "files": list(job.checkpoint.others),
+        "left_out": list(job.checkpoint.left_out),
         "targets": [
             {
                 "name": target.name,
-                "tensor": target.entry.name,
+                "tensor": target.info.name,
                 "shard": target.shard,
                 "shape": list(target.shape),
-                "dtype": target.entry.dtype,
-                "rank": target.rank,
-                "scaling": target.scaling,
+                "dtype": target.info.dtype,
+                "rank": target.recipe.rank,
+                "scaling": target.recipe.scaling,
             }
-            for target in targets
+            for target in job.adapter.targets
         ],
     }
 
 
-def _plan_text(plan: CheckpointJob) -> str:
+def _plan_text(job: CheckpointJob) -> str:
     """A row for each kind of target, and the sizes."""
     kinds: dict[tuple[str, ...], int] = {}
-    for target in plan.adapter.targets:
-        shape = "×".join(map(str, target.shape))
-        kind = (target.name.rpartition(".")[2], shape, target.entry.dtype, str(target.rank), f"{target.scaling:g}")
+    for target in job.adapter.targets:
+        shape, recipe = "×".join(map(str, target.shape)), target.recipe
+        kind = (target.name.rpartition(".")[2], shape, target.info.dtype, str(recipe.rank), f"{recipe.scaling:g}")
         kinds[kind] = kinds.get(kind, 0) + 1
     rows = [[*kind, str(count)] for kind, count in kinds.items()]
-    copied = [item for item in plan.items if item.target is None]
+    copied = [tensor for tensor in job.tensors if tensor.target is None]
     return "\n".join(
         [
             text_table(["module", "shape", "dtype", "r", "scaling", "layers"], rows, [0, 2]),
             "",
-            f"{len(plan.adapter.targets)} tensors become residuals, {len(copied)} are copied "
-            f"({sum(item.entry.nbytes for item in copied) / 1e9:.3g} GB), {len(plan.checkpoint.others)} other files",
-            f"{plan.out} takes {plan.size / 1e9:.3g} GB, of it {plan.adapter_header.size / MIB:.1f} MiB the adapter; "
-            f"a worker takes up to {plan.workspace() / MIB:.0f} MiB",
-            f"about {sum(item.seconds for item in plan.items):.0f} s of one core; nothing has been written",
+            f"{len(job.adapter.targets)} tensors become residuals, {len(copied)} are copied "
+            f"({sum(tensor.info.nbytes for tensor in copied) / 1e9:.3g} GB), {len(job.checkpoint.others)} other files",
+            f"{job.out} takes {job.size / 1e9:.3g} GB, of which the adapter takes {job.adapter_header.size / MIB:.1f} "
+            f"MiB; a worker takes up to {job.workspace() / MIB:.0f} MiB",
+            f"about {sum(tensor.seconds for tensor in job.tensors):.0f} s of one core; nothing has been written",
         ]
     )

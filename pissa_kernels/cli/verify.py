@@ -9,32 +9,52 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.verify import verify_checkpoint
+from ..checkpoint.verify import Verification, verify_checkpoint
 from ..report.tables import text_table
-from .arguments import positive
+from .arguments import EXIT_FAILED, positive
 
 
 def add_parser(commands: Any) -> None:
     """Declare ``verify BASE OUT``."""
     parser = commands.add_parser(
         "verify",
-        help="check every tensor of an initialised checkpoint against the original",
-        description="Read both checkpoints, a tensor at a time: untouched tensors are bit-identical, W_res + s·B·A is "
-        "W to one rounding, A and B are the triplets of their certificate, and every byte of OUT is the one that was "
-        "written. Exit status 1 if anything is off.",
+        help="check every tensor of an initialized checkpoint against the original",
+        description="Read both checkpoints, one tensor at a time, and check that copied tensors equal the original's "
+        "bit for bit, that W_res + s·B·A is W to one rounding, that A and B are the triplets of their certificate, and "
+        "that every byte of OUT is the one that was written. Exit status 1 if anything does not hold.",
     )
-    parser.add_argument("base", type=Path, metavar="BASE", help="the original checkpoint's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="what pissa-kernels init made of it")
-    parser.add_argument("--workers", type=positive, metavar="N", help="tensors at a time (default: cores)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
+    parser.add_argument("base", type=Path, metavar="BASE", help="folder of the original checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder that pissa-kernels init has written")
+    parser.add_argument("--workers", type=positive, metavar="N", help="tensors at a time (default: number of cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = verify_checkpoint(arguments.base, arguments.out, workers=arguments.workers, shown=not arguments.json)
+    """Verify the checkpoint and print the findings."""
+    findings = verify_checkpoint(arguments.base, arguments.out, workers=arguments.workers, progress=not arguments.json)
     if arguments.json:
-        print(json.dumps({"holds": found.holds, **asdict(found)}))
-        return 0 if found.holds else 1
+        print(json.dumps(_as_json(findings)))
+    else:
+        print(_as_text(findings))
+        if findings:
+            where = ", ".join(dict.fromkeys(finding.where for finding in findings))
+            print(f"pissa-kernels: error: {arguments.out} does not hold: {where}", file=sys.stderr)
+    return EXIT_FAILED if findings else 0
+
+
+def _as_json(findings: Verification) -> dict[str, Any]:
+    return {
+        "holds": not findings,
+        "layers": [asdict(layer) for layer in findings.layers],
+        "copied": findings.copied,
+        "files": findings.files,
+        "problems": [list(finding) for finding in findings],
+        "extra": findings.extra,
+    }
+
+
+def _as_text(findings: Verification) -> str:
     rows = [
         [
             layer.name,
@@ -43,19 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
             f"{layer.residual:.0e}",
             "OFF" if layer.problem else "holds",
         ]
-        for layer in found.layers
+        for layer in findings.layers
     ]
-    print(text_table(["layer", "W_res + s·B·A, × rounding", "energy, %", "residual/σ₁", ""], rows, [0, 4]))
-    print()
-    for where, what in found.problems:
-        print(f"OFF: {where}: {what}")
-    if found.extra:
-        print(f"not of this result: {', '.join(found.extra)}")
-    print(
-        f"{len(found.layers)} residuals, {found.copied} tensors copied bit for bit, {found.files} other files: "
-        + ("all as written, and W to one rounding" if found.holds else f"{len(found.problems)} things are OFF")
+    lines = [text_table(["layer", "W_res + s·B·A, × rounding", "energy, %", "residual/σ₁", ""], rows, [0, 4]), ""]
+    lines += [f"OFF: {where}: {what}" for where, what in findings]
+    if findings.extra:
+        lines.append(f"not part of the result: {', '.join(findings.extra)}")
+    verdict = f"{len(findings)} things are OFF" if findings else "all as written, and W to one rounding"
+    lines.append(
+        f"{len(findings.layers)} residuals, {findings.copied} tensors copied bit for bit, {findings.files} other "
+        f"files: {verdict}"
     )
-    if not found.holds:
-        where = ", ".join(dict.fromkeys(where for where, _ in found.problems))
-        print(f"pissa-kernels: error: {arguments.out} does not hold: {where}", file=sys.stderr)
-    return 0 if found.holds else 1
+    return "\n".join(lines)

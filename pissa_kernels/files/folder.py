@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,43 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, tuple(others), tuple(left_out))
 
 
+def check_apart(written: Sequence[Path], read: Sequence[Path]) -> None:
+    """Refuse to write where something is read, before anything is touched.
+
+    Two paths collide if one is the other, or lies in it, after symbolic links are resolved or by inode (bind mounts).
+    Files of a folder that are read through symbolic links, as in the hub's cache, count with the files they lead to.
+
+    Args:
+        written: folders that a run creates, fills or replaces; they need not exist.
+        read: files and folders that it reads. Paths that do not exist are ignored.
+
+    Raises:
+        FileExistsError: a path of ``written`` lies in, under or above a path of ``read``.
+    """
+    sources = [source for source in read if source.exists()]
+    targets = dict.fromkeys(target for source in sources for target in (source, *_linked_files(source)))
+    for out in written:
+        for source in targets:
+            if _contains(out, source):
+                raise FileExistsError(f"{out} holds {source}, which is read; choose another folder")
+            if source.is_dir() and _contains(source, out):
+                raise FileExistsError(f"{out} is in {source}, which is read and must not be written to")
+
+
+def _linked_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [(folder / name).resolve() for name in files_of(folder) if (folder / name).is_symlink()]
+
+
+def _contains(folder: Path, path: Path) -> bool:
+    """Whether ``path`` is ``folder`` or lies in it, by resolved path or by inode."""
+    resolved, inside = folder.resolve(), (path.resolve(), *path.resolve().parents)
+    return resolved in inside or (resolved.exists() and any(one.exists() and one.samefile(resolved) for one in inside))
+
+
 def files_of(folder: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it, with "/", sorted. Symbolic links are followed."""
     found = []
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(set(folders) - IGNORED_FOLDERS)

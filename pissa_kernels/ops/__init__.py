@@ -6,7 +6,6 @@ an autograd graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ __all__ = [
     "WEIGHT_DTYPES",
     "backend",
     "gram_schmidt",
-    "grouped_matmul",
-    "grouped_rmatmul",
     "has_overlap",
     "matmul",
     "normal",
@@ -137,8 +134,7 @@ def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"transpose_cast: dtype must be float32, float16 or bfloat16, got {dtype}")
     with torch.no_grad():
-        body = dispatch.load(dispatch.select("transpose_cast", weight))
-        result: Tensor = body.transpose_cast(weight, dtype)
+        result: Tensor = dispatch.bind("transpose_cast", weight)(weight, dtype)
     return result
 
 
@@ -164,8 +160,7 @@ def subtract_lowrank_(
     """
     checks.check_subtraction(weight, lora_B, lora_A, fan_in_fan_out)
     with torch.no_grad():
-        body = dispatch.load(dispatch.select("subtract_lowrank_", weight))
-        body.subtract_lowrank_(weight, lora_B, lora_A, float(scaling), fan_in_fan_out)
+        dispatch.bind("subtract_lowrank_", weight)(weight, lora_B, lora_A, float(scaling), fan_in_fan_out)
     return weight
 
 
@@ -186,8 +181,7 @@ def sum_of_squares(weights: Tensor) -> Tensor:
     if weights.ndim != 3:
         raise ValueError(f"sum_of_squares: weights must be a stack (batch, m, n), got shape {tuple(weights.shape)}")
     with torch.no_grad():
-        body = dispatch.load(dispatch.select("sum_of_squares", weights))
-        result: Tensor = body.sum_of_squares(weights)
+        result: Tensor = dispatch.bind("sum_of_squares", weights)(weights)
     return result
 
 
@@ -209,59 +203,11 @@ def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
     """
     checks.check_orthogonalisation(panel, basis)
     with torch.no_grad():
-        body = dispatch.load(dispatch.select("gram_schmidt", panel, panel.dtype))
-        result: tuple[Tensor, Tensor, Tensor] = body.gram_schmidt(panel, basis)
+        result: tuple[Tensor, Tensor, Tensor] = dispatch.bind("gram_schmidt", panel, panel.dtype)(panel, basis)
     return result
-
-
-def grouped_matmul(weights: Sequence[Tensor], panels: Sequence[Tensor], *, pieces: int = 3) -> list[Tensor]:
-    """W·X for many weights of possibly different shapes: on GPUs in one launch.
-
-    Args:
-        weights: each (m, n), all of one dtype and on one device.
-        panels: for each weight (n, k) float32, k the same for all.
-        pieces: as for :func:`matmul`.
-
-    Returns:
-        For each weight (m, k) float32.
-
-    Raises:
-        TypeError, ValueError: as :func:`matmul` does, or the lists do not fit each other.
-    """
-    return _grouped("matmul", weights, panels, pieces)
-
-
-def grouped_rmatmul(weights: Sequence[Tensor], panels: Sequence[Tensor], *, pieces: int = 3) -> list[Tensor]:
-    """Wᵀ·Y for many weights of possibly different shapes: on GPUs in one launch.
-
-    Args:
-        weights: each (m, n), all of one dtype and on one device.
-        panels: for each weight (m, k) float32, k the same for all.
-        pieces: as for :func:`matmul`.
-
-    Returns:
-        For each weight (n, k) float32.
-
-    Raises:
-        TypeError, ValueError: as :func:`rmatmul` does, or the lists do not fit each other.
-    """
-    return _grouped("rmatmul", weights, panels, pieces)
 
 
 def _product(verb: str, weight: Tensor, panel: Tensor, pieces: int) -> Any:
     checks.check_pieces(verb, pieces)
     with torch.no_grad():
-        body = dispatch.load(dispatch.select(verb, weight, panel.dtype))
-        return getattr(body, verb)(weight, panel, pieces)
-
-
-def _grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], pieces: int) -> list[Tensor]:
-    checks.check_pieces(verb, pieces)
-    checks.check_group(f"grouped_{verb}", weights, panels, axis=-1 if verb == "matmul" else -2)
-    if not weights:
-        return []
-    with torch.no_grad():
-        chosen = {dispatch.select(verb, weight, panel.dtype) for weight, panel in zip(weights, panels, strict=True)}
-        body = dispatch.load(chosen.pop() if len(chosen) == 1 else "torch")
-        results: list[Tensor] = body.grouped(verb, weights, panels, pieces)
-    return results
+        return dispatch.bind(verb, weight, panel.dtype)(weight, panel, pieces)

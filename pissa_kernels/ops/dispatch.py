@@ -1,13 +1,14 @@
-"""Which backend runs a verb: one rule for all of them.
+"""Which backend runs a verb: one rule for all verbs.
 
-Backends are asked in the order that was measured to be fastest on the weight's kind of device
-(``python -m bench.run --suite kernels``); the first that gives no reason against itself runs, plain torch at last.
-``PISSA_KERNELS_BACKEND=name`` forces a backend for the verbs that it has, and raises where it cannot run the weight.
+Backends are tried in the order that was measured to be fastest on the kind of device (``python -m bench kernels``). The
+first that supports the weight runs; plain torch supports everything. ``PISSA_KERNELS_BACKEND=name`` forces a backend
+for the verbs that it has, and raises where it does not support the weight.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,22 +22,22 @@ PRODUCTS = ("matmul", "rmatmul", "normal")
 CPU_ONLY = ("sum_of_squares", "gram_schmidt")
 CSRC_OR_TORCH: tuple[str, ...] = ("csrc", "torch")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    # csrc, where it was built, takes 0.5 to 1.1 of torch's time here, and of its products' 0.3 to 1.0.
-    # Triton runs on the CPU under its interpreter, which is for tests: never by itself.
+    # csrc takes 0.5 to 1.1 of the time of torch's body, and 0.3 to 1.0 for products. Triton's interpreter is for tests,
+    # so Triton is never chosen on the CPU.
     "cpu": dict.fromkeys((*MEMORY_BOUND, *PRODUCTS, *CPU_ONLY), CSRC_OR_TORCH),
-    # By estimate, not yet by figures: one read and one write of W against three or more of torch. csrc first, because
-    # its binary needs no compiler at the first call; an initializer calls each verb once a weight.
+    # Estimated, not measured: one read and one write of W where torch needs three or more. csrc comes first because it
+    # compiles nothing at the first call, and an initializer calls each verb once per weight.
     "cuda": dict.fromkeys(MEMORY_BOUND, ("csrc", "triton", "torch")) | dict.fromkeys(PRODUCTS, ("triton", "torch")),
 }
 
 
 def load(name: str) -> Any:
-    """The backend's module, imported when first asked for: importing the package loads no library and no triton.
+    """Import a backend's module. Importing the package loads neither a library nor triton.
 
-    It has some of the verbs, each with the signature of :mod:`pissa_kernels.ops.reference`'s, their names in
-    ``verbs(device)``, and ``unsupported_reasons(verb, weight)``: why a verb cannot run on a weight, empty if it can.
+    A backend has some of the verbs, with the signatures of :mod:`pissa_kernels.ops.reference`; ``verbs(device)``, their
+    names; and ``unsupported_reasons(verb, weight)``, why a verb cannot run on a weight, empty if it can.
     """
-    # statements, which torch.compile can trace; importlib it cannot
+    # import statements, because torch.compile cannot trace importlib
     if name == "csrc":
         from . import csrc
 
@@ -51,8 +52,20 @@ def load(name: str) -> Any:
 
 
 def unsupported_reasons(verb: str, weight: Tensor) -> dict[str, list[str]]:
-    """For each backend, its reasons against running ``verb`` on ``weight``; an empty list where it can."""
+    """For each backend, why it cannot run ``verb`` on ``weight``; an empty list if it can."""
     return {name: _reasons(name, verb, weight) for name in BACKENDS}
+
+
+def bind(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
+    """The function of the chosen backend that runs ``verb`` on weights of this dtype, device and layout.
+
+    It checks nothing and may record an autograd graph: for callers that make many calls on checked arguments.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`select`.
+    """
+    body: Callable[..., Any] = getattr(load(select(verb, weight, dtype)), verb)
+    return body
 
 
 def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
@@ -61,11 +74,11 @@ def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str
     Args:
         verb: one of the verbs.
         weight: (m, n), or (batch, m, n).
-        dtype: in which a product is asked for. Only torch has float64.
+        dtype: of the panel. Only torch's body has float64.
 
     Raises:
         ValueError: ``PISSA_KERNELS_BACKEND`` names no backend.
-        RuntimeError: it names one that cannot run this, with its reasons.
+        RuntimeError: the backend that it names does not support this weight; the message says why.
     """
     forced = os.environ.get(VARIABLE)
     if forced:

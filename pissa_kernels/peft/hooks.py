@@ -71,8 +71,8 @@ def replacements(patch: Session) -> list[tuple[type, str, Wrapper]]:
                 previous(self, model, *args, **kwargs)
             finally:
                 injecting.reset(token)
-            if injection.tasks:
-                patch.carry_out(injection.tasks)
+            if injection.jobs:
+                patch.carry_out(injection.jobs)
 
         return wrapper
 

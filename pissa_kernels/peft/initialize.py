@@ -1,4 +1,4 @@
-"""``pissa_init``: parse → check → decompose → write back, all or nothing for each layer."""
+"""``pissa_init``: check a layer, decompose its weight, write the result back. All or nothing for each layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import ops
-from ..checks import check_rank, check_scaling, check_weight, parse_init
+from ..checks import check_rank, check_scaling, check_weight, layer_context
+from ..pissa import Recipe
 from .layer import LayerJob
 from .record import InitRecord
 from .ties import Ties
@@ -18,24 +19,36 @@ from .ties import Ties
 def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
     """Start a LoRA adapter from the principal singular triplets of the weight that it adapts.
 
-    The signature and the contract of PEFT's ``LoraLayer.pissa_init``. Afterwards ``lora_A`` and ``lora_B`` hold
-    √(S/s)·Vᵀ (r, in) and U·√(S/s) (out, r) in float32 on the weight's device, rounded to the weight's dtype because
-    PEFT stores them in it; the weight holds W − s·B·A in its own storage, layout and dtype. An adapter on the meta
-    device will be filled from a checkpoint: everything is left as it is.
+    Has the signature and the contract of PEFT's ``LoraLayer.pissa_init``. Afterwards ``lora_A`` holds √(S/s)·Vᵀ (r, in)
+    and ``lora_B`` U·√(S/s) (out, r), in float32 on the weight's device, rounded to the weight's dtype because PEFT
+    stores them in it. The weight holds W − s·B·A in its own storage, layout and dtype. If the adapter is on the meta
+    device, a checkpoint will fill it, and nothing is changed.
 
     Args:
         self: a LoRA layer with ``get_base_layer()``, ``r``, ``scaling``, ``lora_A``, ``lora_B``, ``fan_in_fan_out``.
         adapter_name: key of the adapter in those.
-        init_lora_weights: "pissa" or "pissa_niter_N", as :func:`pissa_kernels.pissa` takes them.
+        init_lora_weights: "pissa" or "pissa_niter_N", as for :func:`pissa_kernels.decompose`.
 
     Raises:
-        TypeError: a quantised weight or a dtype other than float32, float16 and bfloat16.
+        TypeError: a quantized weight, or a dtype other than float32, float16 and bfloat16.
         ValueError: an unknown ``init_lora_weights``; a rank, scaling or shape out of range; NaN, Inf or an empty
             weight. Nothing has been written then.
+
+    Examples:
+        >>> import peft, torch
+        >>> import pissa_kernels as pk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(48, 64, bias=False))
+        >>> W = model[0].weight.detach().clone()
+        >>> config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights=True)
+        >>> layer = peft.inject_adapter_in_model(config, model)[0]
+        >>> pk.pissa_init(layer, "default", "pissa")
+        >>> A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        >>> bool(torch.allclose(layer.weight + layer.scaling["default"] * B @ A, W, atol=1e-6))
+        True
     """
-    task = prepare(self, adapter_name, init_lora_weights)
-    if task is not None:
-        task.run()
+    job = prepare(self, adapter_name, init_lora_weights)
+    if job is not None:
+        job.run()
 
 
 def prepare(
@@ -48,67 +61,70 @@ def prepare(
     ties: Ties | None = None,
     given: InitRecord | None = None,
 ) -> LayerJob | None:
-    """Check everything that needs no arithmetic; None where the layer is to be left alone.
+    """Run all checks that need no arithmetic. The arguments of a caller are checked here, and nowhere below.
 
     Args:
-        layer, adapter_name, init: as :func:`pissa_init` takes them.
-        seed: of the sketch.
-        name: the layer's name in its model, for messages and the report.
-        ties: of the layer's model; where given, a weight that the model reads in a second place is refused.
-        given: the initial factors that a trained adapter brought along.
+        layer, adapter_name, init: as for :func:`pissa_init`.
+        seed: seed of the sketch.
+        name: name of the layer in its model, for messages and the report.
+        ties: parameters of the model that share memory. With it, a weight that the model uses twice is refused.
+        given: initial factors that a trained adapter was saved with.
+
+    Returns:
+        The job; None where the layer is left as it is.
 
     Raises:
-        TypeError, ValueError: as :func:`pissa_init`.
+        TypeError, ValueError: as for :func:`pissa_init`.
     """
     if given is not None:
         init, seed = given.report.init, given.report.seed
-    task = LayerJob(layer, adapter_name, init, seed, name, given)
-    base, where = layer.get_base_layer(), task.where
-    parse_init(init)
-    weight = base.weight
+    recipe = Recipe(int(layer.r[adapter_name]), float(layer.scaling[adapter_name]), init, seed)
+    job = LayerJob(layer, adapter_name, recipe, bool(layer.fan_in_fan_out), name, given)
+    base, weight = layer.get_base_layer(), layer.get_base_layer().weight
     if weight.is_meta:
         return None
-    if layer.lora_A[adapter_name].weight.is_meta and given is None:
-        _warn_left_alone(where)
-        return None
-    check_weight(weight, f"the weight of {where}")
-    if is_parametrized(base, "weight"):
-        raise ValueError(f"{where}: its weight is computed by a parametrization and cannot hold a residual")
-    if ops.has_overlap(weight):
-        raise ValueError(f"{where}: elements of its weight share memory (strides {weight.stride()}); clone it first")
-    _check_unshared(base, where, ties)
-    check_rank(task.rank, weight.shape, f"the weight of {where}")
-    check_scaling(task.scaling, f"the weight of {where}")
-    _check_adapter(task)
-    return task
+    with layer_context(job.label):
+        if layer.lora_A[adapter_name].weight.is_meta and given is None:
+            _warn_left_alone(job.label)
+            return None
+        check_weight(weight)
+        if is_parametrized(base, "weight"):
+            raise ValueError("the weight is computed by a parametrization and cannot hold a residual")
+        if ops.has_overlap(weight):
+            raise ValueError(f"elements of the weight share memory (strides {weight.stride()}); clone it first")
+        _check_unshared(base, ties)
+        check_rank(recipe.rank, weight.shape)
+        check_scaling(recipe.scaling)
+        _check_adapter(job)
+    return job
 
 
-def _warn_left_alone(where: str) -> None:
+def _warn_left_alone(label: str) -> None:
     warnings.warn(
-        f"{where}: its adapter is on the meta device (low_cpu_mem_usage=True), so PiSSA leaves its weight alone. "
-        "Unless the loaded weight already is the residual, load the adapter without low_cpu_mem_usage.",
+        f"{label}: the adapter is on the meta device (low_cpu_mem_usage=True), so PiSSA leaves the weight as it is. "
+        "Unless the loaded weight is the residual already, load the adapter without low_cpu_mem_usage.",
         stacklevel=4,
     )
 
 
-def _check_adapter(task: LayerJob) -> None:
-    (out_features, in_features), rank = task.view.shape, task.rank
-    lora_A, lora_B = task.layer.lora_A[task.adapter].weight, task.layer.lora_B[task.adapter].weight
-    found, wanted = (tuple(lora_A.shape), tuple(lora_B.shape)), ((rank, in_features), (out_features, rank))
-    if lora_A.numel() and lora_B.numel() and found != wanted:
+def _check_adapter(job: LayerJob) -> None:
+    (out_features, in_features), rank = job.view.shape, job.recipe.rank
+    lora_A, lora_B = job.layer.lora_A[job.adapter].weight, job.layer.lora_B[job.adapter].weight
+    found, expected = (tuple(lora_A.shape), tuple(lora_B.shape)), ((rank, in_features), (out_features, rank))
+    if lora_A.numel() and lora_B.numel() and found != expected:
         raise ValueError(
-            f"{task.where}: its weight {tuple(task.weight.shape)} with fan_in_fan_out={task.transposed} takes A "
-            f"{wanted[0]} and B {wanted[1]}, but the adapter has A {found[0]} and B {found[1]}"
+            f"with fan_in_fan_out={job.transposed} the weight takes A {expected[0]} and B {expected[1]}, but the "
+            f"adapter has A {found[0]} and B {found[1]}"
         )
 
 
-def _check_unshared(base: nn.Module, where: str, ties: Ties | None) -> None:
-    """Refuse a weight that the model reads in a second place, which would see the residual without the adapter."""
+def _check_unshared(base: nn.Module, ties: Ties | None) -> None:
+    """Refuse a weight that the model uses a second time, where the residual would be missing its adapter."""
     other = ties.of(base) if ties is not None else None
     if other is not None:
         weight: Tensor = base.weight  # type: ignore[assignment]
         raise ValueError(
-            f"the weight of {where} {tuple(weight.shape)} is tied to {other}, which would be changed with "
-            "it. Untie them first (config.tie_word_embeddings = False, then module.weight = "
-            "nn.Parameter(module.weight.detach().clone())), or leave the layer out of target_modules."
+            f"the weight {tuple(weight.shape)} is tied to {other}, which would change with it. Untie them first "
+            "(config.tie_word_embeddings = False, then module.weight = nn.Parameter(module.weight.detach().clone())), "
+            "or leave the layer out of target_modules."
         )

@@ -1,4 +1,4 @@
-"""One layer to be initialised: what is asked, what is written, what is remembered."""
+"""One layer to be initialized: what is asked, what is written, what is recorded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import parse_init
+from ..checks import layer_context
 from ..numerics import exact_arithmetic
-from ..pissa import Factors, principal_factors
+from ..pissa import Factors, Recipe, principal_factors
 from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
 from .record import InitRecord, fingerprint, matches, of_adapter, records, remember
@@ -22,36 +22,31 @@ from .record import InitRecord, fingerprint, matches, of_adapter, records, remem
 
 @dataclass(frozen=True, eq=False)
 class LayerJob:
-    """One layer to be initialised that has passed every check but those of its values.
+    """One layer to be initialized, after all checks except those of the weight's values.
 
     Attributes:
         layer: PEFT's LoRA layer.
-        adapter: the adapter's name.
-        init: "pissa" or "pissa_niter_N".
-        seed: of the sketch.
-        name: the layer's name in its model; None where it is not known.
-        given: the initial factors of an adapter that was trained before: W_res is taken against them, with no SVD.
-        deferred: PEFT has already cast A and B to the dtype that they stay in.
+        adapter: name of the adapter.
+        recipe: rank, scaling, initializer and seed.
+        transposed: whether the weight is stored (in, out), as in transformers' ``Conv1D``.
+        name: name of the layer in its model; None where it is not known.
+        given: initial factors of a trained adapter. The residual is taken against them, without an SVD.
+        deferred: whether PEFT has cast A and B to their final dtype already.
     """
 
     layer: Any
     adapter: str
-    init: str
-    seed: int = 0
+    recipe: Recipe
+    transposed: bool
     name: str | None = None
     given: InitRecord | None = None
     deferred: bool = False
 
-    # The layer is asked at every use: PEFT and accelerate may replace a parameter between the plan and the work.
+    # Read from the layer every time: PEFT and accelerate may replace the parameter before the job runs.
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, as it is stored."""
         return self.layer.get_base_layer().weight.data  # type: ignore[no-any-return]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored (in, out), as transformers' ``Conv1D`` stores it."""
-        return bool(self.layer.fan_in_fan_out)
 
     @property
     def view(self) -> Tensor:
@@ -59,102 +54,85 @@ class LayerJob:
         return self.weight.mT if self.transposed else self.weight
 
     @property
-    def rank(self) -> int:
-        return int(self.layer.r[self.adapter])
-
-    @property
-    def scaling(self) -> float:
-        return float(self.layer.scaling[self.adapter])
-
-    @property
-    def where(self) -> str:
-        """The layer, as messages name it."""
-        return f"layer {self.name!r}" if self.name else f"a {type(self.layer.get_base_layer()).__name__} layer"
+    def label(self) -> str:
+        """The layer in messages."""
+        name = f"layer {self.name!r}" if self.name else f"a {type(self.layer.get_base_layer()).__name__} layer"
+        return f"{name}, weight {tuple(self.weight.shape)}"
 
     def workspace(self, device: torch.device) -> int:
         """Bytes beyond the weight that its SVD takes on ``device``."""
         m, n = self.weight.shape
         machine = machine_of(self.weight) if device == self.weight.device else device.type
-        return workspace(m, n, self.rank, parse_init(self.init), device=machine)
+        return workspace(m, n, self.recipe.rank, self.recipe.niter, device=machine)
 
     def defer(self) -> LayerJob:
-        """The same task for later. Until it has run, B is zero: the layer computes what its weight does."""
+        """The same job for later. B is set to zero, so that the layer computes W·x until the job has run."""
         self._set_adapter(self._adapter()[0].data, torch.zeros_like(self._adapter()[1]), torch.float32)
         return replace(self, deferred=True)
 
     def run(self) -> LayerReport:
-        """Decompose and write.
+        """Decompose the weight and write A, B and the residual. After an exception the layer is unchanged.
 
         Raises:
-            RuntimeError, MemoryError: with the layer's name.
-            ValueError: NaN or Inf, or values that exceed a dtype's range; or a weight that the given initial factors
-                were not taken from. The layer is untouched then.
+            RuntimeError, MemoryError: with the name of the layer.
+            ValueError: NaN or Inf, values that overflow a dtype, or a weight that the given initial factors were not
+                taken from.
         """
         began = time.perf_counter()
-        try:
-            return self.reuse_previous() or self.write(self._factors(), began)
-        except (RuntimeError, MemoryError) as error:  # these do not know the layer
-            error.args = (f"{self.where}: {error}",)
-            raise
-
-    def _factors(self) -> Factors:
-        return principal_factors(
-            self.weight,
-            self.rank,
-            scaling=self.scaling,
-            init=self.init,
-            fan_in_fan_out=self.transposed,
-            seed=self.seed,
-            where=f"the weight of {self.where}",
-        )
+        with layer_context(self.label):
+            return self.reuse_previous() or self.write(principal_factors(self.view, self.recipe), began)
 
     def reuse_previous(self) -> LayerReport | None:
-        """Do what needs no SVD: put back what an earlier call found, or subtract what was given; None where it does.
+        """Do what needs no SVD: repeat an earlier initialization, or subtract the given factors. None otherwise.
 
-        After a failure in one layer, a second call of ``get_peft_model`` comes by all the others again. Their weights
-        are residuals already, whose principal components are no longer the model's. So they are for a second adapter
-        of the same settings, such as the reference that TRL copies from the first: it begins where the first one did,
-        on the same residual. To take its own share out of that would change what the first one computes.
+        After one layer has failed, a second call of ``get_peft_model`` initializes all others again. Their weights are
+        residuals already, so they get the factors that were recorded. The same holds for a second adapter of the same
+        settings, such as the reference that TRL copies from the first one: it shares the residual, and its initial
+        factors are the first one's. A residual of its own would change what the first adapter computes.
+
+        Raises:
+            ValueError: the given factors were not taken from this weight.
         """
         began, weight = time.perf_counter(), self.weight
-        for initial in reversed(records(self.layer)):
-            if self._repeats(initial) and matches(initial.after, initial.report.dtype, weight):
-                self._set_adapter(initial.lora_A, initial.lora_B)
+        for record in reversed(records(self.layer)):
+            if self._repeats(record) and matches(record.after, record.report.dtype, weight):
+                self._set_adapter(record.lora_A, record.lora_B)
                 latest = of_adapter(self.layer, self.adapter)
-                if latest is None or latest.lora_A is not initial.lora_A:
-                    remember(self.layer, replace(initial, adapter=self.adapter, shared=True))
-                return initial.report
+                if latest is None or latest.lora_A is not record.lora_A:
+                    remember(self.layer, replace(record, adapter=self.adapter, shared=True))
+                return record.report
         if self.given is None:
             return None
-        was, given = self.given.report, self.given
-        if not matches(given.before, was.dtype, weight):
+        report, given = self.given.report, self.given
+        if not matches(given.before, report.dtype, weight):
             raise ValueError(
-                f"the weight of {self.where} {tuple(weight.shape)} is not the one that the adapter's initial factors "
-                "were taken from. Load the base model that it was trained on, neither its residual nor another."
+                "the weight is not the one that the adapter's initial factors were taken from. Load the base model "
+                "that the adapter was trained on, neither its residual nor another model."
             )
         A, B = given.lora_A.to(weight.device).float(), given.lora_B.to(weight.device).float()
-        return self.write(Factors(A, B, was.singular_values, was.certificate), began, dtype=given.lora_A.dtype)
+        factors = Factors(A, B, report.singular_values, report.certificate)
+        return self.write(factors, began, dtype=given.lora_A.dtype)
 
-    def _repeats(self, initial: InitRecord) -> bool:
-        """Whether this initialisation would find what that one did."""
-        was, given = initial.report, self.given
+    def _repeats(self, record: InitRecord) -> bool:
+        """Whether this job would find the factors of an earlier record."""
+        report, recipe, given = record.report, self.recipe, self.given
         if given is not None:
-            pairs = ((initial.lora_A, given.lora_A), (initial.lora_B, given.lora_B))
-            return was.scaling == self.scaling and all(torch.equal(one, other) for one, other in pairs)
-        return (was.rank, was.scaling, was.init, was.seed) == (self.rank, self.scaling, self.init, self.seed)
+            pairs = ((record.lora_A, given.lora_A), (record.lora_B, given.lora_B))
+            return report.scaling == recipe.scaling and all(torch.equal(one, other) for one, other in pairs)
+        return recipe == Recipe(report.rank, report.scaling, report.init, report.seed)
 
     def write(
         self, factors: Factors, began: float, *, dtype: torch.dtype | None = None, residual: Tensor | None = None
     ) -> LayerReport:
-        """A, B and the residual, in this order, and the record of it; a failure leaves all three as they were.
+        """Write A, B and the residual, in this order, and record them. An exception leaves all three unchanged.
 
         Args:
-            factors: A and B, in values that ``dtype`` holds.
-            began: when the work on this layer did (``time.perf_counter()``).
-            dtype: of the adapter; the weight's by default.
+            factors: A and B, in values that ``dtype`` represents.
+            began: start of the work on this layer, by ``time.perf_counter()``.
+            dtype: of the adapter; by default the weight's.
             residual: W_res as the weight is stored, where another device has computed it.
         """
-        weight = self.weight
+        weight, scaling = self.weight, self.recipe.scaling
         before = fingerprint(weight)
         with self._restored_on_failure():
             self._set_adapter(factors.lora_A, factors.lora_B)
@@ -162,7 +140,7 @@ class LayerJob:
                 weight.copy_(residual)
             else:
                 with exact_arithmetic(weight.device):
-                    ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, self.scaling, self.transposed)
+                    ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, scaling, self.transposed)
         lora_A, lora_B = (
             factor.to("cpu", dtype or weight.dtype, copy=True) for factor in (factors.lora_A, factors.lora_B)
         )
@@ -175,14 +153,14 @@ class LayerJob:
         return LayerReport(
             name=self.name or f"{type(self.layer.get_base_layer()).__name__}({in_features}, {out_features})",
             shape=(out_features, in_features),
-            rank=self.rank,
+            rank=self.recipe.rank,
             certificate=factors.certificate,
             seconds=seconds,
             singular_values=factors.singular_values.cpu(),
             dtype=self.weight.dtype,
-            scaling=self.scaling,
-            init=self.init,
-            seed=self.seed,
+            scaling=self.recipe.scaling,
+            init=self.recipe.init,
+            seed=self.recipe.seed,
         )
 
     def _adapter(self) -> tuple[Tensor, Tensor]:

@@ -160,34 +160,34 @@ class PatchedPeft(Report):
         name = (creating.get() or (None,))[0]
         given = source.initial(name, adapter_name) if source is not None else None
         ties = injection.ties if injection is not None else None
-        task = prepare(layer, adapter_name, init, seed=self.seed, name=name, ties=ties, given=given)
-        if task is None:
+        job = prepare(layer, adapter_name, init, seed=self.seed, name=name, ties=ties, given=given)
+        if job is None:
             return
         if injection is not None and self.batch and can_wait(layer, adapter_name):
-            injection.tasks.append(task.defer())
+            injection.jobs.append(job.defer())
             return
-        report = task.run()
+        report = job.run()
         self.seconds = (self.seconds or 0.0) + report.seconds
         self.layers.append(report)
         if self.on_layer is not None:
             self.on_layer(report)
 
-    def carry_out(self, tasks: list[LayerJob]) -> None:
+    def carry_out(self, jobs: list[LayerJob]) -> None:
         """The layers that were collected; those that are done are in the report, whatever happens."""
         reports: dict[LayerJob, LayerReport] = {}
         peak, began = Peak(), time.perf_counter()
         try:
-            with peak, progress(len(tasks), "PiSSA", shown=self.shown) as tick:
+            with peak, progress(len(jobs), "PiSSA", shown=self.shown) as tick:
 
-                def done(task: LayerJob, report: LayerReport) -> None:
-                    reports[task] = report
-                    tick(report.name, task.weight.nbytes)
+                def done(job: LayerJob, report: LayerReport) -> None:
+                    reports[job] = report
+                    tick(report.name, job.weight.nbytes)
                     if self.on_layer is not None:
                         self.on_layer(report)
 
-                whole_model.run(tasks, self.resources, done)
+                whole_model.run(jobs, self.resources, done)
         finally:
-            self.layers += [reports[task] for task in tasks if task in reports]
+            self.layers += [reports[job] for job in jobs if job in reports]
             self.seconds = (self.seconds or 0.0) + time.perf_counter() - began
             if peak.extra_bytes is not None:
                 self.peak_extra_bytes = max(peak.extra_bytes, self.peak_extra_bytes or 0)

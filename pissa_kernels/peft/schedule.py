@@ -39,9 +39,9 @@ class Resources:
     device: torch.device | None = None
     memory_budget: int | None = None
 
-    def place(self, task: LayerJob) -> torch.device:
+    def place(self, job: LayerJob) -> torch.device:
         """Where a layer's work is done."""
-        at = task.weight.device
+        at = job.weight.device
         return self.device if at.type == "cpu" and self.device is not None else at
 
     def budget(self, device: torch.device) -> int:
@@ -49,11 +49,11 @@ class Resources:
         return self.memory_budget if self.memory_budget is not None else memory.free(device) // 2
 
 
-def run(tasks: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
+def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     """Initialise every layer.
 
     Args:
-        tasks: the layers.
+        jobs: the layers.
         resources: what may be used.
         done: told of each layer, in the calling thread, in the order in which they finish.
 
@@ -63,8 +63,8 @@ def run(tasks: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
             either done, and ``done`` was told, or as it was.
     """
     places: dict[torch.device, list[LayerJob]] = defaultdict(list)
-    for task in tasks:
-        places[resources.place(task)].append(task)
+    for job in jobs:
+        places[resources.place(job)].append(job)
     budgets = {place: resources.budget(place) for place in places}
     for place, some in places.items():
         _check_budget(some, place, budgets[place])
@@ -72,41 +72,41 @@ def run(tasks: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     on_cpu = places.pop(CPU, [])
     workers = _workers(on_cpu, budgets.get(CPU, 0)) if on_cpu else 0
     threads = torch.get_num_threads()
-    on_cpu.sort(key=lambda task: -task.weight.numel())  # small ones last, so that no thread is left with a large one
-    jobs = [functools.partial(_one_layer, task, max(1, threads // workers)) for task in on_cpu]
+    on_cpu.sort(key=lambda job: -job.weight.numel())  # small ones last, so that no thread is left with a large one
+    work = [functools.partial(_one_layer, job, max(1, threads // workers)) for job in on_cpu]
     for place, some in places.items():
-        jobs.append(functools.partial(_batches, plan_batches(some, place, budgets[place]), place, stop))
+        work.append(functools.partial(_batches, plan_batches(some, place, budgets[place]), place, stop))
     # the precision of float32 products is the process's, so it is set here, once for all threads
     with exact_arithmetic(CPU):
         try:
-            run_jobs(jobs, workers + len(places), lambda finished: done(*finished), stop)
+            run_jobs(work, workers + len(places), lambda finished: done(*finished), stop)
         finally:
             torch.set_num_threads(threads)  # MKL's number is the process's too
 
 
-def _one_layer(task: LayerJob, threads: int, emit: Callable[[Finished], None]) -> None:
+def _one_layer(job: LayerJob, threads: int, emit: Callable[[Finished], None]) -> None:
     torch.set_num_threads(threads)  # of this worker alone, except MKL's
-    emit((task, task.run()))
+    emit((job, job.run()))
 
 
 def _batches(
     batches: Sequence[list[LayerJob]], place: torch.device, stop: threading.Event, emit: Callable[[Finished], None]
 ) -> None:
-    run_batches(batches, place, lambda task, report: emit((task, report)), stop)
+    run_batches(batches, place, lambda job, report: emit((job, report)), stop)
 
 
-def _workers(tasks: Sequence[LayerJob], budget: int) -> int:
-    largest = max(task.workspace(CPU) for task in tasks)
-    return max(1, min(torch.get_num_threads(), len(tasks), budget // largest))
+def _workers(jobs: Sequence[LayerJob], budget: int) -> int:
+    largest = max(job.workspace(CPU) for job in jobs)
+    return max(1, min(torch.get_num_threads(), len(jobs), budget // largest))
 
 
-def _check_budget(tasks: Sequence[LayerJob], place: torch.device, budget: int) -> None:
-    for task in tasks:
-        needed = task.workspace(place)
-        if place != task.weight.device:
-            needed += task.weight.nbytes
+def _check_budget(jobs: Sequence[LayerJob], place: torch.device, budget: int) -> None:
+    for job in jobs:
+        needed = job.workspace(place)
+        if place != job.weight.device:
+            needed += job.weight.nbytes
         if needed > budget:
             raise ValueError(
-                f"the weight of {task.where} {tuple(task.weight.shape)} needs {needed:,} bytes on {place} beyond the "
-                f"model, more than the {budget:,} that it may use; give a memory_budget of at least as much"
+                f"{job.label}: its SVD needs {needed:,} bytes on {place} beyond the model, more than the {budget:,} "
+                "that it may use; give a memory_budget of at least as much"
             )

@@ -30,7 +30,7 @@ class Session(Protocol):
     def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
         """Initialize one layer, now or at the end of the injection."""
 
-    def carry_out(self, tasks: list[LayerJob]) -> None:
+    def carry_out(self, jobs: list[LayerJob]) -> None:
         """Initialize the layers collected during an injection."""
 
 
@@ -40,11 +40,11 @@ class Injection:
 
     Attributes:
         ties: parameters of the model that share memory.
-        tasks: layers to initialize when the call ends.
+        jobs: layers to initialize when the call ends.
     """
 
     ties: Ties
-    tasks: list[LayerJob] = field(default_factory=list)
+    jobs: list[LayerJob] = field(default_factory=list)
 
 
 # Name and module of the layer that PEFT is replacing in this thread.

@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..checks import check_rank, check_weight
+from ..checks import check_accuracy, check_rank, check_weight
 from ..numerics import exact_arithmetic
 from .chebyshev import chebyshev_subspace
 from .cost import CHEAP_GRAM, SolverPlan, machine_of, plan
@@ -62,35 +62,23 @@ def truncated_svd(
     """
     check_weight(weight)
     check_rank(rank, weight.shape)
-    return truncated_svd_stack(weight.unsqueeze(0), rank, tol=tol, niter=niter, seed=seed)[0]
+    check_accuracy(tol, niter)
+    return solve_batch(weight.unsqueeze(0), rank, tol=tol, niter=niter, seed=seed)[0]
 
 
-def truncated_svd_stack(
-    weights: Tensor, rank: int, *, tol: float = DEFAULT_TOL, niter: int | None = None, seed: int = 0
-) -> list[TruncatedSVD]:
-    """:func:`truncated_svd` of each weight of a stack (batch, m, n), with the small problems shared.
+def solve_batch(weights: Tensor, rank: int, *, tol: float, niter: int | None, seed: int) -> list[TruncatedSVD]:
+    """:func:`truncated_svd` of each weight of a batch, with the small problems solved together. Checks no argument.
 
-    Every weight starts from the same sketch, so its triplets do not depend on its company beyond rounding and beyond
-    the steps that are taken until the slowest has converged.
+    Every weight starts from the same sketch. Its triplets depend on the other weights only by round-off and by the
+    number of steps, which continue until the slowest weight has converged.
 
     Args:
-        weights: (batch, m, n), batch ≥ 1, else as :func:`truncated_svd` takes them.
-        rank, tol, niter, seed: as there.
-
-    Returns:
-        One result for each weight.
+        weights: (batch, m, n), batch ≥ 1.
+        rank, tol, niter, seed: as for :func:`truncated_svd`.
 
     Raises:
-        TypeError, ValueError: as there.
+        ValueError: NaN or Inf in a weight.
     """
-    if weights.ndim != 3 or not len(weights):
-        raise ValueError(f"the stack must have shape (batch, m, n) with batch ≥ 1, got {tuple(weights.shape)}")
-    check_weight(weights[0])
-    check_rank(rank, weights.shape[1:])
-    if niter is None and not 0 < tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1, got {tol}")
-    if niter is not None and niter < 0:
-        raise ValueError(f"niter must be 0 or more, got {niter}")
     with exact_arithmetic(weights.device):
         operator = WeightOperator(weights.detach())
         batch, m, n = operator.shape

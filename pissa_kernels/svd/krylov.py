@@ -107,8 +107,8 @@ class Unresolved(NamedTuple):
 
         With it, the estimate is 0.7 to 3 times the truth at tolerances of 1e-5 and less, and at 1e-3, where second
         order is rough, no less than 0.4 of it, on the diagonal matrices of ``tests/svd/test_iterations.py`` at ranks 4
-        to 128. Between these it can be 0.1 of it, on weights with the spectra of real ones: vectors that mix half a dozen
-        directions of nearly one value have small residuals, and lack one of these directions all the same.
+        to 128. Between these it can be 0.1 of it, on weights with the spectra of real ones: vectors that mix half a
+        dozen directions of nearly one value have small residuals, and lack one of these directions all the same.
 
         In a cluster, hundreds of values that agree to three digits, the newest panel may have left it while the basis
         has not found all of it; there the gap to ``neighbour`` counts, which elsewhere gives up to ten times too much.

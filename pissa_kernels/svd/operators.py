@@ -7,13 +7,15 @@ weight. Panels are (batch, n, k) float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import reference
+from ..ops import dispatch, reference
+from ..ops.dispatch import PRODUCTS
 
 
 class Projection(NamedTuple):
@@ -66,6 +68,10 @@ class WeightOperator:
         self.weights = weights.mT if self.wide else weights
         self.device = weights.device
         self.passes = 0
+        # a single weight is multiplied as a matrix: one large BLAS call instead of a batch of one
+        self._single = len(weights) == 1
+        like = self.weights[0] if self._single else self.weights
+        self._matmul, self._rmatmul, self._normal = (dispatch.bind(verb, like) for verb in PRODUCTS)
         self.scale: Tensor | None = None  # (batch, 1, 1); None for ones
         self.energy: list[float] = ops.sum_of_squares(weights).tolist()  # ‖A‖_F², the scale in it
         if any(map(math.isnan, self.energy)):
@@ -93,15 +99,12 @@ class WeightOperator:
     def apply(self, X: Tensor) -> Tensor:
         """A·X (batch, m, k)."""
         self.passes += 1
-        X = self._scaled(X)
-        # one weight is no stack: its product is one large BLAS call, not a batch of one
-        return ops.matmul(self.weights[0], X[0])[None] if len(X) == 1 else ops.matmul(self.weights, X)
+        return self._product(self._matmul, self._scaled(X))
 
     def adjoint(self, Y: Tensor) -> Tensor:
         """Aᵀ·Y (batch, n, k)."""
         self.passes += 1
-        Y = self._scaled(Y)
-        return ops.rmatmul(self.weights[0], Y[0])[None] if len(Y) == 1 else ops.rmatmul(self.weights, Y)
+        return self._product(self._rmatmul, self._scaled(Y))
 
     def sketch(self, columns: int, seed: int) -> Tensor:
         """AᵀG, G Gaussian: half a power step for one product."""
@@ -109,11 +112,11 @@ class WeightOperator:
         return self.adjoint(gaussian(m, columns, seed, self.device).expand(batch, -1, -1))
 
     def multiply(self, X: Tensor) -> Tensor:
-        return self._normal(X)[1]
+        return self._both(X)[1]
 
     def project(self, X: Tensor) -> Projection:
         # not XᵀZ: the square of AX keeps directions that are small against A
-        Y, Z = self._normal(X)
+        Y, Z = self._both(X)
         return Projection(Y.mT @ Y, Z, Y)
 
     def compress(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -138,14 +141,19 @@ class WeightOperator:
     def _scaled(self, panel: Tensor) -> Tensor:
         return panel if self.scale is None else panel * self.scale
 
-    def _normal(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        if self.scale is not None:  # between the two products, or the first may overflow
+    def _product(self, product: Callable[..., Tensor], panel: Tensor) -> Tensor:
+        return product(self.weights[0], panel[0])[None] if self._single else product(self.weights, panel)
+
+    def _both(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """A·X and AᵀA·X."""
+        if self.scale is not None:  # applied between the two products as well, where the first one may overflow
             Y = self.apply(X)
             return Y, self.adjoint(Y)
         self.passes += 2
-        if len(X) > 1:
-            return ops.normal(self.weights, X)
-        Y, Z = ops.normal(self.weights[0], X[0])
+        if not self._single:
+            both: tuple[Tensor, Tensor] = self._normal(self.weights, X)
+            return both
+        Y, Z = self._normal(self.weights[0], X[0])
         return Y[None], Z[None]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ops import dispatch
 from ..ops.reference import project_out
 
 # Smallest pivot of the scaled Gram matrix's factor that one CholeskyQR round is trusted with: below it the first
@@ -46,12 +46,13 @@ def orthonormalize(Z: Tensor, basis: Tensor | None = None, near: Tensor | None =
         The panel (batch, n, b), and for each of the stack whether Z was deficient, so that part of the panel is
         arbitrary: a filling, or the rounding noise that a projection has left of a column.
     """
-    panel, first, shortest = ops.gram_schmidt(Z, basis if near is None else near)
+    gram_schmidt = dispatch.bind("gram_schmidt", Z, Z.dtype)
+    panel, first, shortest = gram_schmidt(Z, basis if near is None else near)
     noise = shortest <= NOISE * torch.linalg.vector_norm(Z, dim=-2).amax(-1)
     if basis is None and all(pivot > EASY_PIVOT for pivot in first.tolist()):
         return panel, [False] * len(Z)
     for number in range(1, MAX_ROUNDS):
-        panel, pivot, shortest = ops.gram_schmidt(panel, basis)
+        panel, pivot, shortest = gram_schmidt(panel, basis)
         health = torch.stack([first if number == 1 else pivot, pivot, shortest, noise], dim=-1).tolist()
         # NaN > x is False: a zero column makes NaN
         sound = [a > MIN_PIVOT and b > MIN_PIVOT for a, b, *_ in health]

@@ -20,7 +20,7 @@ MEASURED = """
 import json, re, sys
 from pathlib import Path
 import peft, torch, transformers.models.llama.modeling_llama
-from pissa_kernels.checkpoint.init import init_checkpoint
+from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
@@ -31,8 +31,8 @@ imported = peak()
 model, out, options = Path(sys.argv[1]), Path(sys.argv[2]), AdapterOptions(rank=8)
 plan = plan_checkpoint(model, out, options)
 planned = peak()
-outcome = init_checkpoint(plan, workers=2, shown=False)
-print(json.dumps([imported, planned, peak(), len(outcome.report.layers)]))
+outcome = run_job(plan, workers=2, progress=False)
+print(json.dumps([imported, planned, peak(), len(outcome.layers)]))
 """
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pissa_kernels.checkpoint.plan import plan_checkpoint
-from pissa_kernels.checkpoint.run import init_checkpoint
+from pissa_kernels.checkpoint.run import run_job
 
 from ..support.checkpoints import small, untimed
 from ..support.crashing import KILLED, OPTIONS, Child
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Where all results go, and what one process makes there."""
     out = tmp_path_factory.mktemp("results") / "out"
-    init_checkpoint(plan_checkpoint(model, out, OPTIONS), shown=False)
+    run_job(plan_checkpoint(model, out, OPTIONS), progress=False)
     return out, untimed(out.parent)
 
 
@@ -107,7 +107,7 @@ def test_a_rank_that_dies_ends_all_and_another_number_goes_on(
     assert codes[dying] == KILLED
     assert codes[1 - dying] == 1, "neither done nor waiting"
     assert not out.exists()
-    outcome = init_checkpoint(plan_checkpoint(model, out, OPTIONS), resume=True, shown=False)
+    outcome = run_job(plan_checkpoint(model, out, OPTIONS), resume=True, progress=False)
     assert outcome.kept >= 2
     assert untimed(out.parent) == expected[1]
 

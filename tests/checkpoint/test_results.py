@@ -16,7 +16,7 @@ import transformers
 
 import pissa_kernels as pk
 from pissa_kernels.checkpoint.plan import plan_checkpoint
-from pissa_kernels.checkpoint.run import init_checkpoint
+from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
 from ..peft.test_models import lora_layers, moved
@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 def init(model: Path, out: Path, workers: int = 2, **options: Any) -> Path:
     settings = {"rank": 4} | options
-    init_checkpoint(plan_checkpoint(model, out, AdapterOptions(**settings)), workers=workers, shown=False)
+    run_job(plan_checkpoint(model, out, AdapterOptions(**settings)), workers=workers, progress=False)
     return out
 
 

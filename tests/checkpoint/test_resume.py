@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pissa_kernels.checkpoint.plan import plan_checkpoint
-from pissa_kernels.checkpoint.run import Outcome, init_checkpoint
+from pissa_kernels.checkpoint.run import CheckpointReport, run_job
 
 from ..support.checkpoints import ADAPTER, contents, header, small, untimed, witness
 from ..support.crashing import KILLED, OPTIONS, Child
@@ -78,9 +78,9 @@ def _clear(undisturbed: Undisturbed) -> Iterator[None]:
     undisturbed.clear()
 
 
-def resume(undisturbed: Undisturbed, **changes: Any) -> Outcome:
-    return init_checkpoint(
-        plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), resume=True, shown=False, **changes
+def resume(undisturbed: Undisturbed, **changes: Any) -> CheckpointReport:
+    return run_job(
+        plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), resume=True, progress=False, **changes
     )
 
 
@@ -138,16 +138,16 @@ def test_gone_on_with_only_when_asked(undisturbed: Undisturbed) -> None:
     unfinished(undisturbed)
     before = witness(undisturbed.out.parent)
     with pytest.raises(FileExistsError, match="out has an unfinished run; --resume goes on with it, --force begins"):
-        init_checkpoint(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), shown=False)
+        run_job(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), progress=False)
     assert witness(undisturbed.out.parent) == before
     lines = len(journal.read_text().splitlines())
     outcome = resume(undisturbed)
-    assert (outcome.kept, outcome.done) == (lines, TENSORS - lines)
-    assert outcome.report.seconds is None, "what the killed run took is not known"
+    assert (outcome.kept, outcome.written) == (lines, TENSORS - lines)
+    assert outcome.seconds is None, "what the killed run took is not known"
     undisturbed.check()
     unfinished(undisturbed)
-    outcome = init_checkpoint(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), force=True, shown=False)
-    assert (outcome.kept, outcome.done) == (0, TENSORS)
+    outcome = run_job(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), force=True, progress=False)
+    assert (outcome.kept, outcome.written) == (0, TENSORS)
     undisturbed.check()
 
 
@@ -155,7 +155,7 @@ def test_a_finished_result_is_left_alone(undisturbed: Undisturbed) -> None:
     resume(undisturbed)
     before = witness(undisturbed.out)
     outcome = resume(undisturbed)
-    assert (outcome.kept, outcome.done) == (TENSORS, 0)
+    assert (outcome.kept, outcome.written) == (TENSORS, 0)
     assert witness(undisturbed.out) == before
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from pissa_kernels.checkpoint import worker as work
 from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
 from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, plan_checkpoint
-from pissa_kernels.checkpoint.run import init_checkpoint
+from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.cli.main import main
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("verify")
     build("llama", torch.bfloat16, width=32, layers=1).save_pretrained(root / "base", max_shard_size="20KB")
     (root / "base" / "notes.txt").write_text("carried along\n")
-    init_checkpoint(plan_checkpoint(root / "base", root / "out", AdapterOptions(rank=4)), shown=False)
+    run_job(plan_checkpoint(root / "base", root / "out", AdapterOptions(rank=4)), progress=False)
     return root / "base", root / "out"
 
 
@@ -48,12 +48,12 @@ def copies(folders: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 
 def problems(base: Path, out: Path) -> dict[str, str]:
-    return dict(verify_checkpoint(base, out, workers=1, shown=False).problems)
+    return dict(verify_checkpoint(base, out, workers=1, progress=False))
 
 
 def test_what_init_wrote_holds(folders: tuple[Path, Path]) -> None:
-    found = verify_checkpoint(*folders, shown=False)
-    assert found.holds
+    found = verify_checkpoint(*folders, progress=False)
+    assert not found
     assert len(found.layers) == 7
     assert len(found.layers) + found.copied == sum(
         len(read_header(path).tensors) for path in folders[0].glob("*.safetensors")
@@ -65,8 +65,8 @@ def test_what_init_wrote_holds(folders: tuple[Path, Path]) -> None:
 def test_other_architectures_and_dtypes_hold(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     build(name, dtype, width=32, layers=1).save_pretrained(tmp_path / "base")
     options = AdapterOptions(rank=4, alpha=9, use_rslora=True)
-    init_checkpoint(plan_checkpoint(tmp_path / "base", tmp_path / "out", options), shown=False)
-    assert verify_checkpoint(tmp_path / "base", tmp_path / "out", shown=False).holds
+    run_job(plan_checkpoint(tmp_path / "base", tmp_path / "out", options), progress=False)
+    assert not verify_checkpoint(tmp_path / "base", tmp_path / "out", progress=False)
 
 
 def flip(path: Path, bit: int) -> None:
@@ -106,7 +106,7 @@ def test_digests_are_of_every_chunk(
     monkeypatch.setattr(work, "CACHED_BYTES", 48)
     base, out = folders[0], tmp_path / "out"
     plan = plan_checkpoint(base, out, AdapterOptions(rank=4))
-    init_checkpoint(plan, shown=False)
+    run_job(plan, progress=False)
     files = Manifest.read(out).files
     for path in out.rglob("*.safetensors"):
         found = {
@@ -124,10 +124,10 @@ def test_digests_are_of_every_chunk(
         flip(shard, 8 * byte)
     with work.Worker(plan, out, torch.device("cpu")) as worker:
         digests = {name: digest for about in files.values() for name, digest in about.get("tensors", {}).items()}
-        for item in plan.items:
-            record = {"shard": item.shard, "tensor": item.entry.name, "sha256": digests[item.entry.name]}
+        for item in plan.tensors:
+            record = {"shard": item.shard, "tensor": item.info.name, "sha256": digests[item.info.name]}
             assert worker.holds(record)
-            assert not worker.holds({**record, "sha256": digests[QUERY if item.entry.name != QUERY else NORM]})
+            assert not worker.holds({**record, "sha256": digests[QUERY if item.info.name != QUERY else NORM]})
 
 
 def test_the_tensor_is_named_and_nothing_else(copies: tuple[Path, Path]) -> None:
@@ -221,8 +221,8 @@ def test_missing_and_truncated_files(copies: tuple[Path, Path]) -> None:
 def test_a_file_that_came_later_is_told_of(copies: tuple[Path, Path]) -> None:
     base, out = copies
     (out / "later.txt").write_text("mine\n")
-    found = verify_checkpoint(base, out, shown=False)
-    assert found.holds
+    found = verify_checkpoint(base, out, progress=False)
+    assert not found
     assert found.extra == ["later.txt"]
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pissa_kernels.checkpoint import worker as work
 from pissa_kernels.checkpoint.journal import Journal
 from pissa_kernels.checkpoint.plan import CheckpointJob, plan_checkpoint
-from pissa_kernels.checkpoint.run import init_checkpoint
+from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.files import direct as module
@@ -192,9 +192,9 @@ def test_memory_is_kept_until_it_is_written(planned: CheckpointJob, monkeypatch:
 
     monkeypatch.setattr(Output, "can_write_directly", lambda output, data, at: True)
     monkeypatch.setattr(Output, "write", slowly)
-    init_checkpoint(planned, workers=2, shown=False)
+    run_job(planned, workers=2, progress=False)
     assert len(wrote) > 8
-    assert verify_checkpoint(planned.checkpoint.folder, planned.out, shown=False).holds
+    assert not verify_checkpoint(planned.checkpoint.folder, planned.out, progress=False)
 
 
 def test_a_write_that_fails_ends_the_run(planned: CheckpointJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +205,10 @@ def test_a_write_that_fails_ends_the_run(planned: CheckpointJob, monkeypatch: py
         patch.setattr(Output, "can_write_directly", lambda *_: True)
         patch.setattr(Output, "write", full)
         with pytest.raises(OSError, match="No space left"):
-            init_checkpoint(planned, workers=2, shown=False)
+            run_job(planned, workers=2, progress=False)
     assert not planned.out.exists()
-    init_checkpoint(planned, workers=2, shown=False, resume=True)
-    assert verify_checkpoint(planned.checkpoint.folder, planned.out, shown=False).holds
+    run_job(planned, workers=2, progress=False, resume=True)
+    assert not verify_checkpoint(planned.checkpoint.folder, planned.out, progress=False)
 
 
 def test_what_the_flusher_hears_is_not_lost(planned: CheckpointJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_what_the_flusher_hears_is_not_lost(planned: CheckpointJob, monkeypatch:
         patch.setattr(work.os, "fdatasync", broken)
         patch.setattr(work.Worker, "run", lambda *_, run=work.Worker.run: (run(*_), time.sleep(0.3))[0])
         with pytest.raises(OSError, match=r"Input/output error: '.*\.safetensors'"):
-            init_checkpoint(planned, workers=2, shown=False)
+            run_job(planned, workers=2, progress=False)
     assert not planned.out.exists()
 
 

@@ -54,7 +54,7 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an SVD was run")
 
     monkeypatch.setattr("pissa_kernels.peft.layer.principal_factors", fail)
-    monkeypatch.setattr(batches, "truncated_svd_stack", fail)
+    monkeypatch.setattr(batches, "principal_factors_of_batch", fail)
 
 
 def residuals(adapted: Any) -> dict[str, torch.Tensor]:

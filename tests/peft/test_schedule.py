@@ -218,7 +218,7 @@ def assert_right(tasks: list[LayerJob], weights: dict[str, torch.Tensor]) -> Non
         A, B = (factor["default"].weight.detach() for factor in (task.layer.lora_A, task.layer.lora_B))
         u = ROUNDOFF[task.weight.dtype]
         assert energy_deficit(W, A) <= 1e-6 + u**2  # A is off by u, elementwise, as it is stored
-        error = (W - task.weight.double() - task.scaling * B.double() @ A.double()).norm()
+        error = (W - task.weight.double() - task.recipe.scaling * B.double() @ A.double()).norm()
         assert error <= (u + 2e-7) * W.norm()
 
 
@@ -252,7 +252,7 @@ def test_waves_are_right(way: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("way", ["resident", "streamed"])
 def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real = batches.truncated_svd_stack
+    real = batches.principal_factors_of_batch
 
     def small_only(stack: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(stack))
@@ -260,7 +260,7 @@ def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.Monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(stack, *args, **kwargs)
 
-    monkeypatch.setattr(batches, "truncated_svd_stack", small_only)
+    monkeypatch.setattr(batches, "principal_factors_of_batch", small_only)
     net = Net()
     weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
     tasks = tasks_of(net)
@@ -274,7 +274,7 @@ def test_streamed_waves_that_are_halved_do_not_disturb_their_neighbours(
     fails: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(batches, "truncated_svd_stack", on_call(fails, error, batches.truncated_svd_stack))
+    monkeypatch.setattr(batches, "principal_factors_of_batch", on_call(fails, error, batches.principal_factors_of_batch))
     net = Net()
     weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
     tasks = tasks_of(net)
@@ -310,7 +310,7 @@ def test_one_layer_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(batches, "truncated_svd_stack", fail)
+    monkeypatch.setattr(batches, "principal_factors_of_batch", fail)
     with pytest.raises(torch.OutOfMemoryError, match=r"layer 'layers\.0': CUDA out of memory"):
         run_wave(tasks_of(Net()), "resident")
 

@@ -40,7 +40,7 @@ def source() -> Path:
 
 @pytest.mark.slow
 def test_pefts_own_tests_pass_with_ours_in_place(source: Path) -> None:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'tests' / 'support'}{os.pathsep}{ROOT}"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/test_initialization.py", "-q", "-k", f"pissa and {NEEDS_HUB}",
          "-o", "addopts=", "-p", "no:cacheprovider", "-p", "upstream_hook"],

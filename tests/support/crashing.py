@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from pissa_kernels.checkpoint.journal import Journal
 from pissa_kernels.checkpoint.plan import plan_checkpoint
-from pissa_kernels.checkpoint.run import init_checkpoint
+from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.targets import AdapterOptions
 
 OPTIONS = AdapterOptions(rank=4)
@@ -108,7 +108,7 @@ def _run(
         _count_steps(names, fatal, torn)
         connection.send("begun")
         began = time.perf_counter()
-        init_checkpoint(plan, shown=False, **changes)
+        run_job(plan, progress=False, **changes)
         connection.send((time.perf_counter() - began, names))
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -137,12 +137,12 @@ def _count_steps(names: list[str], fatal: int | None, torn: bool) -> None:
 
     for module, name in STEPS:
         setattr(module, name, counted(name, getattr(module, name)))
-    plain = Journal.journal
+    plain = Journal.open
 
     def journal(self: Journal, rank: int) -> Any:
         return _Journal(plain(self, rank), step)
 
-    Journal.journal = journal  # type: ignore[method-assign]
+    Journal.open = journal  # type: ignore[method-assign]
 
 
 class _Journal:

@@ -191,7 +191,7 @@ def test_a_stack_equals_its_weights_one_by_one(
         monkeypatch.setattr(svd, "plan", lambda *_, **__: cost.SolverPlan(method, 0.0))
     weights = torch.stack([realistic(*shape, seed=seed) * scale for seed, scale in enumerate((1.0, 1e3, 1e-12))])
     weights = torch.cat([weights, torch.zeros(1, *shape), with_spectrum(*shape, torch.ones(3))[None]]).bfloat16()
-    together = svd.truncated_svd_stack(weights, 8, niter=niter)
+    together = svd.solve_batch(weights, 8, tol=1e-6, niter=niter, seed=0)
     assert len(together) == len(weights)
     for W, result in zip(weights, together, strict=True):
         alone = pk.truncated_svd(W, 8, niter=niter)
@@ -202,8 +202,8 @@ def test_a_stack_equals_its_weights_one_by_one(
             assert energy_deficit(W, result.Vh) <= energy_deficit(W, alone.Vh) + 1e-6
 
 
-def test_a_stack_says_what_it_does_not_take() -> None:
-    with pytest.raises(ValueError, match=r"\(batch, m, n\) with batch ≥ 1, got \(4, 5\)"):
-        svd.truncated_svd_stack(torch.ones(4, 5), 1)
+def test_a_batch_is_not_a_weight() -> None:
+    with pytest.raises(ValueError, match=r"must be 2-D, got shape \(2, 4, 5\)"):
+        pk.truncated_svd(torch.ones(2, 4, 5), 1)
     with pytest.raises(ValueError, match=r"\(4, 5\).*got r=9"):
-        svd.truncated_svd_stack(torch.ones(2, 4, 5), 9)
+        pk.truncated_svd(torch.ones(4, 5), 9)
