@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import math
 from pathlib import Path
@@ -20,9 +21,21 @@ EPS = torch.finfo(torch.float32).eps
 ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
+_spectra: dict[tuple[object, ...], Tensor] = {}
+
+
+def singular_values(W: Tensor) -> Tensor:
+    """Singular values from an fp64 SVD, kept by the contents of W: many tests use one matrix at several ranks."""
+    exact = W.detach().double().contiguous()
+    key = (tuple(W.shape), hashlib.sha256(exact.numpy().data).digest())
+    if key not in _spectra:
+        _spectra[key] = torch.linalg.svdvals(exact)
+    return _spectra[key]
+
+
 def optimal_energies(W: Tensor) -> Tensor:
     """Σ_{i≤r} σᵢ² for r = 1 …, from an fp64 SVD."""
-    return torch.linalg.svdvals(W.double()).square().cumsum(0)
+    return singular_values(W).square().cumsum(0)
 
 
 def energy_deficit(W: Tensor, rows: Tensor, energies: Tensor | None = None) -> float:
@@ -72,6 +85,11 @@ def real_spectrum() -> Tensor:
 
 def realistic(m: int, n: int, seed: int = 0) -> Tensor:
     """An m×n float64 matrix with the spectrum of a real weight, interpolated over relative index."""
+    return _realistic(m, n, seed).clone()
+
+
+@functools.lru_cache(maxsize=64)
+def _realistic(m: int, n: int, seed: int) -> Tensor:
     spectrum = real_spectrum()
     stretched = torch.nn.functional.interpolate(spectrum[None, None], size=min(m, n), mode="linear", align_corners=True)
     return with_spectrum(m, n, stretched[0, 0], seed)
@@ -117,7 +135,7 @@ def check_triplets(W: Tensor, rank: int, result: TruncatedSVD) -> None:
     allowed = max(orthonormal, 1.5 * max(loss(lapack.U), loss(lapack.Vh.mT))) if lapack else orthonormal
     assert loss(U) <= allowed
     assert loss(Vh.mT) <= allowed
-    exact = torch.linalg.svdvals(W.double())
+    exact = singular_values(W)
     assert true_residual(W, U, S, Vh) <= certificate.residual * float(S[0]) * (1 + 1e-3)
     # a float32 product of length n is off by about √n·ε (Higham & Mary 2019), LAPACK's float32 SVD by some ε
     rounding = EPS * (16 + math.sqrt(max(m, n))) * exact[0]
