@@ -1,7 +1,7 @@
-"""The verbs: what this package does with a whole weight, and with a panel against a whole basis, under one name each.
+"""The verbs: operations on a whole weight, and of a panel against a whole basis, one name each.
 
-Shapes are checked here, so that the bodies hold only maths; :mod:`.dispatch` chooses whose body runs. No verb records
-an autograd graph.
+The public functions check shapes and dtypes, choose a backend (:mod:`pissa_kernels.ops.dispatch`) and run its body
+without recording an autograd graph. :mod:`pissa_kernels.ops.reference` has every body in plain torch.
 """
 
 from __future__ import annotations
@@ -32,22 +32,34 @@ __all__ = [
 
 
 def backend(verb: str, weight: Tensor) -> str:
-    """Name of the backend that ``verb`` would run on for ``weight``: "csrc", "triton" or "torch".
+    """Name of the backend that runs ``verb`` on ``weight``: "csrc", "triton" or "torch".
 
     Raises:
-        TypeError: a weight of another dtype than the verbs take.
-        ValueError: ``verb`` is not one of :data:`checks.VERBS`, or the weight's shape is not one that it takes.
-        RuntimeError: ``PISSA_KERNELS_BACKEND`` forces a backend that cannot run it, with its reasons.
+        TypeError: the weight's dtype is not supported.
+        ValueError: ``verb`` is not the name of a verb, or does not take a weight of this shape.
+        RuntimeError: ``PISSA_KERNELS_BACKEND`` forces a backend that does not support the weight; the message says why.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> pk.ops.backend("matmul", torch.ones(4, 3)) in pk.ops.BACKENDS
+        True
     """
     checks.check_verb(verb, weight)
     return dispatch.select(verb, weight)
 
 
 def unsupported_reasons(verb: str, weight: Tensor) -> dict[str, list[str]]:
-    """For each of :data:`BACKENDS`, its reasons against running ``verb`` on ``weight``; an empty list where it can.
+    """For each of :data:`BACKENDS`, why it cannot run ``verb`` on ``weight``; an empty list if it can.
 
     Raises:
-        TypeError, ValueError: as :func:`backend` does.
+        TypeError, ValueError: as :func:`backend`.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> pk.ops.unsupported_reasons("matmul", torch.ones(4, 3))["torch"]
+        []
     """
     checks.check_verb(verb, weight)
     return dispatch.unsupported_reasons(verb, weight)
@@ -57,17 +69,26 @@ def matmul(weight: Tensor, X: Tensor, *, pieces: int = 3) -> Tensor:
     """W·X without a float32 copy of W.
 
     Args:
-        weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
-        X: (n, k), or (batch, n, k), in float32, or float64 for a product in double precision; same device.
-        pieces: bf16 pieces (1, 2 or 3) that tensor cores see the panel as: an error of 2⁻⁹, 2⁻¹⁷ or
-            float32's own, relative to |W|·|X|. A backend without such arithmetic is as good as 3 with any.
+        weight: (m, n) or (batch, m, n), float32, float16 or bfloat16, any strides.
+        X: (n, k) or (batch, n, k), float32, or float64 for a product in double precision; on the weight's device.
+        pieces: number of bf16 pieces, 1, 2 or 3, that the panel is split into for tensor cores. The error relative to
+            |W|·|X| is 2⁻⁹, 2⁻¹⁷ or that of float32. Backends that do not split are as accurate as 3 pieces.
 
     Returns:
-        (m, k), or (batch, m, k), in the dtype of ``X``, contiguous.
+        (m, k) or (batch, m, k), in the dtype of ``X``, contiguous.
 
     Raises:
-        TypeError: a dtype other than those.
-        ValueError: shapes or devices that do not fit.
+        TypeError: another dtype.
+        ValueError: shapes or devices that do not match.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).bfloat16()
+        >>> pk.ops.matmul(W, torch.tensor([[1.0], [-1.0]]))
+        tensor([[-1.],
+                [-1.],
+                [-1.]])
     """
     checks.check_panel("matmul", weight, X, axis=-1)
     result: Tensor = _product("matmul", weight, X, pieces)
@@ -78,17 +99,23 @@ def rmatmul(weight: Tensor, Y: Tensor, *, pieces: int = 3) -> Tensor:
     """Wᵀ·Y without a copy or a transpose of W.
 
     Args:
-        weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
-        Y: (m, k), or (batch, m, k), in float32, or float64 for a product in double precision; same device.
-        pieces: bf16 pieces (1, 2 or 3) that tensor cores see the panel as: an error of 2⁻⁹, 2⁻¹⁷ or
-            float32's own, relative to |Wᵀ|·|Y|. A backend without such arithmetic is as good as 3 with any.
+        weight: (m, n) or (batch, m, n), float32, float16 or bfloat16, any strides.
+        Y: (m, k) or (batch, m, k), float32, or float64 for a product in double precision; on the weight's device.
+        pieces: as for :func:`matmul`.
 
     Returns:
-        (n, k), or (batch, n, k), in the dtype of ``Y``, contiguous.
+        (n, k) or (batch, n, k), in the dtype of ``Y``, contiguous.
 
     Raises:
-        TypeError: a dtype other than those.
-        ValueError: shapes or devices that do not fit.
+        TypeError, ValueError: as :func:`matmul`.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).bfloat16()
+        >>> pk.ops.rmatmul(W, torch.tensor([[1.0], [0.0], [-1.0]]))
+        tensor([[-4.],
+                [-4.]])
     """
     checks.check_panel("rmatmul", weight, Y, axis=-2)
     result: Tensor = _product("rmatmul", weight, Y, pieces)
@@ -96,20 +123,27 @@ def rmatmul(weight: Tensor, Y: Tensor, *, pieces: int = 3) -> Tensor:
 
 
 def normal(weight: Tensor, X: Tensor, *, pieces: int = 3) -> tuple[Tensor, Tensor]:
-    """Y = W·X and Z = Wᵀ·Y, from one read of W where its rows are contiguous.
+    """Y = W·X and Z = Wᵀ·Y, with one read of W where its rows are contiguous.
 
     Args:
-        weight: (m, n), or (batch, m, n), in float32, float16 or bfloat16, any strides.
-        X: (n, k), or (batch, n, k), in float32, or float64 for products in double precision; same device.
-        pieces: bf16 pieces (1, 2 or 3) that tensor cores see the panel as: an error of 2⁻⁹, 2⁻¹⁷ or
-            float32's own, relative to |W|·|X|. A backend without such arithmetic is as good as 3 with any.
+        weight: (m, n) or (batch, m, n), float32, float16 or bfloat16, any strides.
+        X: (n, k) or (batch, n, k), float32, or float64 for products in double precision; on the weight's device.
+        pieces: as for :func:`matmul`.
 
     Returns:
-        Y (m, k) and Z (n, k), or stacks of these, in the dtype of ``X``, contiguous.
+        Y (m, k) and Z (n, k), or batches of these, in the dtype of ``X``, contiguous.
 
     Raises:
-        TypeError: a dtype other than those.
-        ValueError: shapes or devices that do not fit.
+        TypeError, ValueError: as :func:`matmul`.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> Y, Z = pk.ops.normal(W, torch.tensor([[1.0], [-1.0]]))
+        >>> Z
+        tensor([[ -9.],
+                [-12.]])
     """
     checks.check_panel("normal", weight, X, axis=-1)
     result: tuple[Tensor, Tensor] = _product("normal", weight, X, pieces)
@@ -117,18 +151,26 @@ def normal(weight: Tensor, X: Tensor, *, pieces: int = 3) -> tuple[Tensor, Tenso
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Wᵀ, contiguous, in ``dtype``: one read of W, one write of the result.
+    """Wᵀ, contiguous, in ``dtype``: one read of W and one write of the result.
 
     Args:
-        weight: (m, n) in float32, float16 or bfloat16, any strides.
+        weight: (m, n), float32, float16 or bfloat16, any strides.
         dtype: float32, float16 or bfloat16.
 
     Returns:
-        (n, m) in ``dtype``, contiguous, never sharing storage with ``weight``.
+        (n, m) in ``dtype``, contiguous, never sharing memory with ``weight``.
 
     Raises:
-        TypeError: a dtype other than those.
+        TypeError: another dtype.
         ValueError: ``weight`` is not 2-D.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> pk.ops.transpose_cast(torch.tensor([[1.0, 2.0, 3.0]]).bfloat16(), torch.float32)
+        tensor([[1.],
+                [2.],
+                [3.]])
     """
     checks.check_weight("transpose_cast", weight)
     if dtype not in WEIGHT_DTYPES:
@@ -141,22 +183,31 @@ def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def subtract_lowrank_(
     weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float, fan_in_fan_out: bool = False
 ) -> Tensor:
-    """W −= s·B·A in place, accumulated in float32 and rounded once to the dtype of W.
+    """W −= s·B·A in place, summed in float32 and rounded once to the dtype of W.
 
     Args:
-        weight: (out, in) in float32, float16 or bfloat16, any strides that do not overlap;
-            (in, out) with ``fan_in_fan_out``, and then W −= s·(B·A)ᵀ.
+        weight: (out, in), float32, float16 or bfloat16, any strides that do not overlap; (in, out) with
+            ``fan_in_fan_out``, and then W −= s·(B·A)ᵀ.
         lora_B: (out, r) float32.
         lora_A: (r, in) float32.
         scaling: s.
-        fan_in_fan_out: the weight is stored (in, out), as transformers' ``Conv1D`` stores it.
+        fan_in_fan_out: the weight is stored (in, out), as in transformers' ``Conv1D``.
 
     Returns:
         ``weight``.
 
     Raises:
-        TypeError: a dtype other than those.
-        ValueError: shapes or devices that do not fit, or a weight whose elements share memory.
+        TypeError: another dtype.
+        ValueError: shapes or devices that do not match, or a weight whose elements share memory.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> W = torch.full((2, 3), 5.0)
+        >>> B, A = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+        >>> pk.ops.subtract_lowrank_(W, B, A, 2.0)
+        tensor([[3., 5., 3.],
+                [1., 5., 1.]])
     """
     checks.check_subtraction(weight, lora_B, lora_A, fan_in_fan_out)
     with torch.no_grad():
@@ -165,41 +216,57 @@ def subtract_lowrank_(
 
 
 def sum_of_squares(weights: Tensor) -> Tensor:
-    """‖W‖_F² of each weight of a stack, in float32 along rows and in float64 across them.
+    """‖W‖_F² of each weight of a batch, summed in float32 along rows and in float64 across them.
 
     Args:
-        weights: (batch, m, n) in float32, float16 or bfloat16, any strides.
+        weights: (batch, m, n), float32, float16 or bfloat16, any strides.
 
     Returns:
-        (batch,) float64. NaN or Inf in a weight show in it.
+        (batch,) float64, NaN or Inf where a weight holds one.
 
     Raises:
-        TypeError: a dtype other than those.
-        ValueError: not a stack.
+        TypeError: another dtype.
+        ValueError: not a batch.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> pk.ops.sum_of_squares(torch.tensor([[[3.0, 4.0]]]))
+        tensor([25.], dtype=torch.float64)
     """
     checks.check_weight("sum_of_squares", weights, stack=True)
     if weights.ndim != 3:
-        raise ValueError(f"sum_of_squares: weights must be a stack (batch, m, n), got shape {tuple(weights.shape)}")
+        raise ValueError(f"sum_of_squares: weights must be a batch (batch, m, n), got shape {tuple(weights.shape)}")
     with torch.no_grad():
         result: Tensor = dispatch.bind("sum_of_squares", weights)(weights)
     return result
 
 
 def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One round of block Gram–Schmidt: what a panel adds to a basis, orthonormal as far as one CholeskyQR makes it.
+    """One round of block Gram–Schmidt: the part of a panel orthogonal to a basis, orthonormalized by one CholeskyQR.
 
     Args:
         panel: (batch, n, b), float32 or float64, b ≥ 1.
-        basis: (batch, k, n), orthonormal rows, same dtype and device; None for an empty one.
+        basis: (batch, k, n), orthonormal rows, of the panel's dtype and device; None for an empty one.
 
     Returns:
-        The columns of P = panel − basisᵀ·basis·panel, orthonormalised to ε·cond(P)², (batch, n, b); the smallest pivot
-        of the Cholesky factor of PᵀP scaled to a unit diagonal, (batch,), 0 or NaN where the result is worthless; and
-        the shortest column norm of P, (batch,).
+        With P = panel − basisᵀ·basis·panel: its columns orthonormalized to ε·cond(P)² (batch, n, b); the smallest pivot
+        (batch,) of the Cholesky factor of PᵀP scaled to a unit diagonal, 0 or NaN where the factorization failed; and
+        the norm (batch,) of the shortest column of P.
 
     Raises:
-        TypeError: a dtype other than those.
-        ValueError: shapes, dtypes or devices that do not fit.
+        TypeError: another dtype.
+        ValueError: shapes, dtypes or devices that do not match.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> Z = torch.tensor([[[3.0], [4.0]]])
+        >>> Q, pivot, norm = pk.ops.gram_schmidt(Z)
+        >>> norm
+        tensor([5.])
+        >>> torch.allclose(Q, Z / 5)
+        True
     """
     checks.check_orthogonalisation(panel, basis)
     with torch.no_grad():
