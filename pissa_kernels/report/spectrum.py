@@ -1,9 +1,8 @@
-"""What the singular values of a report say about the rank that a model needs.
+"""Energies of lower ranks, and the rank that keeps a share of the energy, from the singular values of a report.
 
-Of each layer the report has σ̂₁ ≥ … ≥ σ̂_r and the captured energy e = Σ_{i≤r} σ̂ᵢ²/‖W‖_F². So ‖W‖_F² = Σσ̂²/e, and the
-first k ≤ r triplets capture e·Σ_{i≤k} σ̂ᵢ²/Σ_{i≤r} σ̂ᵢ² of it: what rank k would have captured is known for every k ≤ r
-without another decomposition. Beyond r nothing is known but what is left, 1 − e. A zero matrix captures everything at
-any rank.
+A layer's report has σ̂₁ ≥ … ≥ σ̂_r and the captured energy e = Σ_{i≤r} σ̂ᵢ²/‖W‖_F². Hence ‖W‖_F² = Σσ̂²/e, and the first
+k ≤ r triplets capture the share e·Σ_{i≤k} σ̂ᵢ²/Σ_{i≤r} σ̂ᵢ²: no second decomposition is needed. Of the triplets beyond
+r only the total share 1 − e is known. Any rank captures all of a zero matrix.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..adapter.patterns import matches
 from .layer import LayerReport
 from .names import Place, row_labels, split_names
 
@@ -25,18 +25,18 @@ def frobenius_squared(layer: LayerReport) -> float:
     """‖W‖_F² = Σσ̂²/e; 0 for a zero matrix."""
     captured = float(layer.singular_values.double().square().sum())
     energy = layer.certificate.energy
-    return captured / energy if energy > 0 else captured  # a share that has underflowed says nothing
+    return captured / energy if energy > 0 else captured  # e may underflow to 0
 
 
 def energy_of_all(layers: Sequence[LayerReport]) -> float:
-    """Captured share of the energy of all weights together, ΣΣσ̂²/Σ‖W‖_F²; 1 where all are zero or there is none."""
+    """Captured share of the energy of all weights together, ΣΣσ̂²/Σ‖W‖_F²; 1 if all are zero or there is no layer."""
     whole = sum(frobenius_squared(layer) for layer in layers)
     captured = sum(float(layer.singular_values.double().square().sum()) for layer in layers)
     return captured / whole if whole > 0 else 1.0
 
 
 def cumulative_energy(layer: LayerReport) -> Tensor:
-    """(r,) float64, ascending: entry k−1 is the share of ‖W‖_F² that the first k triplets capture; the last is e."""
+    """Share of ‖W‖_F² that the first k triplets capture, for k = 1 … r: (r,) float64, ascending to e."""
     return layer.certificate.energy * _cumulative_share(layer)
 
 
@@ -44,15 +44,15 @@ def least_rank(layer: LayerReport, share: float, of: Literal["captured", "whole"
     """The least rank k ≤ r whose triplets hold a share of the energy.
 
     Args:
-        layer: its rank r and its singular values.
+        layer: report of the layer.
         share: q, 0 < q ≤ 1.
-        of: "captured", q of what r captures; "whole", q of ‖W‖_F².
+        of: "captured" for q of the energy captured at rank r, "whole" for q of ‖W‖_F².
 
     Returns:
-        k, or None where r does not reach ``share`` of the whole.
+        k, or None if rank r holds less than ``share`` of the whole.
 
     Raises:
-        ValueError: a share out of range.
+        ValueError: the share is out of range.
     """
     check_share(share)
     held = _cumulative_share(layer) if of == "captured" else cumulative_energy(layer)
@@ -60,27 +60,36 @@ def least_rank(layer: LayerReport, share: float, of: Literal["captured", "whole"
     return rank if rank <= layer.rank else None
 
 
-def check_share(share: float) -> None:
-    """Refuse what is no share.
+def least_ranks(layers: Sequence[LayerReport], share: float) -> list[int]:
+    """For each layer, the least rank that keeps a share of its captured energy.
 
     Raises:
-        ValueError: not above 0 and at most 1.
+        ValueError: the share is out of range.
+    """
+    return [least_rank(layer, share) or layer.rank for layer in layers]
+
+
+def check_share(share: float) -> None:
+    """Refuse a number that is not a share of the energy.
+
+    Raises:
+        ValueError: the number is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"a share of the energy is above 0 and at most 1, as in 0.9; got {share}")
+        raise ValueError(f"a share of the energy must be above 0 and at most 1, as in 0.9; got {share}")
 
 
 def suggestion(layers: Sequence[LayerReport], share: float) -> str:
-    """One line: the rank that keeps ``share`` of what was captured in every layer, in the median, by projection.
+    """One line: the rank that keeps ``share`` of the captured energy in every layer, in the median, and by projection.
 
     Raises:
-        ValueError: a share out of range, or no layer.
+        ValueError: the share is out of range, or there is no layer.
     """
     check_share(share)
     if not layers:
-        raise ValueError("no layer was initialised, so there is no rank to suggest")
+        raise ValueError("no layer was initialized, so there is no rank to suggest")
     percent = f"{100 * share:g} %"
-    ranks = [least_rank(layer, share) or layer.rank for layer in layers]
+    ranks = least_ranks(layers, share)
     text = f"{percent} of the captured energy is kept by rank {max(ranks)} in every layer"
     if len(layers) > 1:
         text += f", {statistics.median_high(ranks)} in the median"
@@ -88,8 +97,7 @@ def suggestion(layers: Sequence[LayerReport], share: float) -> str:
         least, most = min(projections, key=projections.__getitem__), max(projections, key=projections.__getitem__)
         if projections[least] < projections[most]:
             text += f" (from {projections[least]} in {least} to {projections[most]} in {most})"
-    whole = [least_rank(layer, share, "whole") for layer in layers]
-    reached = [rank for rank in whole if rank is not None]
+    reached = [rank for layer in layers if (rank := least_rank(layer, share, "whole")) is not None]
     if not reached:
         return f"{text}; {percent} of the whole energy is not reached"
     return (
@@ -98,7 +106,7 @@ def suggestion(layers: Sequence[LayerReport], share: float) -> str:
 
 
 def projection_ranks(layers: Sequence[LayerReport], ranks: Sequence[int]) -> dict[str, int]:
-    """The largest of the layers' ranks for each projection, over its depths."""
+    """The largest of the layers' ranks in each projection, over its depths."""
     most: dict[str, int] = {}
     for label, rank in zip(row_labels(split_names(layer.name for layer in layers)), ranks, strict=True):
         most[label] = max(rank, most.get(label, 0))
@@ -108,42 +116,41 @@ def projection_ranks(layers: Sequence[LayerReport], ranks: Sequence[int]) -> dic
 def peft_pattern(layers: Sequence[LayerReport], values: Sequence[float]) -> tuple[float, dict[str, float]]:
     """PEFT's ``rank_pattern`` or ``alpha_pattern`` that gives each projection the largest value of its layers.
 
-    PEFT gives a module the value of the first key that, as a regular expression, matches the end of its name, from a
-    dot on. Each key here matches all layers of one projection and no other, so that their order does not matter.
+    Each key matches all layers of one projection and no other layer, so the order of the keys does not matter.
 
     Args:
         layers: at least one.
         values: one for each layer.
 
     Returns:
-        The largest value, which is for those that no key matches, and the lower ones by key.
+        The largest value, which is the default, and the key and value of each projection below it.
     """
     names = [layer.name for layer in layers]
     members: defaultdict[Place, set[str]] = defaultdict(set)
     most: dict[Place, float] = {}
     for name, place, value in zip(names, split_names(names), values, strict=True):
-        everywhere = place if place.depth is None else place._replace(depth=0)
-        members[everywhere].add(name)
-        most[everywhere] = max(value, most.get(everywhere, value))
+        any_depth = place if place.depth is None else place._replace(depth=0)
+        members[any_depth].add(name)
+        most[any_depth] = max(value, most.get(any_depth, value))
     largest = max(most.values())
     lower = {place: value for place, value in most.items() if value < largest}
     return largest, {_pattern_key(place, members[place], names): value for place, value in lower.items()}
 
 
 def _pattern_key(place: Place, members: set[str], names: Sequence[str]) -> str:
-    """The shortest end of the projection that tells its layers from all others, or all of their name."""
+    """The shortest end of a projection's name that matches its layers and no other; the full name if none does."""
     parts = [re.escape(part) for part in place.projection.split(".") if part]
     depth = [] if place.depth is None else ["[0-9]+"]
-    whole = ".".join([*(re.escape(part) for part in place.stack.split(".") if part), *depth, *parts])
+    full = ".".join([*(re.escape(part) for part in place.stack.split(".") if part), *depth, *parts])
     ends = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
-    for key in (*ends, whole):
-        # PEFT's own rule. The dots are left as they are, which reads better: whether the key is exact is seen here.
-        if {name for name in names if re.match(rf"(.*\.)?({key})$", name)} == members:
+    for key in (*ends, full):
+        # Dots stay unescaped, which reads better; the comparison rejects a key that matches another layer by them.
+        if {name for name in names if matches(key, name)} == members:
             return key
-    return f"^{whole}"
+    return f"^{full}"
 
 
 def _cumulative_share(layer: LayerReport) -> Tensor:
-    """(r,) float64, ascending to exactly 1: Σ_{i≤k} σ̂ᵢ²/Σ_{i≤r} σ̂ᵢ²."""
+    """Σ_{i≤k} σ̂ᵢ²/Σ_{i≤r} σ̂ᵢ² for k = 1 … r: (r,) float64, ascending to exactly 1."""
     sums = layer.singular_values.double().square().cumsum(0)
     return sums / sums[-1] if sums[-1] > 0 else torch.ones_like(sums)

@@ -1,4 +1,4 @@
-"""The config of a converted adapter: PEFT's patterns, new ranks, and the scalings that were."""
+"""Patterns of an adapter's config: PEFT's rule, and new ranks that leave the scalings unchanged."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import math
 
 import peft
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pissa_kernels.adapter.patterns import pattern_key, rank_of, scaling_of, with_ranks
+from pissa_kernels.adapter.patterns import matches, pattern_key, rank_of, scaling_of, with_ranks
 
 NAMES = ["model.layers.0.q", "model.layers.1.q", "model.layers.10.v", "q", "vision.model.layers.0.q"]
 KEYS = st.sampled_from([*NAMES, "layers.0.q", r"layers\.\d\.q", "q|v", ".*v", "^q", "0.q", "layers", "(q", "^model.*"])
@@ -22,6 +23,16 @@ def test_a_pattern_decides_as_in_peft(keys: list[str], name: str) -> None:
     assert (name if ours is None else ours) == theirs
 
 
+def test_a_key_matches_the_whole_name_or_its_end_after_a_dot() -> None:
+    assert [name for name in NAMES if matches("q", name)] == [name for name in NAMES if name.endswith("q")]
+    assert [name for name in NAMES if matches("0.q", name)] == ["model.layers.0.q", "vision.model.layers.0.q"]
+    assert not matches("layers", "model.layers.0.q")
+    assert not matches("ayers.0.q", "model.layers.0.q")
+    assert not matches("^q", "model.layers.0.q")
+    with pytest.raises(ValueError, match=r"the pattern '\(q' is not a regular expression: "):
+        matches("(q", "q")
+
+
 @given(
     r=st.integers(1, 300),
     alpha=st.one_of(st.integers(-3, 999), st.floats(1e-3, 1e3)),
@@ -30,13 +41,13 @@ def test_a_pattern_decides_as_in_peft(keys: list[str], name: str) -> None:
     rslora=st.booleans(),
     rank=st.one_of(st.none(), st.integers(1, 600)),
 )
-def test_a_config_says_new_ranks_and_the_old_scalings(
+def test_new_ranks_keep_the_scalings(
     r: int, alpha: float, ranks: dict[str, int], alphas: dict[str, float], rslora: bool, rank: int | None
 ) -> None:
     config = {"r": r, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": rslora}
     wanted = {name: min(rank or 10**9, 2 * rank_of(config, name)) for name in NAMES}
     changed = with_ranks(config, wanted)
-    # as PEFT writes it when it saves a loaded adapter again, where new keys stand for one layer each
+    # PEFT sorts the keys when it saves a loaded adapter; new keys each name one layer, so the order must not matter
     for pattern in ("rank_pattern", "alpha_pattern"):
         if all(key.startswith("^model") or key.startswith("^vision") for key in changed[pattern]):
             changed[pattern] = dict(sorted(changed[pattern].items()))
@@ -46,7 +57,7 @@ def test_a_config_says_new_ranks_and_the_old_scalings(
     assert json.loads(json.dumps(changed)) == changed
 
 
-def test_a_config_keeps_the_patterns_that_still_hold() -> None:
+def test_patterns_that_still_hold_are_kept() -> None:
     config = {"r": 4, "lora_alpha": 16, "rank_pattern": {"q": 8, "none": 3}, "alpha_pattern": {r"1\.q": 5}}
     changed = with_ranks(config, {name: 2 * rank_of(config, name) for name in NAMES})
     assert changed == {"r": 8, "lora_alpha": 32, "rank_pattern": {"q": 16}, "alpha_pattern": {r"1\.q": 10}}

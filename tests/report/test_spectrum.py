@@ -1,4 +1,4 @@
-"""Ranks to choose from: against sums done by hand and against the weights themselves."""
+"""Energies and least ranks, against sums done by hand and against the weights themselves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_against_the_weight(weight: torch.Tensor) -> None:
     expected = (squares.cumsum(0) / squares.sum())[:12]
     torch.testing.assert_close(cumulative_energy(entry), expected, rtol=1e-5, atol=0)
     for k in range(1, 13):
-        # the same as a decomposition of that rank would have reported
+        # a decomposition of rank k reports the same energy
         assert float(cumulative_energy(entry)[k - 1]) == pytest.approx(of(weight, k).certificate.energy, rel=1e-5)
     share = float(expected[5])
     assert least_rank(entry, share * 0.999, "whole") == 6
@@ -49,7 +49,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_a_zero_matrix_has_all_of_its_energy(rank: int) -> None:
+def test_any_rank_captures_all_of_a_zero_matrix(rank: int) -> None:
     entry = of(torch.zeros(30, 20), rank)
     assert frobenius_squared(entry) == 0
     assert cumulative_energy(entry).tolist() == [1.0] * rank
@@ -58,7 +58,7 @@ def test_a_zero_matrix_has_all_of_its_energy(rank: int) -> None:
     assert energy_of_all([entry, layer("q")]) == 0.5
 
 
-def test_full_rank_reaches_the_whole(weight: torch.Tensor) -> None:
+def test_full_rank_captures_the_whole(weight: torch.Tensor) -> None:
     assert least_rank(of(weight, 20), 0.999, "whole") is not None
     trailing = layer("w", (1.0, 0.0, 0.0), 1.0)
     assert least_rank(trailing, 1.0) == least_rank(trailing, 1.0, "whole") == 1
@@ -69,7 +69,7 @@ def test_full_rank_reaches_the_whole(weight: torch.Tensor) -> None:
     st.floats(0, 1, exclude_min=True),
     st.floats(0, 1, exclude_min=True),
 )
-def test_least_rank_is_enough_and_least(sigma: list[float], energy: float, share: float) -> None:
+def test_least_rank_suffices_and_no_lower_rank_does(sigma: list[float], energy: float, share: float) -> None:
     entry = layer("w", sorted(sigma, reverse=True), energy, certificate=Certificate(1, energy, 0.0, True, "svd"))
     held = cumulative_energy(entry).tolist()
     assert held == sorted(held)
@@ -87,9 +87,9 @@ def test_least_rank_is_enough_and_least(sigma: list[float], energy: float, share
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan"), 90])
 def test_a_share_out_of_range(share: float) -> None:
-    for ask in (lambda: least_rank(layer("q"), share), lambda: suggestion([layer("q")], share)):
+    for call in (lambda: least_rank(layer("q"), share), lambda: suggestion([layer("q")], share)):
         with pytest.raises(ValueError, match=r"above 0 and at most 1, as in 0\.9; got"):
-            ask()
+            call()
 
 
 def test_suggestion() -> None:
@@ -104,7 +104,7 @@ def test_suggestion() -> None:
     )
     assert suggestion([layer("q", (1.0,))], 0.9).startswith("90 % of the captured energy is kept by rank 1 in every")
     assert "(" not in suggestion([layer("a.0.q"), layer("a.1.q")], 0.9), "one projection needs no comparison"
-    with pytest.raises(ValueError, match="no layer was initialised"):
+    with pytest.raises(ValueError, match="no layer was initialized"):
         suggestion([], 0.9)
     assert "\n" not in suggestion(llama(4).layers, 0.55)
     assert suggestion(llama(4).layers, 0.55).startswith("55 %")
