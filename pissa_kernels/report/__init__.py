@@ -1,4 +1,4 @@
-"""What an initialisation did: as objects, as a table, as a file, and as pictures."""
+"""Reports of an initialization: objects, text tables, JSON files, pictures and an HTML page."""
 
 from .layer import LayerReport
 from .report import REPORT_NAME, Report, find_report

@@ -1,8 +1,9 @@
-"""What an initialisation did to one layer: as an object, as a row of a table, and as a JSON object."""
+"""Report of one layer: as an object, as a row of a table, and as a JSON object."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,26 +18,45 @@ from . import strict
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
-# Heads of :func:`layer_row`'s cells, and the indices of those that are text.
+# Heads of the cells of layer_row, and the indices of the columns of text; all others are numbers.
 HEADS = ("layer", "shape", "dtype", "r", "energy, %", "σ₁", "σ_r", "residual/σ₁", "passes", "method", "converged", "ms")
 TEXT_COLUMNS = [HEADS.index(head) for head in ("layer", "dtype", "method", "converged")]
 
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """What was done to one layer.
+    """Report of the initialization of one layer.
 
     Attributes:
-        name: the module's name in the model, or its class where the model is not known.
-        shape: (out, in) of the weight as the adapter sees it.
+        name: name of the module in the model, or its class if the model is not known.
+        shape: (out, in) of the weight in the adapter's orientation.
         rank: r.
-        certificate: of the SVD.
-        seconds: wall time of checking, decomposing and writing back; of a layer in a wave, its share of the wave.
-        singular_values: (r,) float32 on the CPU, descending; the scaling is not applied.
-        dtype: of the weight.
-        scaling: s, the adapter's.
+        certificate: certificate of the SVD.
+        seconds: wall time of checking, decomposing and writing back, in seconds; for a layer in a batch, its share of
+            the batch's time.
+        singular_values: (r,) float32 on the CPU, descending, before the scaling.
+        dtype: dtype of the weight.
+        scaling: the adapter's scaling s.
         init: "pissa" or "pissa_niter_N".
-        seed: of the sketch.
+        seed: seed of the sketch.
+
+    Examples:
+        >>> import torch
+        >>> from pissa_kernels import Certificate, LayerReport
+        >>> layer = LayerReport(
+        ...     name="lm_head",
+        ...     shape=(64, 48),
+        ...     rank=2,
+        ...     certificate=Certificate(passes=5, energy=0.5, residual=2e-6, converged=True, method="krylov"),
+        ...     seconds=0.25,
+        ...     singular_values=torch.tensor([4.0, 2.0]),
+        ...     dtype=torch.bfloat16,
+        ...     scaling=1.0,
+        ...     init="pissa",
+        ...     seed=0,
+        ... )
+        >>> layer.singular_values.square().sum() / layer.certificate.energy  # ‖W‖_F²
+        tensor(40.)
     """
 
     name: str
@@ -51,12 +71,23 @@ class LayerReport:
     seed: int
 
 
+def rank_range(layers: Sequence[LayerReport]) -> str:
+    """The layers' rank, as in "rank 16", or the lowest and the highest, as in "rank 4 to 16"."""
+    ranks = [layer.rank for layer in layers]
+    return "rank " + " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+
+
+def shape_text(layer: LayerReport) -> str:
+    """The layer's shape, as in "64×48"."""
+    return "×".join(map(str, layer.shape))
+
+
 def layer_row(layer: LayerReport) -> list[str]:
-    """Cells under :data:`HEADS`."""
+    """Cells of a table under :data:`HEADS`."""
     certificate = layer.certificate
     return [
         layer.name,
-        "×".join(map(str, layer.shape)),
+        shape_text(layer),
         str(layer.dtype).removeprefix("torch."),
         str(layer.rank),
         f"{100 * certificate.energy:.2f}",
@@ -71,7 +102,7 @@ def layer_row(layer: LayerReport) -> list[str]:
 
 
 def layer_to_dict(layer: LayerReport) -> dict[str, Any]:
-    """The layer in what JSON has; a float32 is the same number as a float."""
+    """A JSON object that :func:`layer_from_dict` reads; each float32 is written exactly."""
     return {
         "name": layer.name,
         "shape": list(layer.shape),
@@ -86,24 +117,24 @@ def layer_to_dict(layer: LayerReport) -> dict[str, Any]:
     }
 
 
-def layer_from_dict(record: object, where: str) -> LayerReport:
-    """The layer that :func:`layer_to_dict` describes.
+def layer_from_dict(record: object, path: str) -> LayerReport:
+    """Read the JSON object that :func:`layer_to_dict` made.
 
     Args:
-        record: one parsed JSON value.
-        where: of the record in its file, for the message.
+        record: a parsed JSON value.
+        path: place of the record in its file, such as "layers[2]", for the message.
 
     Raises:
-        ValueError: it describes none; the message says what was found and what is accepted.
+        ValueError: the record is not such an object; the message names what was found and what is accepted.
     """
-    values = strict.fields(record, where, _LAYER_RULES)
+    values = strict.fields(record, path, _LAYER_RULES)
     sigma, rank, shape = values["singular_values"], values["rank"], values["shape"]
     if not (len(sigma) == rank <= min(shape)):
         raise ValueError(
-            f"{where} has {len(sigma)} singular values, rank {rank} and shape {shape}; accepted are as many values as "
-            "the rank, and a rank that the shape has"
+            f"{path} has {len(sigma)} singular values, rank {rank} and shape {shape}; accepted are as many values as "
+            "the rank, and a rank up to the smaller side of the shape"
         )
-    certificate = strict.fields(values["certificate"], f"{where}.certificate", _CERTIFICATE_RULES)
+    certificate = strict.fields(values["certificate"], f"{path}.certificate", _CERTIFICATE_RULES)
     floats = {key: float(certificate[key]) for key in ("energy", "residual")}
     return LayerReport(
         name=values["name"],
@@ -136,7 +167,7 @@ def _is_spectrum(value: object) -> bool:
 
 
 _LAYER_RULES = {
-    "name": strict.TEXT,
+    "name": strict.STRING,
     "shape": strict.Rule("[out, in], two integers ≥ 1", _is_shape),
     "dtype": strict.one_of(*_DTYPES),
     "rank": strict.Rule("an integer ≥ 1", lambda value: strict.is_integer(value, 1)),
@@ -145,12 +176,12 @@ _LAYER_RULES = {
     "seed": strict.INTEGER,
     "seconds": strict.NUMBER,
     "singular_values": strict.Rule("an array of finite float32 numbers ≥ 0", _is_spectrum),
-    "certificate": strict.Rule("an object", lambda value: isinstance(value, dict)),
+    "certificate": strict.OBJECT,
 }
 _CERTIFICATE_RULES = {
     "passes": strict.COUNT,
     "energy": strict.NUMBER,
     "residual": strict.NUMBER,
-    "converged": strict.TRUTH,
-    "method": strict.TEXT,
+    "converged": strict.BOOLEAN,
+    "method": strict.STRING,
 }

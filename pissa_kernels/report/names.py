@@ -1,4 +1,4 @@
-"""Where a layer is in its model, read off its dotted name."""
+"""A layer's stack, depth and projection, parsed from its dotted name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from .layer import LayerReport
 
 
 class Place(NamedTuple):
-    """Stack, depth and projection of a layer, as in "model.layers" · 3 · "self_attn.q_proj".
+    """A layer's name, "model.layers.3.self_attn.q_proj", in three parts.
 
-    A name without a depth ("lm_head") is all projection: its stack is empty and its depth None.
+    Attributes:
+        stack: the part before the depth, "model.layers"; empty if there is no depth.
+        depth: index of the block, 3; None if the name has none, as in "lm_head".
+        projection: the part after the depth, "self_attn.q_proj", or the whole name if there is no depth.
     """
 
     stack: str
@@ -24,9 +27,9 @@ class Grid(NamedTuple):
     """A model's layers by projection and depth.
 
     Attributes:
-        projections: labels, in the order of the layers.
-        depths: ascending; None, for layers without a depth, comes last.
-        layers: by (projection, depth).
+        projections: labels of the projections, in the order of the layers.
+        depths: the depths, ascending; last None, if there are layers without a depth.
+        layers: the layers, by (projection, depth).
     """
 
     projections: list[str]
@@ -34,16 +37,16 @@ class Grid(NamedTuple):
     layers: dict[tuple[str, int | None], LayerReport]
 
     def of(self, projection: str) -> list[tuple[int | None, LayerReport]]:
-        """The depths and layers of one projection, ascending."""
+        """(depth, layer) pairs of one projection, in order of depth."""
         return [(depth, self.layers[projection, depth]) for depth in self.depths if (projection, depth) in self.layers]
 
 
 def split_names(names: Iterable[str]) -> list[Place]:
-    """The place of each name, in order.
+    """The parts of each name, in order.
 
-    The depth is the first integer of the dotted path that takes more than one value among the names that are the same
-    up to it; where none does (a model of one block), the first integer. The stack is what comes before it, the
-    projection what comes after. A name that ends in an integer (``nn.Sequential``'s) has an empty projection.
+    The depth is the first integer in the dotted name that differs between names with the same prefix. If no integer
+    differs, as in a model of one block, the depth is the first integer. A name that ends with its depth, as in an
+    ``nn.Sequential``, has an empty projection.
     """
     paths = [name.split(".") for name in names]
     values: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -63,10 +66,10 @@ def split_names(names: Iterable[str]) -> list[Place]:
 
 
 def row_labels(places: Sequence[Place]) -> list[str]:
-    """What to call each place's projection, or its stack where it has none.
+    """A label for each place: its projection, or its stack if the projection is empty.
 
-    Where there are several stacks, with the part of the stack that tells it from the others. Two places of the same
-    label and depth would hide one another in a picture; the second gets " (2)".
+    If there are several stacks, the part in which they differ precedes the projection. A label that would repeat at the
+    same depth gets a number, " (2)", because one layer would hide the other in a picture.
     """
     stacks = list(dict.fromkeys(place.stack for place in places if place.depth is not None))
     short = dict(zip(stacks, _distinct_parts(stacks), strict=True))
@@ -85,16 +88,16 @@ def arrange(layers: Sequence[LayerReport]) -> Grid:
     """The layers by projection and depth.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no layer.
     """
     if not layers:
-        raise ValueError("no layer was initialised, so there is nothing to show")
+        raise ValueError("no layer was initialized, so there is nothing to show")
     places = split_names(layer.name for layer in layers)
     labels = row_labels(places)
     depths = sorted({place.depth for place in places if place.depth is not None})
-    without = [None] if any(place.depth is None for place in places) else []
+    no_depth = [None] if any(place.depth is None for place in places) else []
     keys = [(label, place.depth) for label, place in zip(labels, places, strict=True)]
-    return Grid(list(dict.fromkeys(labels)), [*depths, *without], dict(zip(keys, layers, strict=True)))
+    return Grid(list(dict.fromkeys(labels)), [*depths, *no_depth], dict(zip(keys, layers, strict=True)))
 
 
 def _integers(path: Sequence[str]) -> list[int]:
@@ -102,7 +105,7 @@ def _integers(path: Sequence[str]) -> list[int]:
 
 
 def _distinct_parts(stacks: Sequence[str]) -> list[str]:
-    """The stacks without the parts that all begin and end with; a stack that would vanish stays whole."""
+    """The stacks without their common prefix and suffix; a stack of which nothing would remain stays whole."""
     paths = [stack.split(".") for stack in stacks]
     shortest = min(map(len, paths), default=0)
     head = next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest)

@@ -1,4 +1,4 @@
-"""What an initialisation did, layer by layer: as objects, as a table, and as a JSON file."""
+"""Report of the initialization of a model: as an object, as a table, and as a JSON file."""
 
 from __future__ import annotations
 
@@ -13,35 +13,46 @@ from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER
 from ..files.atomic import write_text
 from . import strict
-from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict
+from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict, rank_range
+from .spectrum import energy_of_all
 from .tables import text_table
-
-__all__ = ["REPORT_NAME", "LayerReport", "Report", "find_report"]
 
 REPORT_NAME = "pissa_report.json"
 FORMAT, VERSION = "pissa_kernels report", 1
 
 _REPORT_RULES = {
-    "format": strict.TEXT,
+    "format": strict.STRING,
     "version": strict.INTEGER,
-    "package": strict.TEXT,
-    "torch": strict.TEXT,
+    "package": strict.STRING,
+    "torch": strict.STRING,
     "seconds": strict.optional(strict.NUMBER),
     "peak_extra_bytes": strict.optional(strict.COUNT),
-    "layers": strict.Rule("an array", lambda value: isinstance(value, list)),
+    "layers": strict.ARRAY,
 }
 
 
 @dataclass(eq=False, repr=False)
 class Report:
-    """What an initialisation did to a model.
+    """Report of the initialization of a model.
 
     Attributes:
-        layers: one entry for each initialised layer, in the order of the work.
-        seconds: wall time of all of it; None where it was not taken.
-        peak_extra_bytes: most memory in use beyond the model, in bytes; None where it was not measured.
-        package_version: of the pissa_kernels that did the work.
-        torch_version: that it ran on.
+        layers: report of each initialized layer, in the order of the work.
+        seconds: wall time of the whole initialization, in seconds; None if it was not measured.
+        peak_extra_bytes: peak memory beyond the model, in bytes; None if it was not measured.
+        package_version: version of pissa_kernels that did the work.
+        torch_version: version of torch that did the work.
+
+    Examples:
+        >>> import torch
+        >>> from pissa_kernels import Certificate, LayerReport, Report
+        >>> certificate = Certificate(passes=5, energy=0.5, residual=2e-6, converged=True, method="krylov")
+        >>> sigma = torch.tensor([4.0, 2.0])
+        >>> layer = LayerReport("lm_head", (64, 48), 2, certificate, 0.25, sigma, torch.bfloat16, 1.0, "pissa", seed=0)
+        >>> report = Report(layers=[layer])
+        >>> report
+        <Report: 1 layer, rank 2, 50.00 % of the energy, residual/σ₁ ≤ 2e-06, all converged, 0.250 s in layers>
+        >>> [layer.name for layer in report.layers if layer.certificate.converged]
+        ['lm_head']
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -54,20 +65,42 @@ class Report:
         return f"<{type(self).__name__}: {self.summary()}>"
 
     def table(self) -> str:
-        """A row for each layer and a line for all: energy in % of ‖W‖_F², the residual over σ₁, times in ms."""
+        """A row for each layer, and the summary: energy in % of ‖W‖_F², the residual relative to σ₁, times in ms.
+
+        Examples:
+            >>> import torch
+            >>> from pissa_kernels import Certificate, LayerReport, Report
+            >>> certificate = Certificate(passes=5, energy=0.5, residual=2e-6, converged=True, method="krylov")
+            >>> sigma = torch.tensor([4.0, 2.0])
+            >>> layer = LayerReport("fc", (64, 48), 2, certificate, 0.25, sigma, torch.bfloat16, 1.0, "pissa", seed=0)
+            >>> print(Report([layer]).table())
+            layer  shape  dtype     r  energy, %  σ₁  σ_r  residual/σ₁  passes  method  converged     ms
+            -----  -----  --------  -  ---------  --  ---  -----------  ------  ------  ---------  -----
+            fc     64×48  bfloat16  2      50.00   4    2        2e-06       5  krylov  yes        250.0
+            <BLANKLINE>
+            1 layer, rank 2, 50.00 % of the energy, residual/σ₁ ≤ 2e-06, all converged, 0.250 s in layers
+        """
         return text_table(HEADS, [layer_row(layer) for layer in self.layers], TEXT_COLUMNS) + "\n\n" + self.summary()
 
     def summary(self) -> str:
-        """The total line: layers, energy of all together (ΣΣσ̂²/Σ‖W‖_F²), worst residual, time, memory."""
-        from .spectrum import energy_of_all
+        """One line: layers, rank, captured energy of all weights (ΣΣσ̂²/Σ‖W‖_F²), largest residual, time and memory.
 
+        Examples:
+            >>> import torch
+            >>> from pissa_kernels import Certificate, LayerReport, Report
+            >>> certificate = Certificate(passes=5, energy=0.5, residual=2e-6, converged=True, method="krylov")
+            >>> sigma = torch.tensor([4.0, 2.0])
+            >>> layer = LayerReport("fc", (64, 48), 2, certificate, 0.25, sigma, torch.bfloat16, 1.0, "pissa", seed=0)
+            >>> print(Report([layer], seconds=0.5, peak_extra_bytes=2**20).summary())  # doctest: +NORMALIZE_WHITESPACE
+            1 layer, rank 2, 50.00 % of the energy, residual/σ₁ ≤ 2e-06, all converged, 0.250 s in layers,
+            0.500 s in all, 1.0 MiB extra at the peak
+        """
         if not self.layers:
-            return "no layer was initialised"
-        ranks = sorted({layer.rank for layer in self.layers})
+            return "no layer was initialized"
         loose = sum(not layer.certificate.converged for layer in self.layers)
         parts = [
             f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}",
-            f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""),
+            rank_range(self.layers),
             f"{100 * energy_of_all(self.layers):.2f} % of the energy",
             f"residual/σ₁ ≤ {max(layer.certificate.residual for layer in self.layers):.0e}",
             f"{loose} not converged" if loose else "all converged",
@@ -80,7 +113,7 @@ class Report:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in what JSON has; :meth:`from_dict` takes it back. A float32 is the same number as a float."""
+        """A JSON object that :meth:`from_dict` reads; each float32 is written exactly."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -92,31 +125,43 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """One line of JSON.
+        """The report as one line of JSON.
 
         Raises:
-            ValueError: the report holds what :meth:`from_dict` refuses, such as a NaN, which JSON does not have.
+            ValueError: :meth:`from_dict` would refuse the report, for instance because a number is NaN.
         """
         record = self.to_dict()
         Report.from_dict(record)
         return json.dumps(record, allow_nan=False)
 
     def write(self, path: str | Path) -> None:
-        """Write the JSON file; whoever reads ``path`` meanwhile finds the old file or the new one, never a part.
+        """Write the report as a JSON file, atomically: a reader sees the old file or the new one.
+
+        Args:
+            path: the file; an existing one is replaced.
 
         Raises:
-            OSError: it cannot be written; a file that was there is untouched then.
-            ValueError: as of :meth:`to_json`.
+            OSError: the file cannot be written. An existing file is unchanged then.
+            ValueError: :meth:`to_json` refuses the report.
+
+        Examples:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from pissa_kernels import Report
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Report(seconds=0.5).write(Path(folder, "pissa_report.json"))
+            ...     print([path.name for path in Path(folder).iterdir()])
+            ['pissa_report.json']
         """
         write_text(Path(path), self.to_json() + "\n")
 
-    # Static, because a subclass is the report of work that it has done itself.
+    # Static, because constructing a subclass such as PatchedPeft starts work.
     @staticmethod
     def from_dict(record: object) -> Report:
-        """The report that :meth:`to_dict` describes.
+        """Read the JSON object that :meth:`to_dict` made.
 
         Raises:
-            ValueError: it describes none; the message says what was found and what is accepted.
+            ValueError: the record is not such an object; the message names what was found and what is accepted.
         """
         found = (record.get("format"), record.get("version")) if isinstance(record, dict) else None
         if found != (FORMAT, VERSION):
@@ -135,11 +180,23 @@ class Report:
 
     @staticmethod
     def read(path: str | Path) -> Report:
-        """The report that :meth:`write` wrote.
+        """Read the JSON file that :meth:`write` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not a report; the message names the file, what was found and what is accepted.
+            ValueError: the file is not a report; the message names the file, what was found and what is accepted.
+
+        Examples:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from pissa_kernels import Report
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Report(seconds=0.5).write(Path(folder, "pissa_report.json"))
+            ...     Report.read(Path(folder, "pissa_report.json")).seconds
+            0.5
         """
         try:
             return Report.from_dict(strict.load(Path(path).read_text(encoding="utf-8")))
@@ -148,10 +205,24 @@ class Report:
 
 
 def find_report(source: str | Path) -> Path:
-    """The report's file: ``source`` itself, or in that folder, or in its ``pissa_init`` folder.
+    """Path of a report's file.
+
+    Args:
+        source: the file, a folder that holds it, or a folder whose ``pissa_init`` folder holds it.
 
     Raises:
-        FileNotFoundError: there is none; the message says where it was looked for.
+        FileNotFoundError: there is no report; the message names the places that were searched.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from pissa_kernels import Report
+        >>> from pissa_kernels.report import find_report
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "pissa_init").mkdir()
+        ...     Report().write(Path(folder, "pissa_init", "pissa_report.json"))
+        ...     find_report(folder).relative_to(folder).as_posix()
+        'pissa_init/pissa_report.json'
     """
     source = Path(source)
     if not source.is_dir():

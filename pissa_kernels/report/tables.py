@@ -6,12 +6,12 @@ from collections.abc import Collection, Sequence
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Columns as wide as their widest cell, two blanks apart, dashes under the heads; no trailing blanks.
+    """A table whose columns fit their widest cell, with two spaces between columns and dashes under the heads.
 
     Args:
-        heads: one for each column.
-        rows: cells as text, as many in a row as there are heads.
-        left: indices of the columns that are aligned to the left; all others are to the right.
+        heads: head of each column.
+        rows: cells as text, one for each head.
+        left: indices of the columns to align left; the others are aligned right.
     """
     widths = [max(len(row[index]) for row in (heads, *rows)) for index in range(len(heads))]
     lines = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import math
 import os
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pissa_kernels import Certificate, LayerReport, Report, __version__, truncated_svd
-from pissa_kernels.report import REPORT_NAME, find_report, report
+from pissa_kernels.report import REPORT_NAME, find_report
 from pissa_kernels.report.layer import HEADS
 
 from ..support.reports import layer, llama
@@ -176,10 +178,10 @@ def changed(*keys: str | int, value: Any) -> str:
         (changed("version", value=2), 'found format "pissa_kernels report", version 2; accepted is'),
         (changed("format", value="safetensors"), 'found format "safetensors", version 1'),
         (changed("format", value=100 * "x"), 'found format "' + 58 * "x" + "…, version 1"),
-        (changed("seconds", value=KeyError), "the report lacks 'seconds'; it has format, version"),
-        (changed("author", value="x"), "the report has the unknown 'author'"),
+        (changed("seconds", value=KeyError), "the report lacks keys: 'seconds'; accepted are format, version"),
+        (changed("author", value="x"), "the report has unknown keys: 'author'; accepted are format, version"),
         (changed("seconds", value="1"), 'the report: seconds is "1"; accepted is a finite number ≥ 0, or null'),
-        (changed("seconds", value=math.nan), "NaN is no number"),
+        (changed("seconds", value=math.nan), "NaN is not a JSON number"),
         (changed("seconds", value=True), "seconds is true"),
         (changed("peak_extra_bytes", value=1.5), "peak_extra_bytes is 1.5; accepted is an integer ≥ 0, or null"),
         (changed("layers", value={}), "layers is an object of 0; accepted is an array"),
@@ -189,12 +191,12 @@ def changed(*keys: str | int, value: Any) -> str:
         (changed("layers", 0, "dtype", value=["float32"]), "dtype is an array of 1"),
         (changed("layers", 0, "rank", value=0), "layers[0]: rank is 0; accepted is an integer ≥ 1"),
         (changed("layers", 0, "rank", value=2), "layers[0] has 3 singular values, rank 2"),
-        (changed("layers", 0, "shape", value=[2, 9]), "a rank that the shape has"),
+        (changed("layers", 0, "shape", value=[2, 9]), "a rank up to the smaller side of the shape"),
         (changed("layers", 0, "singular_values", value=[1e39, 1, 1]), "finite float32 numbers"),
         (changed("layers", 0, "singular_values", 0, value=None), "finite float32 numbers"),
         (changed("layers", 0, "scaling", value=0), "scaling is 0; accepted is a finite number > 0"),
         (changed("layers", 0, "init", value="pissa_16"), "accepted is 'pissa' or 'pissa_niter_N'"),
-        (changed("layers", 0, "certificate", "energy", value=KeyError), "layers[0].certificate lacks 'energy'"),
+        (changed("layers", 0, "certificate", "energy", value=KeyError), "layers[0].certificate lacks keys: 'energy'"),
         (changed("layers", 0, "certificate", "converged", value=1), "converged is 1; accepted is true or false"),
         (
             changed("layers", 0, "seconds", value=0).replace('"seconds": 0,', '"seconds": 1e999,'),
@@ -248,8 +250,8 @@ def test_table() -> None:
 
 
 def test_summary_of_all_kinds() -> None:
-    assert Report().summary() == "no layer was initialised"
-    assert Report().table().splitlines()[-1] == "no layer was initialised"
+    assert Report().summary() == "no layer was initialized"
+    assert Report().table().splitlines()[-1] == "no layer was initialized"
     whole = Report([layer("q", (1.0,))], seconds=2.0, peak_extra_bytes=3 * 2**19)
     assert whole.summary().startswith("1 layer, rank 1, 50.00 % of the energy, residual/σ₁ ≤ 2e-06, all converged")
     assert whole.summary().endswith("0.250 s in layers, 2.000 s in all, 1.5 MiB extra at the peak")
@@ -261,4 +263,24 @@ def test_reports_do_not_share_layers() -> None:
     one, other = Report(), Report()
     one.layers.append(layer("q"))
     assert other.layers == []
-    assert report.LayerReport is LayerReport
+
+
+def test_pickled_models_find_the_class_of_a_layers_report() -> None:
+    assert (LayerReport.__module__, LayerReport.__qualname__) == ("pissa_kernels.report.layer", "LayerReport")
+
+
+@pytest.mark.parametrize(
+    ("module", "objects"),
+    [
+        ("report.layer", {"LayerReport"}),
+        ("report.report", {"Report", "Report.read", "Report.summary", "Report.table", "Report.write", "find_report"}),
+    ],
+)
+def test_examples_of_the_docstrings(module: str, objects: set[str]) -> None:
+    module = f"pissa_kernels.{module}"
+    examples = [test for test in doctest.DocTestFinder().find(importlib.import_module(module)) if test.examples]
+    assert {test.name.removeprefix(f"{module}.") for test in examples} == objects
+    for example in examples:
+        # Without the module's names, as a user who pastes the example has none of them.
+        example.globs.clear()
+        assert doctest.DocTestRunner().run(example).failed == 0, example.name
