@@ -12,11 +12,11 @@ from .figures import panels
 from .layer import LayerReport
 from .names import arrange
 from .report import Report
-from .spectrum import check_share, cumulative_energy, least_rank, projection_ranks
+from .spectrum import check_share, cumulative_energy, least_ranks, projection_ranks
 
-SHARE_COLOUR = "#D55E00"  # Okabe and Ito's vermillion, which viridis does not have
+SHARE_COLOR = "#D55E00"  # vermilion of Okabe and Ito's palette, which viridis does not contain
 SHARE_STYLES = ("--", ":", "-.")
-# Where all of a logarithmic axis is within this factor, plain numbers are read more easily than powers of ten.
+# Within this factor, plain numbers on a logarithmic axis are easier to read than powers of ten.
 PLAIN_RANGE = 50.0
 
 
@@ -24,11 +24,11 @@ def spectra_figure(report: Report) -> Any:
     """Spectra σᵢ/σ₁ on a logarithmic scale: a panel for each projection, a line for each depth.
 
     Returns:
-        A ``matplotlib.figure.Figure``. A zero singular value has no place on the scale: it is NaN, and not drawn.
+        A ``matplotlib.figure.Figure``. A singular value of zero is NaN and not drawn.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no layer.
+        ValueError: the report has no layer.
     """
     grid = arrange(report.layers)
     figure, axes = panels(grid, _relative_spectrum, "index i")
@@ -40,10 +40,10 @@ def spectra_figure(report: Report) -> Any:
         panel.set_yscale("log")
         zeros = [depth for depth, layer in grid.of(projection) if float(layer.singular_values[0]) == 0]
         if zeros:
-            where = ", ".join(str(depth) for depth in zeros if depth is not None)
-            text = "σ = 0" + (f" at depth {where}" if where else "")
+            depths = ", ".join(str(depth) for depth in zeros if depth is not None)
+            text = "σ = 0" + (f" at depth {depths}" if depths else "")
             panel.text(0.5, 0.06, text, transform=panel.transAxes, ha="center", fontsize=8, color="0.3")
-    first = next(iter(axes.values()))  # the others share its scale
+    first = next(iter(axes.values()))  # the panels share their scales
     first.set_ylim(min(0.9 * lowest, 0.5), 1.1)
     if lowest > 1 / PLAIN_RANGE:
         _plain_numbers(first.yaxis)
@@ -55,23 +55,20 @@ def spectra_figure(report: Report) -> Any:
 def ranks_figure(report: Report, shares: Sequence[float] = (0.9,)) -> Any:
     """Cumulative captured energy in % of ‖W‖_F² against rank: a panel for each projection, a line for each depth.
 
-    For each share a vertical line marks the rank that keeps it of what was captured in every layer of the projection,
-    and a dot on each curve the rank that does so in that layer.
+    For each share, a dot on each curve marks the least rank that keeps the share of that layer's captured energy, and a
+    vertical line the rank that keeps it in every layer of the projection.
 
     Returns:
         A ``matplotlib.figure.Figure``.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no layer, or a share out of range.
+        ValueError: the report has no layer, or a share is out of range.
     """
     for share in shares:
         check_share(share)
     grid = arrange(report.layers)
-    marks = {}
-    for share in shares:
-        ranks = [least_rank(layer, share) or layer.rank for layer in report.layers]
-        marks[share] = projection_ranks(report.layers, ranks)
+    marks = {share: projection_ranks(report.layers, least_ranks(report.layers, share)) for share in shares}
     notes = {
         projection: "r = " + ", ".join(str(most[projection]) for most in marks.values()) if marks else ""
         for projection in grid.projections
@@ -84,11 +81,14 @@ def ranks_figure(report: Report, shares: Sequence[float] = (0.9,)) -> Any:
     legend = []
     for style, (share, most) in zip(cycle(SHARE_STYLES), marks.items(), strict=False):
         for projection, panel in axes.items():
-            line = panel.axvline(most[projection], color=SHARE_COLOUR, linestyle=style, linewidth=1.2, zorder=1)
-            _dot(panel, share, [layer for _, layer in grid.of(projection)])
+            line = panel.axvline(most[projection], color=SHARE_COLOR, linestyle=style, linewidth=1.2, zorder=1)
+            layers = [layer for _, layer in grid.of(projection)]
+            ranks = least_ranks(layers, share)
+            heights = [percent(layer)[rank - 1] for layer, rank in zip(layers, ranks, strict=True)]
+            panel.plot(ranks, heights, ".", color=SHARE_COLOR, markersize=3.5, zorder=3)
         legend.append(line)
         line.set_label(f"rank that keeps {100 * share:g} % of the captured energy in every layer of the panel")
-    first = next(iter(axes.values()))
+    first = next(iter(axes.values()))  # the panels share their scales
     first.set_ylim(bottom=0)
     if legend:
         figure.legend(handles=legend, loc="outside lower center", frameon=False, fontsize=8)
@@ -98,18 +98,13 @@ def ranks_figure(report: Report, shares: Sequence[float] = (0.9,)) -> Any:
 
 
 def _relative_spectrum(layer: LayerReport) -> Any:
-    """(r,) float64 σᵢ/σ₁, NaN where σᵢ is 0."""
+    """σᵢ/σ₁, (r,) float64; NaN where σᵢ is 0."""
     sigma = layer.singular_values.double().numpy()
     return np.divide(sigma, sigma[0], out=np.full_like(sigma, np.nan), where=sigma > 0)
 
 
-def _dot(panel: Any, share: float, layers: Sequence[LayerReport]) -> None:
-    ranks = [least_rank(layer, share) or layer.rank for layer in layers]
-    heights = [100 * float(cumulative_energy(layer)[rank - 1]) for layer, rank in zip(layers, ranks, strict=True)]
-    panel.plot(ranks, heights, ".", color=SHARE_COLOUR, markersize=3.5, zorder=3)
-
-
 def _plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with numbers such as 0.2 and 0.5."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))

@@ -1,26 +1,35 @@
-"""What the pictures share: figures without pyplot, short labels, a grid of panels coloured by depth."""
+"""Parts that the pictures share: figures without pyplot, short labels, a grid of panels colored by depth, data URIs."""
 
 from __future__ import annotations
 
 import math
+import re
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
 from typing import Any
 
 from .layer import LayerReport
 from .names import Grid
 
-# Longer labels lose their beginning: their end tells more.
-LABEL_LENGTH = 36
+LABEL_LENGTH = 36  # characters
 COLUMNS = (4, 3)
 PANEL_WIDTH, PANEL_HEIGHT, LINE = 2.6, 2.0, 0.17  # inches
-# viridis's yellow end is too light for a line on white
+# The yellow end of viridis is too light for a line on white.
 LIGHTEST_LINE = 0.88
-NO_DEPTH_COLOUR = "#4d4d4d"
+NO_DEPTH_COLOR = "#4d4d4d"
 DEPTH_LABELS = 17
+# Glyphs as paths and inline images make an SVG independent of fonts and other files. A fixed salt makes the ids of its
+# elements reproducible; the default salt is random.
+SELF_CONTAINED = {"svg.fonttype": "path", "svg.image_inline": True, "svg.hashsalt": "pissa_kernels"}
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty ``matplotlib.figure.Figure`` of so many inches that lays itself out.
+    """An empty ``matplotlib.figure.Figure`` with constrained layout.
+
+    Args:
+        width: in inches.
+        height: in inches.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
@@ -34,8 +43,20 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def svg_data_uri(figure: Any) -> str:
+    """A figure as a ``data:`` URI of an SVG image that needs no other file; the same figure gives the same URI."""
+    from matplotlib import rc_context
+
+    buffer = StringIO()
+    with rc_context(SELF_CONTAINED):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    # matplotlib repeats each text in a comment. A layer's name may hold characters that XML does not allow there.
+    svg = re.sub("<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)
+    return "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()
+
+
 def shorten(label: str) -> str:
-    """The label's end, where it is too long, as matplotlib takes a text that is no mathematics."""
+    """A label for matplotlib: the last characters, which differ most, and no mathematical notation."""
     end = label if len(label) <= LABEL_LENGTH else "…" + label[1 - LABEL_LENGTH :]
     return end.replace("$", r"\$")
 
@@ -47,22 +68,22 @@ def panels(
     notes: Mapping[str, str] | None = None,
     lines_below: int = 0,
 ) -> tuple[Any, dict[str, Any]]:
-    """A figure with a panel for each projection, in it a line over 1 … r for each depth, and a bar of the depths.
+    """A figure with a panel for each projection, a line over 1 … r for each depth, and a color bar of the depths.
 
     Args:
-        grid: of the report's layers.
-        curve: (r,) ordinates of a layer.
-        index_label: below the panels at the bottom.
-        notes: a second line of a panel's title.
-        lines_below: of text to leave room for, beneath the panels.
+        grid: the report's layers.
+        curve: function from a layer to its ordinates, (r,).
+        index_label: label of the abscissa.
+        notes: second line of each panel's title, by projection; None for none.
+        lines_below: lines of text to leave room for below the panels.
 
     Returns:
-        The figure, and the axes by projection, all to one scale.
+        The figure, and the axes by projection, which share their scales.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    # the widest grid, or the one that leaves fewer corners empty
+    # The number of columns that leaves fewer cells empty; the larger one if they leave as many.
     count = len(grid.projections)
     columns = min(count, min(COLUMNS, key=lambda width: -count % width) if count > max(COLUMNS) else count)
     rows = math.ceil(count / columns)
@@ -70,14 +91,15 @@ def panels(
     figure = new_figure(max(5.6, PANEL_WIDTH * columns + 1.1), height)
     cells = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     axes = dict(zip(grid.projections, cells, strict=False))
-    colours = _depth_colours(grid)
+    colors = _depth_colors(grid)
     for projection, panel in axes.items():
         for depth, layer in grid.of(projection):
-            values = curve(layer)
-            # a single point makes no line
+            # A line through a single point would be invisible.
             marker = "o" if layer.rank == 1 else None
             index = range(1, layer.rank + 1)
-            panel.plot(index, values, color=colours[depth], linewidth=1.1, marker=marker, markersize=4, label=depth)
+            panel.plot(
+                index, curve(layer), color=colors[depth], linewidth=1.1, marker=marker, markersize=4, label=depth
+            )
         note = f"\n{notes[projection]}" if notes else ""
         panel.set_title(shorten(projection) + note, fontsize=9)
         panel.tick_params(labelsize=8)
@@ -92,24 +114,24 @@ def panels(
             cell.set_xlabel(index_label, fontsize=9)
     cells[0].set_xlim(0.5, 1.01 * max(layer.rank for layer in grid.layers.values()) + 0.49)
     cells[0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    _depth_bar(figure, list(axes.values()), grid, colours)
+    _depth_bar(figure, list(axes.values()), grid, colors)
     return figure, axes
 
 
-def _depth_colours(grid: Grid) -> dict[int | None, Any]:
-    """A shade of viridis for each depth, from dark to light; grey for layers without one."""
+def _depth_colors(grid: Grid) -> dict[int | None, Any]:
+    """A shade of viridis for each depth, from dark to light; gray for layers without a depth."""
     from matplotlib import colormaps
 
     depths = [depth for depth in grid.depths if depth is not None]
     last = max(1, len(depths) - 1)
-    colours: dict[int | None, Any] = {None: NO_DEPTH_COLOUR}
+    colors: dict[int | None, Any] = {None: NO_DEPTH_COLOR}
     for index, depth in enumerate(depths):
-        colours[depth] = colormaps["viridis"](LIGHTEST_LINE * index / last)
-    return colours
+        colors[depth] = colormaps["viridis"](LIGHTEST_LINE * index / last)
+    return colors
 
 
-def _depth_bar(figure: Any, axes: Sequence[Any], grid: Grid, colours: Mapping[int | None, Any]) -> None:
-    """A colour bar with one step for each depth; one depth needs none."""
+def _depth_bar(figure: Any, axes: Sequence[Any], grid: Grid, colors: Mapping[int | None, Any]) -> None:
+    """A color bar with one step for each depth, if there is more than one depth."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
@@ -117,11 +139,11 @@ def _depth_bar(figure: Any, axes: Sequence[Any], grid: Grid, colours: Mapping[in
     if len(depths) < 2:
         return
     norm = BoundaryNorm([index - 0.5 for index in range(len(depths) + 1)], len(depths))
-    shades = ScalarMappable(norm, ListedColormap([colours[depth] for depth in depths]))
+    shades = ScalarMappable(norm, ListedColormap([colors[depth] for depth in depths]))
     shown = range(0, len(depths), math.ceil(len(depths) / DEPTH_LABELS))
     bar = figure.colorbar(shades, ax=axes, fraction=0.03, pad=0.02, aspect=max(12, 3 * len(axes)))
     bar.set_ticks(list(shown), labels=[str(depths[index]) for index in shown])
     bar.ax.tick_params(labelsize=8, length=0, which="both")
     bar.outline.set_visible(False)
-    grey = " (grey: outside of the stack)" if None in grid.depths else ""
-    bar.set_label(f"depth{grey}", fontsize=9)
+    gray = " (gray: outside the stack)" if None in grid.depths else ""
+    bar.set_label(f"depth{gray}", fontsize=9)

@@ -1,6 +1,6 @@
 "use strict";
 
-// What needs a script is hidden from those who have none.
+// Elements of the class "scripted" are useless without this script, so the page hides them.
 for (const element of document.querySelectorAll(".scripted")) element.hidden = false;
 
 const json = document.getElementById("report").textContent;
@@ -12,7 +12,7 @@ for (const block of document.querySelectorAll("pre")) {
   button.className = "copy";
   button.textContent = "Copy";
   button.addEventListener("click", async () => {
-    // Selected first: where a browser lets no page write to the clipboard, one key is left to press.
+    // Select the text first, so that the reader can copy it where the browser denies access to the clipboard.
     getSelection().selectAllChildren(block);
     try {
       await navigator.clipboard.writeText(block.textContent);
@@ -28,7 +28,7 @@ const table = document.getElementById("layers");
 const heads = [...table.tHead.rows[0].cells];
 const rows = [...table.tBodies[0].rows];
 const byText = new Intl.Collator("en", { numeric: true }).compare;
-// A shape is sorted by its number of elements.
+// The sort key of a shape is its number of elements.
 const number = (text) => text.split("×").reduce((product, factor) => product * Number(factor), 1);
 const byNumber = (one, other) => number(one) - number(other);
 
@@ -44,7 +44,7 @@ heads.forEach((head, column) => {
     const order = next[head.getAttribute("aria-sort")];
     for (const other of heads) other.setAttribute("aria-sort", other === head ? order : "none");
     const sign = { none: 0, ascending: 1, descending: -1 }[order];
-    // The sort is stable, so that a sign of 0 is the report's own order.
+    // The sort is stable, so a sign of 0 restores the original order.
     const sorted = [...rows].sort(
       (one, other) => sign * compare(one.cells[column].textContent, other.cells[column].textContent),
     );

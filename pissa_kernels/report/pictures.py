@@ -1,7 +1,7 @@
-"""Pictures of a report: energy over the model, spectra, and what lower ranks would have captured.
+"""Pictures of a report: captured energy over the model, spectra, and the energy that lower ranks would have captured.
 
-matplotlib is imported when a picture is asked for, and only its figures are used: no pyplot, no window, no global
-state. Colours are of viridis, which grows evenly in lightness and reads under every kind of colour vision.
+matplotlib is imported when a picture is drawn. Only its figures are used: no pyplot, no window, no global state. The
+colors are from viridis, whose lightness increases evenly and which is readable with every kind of color vision.
 """
 
 from __future__ import annotations
@@ -14,41 +14,36 @@ import numpy as np
 
 from .curves import ranks_figure, spectra_figure
 from .figures import new_figure, shorten
+from .layer import rank_range
 from .names import Grid, arrange
 from .report import Report
 
-__all__ = ["draw", "energy_figure", "ranks_figure", "spectra_figure"]
-
-# Up to here a cell of the heat map has room for its number; more columns get narrow cells.
+# Columns up to which a cell of the heat map shows its number; with more columns the cells are narrower.
 ANNOTATED_DEPTHS = 48
 WIDE_CELL, NARROW_CELL, ROW = 0.36, 0.16, 0.34  # inches
-# Depths that are labelled at the most.
+# Most depths that get a label.
 DEPTH_LABELS = 48
 DPI = 160
 
 
 def draw(report: Report, folder: str | Path, shares: Sequence[float] = (0.9,), suffix: str = "png") -> list[Path]:
-    """Draw energy, spectra and ranks into a folder, which is created.
+    """Draw energy, spectra and ranks into a folder, which is created if necessary.
 
     Args:
-        report: with at least one layer.
-        folder: for energy.png, spectra.png and ranks.png; files of these names are replaced.
-        shares: of the captured energy, to mark the ranks of; each above 0 and at most 1.
+        report: a report with at least one layer.
+        folder: folder of energy.png, spectra.png and ranks.png; existing files of these names are replaced.
+        shares: shares of the captured energy whose ranks are marked, each above 0 and at most 1.
         suffix: "png", "svg" or another format of matplotlib's.
 
     Returns:
-        The files, in that order.
+        The paths of the files.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
         OSError: the folder cannot be written.
-        ValueError: no layer, or a share out of range.
+        ValueError: the report has no layer, or a share is out of range.
     """
-    figures = {
-        "energy": energy_figure(report),
-        "spectra": spectra_figure(report),
-        "ranks": ranks_figure(report, shares),
-    }
+    figures = report_figures(report, shares)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for name in figures]
@@ -57,15 +52,24 @@ def draw(report: Report, folder: str | Path, shares: Sequence[float] = (0.9,), s
     return paths
 
 
+def report_figures(report: Report, shares: Sequence[float] = (0.9,)) -> dict[str, Any]:
+    """The figures "energy", "spectra" and "ranks", with the arguments and errors of :func:`draw`."""
+    return {
+        "energy": energy_figure(report),
+        "spectra": spectra_figure(report),
+        "ranks": ranks_figure(report, shares),
+    }
+
+
 def energy_figure(report: Report) -> Any:
     """Heat map of the captured energy in % of ‖W‖_F²: a row for each projection, a column for each depth.
 
     Returns:
-        A ``matplotlib.figure.Figure`` whose first axes hold the map; a cell without a layer is masked, and grey.
+        A ``matplotlib.figure.Figure`` whose first axes hold the map. A cell without a layer is masked and gray.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no layer.
+        ValueError: the report has no layer.
     """
     grid = arrange(report.layers)
     values = np.full((len(grid.projections), len(grid.depths)), np.nan)
@@ -76,15 +80,12 @@ def energy_figure(report: Report) -> Any:
     width = max(3.4, (WIDE_CELL if annotated else NARROW_CELL) * len(grid.depths))
     figure = new_figure(width + 0.08 * max(map(len, labels)) + 0.4, max(0.8, ROW * len(labels)) + 1.7)
     axes = figure.add_subplot()
-    low, high = _colour_range(values)
+    low, high = _color_range(values)
     image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=low, vmax=high, aspect="auto")
     if annotated:
         _annotate(axes, image, values)
     _label_cells(axes, grid, labels)
-    ranks = sorted({layer.rank for layer in report.layers})
-    axes.set_title(
-        "Energy captured at rank " + " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))), fontsize=11
-    )
+    axes.set_title(f"Energy captured at {rank_range(report.layers)}", fontsize=11)
     bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.1, pad=0.02, aspect=max(15, 7 * width))
     bar.set_label("captured energy, % of ‖W‖²", fontsize=9)
     bar.ax.tick_params(labelsize=8)
@@ -92,15 +93,15 @@ def energy_figure(report: Report) -> Any:
     return figure
 
 
-def _colour_range(values: Any) -> tuple[float, float]:
-    """From the least to the most, but never less than one per cent wide, so that rounding makes no pattern."""
+def _color_range(values: Any) -> tuple[float, float]:
+    """The least and the greatest value, widened to one percentage point so that round-off shows no pattern."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    missing = max(0.0, 1.0 - (high - low)) / 2
-    return low - missing, high + missing
+    margin = max(0.0, 1.0 - (high - low)) / 2
+    return low - margin, high + margin
 
 
 def _annotate(axes: Any, image: Any, values: Any) -> None:
-    """Each cell's number, in black or white, whichever stands out."""
+    """Write each cell's number in black or white, whichever contrasts more."""
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
@@ -110,7 +111,7 @@ def _annotate(axes: Any, image: Any, values: Any) -> None:
 
 
 def _label_cells(axes: Any, grid: Grid, labels: Sequence[str]) -> None:
-    """Depths below, projections to the left, white lines between the cells."""
+    """Label the columns with depths and the rows with projections, and draw white lines between the cells."""
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if len(grid.depths) <= step * DEPTH_LABELS)
     shown = [
         (column, "–" if depth is None else str(depth))
@@ -128,4 +129,4 @@ def _label_cells(axes: Any, grid: Grid, labels: Sequence[str]) -> None:
     axes.spines[:].set_visible(False)
     axes.set_facecolor("#e6e6e6")
     if shown:
-        axes.set_xlabel("depth" + (" (–: outside of the stack)" if None in grid.depths else ""), fontsize=9)
+        axes.set_xlabel("depth" + (" (–: outside the stack)" if None in grid.depths else ""), fontsize=9)

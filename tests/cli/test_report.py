@@ -52,7 +52,7 @@ def test_json_is_the_report_and_nothing_else(folder: Path, capsys: pytest.Captur
 def test_an_empty_report_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Report().write(tmp_path / REPORT_NAME)
     assert cli.main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "no layer was initialised"
+    assert capsys.readouterr().out.splitlines()[-1] == "no layer was initialized"
     assert cli.main(["report", str(tmp_path), "--pictures", str(tmp_path / "drawn")]) == 1
     assert "nothing to show" in capsys.readouterr().err
     assert not (tmp_path / "drawn").exists()
@@ -72,12 +72,13 @@ def test_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the page has pictures, which need matplotlib")
+    pytest.importorskip("jinja2", reason="the page is a template of Jinja2")
     page = tmp_path / "page.html"
     assert cli.main(["report", str(folder), "--html", str(page), "--share", "0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [suggestion(SMALL.layers, 0.5), f"wrote {page}"]
     text = page.read_text(encoding="utf-8")
-    assert "<h1>PiSSA initialisation of out</h1>" in text
+    assert "<h1>PiSSA initialization of out</h1>" in text
     assert suggestion(SMALL.layers, 0.5) in text
     assert cli.main(["report", str(folder), "--html", str(page), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == SMALL.to_dict()
@@ -87,26 +88,34 @@ def test_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (tmp_path / "none.html").exists()
 
 
-def test_without_matplotlib(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("package", "option"), [("matplotlib", "--pictures"), ("matplotlib", "--html"), ("jinja2", "--html")]
+)
+def test_without_a_package_of_the_extra(
+    package: str,
+    option: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for option in ("--pictures", "--html"):
-        assert cli.main(["report", str(folder), option, str(tmp_path / "drawn")]) == 1
-        output, error = capsys.readouterr()
-        assert output == ""
-        assert len(error.splitlines()) == 1
-        assert "pip install 'pissa-kernels[report]'" in error
-        assert "demo" not in error
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["report", str(folder), option, str(tmp_path / "drawn")]) == 1
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert len(error.splitlines()) == 1
+    assert "pip install 'pissa-kernels[report]'" in error
+    assert "demo" not in error
     assert not (tmp_path / "drawn").exists()
     assert cli.main(["report", str(folder)]) == 0, "the table needs no extra"
 
 
 def test_needs_neither_peft_nor_transformers(folder: Path) -> None:
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(['peft', 'transformers', 'tqdm', 'tabulate', 'matplotlib'])); "
+        "import sys; "
+        "sys.modules.update(dict.fromkeys(['peft', 'transformers', 'tqdm', 'tabulate', 'matplotlib', 'jinja2'])); "
         "from pissa_kernels.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run(
@@ -130,7 +139,7 @@ def test_needs_neither_peft_nor_transformers(folder: Path) -> None:
         (["REPORT", "--share", "nan"], 2, "got nan"),
         (["REPORT", "--share", "most"], 2, "could not convert string to float: 'most'"),
         (["REPORT", "--pictures", "REPORT"], 2, "File exists"),
-        (["REPORT", "--html", "/nowhere/page.html"], 2, "there is no folder /nowhere to write page.html into"),
+        (["REPORT", "--html", "/nowhere/page.html"], 2, "cannot write page.html: the folder /nowhere does not exist"),
         (["REPORT", "--html", "EMPTY"], 2, "is a folder"),
         ([], 2, "SOURCE"),
     ],

@@ -1,4 +1,4 @@
-"""The page of a report: one well-formed file that says what the report says, whatever its layers are called."""
+"""The page of a report: one well-formed file with the numbers of the report, whatever the names of its layers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import os
 import re
 import sys
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,9 +22,11 @@ from pissa_kernels.report.spectrum import least_rank, peft_pattern, suggestion
 from ..support.reports import LLAMA, layer, llama, power_law
 
 pytest.importorskip("matplotlib", reason="the page has pictures, which need matplotlib")
+pytest.importorskip("jinja2", reason="the page is a template of Jinja2")
 
 from pissa_kernels.report.page import render_page, write_page
 
+SVG_URI = "data:image/svg+xml;base64,"
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = 'x.0.</script><script>alert(1)</script>"\' onload="x" <b>&amp; --> ]]>'
 GPT2 = [f"transformer.h.{depth}.{name}" for depth in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
@@ -30,7 +34,7 @@ SMALL = llama(2, LLAMA[:4])
 
 
 class Page(HTMLParser):
-    """Tags as they are opened, text by the tag that it is in, ids; an unbalanced tag fails."""
+    """Opening tags, text with its innermost tag, rows of tables, and ids; an unbalanced tag fails."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -54,8 +58,7 @@ class Page(HTMLParser):
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert "svg" in self._open, "only foreign elements may close themselves"
-        self.tags.append((tag, dict(attrs)))
+        raise AssertionError(f"<{tag}/>: only foreign elements, such as svg, may close themselves")
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
@@ -69,6 +72,11 @@ class Page(HTMLParser):
     def text(self, tag: str) -> list[str]:
         return [text for within, text in self.texts if within == tag]
 
+    def pictures(self) -> list[str]:
+        """The SVG files in the data URIs."""
+        sources = [str(attributes["src"]) for tag, attributes in self.tags if tag == "img"]
+        return [b64decode(source.removeprefix(SVG_URI), validate=True).decode() for source in sources]
+
     def report(self) -> object:
         (index,) = (i for i, (tag, attributes) in enumerate(self.tags) if attributes.get("id") == "report")
         number = [tag for tag, _ in self.tags[:index]].count("script")
@@ -76,7 +84,7 @@ class Page(HTMLParser):
 
 
 def with_loose(report: Report, *loose: int) -> Report:
-    """The report with these layers not converged."""
+    """The report, with these layers not converged."""
     layers = [
         dataclasses.replace(entry, certificate=dataclasses.replace(entry.certificate, converged=index not in loose))
         for index, entry in enumerate(report.layers)
@@ -97,7 +105,7 @@ REPORTS = {
 def drawn(request: pytest.FixtureRequest) -> tuple[Report, str]:
     report = REPORTS[request.param]
     if request.param == "hostile":
-        with pytest.warns(UserWarning, match="Glyph"):  # the font has no picture of a control character
+        with pytest.warns(UserWarning, match="Glyph"):  # the font has no glyph for a control character
             return report, render_page(report, (0.5, 0.9), title=HOSTILE)
     return report, render_page(report, (0.5, 0.9), title=HOSTILE)
 
@@ -106,27 +114,47 @@ def test_is_well_formed_and_needs_nothing_else(drawn: tuple[Report, str]) -> Non
     page = Page(drawn[1])
     assert len(set(page.ids)) == len(page.ids)
     for tag, attributes in page.tags:
-        assert not attributes.keys() & {"srcset", "action", "poster", "data", "onload", "xlink:href"}, tag
-        for name in ("src", "href"):
-            value = attributes.get(name) or "#"
-            assert value.startswith(("#", "data:image/png;base64,")), value
-            assert not value.startswith("#") or value == "#" or value[1:] in page.ids
-        for value in attributes.values():
-            for target in re.findall(r"url\(([^)]*)\)", value or ""):
-                assert target[1:] in page.ids
+        assert not attributes.keys() & {"srcset", "action", "poster", "data", "onload", "xlink:href", "style"}, tag
+        assert "src" not in attributes or str(attributes["src"]).startswith(SVG_URI)
+        href = attributes.get("href") or "#"
+        assert href == "#" or href[1:] in page.ids
+    policy = next(str(found["content"]) for _, found in page.tags if found.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:; ")
     assert "url(" not in "".join(page.text("style"))
-    assert "http" not in re.sub(r'http-equiv="', "", drawn[1]), "no address, be it of a name space"
-    assert {tag for tag, _ in page.tags} >= {"title", "h1", "svg", "table", "footer"}
+    assert "http" not in re.sub(r'http-equiv="|base64,[^"]*', "", drawn[1])
+    assert {tag for tag, _ in page.tags} >= {"title", "h1", "img", "table", "footer"}
+    assert drawn[1].startswith("<!DOCTYPE html>\n")
 
 
-def test_says_what_the_report_says(drawn: tuple[Report, str]) -> None:
+def test_pictures_are_well_formed_and_need_nothing_else(drawn: tuple[Report, str]) -> None:
+    pictures = Page(drawn[1]).pictures()
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert "<!--" not in picture, "a comment may hold a layer's name, and with it characters that XML forbids"
+        elements = list(ElementTree.fromstring(picture).iter())
+        tags = {element.tag.rpartition("}")[2] for element in elements}
+        assert (
+            {"svg", "path", "use"} <= tags <= {"svg", "defs", "style", "g", "path", "use", "clipPath", "rect", "image"}
+        )
+        ids = [element.attrib["id"] for element in elements if "id" in element.attrib]
+        assert len(set(ids)) == len(ids)
+        attributes = [(name.rpartition("}")[2], value) for element in elements for name, value in element.items()]
+        assert not [name for name, _ in attributes if name.startswith("on")]
+        targets = {value for name, value in attributes if name == "href"}
+        targets.update(target for _, value in attributes for target in re.findall(r"url\(([^)]*)\)", value))
+        inside = {f"#{name}" for name in ids}
+        assert all(target.startswith("data:image/png;base64,") for target in targets - inside), targets - inside
+        assert "http" not in re.sub(r'<!DOCTYPE[^>]*>|xmlns(:xlink)?="[^"]*"|base64,[^"]*', "", picture)
+
+
+def test_shows_the_numbers_of_the_report(drawn: tuple[Report, str]) -> None:
     report, text = drawn
     page = Page(text)
     assert page.report() == report.to_dict()
     assert page.text("title") == page.text("h1") == [HOSTILE]
     rows = [row for row in page.rows if len(row[1]) == len(HEADS)]
     assert rows[0][1] == list(HEADS)
-    # a NUL is there, too: html.parser, unlike a browser, leaves it as it is
+    # Unlike a browser, html.parser keeps a control character as it is.
     assert [cells for _, cells in rows[1:]] == [layer_row(entry) for entry in report.layers]
     highlighted = [attributes.get("class") == "loose" for attributes, _ in rows[1:]]
     assert highlighted == [not entry.certificate.converged for entry in report.layers]
@@ -134,24 +162,24 @@ def test_says_what_the_report_says(drawn: tuple[Report, str]) -> None:
         assert suggestion(report.layers, share) + "." in page.text("p")
 
 
-def test_names_are_text(drawn: tuple[Report, str]) -> None:
+def test_names_are_escaped(drawn: tuple[Report, str]) -> None:
     page = Page(drawn[1])
     assert [tag for tag, _ in page.tags if tag in ("script", "b")] == ["script", "script"]
     assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
 
 
-def test_can_be_read_without_seeing_it() -> None:
+def test_is_accessible() -> None:
     page = Page(render_page(SMALL))
-    pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert [picture["role"] for picture in pictures] == ["img"] * 3
-    assert all(picture["aria-label"] for picture in pictures)
-    assert "from 10.0 % in model.layers.0.self_attn.q_proj to 13.5 % in" in str(pictures[0]["aria-label"])
+    alternatives = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert len(alternatives) == 3
+    assert all(alternatives)
+    assert "from 10.0 % in model.layers.0.self_attn.q_proj to 13.5 % in" in str(alternatives[0])
     assert len(page.text("figcaption")) == 3
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
     assert ("html", {"lang": "en"}) in page.tags
 
 
-def test_layers_that_have_not_converged_stand_out() -> None:
+def test_layers_that_did_not_converge_are_marked() -> None:
     text = render_page(with_loose(llama(2), 3, 5))
     page = Page(text)
     assert "2 of 14 not converged" in page.text("strong")
@@ -166,7 +194,7 @@ def test_layers_that_have_not_converged_stand_out() -> None:
     assert 'class="loose"' not in calm
 
 
-def test_time_and_memory_are_left_out_where_they_are_not_known() -> None:
+def test_unmeasured_time_and_memory_are_omitted() -> None:
     known = Page(render_page(with_loose(SMALL)))
     assert known.text("dd") == ["1.500 s", "2.000 s", "3.0 MiB"]
     assert Page(render_page(SMALL)).text("dd") == ["2.000 s"]
@@ -191,12 +219,12 @@ def test_a_users_matplotlibrc_does_not_matter() -> None:
     from matplotlib import rc_context, rcParams
 
     plain = render_page(SMALL)
-    with rc_context({"svg.fonttype": "none", "svg.image_inline": False}):
+    with rc_context({"svg.fonttype": "none", "svg.image_inline": False, "svg.hashsalt": "another"}):
         assert render_page(SMALL) == plain
-        assert rcParams["svg.fonttype"] == "none", "and it is left as it was"
+        assert rcParams["svg.fonttype"] == "none", "the user's setting is unchanged"
 
 
-def test_replaces_a_file_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
     path.write_text("old")
     write_page(SMALL, str(path))
@@ -217,7 +245,7 @@ def test_replaces_a_file_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("report", "path", "shares", "error", "words"),
     [
-        (Report(), "page.html", (0.9,), ValueError, "no layer was initialised, so there is nothing to show"),
+        (Report(), "page.html", (0.9,), ValueError, "no layer was initialized, so there is nothing to show"),
         (SMALL, "page.html", (0.9, 90.0), ValueError, "at most 1"),
         (Report([layer("q", seconds=float("nan"))]), "page.html", (), ValueError, "seconds is NaN"),
         (
@@ -238,18 +266,20 @@ def test_refusals_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_of_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'pissa-kernels\[report\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'pissa-kernels\[report\]'") as raised:
         write_page(SMALL, tmp_path / "page.html")
+    assert raised.value.name == package
     assert list(tmp_path.iterdir()) == []
 
 
 def layers_of(ranks: dict[str, int]) -> list[LayerReport]:
-    """Layers of rank 8 that keep 90 % at these ranks, and which were scaled by 2."""
-    return [layer(name, (1.0,) * (rank) + (0.0,) * (8 - rank), scaling=2.0) for name, rank in ranks.items()]
+    """Layers of rank 8 and scaling 2 whose captured energy lies in the first triplets, as many as each rank says."""
+    return [layer(name, (1.0,) * rank + (0.0,) * (8 - rank), scaling=2.0) for name, rank in ranks.items()]
 
 
 PATTERNS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -257,11 +287,11 @@ PATTERNS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"model.layers.0.attn.q": 3, "model.layers.1.attn.q": 5, "model.layers.0.k": 8, "lm_head": 2},
         {"q": 5, "lm_head": 2},
     ),
-    "as much of it as is needed": (
+    "a longer end of a name": (
         {"h.0.attn.c_proj": 3, "h.1.attn.c_proj": 4, "h.0.mlp.c_proj": 8, "h.0.mlp.c_fc": 5},
         {"attn.c_proj": 4, "c_fc": 5},
     ),
-    "all of it": (
+    "the whole name": (
         {"l.0.attn.out.dense": 8, "l.0.out.dense": 3, "l.1.out.dense": 4, "q": 2, "l.0.q": 5},
         {"l.[0-9]+.out.dense": 4, "^q": 2, "l.[0-9]+.q": 5},
     ),
@@ -280,7 +310,7 @@ def test_patterns_give_peft_the_ranks(case: str) -> None:
     layers = layers_of(ranks)
     most, pattern = peft_pattern(layers, list(ranks.values()))
     assert (most, pattern) == (max(ranks.values()), expected)
-    other = pytest.importorskip("peft.utils.other", reason="the rule is PEFT's")
+    other = pytest.importorskip("peft.utils.other", reason="the rule is defined in PEFT")
     keys = list(pattern)
     for name, rank in ranks.items():
         for order in (keys, keys[::-1]):
@@ -289,7 +319,7 @@ def test_patterns_give_peft_the_ranks(case: str) -> None:
 
 
 def test_the_configuration_is_python_for_peft() -> None:
-    peft = pytest.importorskip("peft", reason="the configuration is PEFT's")
+    peft = pytest.importorskip("peft", reason="the configuration is of PEFT")
     layers = layers_of({"h.0.attn.c_proj": 8, "h.0.mlp.c_proj": 4, "h.1.mlp.c_proj": 5, 'h.0."ü\\': 2})
     (code,) = Page(render_page(Report(layers), (1.0,))).text("code")
     config = eval(code, {"LoraConfig": peft.LoraConfig})

@@ -19,7 +19,8 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from pissa_kernels.report.pictures import draw, energy_figure, ranks_figure, spectra_figure
+from pissa_kernels.report.curves import ranks_figure, spectra_figure
+from pissa_kernels.report.pictures import draw, energy_figure
 
 SMALL, LARGE = llama(2, LLAMA[:4]), llama(32, extra=["lm_head"])
 FIGURES = (energy_figure, spectra_figure, ranks_figure)
@@ -166,7 +167,7 @@ def test_corners(make: Any) -> None:
     ]
     for report in reports:
         FigureCanvasAgg(make(report)).draw()
-    with pytest.raises(ValueError, match="no layer was initialised, so there is nothing to show"):
+    with pytest.raises(ValueError, match="no layer was initialized, so there is nothing to show"):
         make(Report())
 
 
