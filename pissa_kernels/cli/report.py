@@ -1,4 +1,4 @@
-"""``pissa-kernels report``: print and draw the report of an initialization, and the ranks that its spectra suggest."""
+"""``pissa-kernels report``: print and draw the report of an initialization, and suggest ranks."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ def add_parser(commands: Any) -> None:
     """Declare ``report SOURCE``."""
     parser = commands.add_parser(
         "report",
-        help="print and draw what an initialization did, and the ranks that its spectra suggest",
+        help="print and draw the report of an initialization, and suggest ranks",
         description="Print the report of an initialization: a row for each layer, a total, and the rank that keeps a "
         "share of the captured energy. --pictures also draws it, --html writes it as a web page.",
     )
     parser.add_argument(
         "source", type=Path, metavar="SOURCE",
-        help="report (JSON), or a folder with pissa_report.json or pissa_init/pissa_report.json in it",
+        help="report (JSON), or a folder that holds pissa_report.json or pissa_init/pissa_report.json",
     )  # fmt: skip
     parser.add_argument(
         "--share", type=share, action="append", metavar="Q",
         help="share of the captured energy that a lower rank should keep, 0 < Q ≤ 1; can be repeated (default: 0.9)",
     )  # fmt: skip
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw energy, spectra and ranks into this folder")
-    parser.add_argument("--svg", action="store_true", help="draw SVG instead of PNG")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one HTML page")
-    parser.add_argument("--json", action="store_true", help="print the report's JSON and nothing else")
+    parser.add_argument("--svg", action="store_true", help="draw the pictures as SVG instead of PNG")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report with its pictures as one HTML page")
+    parser.add_argument("--json", action="store_true", help="print only the JSON of the report")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; draw it where asked."""
+    """Print the report, and write the pictures and the page if requested."""
     report = Report.read(find_report(arguments.source))
     shares = sorted(set(arguments.share or [0.9]))
     drawn = []

@@ -8,7 +8,6 @@ r only the total share 1 − e is known. Any rank captures all of a zero matrix.
 from __future__ import annotations
 
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
@@ -92,7 +91,7 @@ def suggestion(layers: Sequence[LayerReport], share: float) -> str:
     ranks = least_ranks(layers, share)
     text = f"{percent} of the captured energy is kept by rank {max(ranks)} in every layer"
     if len(layers) > 1:
-        text += f", {statistics.median_high(ranks)} in the median"
+        text += f", {sorted(ranks)[len(ranks) // 2]} in the median"
         projections = projection_ranks(layers, ranks)
         least, most = min(projections, key=projections.__getitem__), max(projections, key=projections.__getitem__)
         if projections[least] < projections[most]:

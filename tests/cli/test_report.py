@@ -1,4 +1,4 @@
-"""``pissa-kernels report`` as a user runs it."""
+"""The command ``pissa-kernels report``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = llama(2)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An output folder with a report where a saved adapter has it."""
+    """An output folder with its report in the folder of a saved adapter."""
     (tmp_path / "out" / "pissa_init").mkdir(parents=True)
     SMALL.write(tmp_path / "out" / "pissa_init" / REPORT_NAME)
     return tmp_path / "out"
@@ -41,7 +41,7 @@ def test_shares(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[-2:] == [suggestion(SMALL.layers, share) for share in (0.5, 0.99)]
 
 
-def test_json_is_the_report_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_only_the_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(folder), "--json"]) == 0
     output, error = capsys.readouterr()
     assert error == ""

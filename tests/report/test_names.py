@@ -1,4 +1,4 @@
-"""Depth and projection from dotted names, as the architectures spell them."""
+"""Depth and projection from the dotted names of several architectures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..support.reports import LLAMA, layer, llama
         ("model.layers", "self_attn.q_proj"),
         ("encoder.layer", "attention.self.query"),
         ("transformer.h", "attn.c_attn"),
-        ("model.0.layers", "mlp.experts.7.w1"),  # an integer that never varies before, one that does behind
+        ("model.0.layers", "mlp.experts.7.w1"),  # before the depth an integer that never varies, after it one that does
         ("layers", "q"),
-        ("", "q"),  # nn.Sequential of blocks
+        ("", "q"),  # an nn.Sequential of blocks
         ("blocks", ""),  # the numbered modules themselves
     ],
 )
@@ -38,14 +38,14 @@ def test_names_without_a_depth() -> None:
     assert split_names([]) == []
 
 
-def test_one_block_has_its_own_number() -> None:
+def test_the_depth_of_a_single_block() -> None:
     assert split_names(["model.layers.0.q", "model.layers.0.k"]) == [
         Place("model.layers", 0, "q"),
         Place("model.layers", 0, "k"),
     ]
 
 
-def test_stacks_of_t5_stay_apart() -> None:
+def test_the_stacks_of_t5_are_distinguished() -> None:
     names = [f"{stack}.block.{depth}.layer.0.SelfAttention.q" for stack in ("encoder", "decoder") for depth in (0, 1)]
     places = split_names([*names, "lm_head"])
     assert [place.depth for place in places] == [0, 1, 0, 1, None]
@@ -82,7 +82,7 @@ parts = st.one_of(st.integers(0, 20).map(str), st.text("abc_", min_size=1, max_s
 
 
 @given(st.lists(st.lists(parts, min_size=1, max_size=6).map(".".join), max_size=8))
-def test_a_place_is_the_whole_name(names: list[str]) -> None:
+def test_the_parts_make_up_the_name(names: list[str]) -> None:
     places = split_names(names)
     for name, (stack, depth, projection) in zip(names, places, strict=True):
         pieces = [stack, "" if depth is None else str(depth), projection]
@@ -96,5 +96,5 @@ def test_a_place_is_the_whole_name(names: list[str]) -> None:
 
 
 @given(st.text(), st.text())
-def test_any_names_are_taken(one: str, other: str) -> None:
+def test_any_names_are_accepted(one: str, other: str) -> None:
     assert len(row_labels(split_names([one, other]))) == 2

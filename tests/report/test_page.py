@@ -10,16 +10,15 @@ import sys
 from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from pissa_kernels import LayerReport, Report
+from pissa_kernels import Report
 from pissa_kernels.report.layer import HEADS, layer_row
-from pissa_kernels.report.spectrum import least_rank, peft_pattern, suggestion
+from pissa_kernels.report.spectrum import least_rank, suggestion
 
-from ..support.reports import LLAMA, layer, llama, power_law
+from ..support.reports import LLAMA, in_first_triplets, layer, llama, power_law
 
 pytest.importorskip("matplotlib", reason="the page has pictures, which need matplotlib")
 pytest.importorskip("jinja2", reason="the page is a template of Jinja2")
@@ -277,50 +276,9 @@ def test_without_a_package_of_the_extra(package: str, tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def layers_of(ranks: dict[str, int]) -> list[LayerReport]:
-    """Layers of rank 8 and scaling 2 whose captured energy lies in the first triplets, as many as each rank says."""
-    return [layer(name, (1.0,) * rank + (0.0,) * (8 - rank), scaling=2.0) for name, rank in ranks.items()]
-
-
-PATTERNS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    "the end of a name": (
-        {"model.layers.0.attn.q": 3, "model.layers.1.attn.q": 5, "model.layers.0.k": 8, "lm_head": 2},
-        {"q": 5, "lm_head": 2},
-    ),
-    "a longer end of a name": (
-        {"h.0.attn.c_proj": 3, "h.1.attn.c_proj": 4, "h.0.mlp.c_proj": 8, "h.0.mlp.c_fc": 5},
-        {"attn.c_proj": 4, "c_fc": 5},
-    ),
-    "the whole name": (
-        {"l.0.attn.out.dense": 8, "l.0.out.dense": 3, "l.1.out.dense": 4, "q": 2, "l.0.q": 5},
-        {"l.[0-9]+.out.dense": 4, "^q": 2, "l.[0-9]+.q": 5},
-    ),
-    "two stacks": (
-        {"encoder.0.q": 3, "encoder.1.q": 3, "decoder.0.q": 6, "decoder.1.q": 8},
-        {"encoder.[0-9]+.q": 3},
-    ),
-    "a name that is a number": ({"0": 3, "1": 4, "2": 4}, {}),
-    "characters of regular expressions": ({"a.0.x+y(": 3, "a.0.z": 8}, {r"x\+y\(": 3}),
-}
-
-
-@pytest.mark.parametrize("case", list(PATTERNS))
-def test_patterns_give_peft_the_ranks(case: str) -> None:
-    ranks, expected = PATTERNS[case]
-    layers = layers_of(ranks)
-    most, pattern = peft_pattern(layers, list(ranks.values()))
-    assert (most, pattern) == (max(ranks.values()), expected)
-    other = pytest.importorskip("peft.utils.other", reason="the rule is defined in PEFT")
-    keys = list(pattern)
-    for name, rank in ranks.items():
-        for order in (keys, keys[::-1]):
-            found: Any = pattern.get(other.get_pattern_key(order, name), most)
-            assert found >= rank, name
-
-
 def test_the_configuration_is_python_for_peft() -> None:
     peft = pytest.importorskip("peft", reason="the configuration is of PEFT")
-    layers = layers_of({"h.0.attn.c_proj": 8, "h.0.mlp.c_proj": 4, "h.1.mlp.c_proj": 5, 'h.0."ü\\': 2})
+    layers = in_first_triplets({"h.0.attn.c_proj": 8, "h.0.mlp.c_proj": 4, "h.1.mlp.c_proj": 5, 'h.0."ü\\': 2})
     (code,) = Page(render_page(Report(layers), (1.0,))).text("code")
     config = eval(code, {"LoraConfig": peft.LoraConfig})
     assert (config.r, config.lora_alpha, config.init_lora_weights) == (8, 16, "pissa")

@@ -1,4 +1,4 @@
-"""What the pictures show: their numbers are the report's, their labels are there and do not overlap."""
+"""Pictures: they show the numbers of the report, and their labels are complete and do not overlap."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def titled(figure: Any) -> dict[str, Any]:
 
 
 def curves(axes: Any, rank: int) -> list[Any]:
-    """The lines over 1 … rank; not the marks of a share."""
+    """The lines over 1 … rank, without the marks of a share."""
     return [line.get_ydata() for line in axes.lines if list(line.get_xdata()) == list(range(1, rank + 1))]
 
 
 @pytest.mark.parametrize("report", [SMALL, LARGE], ids=["2x4", "32x7"])
-def test_energy_shows_the_reports_numbers(report: Report) -> None:
+def test_energy_shows_the_numbers_of_the_report(report: Report) -> None:
     axes, bar = energy_figure(report).axes
     shown = axes.images[0].get_array()
     rows = [text.get_text() for text in axes.get_yticklabels()]
@@ -61,7 +61,7 @@ def test_energy_shows_the_reports_numbers(report: Report) -> None:
     assert axes.get_xlabel().startswith("depth")
 
 
-def test_spectra_show_the_reports_numbers() -> None:
+def test_spectra_show_the_numbers_of_the_report() -> None:
     figure = spectra_figure(LARGE)
     panels = titled(figure)
     assert list(panels) == [*LLAMA, "lm_head"]
@@ -75,7 +75,7 @@ def test_spectra_show_the_reports_numbers() -> None:
     assert panels["lm_head"].get_xlabel() == "index i"
 
 
-def test_ranks_show_the_reports_numbers() -> None:
+def test_ranks_show_the_numbers_of_the_report() -> None:
     shares = (0.5, 0.9)
     figure = ranks_figure(LARGE, shares)
     for name, axes in titled(figure).items():
@@ -97,28 +97,28 @@ def test_ranks_show_the_reports_numbers() -> None:
     assert not ranks_figure(SMALL, ()).legends
 
 
-def test_colour_tells_the_depth() -> None:
+def test_color_stands_for_the_depth() -> None:
     for report, depths in ((SMALL, 2), (LARGE, 32)):
         figure = spectra_figure(report)
         bar = figure.axes[-1]
         assert bar.get_ylabel().startswith("depth")
         for name in LLAMA[:4]:
-            colours = [line.get_color() for line in titled(figure)[name].lines]
-            assert len(set(colours)) == depths
-            light = [0.299 * red + 0.587 * green + 0.114 * blue for red, green, blue, _ in colours]
-            assert light == sorted(light), "from dark to light, so that a grey print reads too"
+            colors = [line.get_color() for line in titled(figure)[name].lines]
+            assert len(set(colors)) == depths
+            light = [0.299 * red + 0.587 * green + 0.114 * blue for red, green, blue, _ in colors]
+            assert light == sorted(light), "from dark to light, which a gray print shows too"
     assert [text.get_text() for text in spectra_figure(SMALL).axes[-1].get_yticklabels()] == ["0", "1"]
 
 
 def boxes(figure: Any) -> list[tuple[str, Any]]:
-    """Every text that is drawn, with its box in pixels."""
+    """Every drawn text, with its bounding box in pixels."""
     renderer = figure.canvas.get_renderer()
     texts = [text for axes in figure.axes for text in (*axes.texts, axes.title)]
     for axes in figure.axes:
         for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             low, high = sorted(limits)
             texts.append(axis.label)
-            # a tick beyond the limits is there, but not drawn
+            # matplotlib keeps ticks beyond the limits and does not draw them.
             for tick in axis.get_major_ticks():
                 texts += [tick.label1, tick.label2] if low <= tick.get_loc() <= high else []
     texts += [text for legend in figure.legends for text in legend.get_texts()]
@@ -143,7 +143,7 @@ def test_texts_do_not_overlap(make: Any, report: Report) -> None:
     ]
 
 
-def test_no_numbers_where_they_would_not_fit() -> None:
+def test_narrow_cells_have_no_numbers() -> None:
     axes = energy_figure(llama(80)).axes[0]
     assert not axes.texts
     labels = [int(text.get_text()) for text in axes.get_xticklabels()]
@@ -154,7 +154,7 @@ def test_no_numbers_where_they_would_not_fit() -> None:
 @pytest.mark.parametrize("make", FIGURES)
 @pytest.mark.filterwarnings("error")
 def test_corners(make: Any) -> None:
-    """One layer, one rank, zeros, no depth, long names: drawn, and without a warning."""
+    """One layer, one rank, zeros, no depth and long names are drawn without a warning."""
     reports = [
         Report([layer("lm_head", (2.0,))]),
         Report([layer("model.layers.0.q", (2.0,))]),
@@ -171,7 +171,7 @@ def test_corners(make: Any) -> None:
         make(Report())
 
 
-def test_zeros_are_named_and_not_drawn() -> None:
+def test_zeros_are_labeled_and_not_drawn() -> None:
     figure = spectra_figure(Report([ZERO, layer("model.layers.1.q", (4.0, 0.0))]))
     axes = titled(figure)["q"]
     zero, other = axes.lines
@@ -199,7 +199,7 @@ def test_long_names_keep_their_end() -> None:
 
 
 @pytest.mark.parametrize("name", ["model.$a_$.q_proj", "model.0.$\\frac{x$_proj", "$.q"])
-def test_a_name_is_no_mathematics(name: str, tmp_path: Path) -> None:
+def test_names_are_not_mathematical_notation(name: str, tmp_path: Path) -> None:
     report = Report([layer(name), layer("model.0.k_proj")])
     label = energy_figure(report).axes[0].get_yticklabels()[0].get_text()
     assert label.replace(r"\$", "$") in name

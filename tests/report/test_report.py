@@ -1,4 +1,4 @@
-"""The report as a table and as a file: what is written is read back exactly, and nothing else is read."""
+"""Reports as tables and files: a written report is read back exactly, and other files are refused."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_real_svd_is_written_and_read(tmp_path: Path) -> None:
         assert found.certificate == svd.certificate
 
 
-def test_the_origin_survives_reading_and_writing(tmp_path: Path) -> None:
+def test_versions_survive_reading_and_writing(tmp_path: Path) -> None:
     Report([], package_version="0.0.1", torch_version="2.10").write(tmp_path / "a.json")
     Report.read(tmp_path / "a.json").write(tmp_path / "b.json")
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
@@ -115,11 +115,11 @@ def test_the_origin_survives_reading_and_writing(tmp_path: Path) -> None:
 
 
 def test_a_subclass_reads_plain_reports(tmp_path: Path) -> None:
-    """A report that does work when it is made (a patch) must not do it for being read."""
+    """Constructing a subclass may start work, which reading a file must not do."""
 
     class Working(Report):
         def __init__(self) -> None:
-            raise AssertionError("a file was read, no work was asked for")
+            raise AssertionError("reading must not construct the subclass")
 
     Report([layer("q")]).write(tmp_path / "a.json")
     assert type(Working.read(tmp_path / "a.json")) is Report
@@ -142,7 +142,7 @@ def test_a_failed_write_leaves_the_old_file(broken: str, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
-def test_nothing_is_written_that_cannot_be_read(value: float, tmp_path: Path) -> None:
+def test_an_unreadable_report_is_not_written(value: float, tmp_path: Path) -> None:
     for bad in (
         Report([layer("q", seconds=value)]),
         Report([layer("q", (1.0, value))]),
@@ -214,7 +214,7 @@ def test_a_wrong_file_is_one_clear_error(text: str, words: str, tmp_path: Path) 
     assert "\n" not in message
 
 
-def test_a_binary_file_is_no_report(tmp_path: Path) -> None:
+def test_a_binary_file_is_not_a_report(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"a\.json is not a report: .*utf-8"):
         Report.read(tmp_path / "a.json")
@@ -243,7 +243,7 @@ def test_table() -> None:
     assert " ".join(first.split()) == "a.q_proj 64×48 bfloat16 3 50.00 4 1 2e-06 11 krylov yes 250.0"
     assert " ".join(second.split()) == "lm_head 64×48 float32 3 25.00 4 1 2e-03 7 chebyshev NO 1000.0"
     assert blank == ""
-    # both hold Σσ² = 21, of 42 and of 84
+    # Σσ² is 21 in both layers, ‖W‖² is 42 and 84.
     assert total == "2 layers, rank 3, 33.33 % of the energy, residual/σ₁ ≤ 2e-03, 1 not converged, 1.250 s in layers"
     assert len({line.index(word) for line, word in ((heads, "method"), (first, "krylov"), (second, "chebyshev"))}) == 1
     assert all(line == line.rstrip() for line in text.splitlines())
@@ -272,15 +272,14 @@ def test_pickled_models_find_the_class_of_a_layers_report() -> None:
 @pytest.mark.parametrize(
     ("module", "objects"),
     [
-        ("report.layer", {"LayerReport"}),
-        ("report.report", {"Report", "Report.read", "Report.summary", "Report.table", "Report.write", "find_report"}),
+        ("layer", {"LayerReport"}),
+        ("report", {"Report", "Report.read", "Report.summary", "Report.table", "Report.write", "find_report"}),
     ],
 )
 def test_examples_of_the_docstrings(module: str, objects: set[str]) -> None:
-    module = f"pissa_kernels.{module}"
-    examples = [test for test in doctest.DocTestFinder().find(importlib.import_module(module)) if test.examples]
+    found = doctest.DocTestFinder().find(importlib.import_module(f"pissa_kernels.report.{module}"), module)
+    examples = [test for test in found if test.examples]
     assert {test.name.removeprefix(f"{module}.") for test in examples} == objects
     for example in examples:
-        # Without the module's names, as a user who pastes the example has none of them.
-        example.globs.clear()
+        example.globs.clear()  # a user who runs the example does not have the names of its module
         assert doctest.DocTestRunner().run(example).failed == 0, example.name

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pissa_kernels import Certificate, LayerReport, truncated_svd
-from pissa_kernels.report.spectrum import cumulative_energy, energy_of_all, frobenius_squared, least_rank, suggestion
+from pissa_kernels.report.spectrum import (
+    cumulative_energy,
+    energy_of_all,
+    frobenius_squared,
+    least_rank,
+    peft_pattern,
+    suggestion,
+)
 
-from ..support.reports import layer, llama
+from ..support.reports import in_first_triplets, layer, llama
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +117,39 @@ def test_suggestion() -> None:
         suggestion([], 0.9)
     assert "\n" not in suggestion(llama(4).layers, 0.55)
     assert suggestion(llama(4).layers, 0.55).startswith("55 %")
+
+
+PATTERNS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "the end of a name": (
+        {"model.layers.0.attn.q": 3, "model.layers.1.attn.q": 5, "model.layers.0.k": 8, "lm_head": 2},
+        {"q": 5, "lm_head": 2},
+    ),
+    "a longer end of a name": (
+        {"h.0.attn.c_proj": 3, "h.1.attn.c_proj": 4, "h.0.mlp.c_proj": 8, "h.0.mlp.c_fc": 5},
+        {"attn.c_proj": 4, "c_fc": 5},
+    ),
+    "the whole name": (
+        {"l.0.attn.out.dense": 8, "l.0.out.dense": 3, "l.1.out.dense": 4, "q": 2, "l.0.q": 5},
+        {"l.[0-9]+.out.dense": 4, "^q": 2, "l.[0-9]+.q": 5},
+    ),
+    "two stacks": (
+        {"encoder.0.q": 3, "encoder.1.q": 3, "decoder.0.q": 6, "decoder.1.q": 8},
+        {"encoder.[0-9]+.q": 3},
+    ),
+    "a name that is a number": ({"0": 3, "1": 4, "2": 4}, {}),
+    "characters of regular expressions": ({"a.0.x+y(": 3, "a.0.z": 8}, {r"x\+y\(": 3}),
+}
+
+
+@pytest.mark.parametrize("case", list(PATTERNS))
+def test_patterns_give_peft_the_ranks(case: str) -> None:
+    ranks, expected = PATTERNS[case]
+    layers = in_first_triplets(ranks)
+    most, pattern = peft_pattern(layers, list(ranks.values()))
+    assert (most, pattern) == (max(ranks.values()), expected)
+    other = pytest.importorskip("peft.utils.other", reason="the rule is defined in PEFT")
+    keys = list(pattern)
+    for name, rank in ranks.items():
+        for order in (keys, keys[::-1]):
+            found: Any = pattern.get(other.get_pattern_key(order, name), most)
+            assert found >= rank, name

@@ -1,8 +1,8 @@
-"""Reports made up for tests: known spectra, known energies."""
+"""Reports with known spectra and energies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ LLAMA = [
 
 
 def layer(name: str, sigma: Sequence[float] = (4.0, 2.0, 1.0), energy: float = 0.5, **changes: Any) -> LayerReport:
-    """A layer with these singular values, which hold so much of its energy."""
+    """A layer with these singular values, which capture this share of its energy."""
     values = {
         "name": name,
         "shape": (64, 48),
@@ -43,5 +43,10 @@ def power_law(names: Iterable[str], rank: int = 16) -> Report:
 
 
 def llama(depths: int, projections: Sequence[str] = tuple(LLAMA), extra: Sequence[str] = ()) -> Report:
-    """A decoder's layers in the order in which PEFT meets them."""
+    """The layers of a decoder, in the order of PEFT."""
     return power_law([f"model.layers.{depth}.{name}" for depth in range(depths) for name in projections] + list(extra))
+
+
+def in_first_triplets(ranks: Mapping[str, int]) -> list[LayerReport]:
+    """Layers of rank 8 and scaling 2 whose captured energy is in their first triplets, as many as ``ranks`` says."""
+    return [layer(name, (1.0,) * rank + (0.0,) * (8 - rank), scaling=2.0) for name, rank in ranks.items()]
