@@ -93,19 +93,8 @@ def panels(
     axes = dict(zip(grid.projections, cells, strict=False))
     colors = _depth_colors(grid)
     for projection, panel in axes.items():
-        for depth, layer in grid.of(projection):
-            # A line through a single point would be invisible.
-            marker = "o" if layer.rank == 1 else None
-            index = range(1, layer.rank + 1)
-            panel.plot(
-                index, curve(layer), color=colors[depth], linewidth=1.1, marker=marker, markersize=4, label=depth
-            )
-        note = f"\n{notes[projection]}" if notes else ""
-        panel.set_title(shorten(projection) + note, fontsize=9)
-        panel.tick_params(labelsize=8)
-        panel.grid(color="0.9", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        _draw_panel(panel, grid.of(projection), curve, colors)
+        panel.set_title(shorten(projection) + (f"\n{notes[projection]}" if notes else ""), fontsize=9)
     for number, cell in enumerate(cells):
         if number >= len(axes):
             cell.remove()
@@ -116,6 +105,24 @@ def panels(
     cells[0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _depth_bar(figure, list(axes.values()), grid, colors)
     return figure, axes
+
+
+def _draw_panel(
+    panel: Any,
+    layers: Sequence[tuple[int | None, LayerReport]],
+    curve: Callable[[LayerReport], Any],
+    colors: Mapping[int | None, Any],
+) -> None:
+    """Draw a line for each (depth, layer)."""
+    for depth, layer in layers:
+        # A line through a single point would be invisible.
+        marker = "o" if layer.rank == 1 else None
+        index = range(1, layer.rank + 1)
+        panel.plot(index, curve(layer), color=colors[depth], linewidth=1.1, marker=marker, markersize=4, label=depth)
+    panel.tick_params(labelsize=8)
+    panel.grid(color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _depth_colors(grid: Grid) -> dict[int | None, Any]:
