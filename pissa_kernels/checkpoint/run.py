@@ -29,23 +29,23 @@ from .worker import Record, Worker
 CPU = torch.device("cpu")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CheckpointReport(Report):
     """The report of a checkpoint run.
 
     Attributes:
-        out: folder of the result; None for a report that was read from a file.
+        out: folder of the result.
         written: tensors that the run wrote, over all processes.
         kept: tensors that an earlier run had written.
         size: bytes of its safetensors files.
         left_out: files of the source that hold weights in other formats, and are not part of the result.
     """
 
-    out: Path | None = None
-    written: int = 0
-    kept: int = 0
-    size: int = 0
-    left_out: tuple[str, ...] = ()
+    out: Path
+    written: int
+    kept: int
+    size: int
+    left_out: tuple[str, ...]
 
 
 def init_checkpoint(
