@@ -1,8 +1,8 @@
-"""Benchmarks that gate on correctness before they time anything.
+"""Benchmarks that check accuracy before they time anything.
 
-``python -m bench.run --suite init`` checks every initializer against a float64 reference, times the ones that pass,
-measures their peak memory in fresh processes, and writes one JSON row for each case and provider to
-``bench/results/``. ``python -m bench.table ROWS`` and ``python -m bench.plot ROWS PNG`` read nothing but those rows.
+``python -m bench --help`` lists them. Each compares every provider with a float64 reference, times the providers that
+pass, measures their peak memory in fresh processes, and writes one JSON row per case and provider to ``bench/results``.
+The tables and plots read nothing but those rows.
 
-Run from the root of the repository, with the ``bench`` extra installed.
+Run them from the root of the repository, with the ``bench`` extra installed.
 """

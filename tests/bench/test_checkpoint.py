@@ -13,11 +13,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bench import checkpoint, checkpoint_case, gate
-from bench.checkpoint_case import checkpoint_of, distinct_projections, projections
-from bench.checkpoint_gate import Folder, Verdict, judge
-from bench.llama import ModelCase
-from bench.rows import read_rows
+from bench.__main__ import main
+from bench.checkpoints import folder as checkpoint_folder
+from bench.checkpoints.child import PROVIDERS
+from bench.checkpoints.folder import checkpoint_of, distinct_projections, projections
+from bench.checkpoints.gate import Folder, Verdict, check_result
+from bench.checkpoints.run import Checkpoint
+from bench.checkpoints.table import table
+from bench.harness import gate
+from bench.harness.benchmark import parse
+from bench.harness.rows import read_rows
+from bench.harness.table import OURS
+from bench.models.llama import ModelCase
 from pissa_kernels.cli import main as cli
 
 CASE = ModelCase(layers=1, width=256, inner=512, groups=1, rank=4)
@@ -46,11 +53,11 @@ def result(whole_result: Path, tmp_path: Path) -> Path:
 
 
 def judged(out: Path) -> Verdict:
-    return judge(checkpoint.OURS, checkpoint_of(CASE), out, projections(CASE), distinct_projections(CASE))
+    return check_result(OURS, checkpoint_of(CASE), out, projections(CASE), distinct_projections(CASE))
 
 
 def test_a_checkpoint_is_made_once_and_transformers_loads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_case, "SHARD_BYTES", 1 << 20)
+    monkeypatch.setattr(checkpoint_folder, "SHARD_BYTES", 1 << 20)
     case = ModelCase(layers=2, width=128, inner=256, groups=1, rank=4, distinct=1)
     folder = checkpoint_of(case)
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -122,7 +129,7 @@ def test_a_damaged_tensor_is_red(
 
 def test_a_result_without_an_adapter_is_red(result: Path) -> None:
     (result / ADAPTER).unlink()
-    assert judged(result).reason == "the result has other tensors than the checkpoint and its adapter"
+    assert judged(result).reason == "the names of the result's tensors are not those of the checkpoint and its adapter"
     (result / "pissa_init" / "adapter_config.json").unlink()
     assert str(judged(result).reason).startswith("the result cannot be read: FileNotFoundError")
 
@@ -130,9 +137,9 @@ def test_a_result_without_an_adapter_is_red(result: Path) -> None:
 @pytest.mark.slow
 def test_rows_and_table_of_a_tiny_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
-    assert checkpoint.main([*TINY, "--out", str(out)]) == 0
+    assert main(["checkpoint", *TINY, "--out", str(out)]) == 0
     rows = {row["provider"]: row for row in read_rows(out)}
-    assert list(rows) == list(checkpoint.PROVIDERS)
+    assert list(rows) == list(PROVIDERS)
     for row in rows.values():
         assert row["wall_s"] > row["imports_s"] + row["work_s"] > row["work_s"] > 0
         assert row["cpu_s"] > row["work_cpu_s"] > 0
@@ -151,27 +158,27 @@ def test_rows_and_table_of_a_tiny_checkpoint(tmp_path: Path, capsys: pytest.Capt
 def test_a_process_that_fails_gets_a_red_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     out = tmp_path / "rows.jsonl"
-    assert checkpoint.main([*TINY, "--out", str(out), "--providers", "ours pissa"]) == 1
+    assert main(["checkpoint", *TINY, "--out", str(out), "--providers", "ours pissa"]) == 1
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["reason"] == "the process ended with 1: no message"
     assert row["wall_s"] is None
-    assert "red: the process ended" in checkpoint.checkpoint_table([row])
+    assert "red: the process ended" in table([row])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--width", "100"], "--width is a multiple of 512"),
-        (["--repeats", "0"], "numbers are 1 or more"),
-        (["--dtype", "int8"], "--dtype is one of bf16, fp16, fp32"),
+        (["--width", "100"], "--width must be a multiple of 512"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        checkpoint.main(arguments)
+        main(["checkpoint", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_sweep_has_fewer_layers_and_more() -> None:
-    assert [case.layers for case in checkpoint.cases(checkpoint.parse(["--sweep"]))] == [4, 22, 44]
+    assert [case.layers for case, _ in parse(Checkpoint(), ["--sweep"]).selection] == [4, 22, 44]

@@ -1,21 +1,20 @@
-"""The suite of the verbs, the GPU run and the search for launch parameters, on sizes that take no time."""
+"""The benchmark of the kernels, on sizes that take no time."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, kernels, run, search, verb_gate
-from bench.rows import read_rows
-from bench.verbs import CASES, VerbCase
+from bench.__main__ import main
+from bench.harness.paths import RESULTS
+from bench.harness.rows import read_rows
+from bench.kernels import gate, memory, run
+from bench.kernels.cases import CASES, VerbCase
+from bench.kernels.table import table
 from pissa_kernels import ops
 from pissa_kernels.ops import reference
-from pissa_kernels.ops.triton import launch
 
 TINY = (
     VerbCase("transpose_cast", (40, 24), "bf16", "fp32"),
@@ -28,8 +27,8 @@ TINY = (
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 16)
-    monkeypatch.setattr(kernels, "CASES", TINY)
+    monkeypatch.setitem(run.COPY_BYTES, "cpu", 1 << 16)
+    monkeypatch.setattr(run, "CASES", TINY)
 
 
 def test_bytes_are_each_operand_once() -> None:
@@ -45,10 +44,11 @@ def test_bytes_are_each_operand_once() -> None:
 
 def test_every_backend_that_can_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out)]) == 0
+    assert main(["kernels", "--repeats", "1", "--out", str(out)]) == 0
     rows = read_rows(out)
     assert {row["case"] for row in rows} == {case.name for case in TINY}
     for row in rows:
+        assert list(row) == list(read_rows(RESULTS / "kernels-cpu.jsonl")[0]), "committed rows have other keys"
         assert row["ok"], row
         assert row["min_ms"] > 0
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["min_ms"] / 1e6)
@@ -61,7 +61,7 @@ def test_every_backend_that_can_is_measured(tmp_path: Path) -> None:
         assert {name for name in group if name.startswith("ours")} == {f"ours {name}" for name in able}
         assert any(name.startswith("torch") for name in group)
         assert sum(row["chosen"] for row in group.values()) == 1
-    text = kernels.table(rows)
+    text = table(rows)
     assert "ours torch *" in text or "ours csrc *" in text
     assert TINY[0].name in text
 
@@ -78,7 +78,7 @@ def test_an_element_that_nobody_writes_shows() -> None:
         return out
 
     before = torch.are_deterministic_algorithms_enabled()
-    assert verb_gate.errors(case, all_but_the_last_row, weight, case.exact(weight, left, right)) == [float("inf")]
+    assert gate.errors(case, all_but_the_last_row, weight, case.exact(weight, left, right)) == [float("inf")]
     assert seen == [True]
     assert torch.are_deterministic_algorithms_enabled() == before
 
@@ -104,14 +104,14 @@ def test_a_wrong_backend_gets_a_reason_and_no_times(
     monkeypatch.setattr(triton, "transpose_cast", body)
     monkeypatch.setattr(triton, "unsupported_reasons", lambda verb, weight: [])
     out = tmp_path / "rows.jsonl"
-    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "transpose"]) == 1
+    assert main(["kernels", "--repeats", "1", "--out", str(out), "--only", "transpose"]) == 1
     rows = {row["provider"]: row for row in read_rows(out)}
     assert not rows["ours triton"]["ok"]
     assert rows["ours triton"]["reason"]
     assert "/" not in rows["ours triton"]["reason"], "an exception's message may hold paths"
     assert rows["ours triton"]["min_ms"] is None
     assert rows["ours torch"]["ok"]
-    assert "red: " in kernels.table(list(rows.values()))
+    assert "red: " in table(list(rows.values()))
 
 
 def test_both_halves_of_normal_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_both_halves_of_normal_are_judged(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(triton, "normal", wrong_first_half)
     monkeypatch.setattr(triton, "unsupported_reasons", lambda verb, weight: [])
     out = tmp_path / "rows.jsonl"
-    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "^normal"]) == 1
+    assert main(["kernels", "--repeats", "1", "--out", str(out), "--only", "^normal"]) == 1
     assert {row["provider"]: row["ok"] for row in read_rows(out)}["ours triton"] is False
 
 
@@ -135,7 +135,7 @@ def test_a_reference_that_fails_makes_all_red(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(reference, "transpose_cast", fails)
     out = tmp_path / "rows.jsonl"
-    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "^transpose"]) == 1
+    assert main(["kernels", "--repeats", "1", "--out", str(out), "--only", "^transpose"]) == 1
     rows = read_rows(out)
     assert rows
     assert all(row["min_ms"] is None and "reference verb failed" in row["reason"] for row in rows)
@@ -143,7 +143,7 @@ def test_a_reference_that_fails_makes_all_red(tmp_path: Path, monkeypatch: pytes
 
 def test_only_chooses_among_providers(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    assert run.main(["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "^matmul.*/ours torch$"]) == 0
+    assert main(["kernels", "--repeats", "1", "--out", str(out), "--only", "^matmul.*/ours torch$"]) == 0
     assert [(row["verb"], row["provider"]) for row in read_rows(out)] == [("matmul", "ours torch")]
 
 
@@ -153,20 +153,20 @@ def test_memory_is_that_of_the_row_and_can_be_left_out(
 ) -> None:
     case = VerbCase("subtract_lowrank_", (40, 24), "fp32", columns=16, fan_in_fan_out=True)
     measured = []
-    monkeypatch.setattr(kernels, "CASES", (case,))
-    monkeypatch.setattr(kernels, "peak_extra_mib", lambda backend, which: measured.append((backend, which)) or 1.5)
+    monkeypatch.setattr(run, "CASES", (case,))
+    monkeypatch.setattr(memory, "peak_extra_mib", lambda backend, which: measured.append((backend, which)) or 1.5)
     out = tmp_path / "rows.jsonl"
-    arguments = ["--suite", "kernels", "--repeats", "1", "--out", str(out), "--only", "ours torch"]
-    assert run.main([*arguments, *(() if asked else ("--no-memory",))]) == 0
+    arguments = ["kernels", "--repeats", "1", "--out", str(out), "--only", "ours torch"]
+    assert main([*arguments, *(() if asked else ("--no-memory",))]) == 0
     assert measured == ([("torch", case)] if asked else [])
     assert [row["peak_extra_mib"] for row in read_rows(out)] == ([1.5] if asked else [None])
 
 
 def test_only_must_leave_something(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        run.main(["--suite", "kernels", "--only", "no such case"])
+        main(["kernels", "--only", "no such case"])
     assert exit_.value.code == 2
-    assert "leaves nothing of the suite 'kernels'" in capsys.readouterr().err
+    assert "matches no case and provider of 'kernels'" in capsys.readouterr().err
 
 
 def test_names_tell_cases_apart() -> None:
@@ -175,101 +175,10 @@ def test_names_tell_cases_apart() -> None:
 
 def test_memory_of_a_subtraction_is_measured() -> None:
     half, single = (VerbCase("subtract_lowrank_", (2048, 2048), dtype, columns=16) for dtype in ("bf16", "fp32"))
-    peak = kernels.peak_extra_mib("torch", half)
+    peak = memory.peak_extra_mib("torch", half)
     if peak is None:
         pytest.skip("the system does not tell")
     assert 3 < peak < 16, "a block of 4 MiB is widened"
-    alone = kernels.peak_extra_mib("torch", single)
+    alone = memory.peak_extra_mib("torch", single)
     assert alone is not None
     assert alone < 3, "float32 needs no block"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["bench.gpu", "bench.search"])
-def test_without_a_gpu_one_line_says_so(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"{module}: this torch sees no CUDA device"]
-
-
-def test_a_red_step_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = (
-        gpu.Step("fails", gpu.python("-c", "import sys; print('before'); sys.exit(3)"), 20),
-        gpu.Step("hangs", gpu.python("-c", "import time; time.sleep(60)"), 1),
-        gpu.Step(
-            "works", gpu.python("-c", "import os; print(os.getcwd(), os.environ['WORD'])"), 20, (("WORD", "yes"),)
-        ),
-    )
-    log = tmp_path / "gpu.log"
-    assert not gpu.run(steps, log)
-    text = log.read_text()
-    assert "before" in text
-    assert "hangs: not done after 1 s" in text
-    assert ". yes" in text
-    assert str(gpu.ROOT) not in text
-    summary = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[1] for line in summary] == ["RED", "RED", "green"]
-    assert gpu.run(steps[2:], log)
-
-
-def test_the_log_names_no_host_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.socket, "gethostname", lambda: "node-7")
-    line = f"node-7: -I/usr/local/cuda/include {gpu.ROOT}/csrc/a.cu ({Path.home()}/x) /tmp/y.o:3 at 3 GB/s, a/b node-77"
-    expected = "HOST: -I…/include ./csrc/a.cu (~/x) …/y.o:3 at 3 GB/s, a/b node-77"
-    assert gpu.scrubbed(line) == expected
-
-
-def test_the_gpu_run_takes_less_than_eight_minutes() -> None:
-    assert sum(step.limit for step in (gpu.BUILD, *gpu.STEPS)) <= 480
-
-
-def test_launch_parameters_are_those_of_the_nearest_device_and_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    default = launch.read(launch.DEFAULT)
-    (tmp_path / "default.json").write_text(search.written(default))
-    assert json.loads((tmp_path / "default.json").read_text()) == default
-    tuned = [{"features": {"bytes": 2, "rank": 16}, "parameters": {"BLOCK_ROWS": 7}}]
-    (tmp_path / "nvidia_h100_80gb_hbm3.json").write_text(search.written({"subtract_lowrank_": tuned}))
-    monkeypatch.setattr(launch, "FOLDER", tmp_path)
-    launch.table.cache_clear()
-    try:
-        relative = launch.table("NVIDIA H100 PCIe")
-        assert relative["subtract_lowrank_"] == tuned
-        assert relative["product"] == default["product"]
-        assert launch.table("NVIDIA A100-SXM4-80GB") == default
-        assert launch.table(None) == default
-    finally:
-        launch.table.cache_clear()
-    cpu = torch.device("cpu")
-    assert launch.parameters("product", cpu, bytes=2, columns=17)["BLOCK_COLS"] == 16
-    assert launch.parameters("product", cpu, bytes=2, columns=500)["BLOCK_COLS"] == 128
-    assert launch.parameters("product", cpu, bytes=4, columns=500)["BLOCK_COLS"] == 64
-
-
-@pytest.mark.parametrize("verb", sorted(search.GRIDS))
-def test_the_search_tries_a_dozen_and_the_default_first(verb: str) -> None:
-    for entry in launch.read(launch.DEFAULT)[verb]:
-        tried = list(search.candidates(verb, entry["parameters"]))
-        assert tried[0] == entry["parameters"]
-        assert 2 <= len(tried) <= 13
-        assert len({json.dumps(candidate, sort_keys=True) for candidate in tried}) == len(tried)
-
-
-def test_the_search_keeps_what_is_correct(monkeypatch: pytest.MonkeyPatch) -> None:
-    if ops.unsupported_reasons("matmul", torch.ones(2, 2))["triton"]:
-        pytest.skip("needs Triton's interpreter")
-    monkeypatch.setattr(search, "SHAPE", (64, 48))
-    monkeypatch.setattr(search, "REPEATS", 1)
-    monkeypatch.setitem(search.GRIDS, "product", {"BLOCK_ROWS": (32,)})
-    entry = launch.read(launch.DEFAULT)["product"][0]
-    winner = search.best("product", entry, "cpu")
-    assert winner in list(search.candidates("product", entry["parameters"]))
-    with monkeypatch.context() as patch:
-        triton = pytest.importorskip("pissa_kernels.ops.triton")
-        patch.setattr(triton, "matmul", lambda W, X, pieces=3: W.new_full((len(W), X.shape[1]), float("nan")))
-        with pytest.raises(RuntimeError, match="no candidate is correct"):
-            search.best("product", entry, "cpu")
-    monkeypatch.setattr(search, "LIMIT", 0.0)
-    with pytest.raises(RuntimeError, match="no candidate is correct"):
-        search.best("product", entry, "cpu")

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench import model
-from bench.llama import Base, ModelCase, targets
-from bench.rows import read_rows
+from bench.__main__ import main
+from bench.harness.paths import RESULTS
+from bench.harness.rows import read_rows
+from bench.models import run
+from bench.models.injection import STANDARD, Injection
+from bench.models.llama import Base, ModelCase, targets
 
 TINY = ["--layers", "2", "--width", "128", "--inner", "256", "--groups", "1", "--rank", "4", "--repeats", "1"]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.gate, "CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_every_projection_has_a_weight_of_its_own_or_repeats_one() -> None:
@@ -35,10 +36,11 @@ def test_every_projection_has_a_weight_of_its_own_or_repeats_one() -> None:
 @pytest.mark.slow
 def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    assert model.main([*TINY, "--out", str(out)]) == 0
+    assert main(["model", *TINY, "--out", str(out)]) == 0
     rows = {row["provider"]: row for row in read_rows(out)}
-    assert list(rows) == list(model.STANDARD["cpu"])
+    assert list(rows) == list(STANDARD["cpu"])
     for name, row in rows.items():
+        assert list(row) == list(read_rows(RESULTS / "model-cpu.jsonl")[0]), "committed rows have other keys"
         assert row["ok"]
         assert row["min_ms"] > 0
         if name.startswith("ours"):
@@ -53,7 +55,7 @@ def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
 def test_runs_start_from_the_same_weights() -> None:
     base = Base(ModelCase(layers=1, width=128, inner=256, groups=1, rank=4))
     for name in ("ours pissa", "peft pissa_niter_4"):
-        subject = model.Injection(base, name)
+        subject = Injection(base, name)
         subject.run()
         assert not torch.equal(
             base.adapted.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight,
@@ -65,9 +67,9 @@ def test_runs_start_from_the_same_weights() -> None:
 
 def test_a_layer_without_numbers_is_not_hidden_by_the_others() -> None:
     base = Base(ModelCase(layers=1, width=128, inner=256, groups=1, rank=4))
-    model.Injection(base, "ours pissa").run()
+    Injection(base, "ours pissa").run()
     base.adapted.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight.data.fill_(torch.nan)
-    assert not model.worst_deficit(base, "cpu")[1] <= 1
+    assert not run.worst_deficit(base, "cpu")[1] <= 1
 
 
 def test_a_sloppy_initializer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +83,7 @@ def test_a_sloppy_initializer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(task, "principal_factors", sloppy)
     out = tmp_path / "rows.jsonl"
-    assert model.main([*TINY, "--out", str(out), "--providers", "ours pissa", "--no-memory"]) == 1
+    assert main(["model", *TINY, "--out", str(out), "--providers", "ours pissa", "--no-memory"]) == 1
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
     assert not row["ok"]
     assert row["min_ms"] is None
@@ -91,13 +93,13 @@ def test_a_sloppy_initializer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--width", "100"], "--width is a multiple of 512"),
-        (["--rank", "0"], "numbers are 1 or more"),
-        (["--dtype", "int8"], "--dtype is one of bf16, fp16, fp32"),
+        (["--width", "100"], "--width must be a multiple of 512"),
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        model.main(arguments)
+        main(["model", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err

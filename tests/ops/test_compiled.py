@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 # Compiled outside: this process may have imported triton with its interpreter.
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}
 OFFSETS = """
-from bench.compiled import TARGETS, compiled, variants
+from bench.tools.compiled import TARGETS, compiled, variants
 for variant in variants():
     if "16" in variant.name:
         print("KERNEL", variant.name)
@@ -26,7 +26,7 @@ for variant in variants():
 @pytest.mark.slow
 def test_the_table_of_every_kernel_and_target() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.compiled"], capture_output=True, text=True, check=False, env=ENVIRONMENT
+        [sys.executable, "-m", "bench", "compiled"], capture_output=True, text=True, check=False, env=ENVIRONMENT
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

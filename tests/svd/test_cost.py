@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.rows import read_rows
-from bench.run import RESULTS
+from bench.harness.paths import RESULTS
+from bench.harness.rows import read_rows
 from pissa_kernels.svd import cost
 from pissa_kernels.svd.krylov import GUARD_VECTORS, steps_for_niter
 

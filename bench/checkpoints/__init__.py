@@ -1,0 +1,1 @@
+"""Benchmark of ``pissa-kernels init`` on checkpoints on disk."""

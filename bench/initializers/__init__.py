@@ -1,0 +1,1 @@
+"""Benchmarks of single layers: ``pissa_init`` against PEFT's initializers and ``torch.svd_lowrank``."""

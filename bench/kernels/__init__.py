@@ -1,0 +1,1 @@
+"""Benchmarks of the verbs of :mod:`pissa_kernels.ops`, backend by backend."""

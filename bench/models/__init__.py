@@ -1,0 +1,1 @@
+"""Benchmark of ``get_peft_model`` on whole models."""

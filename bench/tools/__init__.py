@@ -1,0 +1,1 @@
+"""Tools that read rows, take measurements apart, or prepare a GPU."""
