@@ -13,10 +13,12 @@ pytest.importorskip("matplotlib")
 
 import pissa_kernels
 from bench.__main__ import main
+from bench.harness.paths import RESULTS
+from bench.harness.rows import read_rows
 from bench.harness.table import table
 from bench.initializers.cases import Case
 from bench.tools import plot, split
-from bench.tools.table import totals
+from bench.tools.table import tables, totals
 
 
 def test_totals_sum_over_cases_and_leave_out_who_is_red_in_one():
@@ -109,3 +111,38 @@ def test_plot_draws_green_rows(quick, tmp_path, monkeypatch):
     assert drawn == ["ours pissa"]
     with pytest.raises(ValueError, match="no row has a time"):
         plot.plot([red], image)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_kind_of_row_has_its_own_table(path, capsys):
+    assert main(["table", str(path)]) == 0
+    printed = capsys.readouterr().out
+    rows = read_rows(path)
+    column = {"kernels-cpu": "of copy", "checkpoint-cpu": "wall s"}.get(path.stem, "energy deficit")
+    assert column in printed.splitlines()[0]
+    assert all(row["case"] in printed and row["provider"] in printed for row in rows)
+
+
+def test_rows_of_several_kinds_get_a_table_each():
+    first, second = (read_rows(RESULTS / f"{name}-cpu.jsonl") for name in ("kernels", "init"))
+    assert tables([first[0], second[0], first[1]]) == tables(first[:2]) + "\n\n" + tables(second[:1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table", "--totals", str(RESULTS / "kernels-cpu.jsonl")], "totals are those of initializers and models"),
+        (["table", str(RESULTS / "no such file")], "No such file"),
+        (["plot", str(RESULTS / "model-cpu.jsonl"), "x.png"], "only rows of initializers can be plotted"),
+    ],
+)
+def test_a_tool_explains_why_it_cannot_read_rows(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_row_of_no_known_kind_is_named():
+    with pytest.raises(ValueError, match="'strange'"):
+        tables([{"case": "strange", "provider": "x", "ok": True}])
