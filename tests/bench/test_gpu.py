@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.__main__ import main
+from bench.initializers.suites import SUITES
 from bench.tools import gpu
 
 
@@ -49,3 +52,30 @@ def test_the_log_names_no_host_and_no_path(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_gpu_run_takes_less_than_eight_minutes() -> None:
     assert sum(step.limit for step in (gpu.BUILD, *gpu.STEPS)) <= 480
+
+
+def test_without_real_weights_the_other_steps_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps, notes = gpu.without_real_weights(gpu.STEPS)
+    assert [step.name for step in steps] == ["tests", "kernels", "engine", "first calls"]
+    assert [note.split(",")[0] for note in notes] == [
+        "engine: cases with real weights are skipped",
+        "real model: skipped",
+    ]
+    option, pattern = steps[2].command[-2:]
+    assert option == "--only"
+    kept = [case for case in SUITES["engine"].cases if re.search(pattern, f"{case.name}/ours pissa")]
+    assert kept == [case for case in SUITES["engine"].cases if not case.source]
+    log = tmp_path / "gpu.log"
+    assert gpu.run((), log, notes)
+    assert log.read_text().splitlines()[:2] == capsys.readouterr().out.splitlines()[:2] == notes
+
+
+def test_without_the_package_the_run_leaves_real_weights_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "minilm_file", lambda: None)
+    monkeypatch.setattr(gpu, "run", lambda steps, notes: ran.append((steps, notes)) or True)
+    assert main(["gpu"]) == 0
+    [(steps, notes)] = ran
+    assert "real model" not in [step.name for step in steps]
+    assert len(notes) == 2

