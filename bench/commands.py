@@ -27,8 +27,10 @@ BENCHMARKS = {
     "real": Command("initializers.run", "initializers on the 36 linear weights of all-MiniLM-L6-v2"),
     "quick": Command("initializers.run", "initializers on three small weights, within seconds"),
     "kernels": Command("kernels.run", "kernels: transpose, subtraction and products, as a share of the copy rate"),
-    "model": Command("models.run", "get_peft_model on a whole Llama-shaped model"),
-    "checkpoint": Command("checkpoints.run", "pissa-kernels init on a whole Llama-shaped checkpoint on disk"),
+    "model": Command("models.run", "whole models: get_peft_model on a Llama-shaped model"),
+    "checkpoint": Command(
+        "checkpoints.run", "whole checkpoints: pissa-kernels init on a Llama-shaped checkpoint"
+    ),
     "cold-start": Command("kernels.cold_start", "first kernel calls of a fresh process"),
     "gpu": Command("tools.gpu", "tests and benchmarks that need a GPU, in less than eight minutes"),
 }

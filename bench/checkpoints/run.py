@@ -60,7 +60,23 @@ class Checkpoint(Benchmark[ModelCase]):
         return [(case, providers) for case in (sweep(whole) if arguments.sweep else [whole])]
 
     def measure(self, case: ModelCase, providers: Sequence[str], settings: Settings) -> Iterator[Row]:
-        return run_case(case, providers, settings)
+        """Run all providers ``repeats`` times in turn and check each result; one row per provider."""
+        model = checkpoint_of(case)
+        modules, checked = list(projections(case)), distinct_projections(case)
+        runs: dict[str, list[Run]] = {name: [] for name in providers}
+        verdicts: dict[str, list[Verdict]] = {name: [] for name in providers}
+        for _ in range(settings.repeats):
+            for name in providers:
+                with tempfile.TemporaryDirectory(dir=gate.CACHE, prefix="checkpoint-result-") as folder:
+                    out = Path(folder) / "out"
+                    outcome = launch(name, model, out, case.rank, settings.device)
+                    if isinstance(outcome, str):
+                        verdicts[name].append(Verdict(outcome))
+                        continue
+                    runs[name].append(outcome)
+                    verdicts[name].append(check_result(name, model, out, modules, checked))
+        for name in providers:
+            yield make_row(case, settings.device, name, verdicts[name], runs[name])
 
     def table(self, rows: list[Row]) -> str:
         return table(rows)
@@ -95,26 +111,6 @@ class Run:
     imported_mib: float
     peak_mib: float
     sync_s: float
-
-
-def run_case(case: ModelCase, providers: Sequence[str], settings: Settings) -> Iterator[Row]:
-    """Run all providers ``repeats`` times in turn and check each result; one row per provider."""
-    model = checkpoint_of(case)
-    modules, checked = list(projections(case)), distinct_projections(case)
-    runs: dict[str, list[Run]] = {name: [] for name in providers}
-    verdicts: dict[str, list[Verdict]] = {name: [] for name in providers}
-    for _ in range(settings.repeats):
-        for name in providers:
-            with tempfile.TemporaryDirectory(dir=gate.CACHE, prefix="checkpoint-result-") as folder:
-                out = Path(folder) / "out"
-                outcome = launch(name, model, out, case.rank, settings.device)
-                if isinstance(outcome, str):
-                    verdicts[name].append(Verdict(outcome))
-                    continue
-                runs[name].append(outcome)
-                verdicts[name].append(check_result(name, model, out, modules, checked))
-    for name in providers:
-        yield make_row(case, settings.device, name, verdicts[name], runs[name])
 
 
 def launch(provider: str, model: Path, out: Path, rank: int, device: str) -> Run | str:

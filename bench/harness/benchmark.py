@@ -17,6 +17,7 @@ from .. import commands
 from . import environment
 from .paths import RESULTS
 from .rows import Row, read_rows, write_row
+from .table import table
 
 GATE = (
     "The accuracy of every provider is compared with a float64 reference. A provider that exceeds the limits gets no "
@@ -46,7 +47,7 @@ class Settings:
 
     device: str
     repeats: int
-    memory: bool = False
+    memory: bool
 
 
 class Benchmark(abc.ABC, Generic[CaseT]):
@@ -75,9 +76,9 @@ class Benchmark(abc.ABC, Generic[CaseT]):
     def measure(self, case: CaseT, providers: Sequence[str], settings: Settings) -> Iterable[Row]:
         """One row per provider."""
 
-    @abc.abstractmethod
     def table(self, rows: list[Row]) -> str:
         """The rows as text."""
+        return table(rows)
 
 
 def run(benchmark: Benchmark[Any], argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from ..harness import benchmark
 from ..harness.benchmark import Benchmark, Settings
 from ..harness.gate import reference
 from ..harness.rows import Row, fields_of, first_fields
-from ..harness.table import table
 from ..harness.timing import timed
 from ..harness.trial import Trial, measure_memory, time_passed
 from . import gate, memory
@@ -35,10 +34,15 @@ class Initializers(Benchmark[Case]):
         return [(case, arguments.providers or list(suite.providers)) for case in suite.cases]
 
     def measure(self, case: Case, providers: Sequence[str], settings: Settings) -> list[Row]:
-        return run_case(case, providers, settings)
-
-    def table(self, rows: list[Row]) -> str:
-        return table(rows)
+        """Gate all providers, time those that pass, measure their memory; one row each."""
+        weight = case.weight(settings.device)
+        trials = gated(case, providers, weight, settings.device)
+        time_passed(trials, settings.repeats, settings.device)
+        if settings.memory:
+            measure_memory(
+                trials, lambda name: memory.peak_extra_mib(PROVIDERS[name], weight, case.rank, case.fan_in_fan_out)
+            )
+        return [make_row(case, settings.device, trial) for trial in trials.values()]
 
 
 @dataclass(kw_only=True)
@@ -47,18 +51,6 @@ class InitializerTrial(Trial):
 
     provider: Provider
     accuracy: Accuracy | None = None
-
-
-def run_case(case: Case, providers: Sequence[str], settings: Settings) -> list[Row]:
-    """Gate all providers, time those that pass, measure their memory; one row each."""
-    weight = case.weight(settings.device)
-    trials = gated(case, providers, weight, settings.device)
-    time_passed(trials, settings.repeats, settings.device)
-    if settings.memory:
-        measure_memory(
-            trials, lambda name: memory.peak_extra_mib(PROVIDERS[name], weight, case.rank, case.fan_in_fan_out)
-        )
-    return [make_row(case, settings.device, trial) for trial in trials.values()]
 
 
 def gated(case: Case, providers: Sequence[str], weight: Tensor, device: str) -> dict[str, InitializerTrial]:

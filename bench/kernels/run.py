@@ -38,7 +38,29 @@ class Kernels(Benchmark[VerbCase]):
         return [(case, case.providers(arguments.device)) for case in CASES]
 
     def measure(self, case: VerbCase, providers: Sequence[str], settings: Settings) -> list[Row]:
-        return run_case(case, providers, settings)
+        """Gate the providers, time those that pass beside a copy, measure their memory; one row each."""
+        device = settings.device
+        weight, left, right = case.inputs(device)
+        calls = case.calls(weight, left, right)
+        trials = {name: VerbTrial(call=calls[name]) for name in providers}
+        check_all(case, trials, calls["ours torch"], weight, case.exact(weight, left, right))
+        inplace = case.verb == "subtract_lowrank_"
+        for trial in trials.values():
+            if trial.reason is None:
+                trial.subject = VerbSubject(trial.call, weight, inplace)
+        copy = Trial(subject=copy_subject(device))
+        with_copy = {**trials, COPY: copy}
+        for each in with_copy.values():
+            if each.subject is not None:
+                each.first_seconds = timed(each.subject, device)
+        time_passed(with_copy, settings.repeats, device)
+        assert copy.times is not None
+        copy_rate = 2 * COPY_BYTES[device] / copy.times.min_ms / 1e6
+        if settings.memory:
+            measured = {name: trial for name, trial in trials.items() if memory.is_measured(case, name, device)}
+            measure_memory(measured, lambda name: memory.peak_extra_mib(name.removeprefix("ours "), case))
+        chosen = f"ours {ops.backend(case.verb, weight)}"
+        return [make_row(case, device, name, trial, copy_rate, name == chosen) for name, trial in trials.items()]
 
     def table(self, rows: list[Row]) -> str:
         return table(rows)
@@ -78,32 +100,6 @@ def copy_subject(device: str) -> VerbSubject:
     subject = VerbSubject(lambda _: target.copy_(source), source[:1], inplace=False)
     subject.launches = 1
     return subject
-
-
-def run_case(case: VerbCase, providers: Sequence[str], settings: Settings) -> list[Row]:
-    """Gate the providers, time those that pass beside a copy, measure their memory; one row each."""
-    device = settings.device
-    weight, left, right = case.inputs(device)
-    calls = case.calls(weight, left, right)
-    trials = {name: VerbTrial(call=calls[name]) for name in providers}
-    check_all(case, trials, calls["ours torch"], weight, case.exact(weight, left, right))
-    inplace = case.verb == "subtract_lowrank_"
-    for trial in trials.values():
-        if trial.reason is None:
-            trial.subject = VerbSubject(trial.call, weight, inplace)
-    copy = Trial(subject=copy_subject(device))
-    with_copy = {**trials, COPY: copy}
-    for each in with_copy.values():
-        if each.subject is not None:
-            each.first_seconds = timed(each.subject, device)
-    time_passed(with_copy, settings.repeats, device)
-    assert copy.times is not None
-    copy_rate = 2 * COPY_BYTES[device] / copy.times.min_ms / 1e6
-    if settings.memory:
-        measured = {name: trial for name, trial in trials.items() if memory.is_measured(case, name, device)}
-        measure_memory(measured, lambda name: memory.peak_extra_mib(name.removeprefix("ours "), case))
-    chosen = f"ours {ops.backend(case.verb, weight)}"
-    return [make_row(case, device, name, trial, copy_rate, name == chosen) for name, trial in trials.items()]
 
 
 def make_row(case: VerbCase, device: str, name: str, trial: VerbTrial, copy_rate: float, chosen: bool) -> Row:

@@ -19,7 +19,6 @@ from pissa_kernels.adapter.layers import lora_layers
 from ..harness import benchmark, gate
 from ..harness.benchmark import Benchmark, Settings
 from ..harness.rows import Row, first_fields
-from ..harness.table import table
 from ..harness.timing import timed
 from ..harness.trial import Trial, measure_memory, time_passed
 from . import memory
@@ -48,10 +47,14 @@ class Model(Benchmark[ModelCase]):
         return [(case, providers) for case in (sweep(whole) if arguments.sweep else [whole])]
 
     def measure(self, case: ModelCase, providers: Sequence[str], settings: Settings) -> list[Row]:
-        return run_case(case, providers, settings)
-
-    def table(self, rows: list[Row]) -> str:
-        return table(rows)
+        """Gate all providers, time those that pass, measure their memory; one row each."""
+        base = Base(case)
+        trials = gated(base, providers, settings.device)
+        time_passed(trials, settings.repeats, settings.device)
+        if settings.memory and settings.device == "cpu":
+            with memory.saved_weights(base) as weights:
+                measure_memory(trials, lambda name: memory.peak_extra_mib(name, case, weights))
+        return [make_row(case, settings.device, name, trial) for name, trial in trials.items()]
 
 
 def sweep(whole: ModelCase) -> list[ModelCase]:
@@ -76,17 +79,6 @@ class ModelTrial(Trial):
 
     energy_deficit: float | None = None
     rounding: float | None = None
-
-
-def run_case(case: ModelCase, providers: Sequence[str], settings: Settings) -> list[Row]:
-    """Gate all providers, time those that pass, measure their memory; one row each."""
-    base = Base(case)
-    trials = gated(base, providers, settings.device)
-    time_passed(trials, settings.repeats, settings.device)
-    if settings.memory and settings.device == "cpu":
-        with memory.saved_weights(base) as weights:
-            measure_memory(trials, lambda name: memory.peak_extra_mib(name, case, weights))
-    return [make_row(case, settings.device, name, trial) for name, trial in trials.items()]
 
 
 def gated(base: Base, providers: Sequence[str], device: str) -> dict[str, ModelTrial]:

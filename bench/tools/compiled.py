@@ -227,7 +227,14 @@ def _report_job(job: tuple[int, str]) -> Report:
 
 def main(name: str, argv: Sequence[str]) -> int:
     parser = commands.parser(name, "The exit status is 1 if a kernel spills or does not compile.")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="targets (default: all)")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        choices=TARGETS,
+        default=list(TARGETS),
+        metavar="TARGET",
+        help=f"targets (default: {' '.join(TARGETS)})",
+    )
     parser.add_argument("--only", default="", metavar="REGEX", help="compile only kernels whose name matches REGEX")
     arguments = parser.parse_args(argv)
     jobs = [
