@@ -28,9 +28,7 @@ BENCHMARKS = {
     "quick": Command("initializers.run", "initializers on three small weights, within seconds"),
     "kernels": Command("kernels.run", "kernels: transpose, subtraction and products, as a share of the copy rate"),
     "model": Command("models.run", "whole models: get_peft_model on a Llama-shaped model"),
-    "checkpoint": Command(
-        "checkpoints.run", "whole checkpoints: pissa-kernels init on a Llama-shaped checkpoint"
-    ),
+    "checkpoint": Command("checkpoints.run", "whole checkpoints: pissa-kernels init on a Llama-shaped checkpoint"),
     "cold-start": Command("kernels.cold_start", "first kernel calls of a fresh process"),
     "gpu": Command("tools.gpu", "tests and benchmarks that need a GPU, in less than eight minutes"),
 }
