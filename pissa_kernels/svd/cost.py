@@ -1,7 +1,7 @@
 """The cost model: which method, and with what block, for a stack of weights. The only place that decides.
 
 Times are estimates from a handful of constants per kind of device. They need to rank the methods where these differ
-by much; the tests pin the choice where it was measured, ``python -m bench.run --suite engine`` times what was chosen.
+by much; the tests pin the choice where it was measured, ``python -m bench engine`` times what was chosen.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Block Lanczos with full reorthogonalisation (Golub & Underwood 1977; for its acc
 side only. Each step multiplies the newest block by H, which completes the projection T = QᵀHQ and yields the next
 block; the last step needs QᵀHQ alone, so one product and not two.
 
-What was measured (``python -m bench.run --suite engine``, and the same spectra on diagonal matrices):
+What was measured (``python -m bench engine``, and the same spectra on diagonal matrices):
 
 - To a tolerance, C ≈ 5r + 7b columns reach an energy deficit of 1e-6 with blocks of b: small blocks need fewer columns
   and more steps, and BLAS decides (:mod:`pissa_kernels.svd.cost`).

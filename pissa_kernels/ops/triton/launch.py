@@ -1,4 +1,4 @@
-"""Launch parameters: looked up in the JSON files of launch/, one per device, written by ``python -m bench.search``.
+"""Launch parameters: looked up in the JSON files of launch/, one per device, written by ``python -m bench search``.
 
 A device without a file takes that of its nearest relative, the longest common beginning of their names, and
 ``default.json`` without one. Of a verb's entries the one counts whose features are nearest, as ratios: the bytes of an
