@@ -1,133 +1,179 @@
-"""Where this package takes hold of PEFT, which has no hook for an initializer: the attributes that are replaced.
+"""Which attributes of PEFT are replaced, and by what.
 
-``LoraLayer.pissa_init`` is the one that matters. The others note what it does not know:
-``LoraModel._create_and_replace`` the layer's name, ``BaseTuner.inject_adapter`` where a model begins and ends,
-``PeftModel.from_pretrained`` and ``load_adapter`` where an adapter comes from, ``PeftModel.__init__`` and
-``add_adapter`` the model that will be saved. All wrappers keep what they found.
+PEFT has no hook for an initializer, so ``LoraLayer.pissa_init`` is replaced. The other entries of :func:`hooks` supply
+what it is not given: the name of the layer, the start and the end of an injection, the source of an adapter that is
+loaded, and the model that will be saved. A wrapper calls the function that it replaced wherever the patch does not
+apply to the thread.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..adapter.layers import in_scope
 from .load import Source, loading
 from .save import SavePretrained
-from .scope import Injection, Session, creating, injecting
+from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
 from .ties import Ties
 
-Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+Function = Callable[..., Any]
 
 
-def replacements(patch: Session) -> list[tuple[type, str, Wrapper]]:
-    """The attributes, and for each what makes ``patch``'s wrapper of the function that is found there."""
+class Hook(NamedTuple):
+    """A class attribute to replace.
+
+    Attributes:
+        owner: the class.
+        attribute: name of a method or class method in it.
+        wrap: makes the replacement from the session and the function that is found there.
+    """
+
+    owner: type
+    attribute: str
+    wrap: Callable[[Session, Function], Function]
+
+
+def hooks() -> list[Hook]:
+    """Every attribute of PEFT that a patch replaces."""
     from peft import PeftModel
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
 
-    def pissa_init(previous: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(layer: Any, adapter_name: str, init_lora_weights: str) -> None:
-            created = creating.get()
-            if patch.applies() and in_scope(layer, None if created is None else created[1]):
-                patch.initialize(layer, adapter_name, init_lora_weights)
-            else:
-                previous(layer, adapter_name, init_lora_weights)
-
-        return wrapper
-
-    def create(previous: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(
-            self: Any,
-            lora_config: Any,
-            adapter_name: str,
-            target: nn.Module,
-            target_name: str,
-            parent: Any,
-            current_key: str,
-            *args: Any,
-            **kwargs: Any,
-        ) -> None:
-            token = creating.set((current_key, target))
-            try:
-                previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
-            finally:
-                creating.reset(token)
-
-        return wrapper
-
-    def inject(previous: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-            # an injection that another patch collects for is that patch's
-            if not patch.applies() or injecting.get() is not None:
-                return previous(self, model, *args, **kwargs)
-            injection = Injection(Ties(model))
-            token = injecting.set(injection)
-            try:
-                previous(self, model, *args, **kwargs)
-            finally:
-                injecting.reset(token)
-            if injection.jobs:
-                patch.carry_out(injection.jobs)
-
-        return wrapper
-
-    def load(previous: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not patch.applies() or loading.get() is not None:
-                return previous(self, *args, **kwargs)
-            source, adapter_name = Source.of_call(previous, self, *args, **kwargs)
-            if isinstance(self, PeftModel) and adapter_name in self.peft_config:
-                source.check_residual(self, adapter_name)
-            token, seen = loading.set(source), len(patch.layers)
-            try:
-                result = previous(self, *args, **kwargs)
-            finally:
-                loading.reset(token)
-            source.compare(patch.layers[seen:])
-            return result
-
-        return wrapper
-
-    def build(previous: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-            previous(self, *args, **kwargs)
-            if patch.applies():
-                # the model's own: it will be saved when this patch is long over
-                self.save_pretrained = SavePretrained(self)
-
-        return wrapper
-
     return [
-        (LoraLayer, "pissa_init", pissa_init),
-        (LoraModel, "_create_and_replace", create),
-        (BaseTuner, "inject_adapter", inject),
-        (PeftModel, "from_pretrained", load),
-        (PeftModel, "load_adapter", load),
-        (PeftModel, "__init__", build),
-        (PeftModel, "add_adapter", build),
+        Hook(LoraLayer, "pissa_init", wrap_pissa_init),
+        Hook(LoraModel, "_create_and_replace", wrap_create_and_replace),
+        Hook(BaseTuner, "inject_adapter", wrap_inject_adapter),
+        Hook(PeftModel, "from_pretrained", wrap_from_pretrained),
+        Hook(PeftModel, "load_adapter", wrap_load_adapter),
+        Hook(PeftModel, "__init__", wrap_adapter_creation),
+        Hook(PeftModel, "add_adapter", wrap_adapter_creation),
     ]
 
 
-def put_in_place(patch: Session, owner: type, attribute: str, wrapper: Wrapper) -> None:
-    """Replace an attribute by a wrapper that knows its patch and what it has replaced."""
-    found = vars(owner)[attribute]
-    function: Any = found.__func__ if isinstance(found, classmethod) else found
-    replacement = functools.wraps(function)(wrapper(function))
-    replacement.__dict__.update(_pissa_kernels_patch=patch, _pissa_kernels_found=found)
-    setattr(owner, attribute, classmethod(replacement) if isinstance(found, classmethod) else replacement)
+def install(session: Session, hook: Hook) -> None:
+    """Replace an attribute by a wrapper that keeps its session and what it has replaced."""
+    found = vars(hook.owner)[hook.attribute]
+    function = _function(found)
+    wrapper: Any = functools.wraps(function)(hook.wrap(session, function))
+    wrapper.__dict__.update(_pissa_kernels_session=session, _pissa_kernels_replaced=found)
+    setattr(hook.owner, hook.attribute, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
 
 
-def remove_closed(owner: type, attribute: str) -> None:
-    """Take wrappers whose patch has ended off the top."""
+def remove_ended(hook: Hook) -> None:
+    """Remove the wrappers of ended sessions, as far as no other code has wrapped them since."""
     while True:
-        found = vars(owner)[attribute]
-        function: Any = found.__func__ if isinstance(found, classmethod) else found
-        patch = getattr(function, "_pissa_kernels_patch", None)
-        if patch is None or patch.open:
+        function = _function(vars(hook.owner)[hook.attribute])
+        session = getattr(function, "_pissa_kernels_session", None)
+        if session is None or session.open:
             return
-        setattr(owner, attribute, function._pissa_kernels_found)
+        setattr(hook.owner, hook.attribute, function._pissa_kernels_replaced)
+
+
+def _function(found: Any) -> Any:
+    return found.__func__ if isinstance(found, classmethod) else found
+
+
+def wrap_pissa_init(session: Session, previous: Function) -> Function:
+    """Initialize the layers that this package handles; the method it replaced handles all others."""
+
+    def pissa_init(layer: Any, adapter_name: str, init_lora_weights: str) -> None:
+        if session.applies() and in_scope(layer, replacing.get().module):
+            session.initialize(layer, adapter_name, init_lora_weights)
+        else:
+            previous(layer, adapter_name, init_lora_weights)
+
+    return pissa_init
+
+
+def wrap_create_and_replace(session: Session, previous: Function) -> Function:
+    """Set the name and the module of the layer that PEFT creates, for messages and the report."""
+
+    def create_and_replace(
+        self: Any,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: Any,
+        current_key: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        with setting(replacing, ReplacedModule(current_key, target)):
+            previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
+
+    return create_and_replace
+
+
+def wrap_inject_adapter(session: Session, previous: Function) -> Function:
+    """Collect the layers of a model, and initialize them together at the end."""
+
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # of nested patches, the innermost collects
+        if not session.applies() or injecting.get() is not None:
+            previous(self, model, *args, **kwargs)
+            return
+        injection = Injection(Ties(model))
+        with setting(injecting, injection):
+            previous(self, model, *args, **kwargs)
+        if injection.jobs:
+            session.run(injection.jobs)
+
+    return inject_adapter
+
+
+def wrap_from_pretrained(session: Session, previous: Function) -> Function:
+    """Take the residuals against the initial factors that the adapter was saved with."""
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        load = functools.partial(previous, cls, *args, **kwargs)
+        if not _starts_load(session):
+            return load()
+        source, _ = Source.of_call(previous, cls, *args, **kwargs)
+        return _load(session, source, load)
+
+    return from_pretrained
+
+
+def wrap_load_adapter(session: Session, previous: Function) -> Function:
+    """As for ``from_pretrained``; values for an adapter that exists are loaded onto its own residuals only."""
+
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        load = functools.partial(previous, self, *args, **kwargs)
+        if not _starts_load(session):
+            return load()
+        source, adapter_name = Source.of_call(previous, self, *args, **kwargs)
+        if adapter_name in self.peft_config:
+            source.check_residuals(self, adapter_name)
+        return _load(session, source, load)
+
+    return load_adapter
+
+
+def _starts_load(session: Session) -> bool:
+    # not inside another one: from_pretrained calls load_adapter, and of nested patches the innermost does the work
+    return session.applies() and loading.get() is None
+
+
+def _load(session: Session, source: Source, load: Callable[[], Any]) -> Any:
+    seen = len(session.layers)
+    with setting(loading, source):
+        loaded = load()
+    source.warn_of_other_residuals(session.layers[seen:])
+    return loaded
+
+
+def wrap_adapter_creation(session: Session, previous: Function) -> Function:
+    """Give the model a ``save_pretrained`` that also saves the initial factors, after the patch has ended too."""
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> None:
+        previous(self, *args, **kwargs)
+        if session.applies():
+            self.save_pretrained = SavePretrained(self)
+
+    return create

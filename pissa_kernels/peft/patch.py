@@ -1,11 +1,11 @@
-"""The seam to PEFT: puts :func:`pissa_kernels.pissa_init` in place of ``LoraLayer.pissa_init``, and takes it out again.
+"""``patch_peft`` puts :func:`pissa_kernels.pissa_init` in the place of ``LoraLayer.pissa_init``, and removes it again.
 
-What is replaced, and how, is in :mod:`pissa_kernels.peft.hooks`. When a patch ends, wrappers that are over are removed
-from the top; one that other code has wrapped in the meantime stays below it and passes calls through.
+:mod:`pissa_kernels.peft.hooks` lists what is replaced. When a patch ends, its wrappers are removed, except where other
+code has wrapped them since: those stay and pass calls through.
 
-Layers are collected while ``inject_adapter`` runs and carried out together before it returns, that is, before
-``get_peft_model``, ``add_adapter`` or ``from_pretrained`` does: nobody can meet an unfinished layer. What PEFT itself
-would read in between (a DoRA magnitude, a gathered ZeRO-3 partition, a tied adapter) makes a layer be done at once.
+Layers are collected while ``inject_adapter`` runs and initialized together before it returns, so ``get_peft_model``,
+``add_adapter`` and ``from_pretrained`` return finished layers. A layer that PEFT itself reads before that (a DoRA
+magnitude, a gathered ZeRO-3 partition, a tied adapter) is initialized at once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 
 from ..report import LayerReport, Report
 from ..runtime.memory import Peak
-from ..runtime.progress import progress
-from . import schedule as whole_model
-from .hooks import put_in_place, remove_closed, replacements
+from ..runtime.progress import progress as progress_bar
+from . import schedule
+from .hooks import hooks, install, remove_ended
 from .initialize import prepare
 from .layer import LayerJob
 from .load import loading
-from .scope import can_wait, creating, injecting
+from .scope import can_be_deferred, injecting, replacing
 
 _lock = threading.RLock()
 _active: list[PatchedPeft] = []
@@ -43,48 +43,70 @@ def patch_peft(
 ) -> PatchedPeft:
     """Let PEFT's ``init_lora_weights="pissa"`` and ``"pissa_niter_N"`` run this package's initializer.
 
-    As a function it holds for every thread until :func:`unpatch_peft`; as a context manager
-    (``with patch_peft() as report:``) for the thread that entered it, until the block ends. Patches nest, the innermost
-    does the work; what was in place before, PEFT's own or anybody's, is restored. Layers that this package
-    does not handle (3-D expert weights, ``nn.MultiheadAttention``, tensor-parallel layers) go to the method that was
-    there, untouched.
+    Called as a function, it applies to every thread until :func:`unpatch_peft`. As a context manager
+    (``with patch_peft() as report:``) it applies to the thread that entered it, until the block ends. Patches nest, and
+    the innermost one does the work. When a patch ends, the methods that it replaced are restored, PEFT's own or those
+    of other code. Layers that this package does not handle (3-D expert weights, ``nn.MultiheadAttention``,
+    tensor-parallel layers) go to the method that was there.
 
     Args:
-        seed: of every layer's sketch.
-        on_layer: called with each layer's report as soon as the layer is done, for a progress bar.
-        batch: carry out the layers of a ``get_peft_model`` together, at its end: on CPUs one layer on each thread, on
-            GPUs in stacks of equal shape. False does each where PEFT comes by it.
-        device: a GPU, as in "cuda": stream weights that are on the CPU through it.
-        memory_budget: bytes that may be used beyond the model and the adapter, on each device; by default half of what
-            is free there. Fewer layers are done at once where it is small.
-        progress: a bar, where stderr is a terminal and tqdm is installed.
+        seed: seed of every layer's sketch.
+        on_layer: called with the report of each layer as soon as the layer is initialized.
+        batch: initialize the layers of a ``get_peft_model`` together, at its end: on CPUs one layer on each thread, on
+            GPUs in batches of equal shape. With False, each layer is initialized when PEFT creates it.
+        device: a GPU, such as "cuda", through which weights that are on the CPU are streamed; None for no streaming.
+        memory_budget: bytes to use beyond the model and the adapter, on each device; None for half of what is free
+            there. A smaller budget means fewer layers at once.
+        progress: show a progress bar where stderr is a terminal and tqdm is installed.
 
     Returns:
-        The report: its ``layers`` has one entry for each layer initialised under this patch.
+        The report. Its ``layers`` has one entry for each layer initialized under this patch.
 
     Raises:
         ImportError: PEFT is not installed.
         RuntimeError: PEFT no longer has the methods that this package replaces, or there is no such device.
         ValueError: ``device`` without ``batch``, or a budget below 1.
+
+    Examples:
+        >>> import peft, torch
+        >>> import pissa_kernels as pk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> config = peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights="pissa")
+        >>> with pk.patch_peft() as report:
+        ...     model = peft.get_peft_model(model, config)
+        >>> [(layer.name, layer.shape, layer.rank) for layer in report.layers]
+        [('0', (64, 48), 4), ('2', (8, 64), 4)]
     """
     if device is not None and not batch:
-        raise ValueError("device= streams whole batches of layers, which batch=False does not have")
+        raise ValueError("device= streams batches of layers, so it cannot be combined with batch=False")
     if memory_budget is not None and memory_budget < 1:
-        raise ValueError(f"memory_budget is a number of bytes above 0, got {memory_budget}")
-    resources = whole_model.Resources(None if device is None else _existing(device), memory_budget)
-    return PatchedPeft(seed=seed, on_layer=on_layer, batch=batch, resources=resources, shown=progress)
+        raise ValueError(f"memory_budget must be a number of bytes above 0, got {memory_budget}")
+    resources = schedule.Resources(None if device is None else _existing(device), memory_budget)
+    return PatchedPeft(seed=seed, on_layer=on_layer, batch=batch, resources=resources, progress=progress)
 
 
 def _existing(device: torch.device | str) -> torch.device:
-    """The device with its index, as tensors name it."""
+    """The device with its index, as tensors report it."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
         raise RuntimeError(f"device={str(device)!r} cannot be used: {error}") from None
 
 
 def unpatch_peft() -> None:
-    """End the innermost patch that :func:`patch_peft` put in place as a function; none is no error."""
+    """End the innermost patch that :func:`patch_peft` started as a function. Without one, nothing happens.
+
+    Examples:
+        >>> import pissa_kernels as pk
+        >>> from peft.tuners.lora.layer import LoraLayer
+        >>> original = LoraLayer.pissa_init
+        >>> report = pk.patch_peft()
+        >>> LoraLayer.pissa_init is original
+        False
+        >>> pk.unpatch_peft()
+        >>> LoraLayer.pissa_init is original
+        True
+    """
     with _lock:
         for patch in reversed(_active):
             if patch.thread is None:
@@ -96,10 +118,12 @@ class PatchedPeft(Report):
     """An active patch and its report.
 
     Attributes:
-        layers: one :class:`LayerReport` for each layer initialised, in PEFT's order.
-        seconds: wall time of what was carried out together, and of what was done at once; None before anything was.
-        peak_extra_bytes: the most that this process grew while layers were carried out together, adapters included;
-            None where that has not happened, or the system does not tell.
+        layers: one :class:`LayerReport` for each layer initialized, in PEFT's order.
+        seconds: wall time of all initializations under this patch; None before the first one.
+        peak_extra_bytes: bytes by which the memory of this process grew at most while layers were initialized together,
+            adapters included; None if that has not happened, or if the system does not report it.
+        thread: the thread that the patch applies to; None for all threads.
+        open: False once the patch has ended.
     """
 
     def __init__(
@@ -108,27 +132,27 @@ class PatchedPeft(Report):
         seed: int,
         on_layer: Callable[[LayerReport], None] | None,
         batch: bool,
-        resources: whole_model.Resources,
-        shown: bool,
+        resources: schedule.Resources,
+        progress: bool,
     ) -> None:
         super().__init__()
         self.seed = seed
         self.on_layer = on_layer
         self.batch = batch
         self.resources = resources
-        self.shown = shown
+        self.progress = progress
         self.thread: int | None = None
         self.open = True
-        self._seams = replacements(self)
+        self._hooks = hooks()
         with _lock:
-            for owner, attribute, _ in self._seams:
+            for owner, attribute, _ in self._hooks:
                 if attribute not in vars(owner):
                     raise RuntimeError(
-                        f"this PEFT has no {owner.__name__}.{attribute}, which pissa_kernels replaces; "
+                        f"this version of PEFT has no {owner.__name__}.{attribute}, which pissa_kernels replaces; "
                         "call pissa_kernels.pissa_init on each layer instead"
                     )
-            for owner, attribute, wrapper in self._seams:
-                put_in_place(self, owner, attribute, wrapper)
+            for hook in self._hooks:
+                install(self, hook)
             _active.append(self)
 
     def __enter__(self) -> PatchedPeft:
@@ -141,29 +165,28 @@ class PatchedPeft(Report):
         self.close()
 
     def close(self) -> None:
-        """End the patch and restore what it found; a second call does nothing."""
+        """End the patch and restore what it replaced. A second call does nothing."""
         with _lock:
             if not self.open:
                 return
             self.open = False
             _active.remove(self)
-            for owner, attribute, _ in self._seams:
-                remove_closed(owner, attribute)
+            for hook in self._hooks:
+                remove_ended(hook)
 
     def applies(self) -> bool:
         """Whether this patch is active for the calling thread."""
         return self.open and self.thread in (None, threading.get_ident())
 
     def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
-        """One layer: at once, or when its model has been gone through."""
-        injection, source = injecting.get(), loading.get()
-        name = (creating.get() or (None,))[0]
+        """Initialize one layer: at once, or at the end of the injection."""
+        injection, source, name = injecting.get(), loading.get(), replacing.get().name
         given = source.initial(name, adapter_name) if source is not None else None
         ties = injection.ties if injection is not None else None
         job = prepare(layer, adapter_name, init, seed=self.seed, name=name, ties=ties, given=given)
         if job is None:
             return
-        if injection is not None and self.batch and can_wait(layer, adapter_name):
+        if injection is not None and self.batch and can_be_deferred(layer, adapter_name):
             injection.jobs.append(job.defer())
             return
         report = job.run()
@@ -172,12 +195,12 @@ class PatchedPeft(Report):
         if self.on_layer is not None:
             self.on_layer(report)
 
-    def carry_out(self, jobs: list[LayerJob]) -> None:
-        """The layers that were collected; those that are done are in the report, whatever happens."""
+    def run(self, jobs: list[LayerJob]) -> None:
+        """Initialize the collected layers. After an exception the report has those that are finished."""
         reports: dict[LayerJob, LayerReport] = {}
         peak, began = Peak(), time.perf_counter()
         try:
-            with peak, progress(len(jobs), "PiSSA", shown=self.shown) as tick:
+            with peak, progress_bar(len(jobs), "PiSSA", shown=self.progress) as tick:
 
                 def done(job: LayerJob, report: LayerReport) -> None:
                     reports[job] = report
@@ -185,7 +208,7 @@ class PatchedPeft(Report):
                     if self.on_layer is not None:
                         self.on_layer(report)
 
-                whole_model.run(jobs, self.resources, done)
+                schedule.run(jobs, self.resources, done)
         finally:
             self.layers += [reports[job] for job in jobs if job in reports]
             self.seconds = (self.seconds or 0.0) + time.perf_counter() - began

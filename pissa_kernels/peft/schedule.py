@@ -1,9 +1,9 @@
-"""A whole model: many layers planned together, and carried out where their weights are.
+"""The layers of a model, initialized together on the devices that hold their weights.
 
-On the CPU every layer is one job, done from start to end by one thread, as many at once as there are threads: an SVD by
-block Krylov is a chain of small steps, half of which leave a second core idle, while layers do not wait for each other.
-A layer's result does not depend on the number of cores then. On a GPU, layers of equal shape are stacked into batches,
-whose small problems are solved together; several GPUs work at once.
+On the CPU each layer is one job that a single thread runs from start to end, with as many jobs at once as torch has
+threads: a block Krylov SVD is a chain of small steps, half of which leave a second core idle, while layers do not
+depend on each other. So the result of a layer does not depend on the number of cores. On a GPU, layers of equal shape
+form batches whose small problems are solved together; several GPUs work at the same time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import layer_context
 from ..numerics import exact_arithmetic
 from ..report import LayerReport
 from ..runtime import memory
@@ -32,17 +33,17 @@ class Resources:
     """What a run may use.
 
     Attributes:
-        device: where to do the work for weights that are on the CPU; None for the CPU itself.
-        memory_budget: bytes beyond model and adapter, on each device; None for half of what is free there.
+        device: where weights that are on the CPU are decomposed; None for the CPU itself.
+        memory_budget: bytes beyond the model and the adapter, on each device; None for half of what is free there.
     """
 
     device: torch.device | None = None
     memory_budget: int | None = None
 
-    def place(self, job: LayerJob) -> torch.device:
-        """Where a layer's work is done."""
-        at = job.weight.device
-        return self.device if at.type == "cpu" and self.device is not None else at
+    def device_of(self, job: LayerJob) -> torch.device:
+        """The device on which a layer is decomposed."""
+        holder = job.weight.device
+        return self.device if holder.type == "cpu" and self.device is not None else holder
 
     def budget(self, device: torch.device) -> int:
         """Bytes that may be used on ``device``."""
@@ -50,49 +51,49 @@ class Resources:
 
 
 def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
-    """Initialise every layer.
+    """Initialize every layer.
 
     Args:
         jobs: the layers.
         resources: what may be used.
-        done: told of each layer, in the calling thread, in the order in which they finish.
+        done: called with each layer and its report, in the calling thread, in the order in which they finish.
 
     Raises:
-        ValueError: the budget is too small for a layer, before anything is written; or a layer's values were refused.
-        RuntimeError, MemoryError: with the layer's name. After any exception, an interrupt included, each layer is
-            either done, and ``done`` was told, or as it was.
+        ValueError: the budget is too small for a layer, before anything is written; or a layer's values are refused.
+        RuntimeError, MemoryError: with the name of the layer. After any exception, KeyboardInterrupt included, each
+            layer is either initialized and passed to ``done``, or unchanged.
     """
-    places: dict[torch.device, list[LayerJob]] = defaultdict(list)
+    by_device: dict[torch.device, list[LayerJob]] = defaultdict(list)
     for job in jobs:
-        places[resources.place(job)].append(job)
-    budgets = {place: resources.budget(place) for place in places}
-    for place, some in places.items():
-        _check_budget(some, place, budgets[place])
+        by_device[resources.device_of(job)].append(job)
+    budgets = {device: resources.budget(device) for device in by_device}
+    for device, share in by_device.items():
+        _check_budget(share, device, budgets[device])
     stop = threading.Event()
-    on_cpu = places.pop(CPU, [])
+    on_cpu = by_device.pop(CPU, [])
     workers = _workers(on_cpu, budgets.get(CPU, 0)) if on_cpu else 0
     threads = torch.get_num_threads()
     on_cpu.sort(key=lambda job: -job.weight.numel())  # small ones last, so that no thread is left with a large one
-    work = [functools.partial(_one_layer, job, max(1, threads // workers)) for job in on_cpu]
-    for place, some in places.items():
-        work.append(functools.partial(_batches, plan_batches(some, place, budgets[place]), place, stop))
-    # the precision of float32 products is the process's, so it is set here, once for all threads
+    work = [functools.partial(_run_layer, job, max(1, threads // workers)) for job in on_cpu]
+    for device, share in by_device.items():
+        work.append(functools.partial(_run_device, plan_batches(share, device, budgets[device]), device, stop))
+    # the precision of float32 products is a setting of the process, so it is set once for all threads
     with exact_arithmetic(CPU):
         try:
-            run_jobs(work, workers + len(places), lambda finished: done(*finished), stop)
+            run_jobs(work, workers + len(by_device), lambda finished: done(*finished), stop)
         finally:
-            torch.set_num_threads(threads)  # MKL's number is the process's too
+            torch.set_num_threads(threads)  # MKL's number of threads belongs to the process too
 
 
-def _one_layer(job: LayerJob, threads: int, emit: Callable[[Finished], None]) -> None:
-    torch.set_num_threads(threads)  # of this worker alone, except MKL's
+def _run_layer(job: LayerJob, threads: int, emit: Callable[[Finished], None]) -> None:
+    torch.set_num_threads(threads)  # for this worker only, except in MKL
     emit((job, job.run()))
 
 
-def _batches(
-    batches: Sequence[list[LayerJob]], place: torch.device, stop: threading.Event, emit: Callable[[Finished], None]
+def _run_device(
+    batches: Sequence[list[LayerJob]], device: torch.device, stop: threading.Event, emit: Callable[[Finished], None]
 ) -> None:
-    run_batches(batches, place, lambda job, report: emit((job, report)), stop)
+    run_batches(batches, device, lambda job, report: emit((job, report)), stop)
 
 
 def _workers(jobs: Sequence[LayerJob], budget: int) -> int:
@@ -100,13 +101,12 @@ def _workers(jobs: Sequence[LayerJob], budget: int) -> int:
     return max(1, min(torch.get_num_threads(), len(jobs), budget // largest))
 
 
-def _check_budget(jobs: Sequence[LayerJob], place: torch.device, budget: int) -> None:
+def _check_budget(jobs: Sequence[LayerJob], device: torch.device, budget: int) -> None:
     for job in jobs:
-        needed = job.workspace(place)
-        if place != job.weight.device:
-            needed += job.weight.nbytes
+        needed = job.workspace(device) + (job.weight.nbytes if device != job.weight.device else 0)
         if needed > budget:
-            raise ValueError(
-                f"{job.label}: its SVD needs {needed:,} bytes on {place} beyond the model, more than the {budget:,} "
-                "that it may use; give a memory_budget of at least as much"
-            )
+            with layer_context(job.label):
+                raise ValueError(
+                    f"the SVD needs {needed:,} bytes on {device} beyond the model, more than the budget of {budget:,}; "
+                    f"pass a memory_budget of at least {needed:,}"
+                )

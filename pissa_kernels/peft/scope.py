@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
@@ -12,12 +14,14 @@ from ..report import LayerReport
 from .layer import LayerJob
 from .ties import Ties
 
+T = TypeVar("T")
+
 
 class Session(Protocol):
     """An active patch, as :mod:`pissa_kernels.peft.hooks` sees it.
 
     Attributes:
-        layers: the reports of the layers initialized so far.
+        layers: reports of the layers initialized so far.
         open: False once the patch has ended. Its wrappers pass every call through then.
     """
 
@@ -30,8 +34,20 @@ class Session(Protocol):
     def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
         """Initialize one layer, now or at the end of the injection."""
 
-    def carry_out(self, jobs: list[LayerJob]) -> None:
+    def run(self, jobs: list[LayerJob]) -> None:
         """Initialize the layers collected during an injection."""
+
+
+class ReplacedModule(NamedTuple):
+    """The module that PEFT replaces by a LoRA layer.
+
+    Attributes:
+        name: its name in the model; None outside of a replacement.
+        module: the module; None outside of a replacement.
+    """
+
+    name: str | None = None
+    module: nn.Module | None = None
 
 
 @dataclass
@@ -47,17 +63,26 @@ class Injection:
     jobs: list[LayerJob] = field(default_factory=list)
 
 
-# Name and module of the layer that PEFT is replacing in this thread.
-creating: ContextVar[tuple[str, nn.Module] | None] = ContextVar("pissa_kernels_creating", default=None)
-# The injection that runs in this thread.
+# The replacement and the injection that run in this thread.
+replacing: ContextVar[ReplacedModule] = ContextVar("pissa_kernels_replacing", default=ReplacedModule())  # noqa: B039
 injecting: ContextVar[Injection | None] = ContextVar("pissa_kernels_injecting", default=None)
 
 
-def can_wait(layer: Any, adapter_name: str) -> bool:
+@contextlib.contextmanager
+def setting(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Context in which a context variable has another value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def can_be_deferred(layer: Any, adapter_name: str) -> bool:
     """Whether PEFT reads neither the weight nor A nor B of a layer before its injection ends.
 
-    It does read them for variants (DoRA computes its magnitudes), where the weight is only there for now (gathered from
-    ZeRO-3 partitions), and where the adapter is a view of another one (tied embeddings).
+    PEFT does read them for variants (DoRA computes its magnitudes), where the weight is gathered from ZeRO-3 partitions
+    for the duration of the call, and where the adapter is a view of another one (tied embeddings).
     """
     if adapter_name in layer.lora_variant or hasattr(layer.get_base_layer().weight, "ds_id"):
         return False
