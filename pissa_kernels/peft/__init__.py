@@ -1,1 +1,1 @@
-"""The seam to PEFT: the hook, the layers that are initialized under it, and what is saved and loaded with them."""
+"""The hook into PEFT: replacing its initializer, initializing layers under it, and saving and loading them."""

@@ -1,9 +1,9 @@
-"""The model as it was before PiSSA took anything out of its weights."""
+"""The model as it was before PiSSA."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,56 +15,72 @@ from .record import InitRecord, records
 
 @contextlib.contextmanager
 def original_model(peft_model: Any) -> Iterator[Any]:
-    """Context in which a PiSSA model computes what its base model did before.
+    """Context in which a PiSSA model computes what its base model did before the initialization.
 
-    ``disable_adapter()`` leaves the residual W − s·B₀·A₀, which is nobody's model. Here the initial term is put back:
-    each adapted layer computes W_res·x + s·B₀·(A₀·x), the trained adapter left out, which is W·x to the rounding of its
-    dtype. A reference policy for DPO or GRPO needs no second model then::
+    ``disable_adapter()`` leaves the residual W − s·B₀·A₀, which is another model. This context adds the initial term
+    instead of the trained one: each adapted layer computes W_res·x + s·B₀·(A₀·x), which is W·x to the rounding of its
+    dtype. So a reference policy for DPO or GRPO needs no second model::
 
         with pk.original_model(model), torch.no_grad():
             reference = model(**batch).logits
 
-    No parameter is touched, so a graph that is waiting for its backward pass is not disturbed. The initial factors are
-    moved to where the layer computes, in float32, for as long as the context is open.
+    No parameter is changed, so a graph that waits for its backward pass stays valid. While the context is open, the
+    initial factors are in float32 on the devices on which the layers compute.
 
     Args:
-        peft_model: made by PEFT under :func:`pissa_kernels.patch_peft`, or copied or unpickled from one.
+        peft_model: made by PEFT under :func:`pissa_kernels.patch_peft`, or copied or unpickled from such a model.
 
     Yields:
         The same model.
 
     Raises:
-        ValueError: no layer of it was initialised here, or an adapter is merged into the weights.
+        ValueError: no layer of the model was initialized by this package, or an adapter is merged into the weights.
+
+    Examples:
+        >>> import copy, peft, torch
+        >>> import pissa_kernels as pk
+        >>> base = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa")
+        >>> with pk.patch_peft():
+        ...     model = peft.get_peft_model(copy.deepcopy(base), config)
+        >>> x = torch.ones(1, 48)
+        >>> with torch.no_grad(), model.disable_adapter():
+        ...     bool(torch.allclose(model(x), base(x), atol=1e-6))
+        False
+        >>> with torch.no_grad(), pk.original_model(model):
+        ...     bool(torch.allclose(model(x), base(x), atol=1e-6))
+        True
     """
     layers = [
-        (name, layer, [initial for initial in records(layer) if not initial.shared])
+        (name, layer, [record for record in records(layer) if not record.shared])
         for name, layer in lora_layers(peft_model)
     ]
-    if not any(taken for _, _, taken in layers):
+    if not any(subtracted for _, _, subtracted in layers):
         raise ValueError(
-            "no layer of this model was initialised by pissa_kernels, so it is not known what was taken out of it; "
-            "make or load it under patch_peft()"
+            "no layer of this model was initialized by pissa_kernels, so its original weights are not known; make or "
+            "load it under patch_peft()"
         )
     merged = [name for name, layer, _ in layers if layer.merged]
     if merged:
         raise ValueError(f"an adapter is merged into layer {merged[0]!r} and {len(merged) - 1} more; unmerge it first")
     with contextlib.ExitStack() as stack:
         stack.enter_context(peft_model.disable_adapter())
-        for _, layer, taken in layers:
-            if taken:
-                stack.callback(layer.register_forward_hook(_putting_back(taken)).remove)
+        for _, layer, subtracted in layers:
+            if subtracted:
+                stack.callback(layer.register_forward_hook(_adding(subtracted)).remove)
         yield peft_model
 
 
-def _putting_back(taken: list[InitRecord]) -> Any:
+def _adding(subtracted: list[InitRecord]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Forward hook that adds s·B₀·A₀·x of every record to the output of a layer."""
     moved: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         if x.device not in moved:
             moved[x.device] = [
-                (initial.lora_A.to(x.device).float(), initial.report.scaling * initial.lora_B.to(x.device).float())
-                for initial in taken
+                (record.lora_A.to(x.device).float(), record.report.scaling * record.lora_B.to(x.device).float())
+                for record in subtracted
             ]
         with torch.autocast(x.device.type, enabled=False):
             total = output.float()

@@ -1,7 +1,7 @@
-"""What was taken out of a weight, kept with its layer: the initial factors A₀ and B₀, and how to recognise W and W_res.
+"""The record of an initialization, kept with its layer: A₀, B₀, and fingerprints of W and of the residual W_res.
 
-Training moves A and B away from A₀ and B₀, while the weight stays W − s·B₀·A₀. Who wants W's function back (a reference
-policy, the same residual at a reload, a plain LoRA) needs the initial ones.
+Training moves A and B away from A₀ and B₀, while the weight stays W − s·B₀·A₀. The initial factors are needed to
+compute with W again (a reference policy), to take the same residual at a reload, and to convert to a plain LoRA.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from torch import Tensor, nn
 from ..numerics import UNIT_ROUNDOFF
 from ..report import LayerReport
 
-# Elements by which a weight is recognised. A residual differs from its weight in nearly all of them.
+# Elements in a fingerprint. A residual differs from its weight in nearly all of them.
 SAMPLES = 64
 _ATTRIBUTE = "pissa_initial"
 
 
+# Pickled with models: the names of the fields are those of version 0.1.0.
 @dataclass(frozen=True, eq=False)
 class InitRecord:
-    """One initialisation of one layer.
+    """One initialization of one layer.
 
     Attributes:
-        adapter: the adapter's name.
+        adapter: name of the adapter.
         lora_A, lora_B: A₀ (r, in) and B₀ (out, r) on the CPU, in the dtype that stores the adapter.
-        report: what was asked, and how it went.
-        before: (≤ SAMPLES,) float32, some elements of W.
-        after: the same elements of W_res.
-        shared: another adapter's record is of the same subtraction.
+        report: rank, scaling, initializer, seed and certificate.
+        before: (≤ SAMPLES,) float32, fingerprint of W.
+        after: (≤ SAMPLES,) float32, fingerprint of W_res.
+        shared: whether another adapter's record is of the same subtraction.
     """
 
     adapter: str
@@ -49,9 +50,12 @@ def fingerprint(weight: Tensor) -> Tensor:
 
 
 def matches(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:
-    """Whether ``weight`` holds the elements that :func:`fingerprint` took from one of ``dtype``.
+    """Whether a weight has a recorded fingerprint: exactly in the same dtype, to the rounding of both in another.
 
-    Exactly so in the same dtype; else to the rounding of both.
+    Args:
+        recorded: result of :func:`fingerprint`.
+        dtype: dtype of the weight that it was taken from.
+        weight: the weight to compare, (m, n).
     """
     found = fingerprint(weight)
     if found.shape != recorded.shape:
@@ -63,16 +67,16 @@ def matches(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:
     return bool(((found - recorded).abs() <= allowed * recorded.abs() + subnormal).all())
 
 
-def remember(layer: nn.Module, initial: InitRecord) -> None:
-    """Keep a record with its layer, as an attribute: copied and pickled with the layer, and no part of its state."""
-    layer.__dict__.setdefault(_ATTRIBUTE, []).append(initial)
+def remember(layer: nn.Module, record: InitRecord) -> None:
+    """Keep a record as an attribute of its layer: copied and pickled with the layer, but not in its state dict."""
+    layer.__dict__.setdefault(_ATTRIBUTE, []).append(record)
 
 
 def records(layer: nn.Module) -> list[InitRecord]:
-    """What was taken out of this layer's weight so far, the first first; what adapters share is there for each."""
+    """The records of a layer, oldest first. A subtraction that adapters share has a record for each of them."""
     return list(layer.__dict__.get(_ATTRIBUTE, []))
 
 
 def of_adapter(layer: nn.Module, adapter: str) -> InitRecord | None:
     """The latest record of one adapter, or None."""
-    return next((initial for initial in reversed(records(layer)) if initial.adapter == adapter), None)
+    return next((record for record in reversed(records(layer)) if record.adapter == adapter), None)

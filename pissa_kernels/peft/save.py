@@ -1,4 +1,4 @@
-"""Saving: the residual model with its untrained adapter, and what a trained adapter needs beside it."""
+"""Saving the residual model with its initial adapter, and the sidecar of a trained adapter."""
 
 from __future__ import annotations
 
@@ -22,55 +22,68 @@ from .record import InitRecord, of_adapter
 def save_pissa(
     peft_model: Any, out: str | os.PathLike[str], *, adapter_name: str = "default", tokenizer: Any = None
 ) -> None:
-    """Save the residual model, and in ``pissa_init/`` its initial adapter, as plain transformers and PEFT load them.
+    """Save the residual model, and its initial adapter in ``pissa_init/``, for plain transformers and PEFT to load.
 
-    PEFT's recipe, with no second SVD: the adapter's config says ``init_lora_weights=True``, so loading it onto the
-    residual model subtracts nothing. The adapter is the initial one whether or not training has gone on since, and
-    ``pissa_init/`` is what ``save_pretrained(…, path_initial_model_for_weight_conversion=…)`` takes. Everything is
-    written beside ``out`` first and renamed at the end; the model itself is not changed.
+    The layout is that of PEFT's recipe, without a second SVD. The adapter's config has ``init_lora_weights=True``, so
+    that loading it onto the residual model subtracts nothing. The adapter saved is the initial one, whether or not the
+    model has been trained since, and ``save_pretrained(…, path_initial_model_for_weight_conversion=…)`` accepts
+    ``pissa_init/``. ``out`` appears complete or not at all, and the model is not changed.
 
     Args:
-        peft_model: with an adapter that was initialised under :func:`pissa_kernels.patch_peft`.
+        peft_model: a model with an adapter that was initialized under :func:`pissa_kernels.patch_peft`.
         out: a folder that does not exist or is empty.
-        adapter_name: of the adapter.
-        tokenizer: saved along, if given.
+        adapter_name: name of the adapter.
+        tokenizer: saved into ``out`` too; None for none.
 
     Raises:
-        FileExistsError: ``out`` holds something.
-        ValueError: there is no such adapter, it was not initialised here, or one is merged into the weights.
+        FileExistsError: ``out`` is not an empty folder.
+        ValueError: there is no such adapter, it was not initialized by this package, or an adapter is merged into the
+            weights.
+
+    Examples:
+        >>> import os, peft, tempfile, torch
+        >>> import pissa_kernels as pk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa")
+        >>> with pk.patch_peft():
+        ...     model = peft.get_peft_model(model, config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pk.save_pissa(model, os.path.join(folder, "residual"))
+        ...     sorted(os.listdir(os.path.join(folder, "residual")))
+        ['model.safetensors', 'pissa_init']
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder")
-    initials = initial_factors(peft_model, adapter_name)
-    if not initials:
+    records = records_of(peft_model, adapter_name)
+    if not records:
         raise ValueError(
-            f"the adapter {adapter_name!r} was not initialised by pissa_kernels (adapters: "
+            f"the adapter {adapter_name!r} was not initialized by pissa_kernels (adapters: "
             f"{', '.join(getattr(peft_model, 'peft_config', ())) or 'none'}); make or load the model under patch_peft()"
         )
     for name, layer in lora_layers(peft_model):
         if layer.merged:
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
-    with atomic_folder(out) as staging:
-        _save_initial_adapter(peft_model, adapter_name, initials, out, staging)
-        sidecar.report_of(initials).write(staging / ADAPTER_FOLDER / REPORT_NAME)
-        _save_residual(peft_model.get_base_model(), staging)
+    with atomic_folder(out) as folder:
+        _save_initial_adapter(peft_model, adapter_name, records, out, folder / ADAPTER_FOLDER)
+        sidecar.report_of(records).write(folder / ADAPTER_FOLDER / REPORT_NAME)
+        _save_residual(peft_model.get_base_model(), folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+            tokenizer.save_pretrained(folder)
 
 
-def initial_factors(peft_model: Any, adapter_name: str) -> dict[str, InitRecord]:
-    """What was taken out of each layer for one adapter, by the layer's name in the base model."""
+def records_of(peft_model: Any, adapter_name: str) -> dict[str, InitRecord]:
+    """The record of each layer for one adapter, by the layer's name in the base model."""
     found = {name: of_adapter(layer, adapter_name) for name, layer in lora_layers(peft_model)}
-    return {name: initial for name, initial in found.items() if initial is not None}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 class SavePretrained:
-    """``save_pretrained`` of one ``PeftModel`` that was made under the hook: PiSSA adapters get their sidecar.
+    """``save_pretrained`` of a ``PeftModel`` that was made under the hook: adds the sidecar of each PiSSA adapter.
 
-    An attribute of the model, which is saved when the patch is long over. It is copied and pickled with the model, and
-    does not keep it alive. See :mod:`pissa_kernels.peft.sidecar`; an adapter converted to plain LoRA needs none,
-    and gets what PEFT's conversion leaves out: whatever was trained besides A and B, such as a classifier's head.
+    It is an attribute of the model, because the patch has usually ended when the model is saved. It is copied and
+    pickled with the model, and does not keep the model alive. An adapter that is converted to plain LoRA needs no
+    sidecar (:mod:`pissa_kernels.peft.sidecar`); it gets the trained weights that PEFT's conversion omits.
     """
 
     def __init__(self, peft_model: Any) -> None:
@@ -97,15 +110,16 @@ class SavePretrained:
                 _complete_conversion(peft_model, adapter, folder, arguments)
                 continue
             init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
-            initials = initial_factors(peft_model, adapter)
-            if initials and isinstance(init, str) and init.startswith("pissa"):
-                sidecar.write(folder, initials)
+            records = records_of(peft_model, adapter)
+            if records and isinstance(init, str) and init.startswith("pissa"):
+                sidecar.write(folder, records)
 
 
 def _complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments: dict[str, Any]) -> None:
-    """Add what PEFT's conversion drops, trained modules and DoRA's magnitudes: all but LoRA's own factors.
+    """Add the trained weights that PEFT's conversion omits, such as a classifier's head and DoRA's magnitudes.
 
-    PEFT 0.21 writes A and B only, so that a converted classifier does not load, and magnitudes are back at their start.
+    PEFT 0.21 writes A and B only. Without the others a converted classifier does not load, and magnitudes have their
+    initial values.
     """
     from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
@@ -135,36 +149,33 @@ def _complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments:
 
 
 def _save_initial_adapter(
-    peft_model: Any, adapter_name: str, initials: dict[str, InitRecord], out: Path, staging: Path
+    peft_model: Any, adapter_name: str, records: dict[str, InitRecord], out: Path, folder: Path
 ) -> None:
     state = peft_model.state_dict()
-    for name, initial in initials.items():
-        state[factor_key(name, "A", adapter_name)] = initial.lora_A
-        state[factor_key(name, "B", adapter_name)] = initial.lora_B
+    for name, record in records.items():
+        state[factor_key(name, "A", adapter_name)] = record.lora_A
+        state[factor_key(name, "B", adapter_name)] = record.lora_B
     config = peft_model.peft_config[adapter_name]
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
     plain.base_model_name_or_path = str(out.resolve())
     peft_model.peft_config[adapter_name] = plain
     try:
-        # the residual has the embeddings; "auto" would look for a resized vocabulary in a folder that is yet to come
+        # The residual model has the embeddings. "auto" would look for a resized vocabulary in ``out``, which is not
+        # there yet.
         type(peft_model).save_pretrained(
-            peft_model,
-            staging / ADAPTER_FOLDER,
-            selected_adapters=[adapter_name],
-            save_embedding_layers=False,
-            state_dict=state,
+            peft_model, folder, selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state
         )
     finally:
         peft_model.peft_config[adapter_name] = config
-    if adapter_name != "default":  # PEFT puts others one level deeper
-        for path in (staging / ADAPTER_FOLDER / adapter_name).iterdir():
-            os.replace(path, staging / ADAPTER_FOLDER / path.name)
-        (staging / ADAPTER_FOLDER / adapter_name).rmdir()
+    if adapter_name != "default":  # PEFT saves other names one level deeper
+        for path in (folder / adapter_name).iterdir():
+            os.replace(path, folder / path.name)
+        (folder / adapter_name).rmdir()
 
 
-def _save_residual(base: Any, staging: Path) -> None:
-    """The base model's weights under the names that they had before PEFT wrapped its layers."""
+def _save_residual(base: Any, folder: Path) -> None:
+    """Save the base model's weights under the names that they had before PEFT wrapped its layers."""
     state: dict[str, torch.Tensor] = {}
     for key, value in base.state_dict().items():
         parts = key.split(".")
@@ -172,8 +183,8 @@ def _save_residual(base: Any, staging: Path) -> None:
             continue
         state[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = value
     if hasattr(base, "save_pretrained"):
-        base.save_pretrained(staging, state_dict=state)
+        base.save_pretrained(folder, state_dict=state)
         return
     from safetensors.torch import save_file
 
-    save_file({key: value.contiguous() for key, value in state.items()}, staging / "model.safetensors")
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")

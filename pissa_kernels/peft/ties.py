@@ -1,4 +1,4 @@
-"""Which parameters of a model share memory, found once for all of its layers."""
+"""Parameters of a model that share memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 class Ties:
-    """An index of a model's parameters by the memory that they read.
+    """An index of a model's parameters by their memory, built once for all layers.
 
-    A weight that is read in a second place must not become a residual: the other place would see it without the
-    adapter. Shared are parameters that are one object (transformers' tied embeddings, also while DeepSpeed ZeRO-3 holds
-    only an empty partition), and different ones whose bytes overlap.
+    A weight that a model uses in two places must not become a residual: the second place has no adapter. Parameters
+    share memory if they are the same object (transformers' tied embeddings, also while DeepSpeed ZeRO-3 keeps an empty
+    partition), or if their bytes overlap.
 
     Args:
-        model: indexed as it is now; modules that are registered twice count twice.
+        model: the model, indexed in its current state. A module that is registered twice counts twice.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # by parameter, the group of all that are connected through shared memory, in the model's order
+        # by parameter id: all parameters connected to it through shared memory, in the model's order
         self._groups: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
-        # the parameters themselves, so that no id is given to another object while the index lives
+        # keeps the parameters alive, so that no id is reused while the index exists
         self._parameters: list[Tensor] = []
         extents: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
         for name, module in model.named_modules(remove_duplicate=False):
@@ -53,14 +53,14 @@ class Ties:
         own = True
         for other, other_key, name in self._groups.get(id(getattr(module, key)), ()):
             if own and other is module and other_key == key:
-                own = False  # a second time is the same module under another name
+                own = False  # a second entry is the same module under another name
             else:
                 return f"{name}.{other_key}"
         return None
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """First address of a tensor's elements, and the one behind its last."""
+    """Address of a tensor's first byte, and the address after its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.element_size()
