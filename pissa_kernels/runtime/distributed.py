@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun starts them; a run without it is one process."""
+"""The processes of one run, as torchrun starts them. A run without torchrun is a single process."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# All ranks come together when each has made its plan; one that has finished waits for the slowest one.
-JOINING, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(days=7)
+# Processes wait for each other at the start until each has planned its work, and at the end for the slowest one.
+START_TIMEOUT, WORK_TIMEOUT = datetime.timedelta(minutes=10), datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that share the work.
+    """The processes that share the work, as seen by one of them.
 
     Attributes:
-        rank, world: which, of how many.
-        local: which of those on this machine; the index of its GPU.
-        group: that they talk through; None for a single process.
+        rank: number of this process, from 0; RANK of torchrun.
+        world: number of processes; WORLD_SIZE of torchrun.
+        local: number of this process on its machine, which is the index of its GPU; LOCAL_RANK of torchrun.
+        group: torch.distributed's group of all processes; None for a single process.
     """
 
     rank: int = 0
@@ -32,11 +33,11 @@ class ProcessGroup:
 
     @property
     def first(self) -> bool:
-        """Whether this process does what is done once."""
+        """Whether this process does the work that is done once."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, by rank, on every rank; nobody goes on before all have come here."""
+        """The values of all processes, in the order of the processes. Returns once every process has called it."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist
@@ -47,36 +48,37 @@ class ProcessGroup:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A stretch of work that fails on every rank if it fails on one.
+        """Context that fails in every process if it fails in one.
 
         Raises:
-            RuntimeError: on the ranks that did not fail, with the error of the first that did.
+            RuntimeError: in the processes that did not fail, with the error of the first that did.
         """
         try:
             yield
         except Exception as error:
-            self.gather(f"{error}")
+            self.gather(str(error) or type(error).__name__)
             raise
-        for rank, failure in enumerate(self.gather("")):
+        for process, failure in enumerate(self.gather("")):
             if failure:
-                raise RuntimeError(f"rank {rank}: {failure}")
+                raise RuntimeError(f"process {process}: {failure}")
 
     def on_several_hosts(self) -> bool:
+        """Whether the processes run on more than one machine."""
         return len(set(self.gather(socket.gethostname()))) > 1
 
 
 @contextmanager
 def joined() -> Iterator[ProcessGroup]:
-    """This process's ranks, connected through gloo for as long as the context is open."""
+    """Context in which the processes of this run are connected through gloo."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ProcessGroup()
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=JOINING)
+    dist.init_process_group("gloo", timeout=START_TIMEOUT)
     try:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
         yield ProcessGroup(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Memory of a device: what is free, and what a run takes at its peak."""
+"""Free memory of a device, and the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import TracebackType
 
 import torch
 
-# Between two looks at the resident set. A look takes some ten microseconds.
+# Between two samples of the resident set. A sample takes some ten microseconds.
 INTERVAL_SECONDS = 0.005
 STATM = Path("/proc/self/statm")
 MEMINFO = Path("/proc/meminfo")
 
 
 def free(device: torch.device) -> int:
-    """Bytes that can be allocated on ``device``; on the CPU without swapping, as the system estimates it.
+    """Bytes that can be allocated on ``device``; on the CPU without swapping, as estimated by the system.
 
-    A container's own limit is not asked for: where it is the tighter one, give a budget.
+    The memory limit of a container is not considered. Where it is lower, pass a budget.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -33,12 +33,10 @@ def free(device: torch.device) -> int:
 
 
 class Peak:
-    """Context: the most that this process grows meanwhile, on the CPU and on each GPU.
+    """Context that measures by how much the memory of this process grows, on the CPU and on each GPU.
 
-    Attributes:
-        extra_bytes: by which the resident set grew at its peak so far (sampled), plus torch's own peak on each GPU;
-            None where the system does not tell. A GPU's is an upper bound where more had been in use earlier: torch's
-            statistics are the user's and are not reset.
+    The resident set is sampled by a thread. On a GPU the peak is an upper bound if more memory was in use before the
+    context began, because torch's peak statistics belong to the user and are not reset.
     """
 
     def __init__(self) -> None:
@@ -66,6 +64,7 @@ class Peak:
 
     @property
     def extra_bytes(self) -> int | None:
+        """Growth at the peak so far, in bytes: resident set plus torch's peak on each GPU; None if not available."""
         if not self._resident or self._at_end is not None:
             return self._at_end
         self._highest = max(self._highest, resident() or 0)
@@ -78,7 +77,7 @@ class Peak:
 
 
 def resident() -> int | None:
-    """Bytes of this process that are in memory; None where the system does not tell."""
+    """Resident set of this process in bytes; None where the system does not report it."""
     try:
         return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, AttributeError, ValueError):

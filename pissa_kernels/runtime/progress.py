@@ -1,4 +1,4 @@
-"""A progress bar for work that is counted in layers and measured in bytes."""
+"""A progress bar that counts layers and shows the speed in bytes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ Tick = Callable[[str, int], None]
 
 @contextmanager
 def progress(total: int, description: str, *, unit: str = "layer", shown: bool = True) -> Iterator[Tick]:
-    """A bar on stderr: ``with progress(total, description) as tick: tick(name, nbytes)`` after each layer.
+    """Context with a bar on stderr: ``with progress(total, description) as tick: …; tick(name, nbytes)``.
 
-    It shows the layers done, the time left, GB/s (10⁹ bytes, over all the time since the start) and the name of the
-    last layer, and is gone at the end. Nothing is shown where stderr is not a terminal or tqdm is not installed.
+    The bar shows the number of finished layers, the time left, the average speed since the start in GB/s (10⁹ bytes)
+    and the name of the last layer. It is cleared at the end. Without tqdm, or where stderr is not a terminal, nothing
+    is shown.
 
     Args:
-        total: layers to do.
-        description: what is done, before the bar.
+        total: number of layers.
+        description: text before the bar.
         unit: what is counted.
-        shown: False for none anywhere.
+        shown: False to show nothing on a terminal either.
 
     Yields:
-        tick(name, nbytes): a layer is done; ``nbytes`` of its weight were read or written, 0 where that is not known.
+        ``tick(name, nbytes)``, to be called after each layer: its name, and the bytes of its weight that were read or
+        written, 0 if not known.
     """
     try:
         from tqdm import tqdm
@@ -34,7 +36,7 @@ def progress(total: int, description: str, *, unit: str = "layer", shown: bool =
         yield lambda name, nbytes: None
         return
     began, done = perf_counter(), 0
-    # disable=None: not where the file is no terminal
+    # disable=None disables the bar where the file is not a terminal
     with tqdm(
         total=total, desc=description, unit=unit, leave=False, disable=None if shown else True, file=sys.stderr
     ) as bar:

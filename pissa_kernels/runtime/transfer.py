@@ -1,4 +1,4 @@
-"""Weights between the CPU's memory and a GPU's, through pinned buffers."""
+"""Copies of weights between CPU and GPU memory through pinned buffers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class PinnedTransfer:
-    """Moves stacks of equal tensors, one at a time.
+    """Copies stacks of tensors of equal shape to a GPU and back, one stack at a time.
 
-    Copies from pageable memory go through the driver's own staging and block. Here one of two pinned buffers is filled
-    or emptied by the CPU while the other is on its way, on a stream of the carrier's own.
+    A copy from pageable memory goes through a staging buffer of the driver and blocks. Here the CPU fills or empties
+    one of two pinned buffers while the other is copied on a separate stream.
 
     Args:
-        device: the GPU. On any other device the copies are plain ones.
+        device: the GPU. For any other device the copies are plain ones.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,16 +24,16 @@ class PinnedTransfer:
         self.on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
         self._buffers: list[Tensor] = []
-        self._moved = [torch.cuda.Event() for _ in range(2)] if self.on_gpu else []  # type: ignore[no-untyped-call]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if self.on_gpu else []  # type: ignore[no-untyped-call]
 
     def to_device(self, weights: Sequence[Tensor]) -> Tensor:
-        """A stack (batch, m, n) on the device. It is complete on return."""
+        """Copy weights (m, n) into a stack (batch, m, n) on the device. Returns when the copy is complete."""
         with self._on_stream():
             stack = weights[0].new_empty((len(weights), *weights[0].shape), device=self.device)
             for index, weight in enumerate(weights):
                 buffer = self._buffer(index, weight)
                 if self.on_gpu:
-                    self._moved[index % 2].synchronize()  # the copy that read this buffer before
+                    self._copied[index % 2].synchronize()  # the previous copy out of this buffer
                 buffer.copy_(weight)
                 stack[index].copy_(buffer, non_blocking=True)
                 self._record(index)
@@ -41,13 +41,13 @@ class PinnedTransfer:
         return stack
 
     def to_host(self, stack: Tensor) -> Iterator[Tensor]:
-        """Each of a stack on the CPU, valid until the next one but one is asked for."""
+        """Yield each tensor of a stack in a pinned buffer, valid until the next tensor is requested."""
         with self._on_stream():
             for index in range(min(2, len(stack))):
                 self._send(index, stack)
             for index in range(len(stack)):
                 if self.on_gpu:
-                    self._moved[index % 2].synchronize()
+                    self._copied[index % 2].synchronize()
                 yield self._buffers[index % 2]
                 if index + 2 < len(stack):
                     self._send(index + 2, stack)
@@ -66,7 +66,7 @@ class PinnedTransfer:
 
     def _record(self, index: int) -> None:
         if self.on_gpu:
-            self._moved[index % 2].record(self.stream)
+            self._copied[index % 2].record(self.stream)
 
     def _finish(self) -> None:
         if self.stream is not None:

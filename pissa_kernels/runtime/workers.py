@@ -1,4 +1,4 @@
-"""Jobs on threads, their results handed to the caller's own thread as they come."""
+"""Jobs on worker threads, with their results passed to the calling thread as they are emitted."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def run_jobs(
     done: Callable[[T], None],
     stop: threading.Event | None = None,
 ) -> None:
-    """Run the jobs, telling ``done`` of what they emit. After the first failure nothing new is begun.
+    """Run jobs and pass what they emit to ``done``. After the first failure no job is started.
 
     Args:
-        jobs: each is given a function to emit with, as often as it likes.
-        workers: threads.
-        done: called in this thread, in the order of the emissions.
-        stop: set at a failure, for jobs that look at it.
+        jobs: functions of one argument, ``emit``, which they may call any number of times.
+        workers: number of threads.
+        done: called in the calling thread, in the order in which results are emitted.
+        stop: set after a failure, for jobs that check it while they run; None for none.
 
     Raises:
-        BaseException: the first that a job or ``done`` raised, an interrupt included; what was emitted by the jobs that
-            were under way then has been handed to ``done`` all the same.
+        BaseException: the first that a job or ``done`` raised, KeyboardInterrupt included. Jobs that were running are
+            finished first, and what they emitted has been passed to ``done``.
     """
     finished: SimpleQueue[tuple[T] | Future[None]] = SimpleQueue()
 

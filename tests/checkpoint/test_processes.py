@@ -131,7 +131,7 @@ def test_an_error_of_one_rank_is_every_ranks(
     assert [child.ended() for child in children] == [1, 1]
     first, second = outcomes(children)
     assert "exists and is not an empty folder" in first
-    assert second == f"RuntimeError: rank 0: {first.partition(': ')[2]}"
+    assert second == f"RuntimeError: process 0: {first.partition(': ')[2]}"
 
 
 def test_a_lock_that_is_held_ends_all_ranks_with_its_reason(model: Path, out: Path) -> None:
@@ -144,4 +144,4 @@ def test_a_lock_that_is_held_ends_all_ranks_with_its_reason(model: Path, out: Pa
     os.close(descriptor)
     first, second = outcomes(children)
     assert first == f"RuntimeError: another process is writing {out}"
-    assert second == f"RuntimeError: rank 0: another process is writing {out}"
+    assert second == f"RuntimeError: process 0: another process is writing {out}"
