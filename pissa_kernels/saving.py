@@ -1,4 +1,4 @@
-"""The module in which models pickled by version 0.1.0 look up ``SavePretrained``; see :mod:`pissa_kernels.peft.save`."""
+"""The module in which models pickled by version 0.1.0 look up their method; see :mod:`pissa_kernels.peft.save`."""
 
 from .peft.save import SavePretrained
 
