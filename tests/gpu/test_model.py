@@ -1,4 +1,4 @@
-"""Whole models on a GPU, and through it: the layers, what PEFT sees, and the memory."""
+"""Whole models on a GPU and streamed through it: accuracy, devices, memory, pinned copies."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def test_a_model_on_two_devices() -> None:
         check(base, peft.get_peft_model(model, config("llama", r=8)))
 
 
-def test_a_small_budget_makes_more_waves_of_the_same_result() -> None:
+def test_a_small_budget_gives_more_batches_and_accurate_factors() -> None:
     base = build("llama", torch.bfloat16, width=256, layers=4)
-    task_bytes = 256 * 768 * 2
+    weight_bytes = 256 * 768 * 2
     with pk.patch_peft(memory_budget=64 << 20) as report:
         adapted = peft.get_peft_model(copy.deepcopy(base).to("cuda"), config("llama", r=8))
     check(base, adapted)
     assert report.peak_extra_bytes is not None
-    assert report.peak_extra_bytes > task_bytes
+    assert report.peak_extra_bytes > weight_bytes
 
 
-def test_no_svd_on_loading_onto_the_gpu(tmp_path: Any) -> None:
+def test_an_adapter_from_the_cpu_loads_onto_a_gpu(tmp_path: Any) -> None:
     base = build("llama", torch.bfloat16, width=256)
     with pk.patch_peft():
         adapted = peft.get_peft_model(copy.deepcopy(base), config("llama", r=8)).eval()
@@ -70,19 +70,21 @@ def test_no_svd_on_loading_onto_the_gpu(tmp_path: Any) -> None:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base).to("cuda"), tmp_path).eval()
     for name, layer in lora_layers(adapted).items():
         other = lora_layers(loaded)[name].get_base_layer().weight.cpu()
-        # the same A and B in float32, summed in another order: the last bit of a few elements at most
+        # the same A and B in float32, summed in another order: a few elements differ in the last bit
         assert moved(layer.get_base_layer().weight.double(), other.double()) <= ROUNDOFF[torch.bfloat16]
     with pk.original_model(adapted):
         assert moved(output(base), output(adapted)) <= 0.05
 
 
-def test_the_carrier_brings_and_takes() -> None:
+def test_pinned_copies_to_the_gpu_and_back() -> None:
     weights = [torch.randn(64, 48).bfloat16() for _ in range(7)]
-    carrier = PinnedTransfer(torch.device("cuda"))
-    stack = carrier.to_device(weights)
+    transfer = PinnedTransfer(torch.device("cuda"))
+    stack = transfer.to_device(weights)
     assert stack.is_cuda
-    taken = [tensor.clone() for tensor in carrier.to_host(stack)]
-    assert all(torch.equal(one, other) for one, other in zip(weights, taken, strict=True))
-    # again, with tensors of another shape
+    copies = [tensor.clone() for tensor in transfer.to_host(stack)]
+    assert all(torch.equal(one, other) for one, other in zip(weights, copies, strict=True))
+    # then tensors of another shape
     other = [torch.randn(3, 5) for _ in range(2)]
-    assert all(torch.equal(a, b.clone()) for a, b in zip(other, carrier.to_host(carrier.to_device(other)), strict=True))
+    assert all(
+        torch.equal(a, b.clone()) for a, b in zip(other, transfer.to_host(transfer.to_device(other)), strict=True)
+    )

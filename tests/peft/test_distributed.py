@@ -1,4 +1,4 @@
-"""Several processes come to the same bits, whatever differs between them."""
+"""Several processes compute the same bits."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", sorted(WAYS))
-def test_two_ranks_agree_with_each_other_and_with_one_process(way: str, tmp_path: Path) -> None:
+def test_two_processes_agree_with_each_other_and_with_one(way: str, tmp_path: Path) -> None:
     if way == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs deepspeed; without it its gather is simulated in [partitioned]")
+        pytest.skip("needs deepspeed; [partitioned] simulates its gather without it")
     command = [sys.executable, "-m", "tests.support.processes", way, str(tmp_path / "rendezvous"), "2"]
-    ranks = [
+    processes = [
         subprocess.Popen(
             [*command, str(rank)],
             cwd=ROOT,
@@ -38,8 +38,8 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(way: str, tmp_path
         )
         for rank in range(2)
     ]
-    done = [rank.communicate(timeout=300) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], done
+    done = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], done
     seen = {word for out, _ in done for word in out.splitlines()[-1].split()}
     with pk.patch_peft():
         alone = peft.get_peft_model(build("llama", torch.bfloat16), config("llama"))

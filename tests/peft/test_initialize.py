@@ -1,4 +1,4 @@
-"""pissa_init on one layer: the contract, and every refusal with nothing written."""
+"""``pissa_init`` on one layer: its contract, and refusals that write nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pissa_kernels as pk
-from pissa_kernels.peft import layer as task_module
+from pissa_kernels.peft import layer as layer_module
 
 from ..support.reference import realistic
 
@@ -22,7 +22,7 @@ from ..support.reference import realistic
 def lora_layer(
     base: nn.Module | None = None, rank: int = 4, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Linear:
-    """PEFT's own LoRA layer around a linear one, its adapter zero and its weight untouched."""
+    """PEFT's own LoRA layer around a linear layer, before PiSSA."""
     if base is None:
         base = nn.Linear(24, 40, bias=False)
         base.weight.data = realistic(40, 24).to(dtype)
@@ -76,7 +76,7 @@ def test_the_contract(dtype: torch.dtype, conv: bool) -> None:
     assert (torch.linalg.svdvals(residual)[0] - exact[4]).abs() <= 3 * torch.finfo(dtype).eps * exact[0]
 
 
-def test_pefts_signature() -> None:
+def test_the_signature_is_pefts() -> None:
     import inspect
 
     ours = inspect.signature(pk.pissa_init)
@@ -85,7 +85,7 @@ def test_pefts_signature() -> None:
 
 
 class Params4bit(nn.Parameter):
-    """Stands for bitsandbytes' parameter of that name, with a float storage dtype."""
+    """Has the name of bitsandbytes' parameter, and a float storage dtype."""
 
 
 class WithQuantState(nn.Parameter):
@@ -93,7 +93,7 @@ class WithQuantState(nn.Parameter):
 
 
 class Subclass(torch.Tensor):
-    """A tensor that only claims its dtype, as torchao's do."""
+    """A tensor subclass whose dtype is not that of its storage, like those of torchao."""
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ class Subclass(torch.Tensor):
         (torch.ones(40, 24).as_subclass(Subclass), "tensor subclass .*Subclass"),
     ],
 )
-def test_quantised_and_other_dtypes(weight: torch.Tensor, words: str) -> None:
+def test_quantized_and_other_dtypes_are_refused(weight: torch.Tensor, words: str) -> None:
     layer = lora_layer()
     base = layer.get_base_layer()
     del base.weight
@@ -142,23 +142,23 @@ def spoil(layer: Linear, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "init", "words"),
     [
-        ("nan", "pissa", r"Linear layer \(40, 24\): the weight holds NaN"),
-        ("inf", "pissa_niter_4", r"Linear layer \(40, 24\): the weight holds Inf"),
-        ("rank", "pissa", r"Linear layer has shape \(40, 24\).*1 ≤ r ≤ 24, got r=25"),
-        ("scaling", "pissa", "Linear layer.*scaling.*above 0, got 0.0"),
+        ("nan", "pissa", r"^a Linear layer, weight \(40, 24\): the weight holds NaN"),
+        ("inf", "pissa_niter_4", r"^a Linear layer, weight \(40, 24\): the weight holds Inf"),
+        ("rank", "pissa", r"^a Linear layer.*: the weight has shape \(40, 24\).*1 ≤ r ≤ 24, got r=25"),
+        ("scaling", "pissa", "^a Linear layer.*scaling.*above 0, got 0.0"),
         (
             "orientation",
             "pissa",
-            r"Linear layer.*\(40, 24\) with fan_in_fan_out=True takes A \(4, 40\) and B \(24, 4\)",
+            r"weight \(40, 24\): with fan_in_fan_out=True the weight takes A \(4, 40\) and B \(24, 4\)",
         ),
-        ("expanded", "pissa", "Linear layer.*share memory"),
-        ("3-D", "pissa", r"Linear layer must be 2-D, got shape \(4, 10, 24\)"),
-        ("parametrized", "pissa", "Linear layer.*parametrization"),
+        ("expanded", "pissa", "^a Linear layer.*share memory"),
+        ("3-D", "pissa", r"^a Linear layer.*: the weight must be 2-D, got shape \(4, 10, 24\)"),
+        ("parametrized", "pissa", "^a ParametrizedLinear layer.*parametrization"),
         ("", "pissa_16", "init_lora_weights should be 'pissa' or"),
         ("", "pissa_niter_1.5", "an integer N ≥ 0"),
     ],
 )
-def test_refusals_leave_the_layer_as_it_was(what: str, init: str, words: str) -> None:
+def test_a_refusal_leaves_the_layer_unchanged(what: str, init: str, words: str) -> None:
     layer = lora_layer()
     spoil(layer, what)
     before = snapshot(layer)
@@ -167,7 +167,7 @@ def test_refusals_leave_the_layer_as_it_was(what: str, init: str, words: str) ->
     assert_untouched(layer, before)
 
 
-def test_an_empty_weight_names_the_gather() -> None:
+def test_an_empty_weight_is_refused() -> None:
     layer = lora_layer()
     layer.get_base_layer().weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"ZeRO-3.*gathered"):
@@ -175,7 +175,7 @@ def test_an_empty_weight_names_the_gather() -> None:
 
 
 @pytest.mark.parametrize("where", ["factors", "subtraction"])
-def test_a_failure_half_way_undoes_itself(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_layer_unchanged(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = lora_layer()
     before = snapshot(layer)
 
@@ -183,15 +183,15 @@ def test_a_failure_half_way_undoes_itself(where: str, monkeypatch: pytest.Monkey
         raise MemoryError("no room")
 
     if where == "factors":
-        monkeypatch.setattr(task_module, "principal_factors", fail)
+        monkeypatch.setattr(layer_module, "principal_factors", fail)
     else:
-        monkeypatch.setattr(task_module.ops, "subtract_lowrank_", fail)
-    with pytest.raises(MemoryError, match="a Linear layer: no room"):
+        monkeypatch.setattr(layer_module.ops, "subtract_lowrank_", fail)
+    with pytest.raises(MemoryError, match=r"^a Linear layer, weight \(40, 24\): no room"):
         pk.pissa_init(layer, "default", "pissa")
     assert_untouched(layer, before)
 
 
-def test_meta_is_left_alone_silently() -> None:
+def test_a_meta_weight_is_left_alone_without_a_warning() -> None:
     with torch.device("meta"):
         layer = lora_layer(nn.Linear(24, 40))
     with warnings.catch_warnings():
@@ -200,7 +200,7 @@ def test_meta_is_left_alone_silently() -> None:
     assert layer.get_base_layer().weight.is_meta
 
 
-def test_a_meta_adapter_leaves_a_real_weight_alone_and_says_so() -> None:
+def test_a_meta_adapter_leaves_the_weight_unchanged_with_a_warning() -> None:
     layer = lora_layer()
     layer.lora_A["default"].to("meta")
     layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.to("meta"))
@@ -210,8 +210,7 @@ def test_a_meta_adapter_leaves_a_real_weight_alone_and_says_so() -> None:
     assert torch.equal(before, layer.get_base_layer().weight)
 
 
-def test_inference_weights() -> None:
-    """A model loaded under inference_mode can still be initialised."""
+def test_a_model_loaded_under_inference_mode() -> None:
     with torch.inference_mode():
         base = nn.Linear(24, 40, bias=False)
         base.weight.data.copy_(realistic(40, 24))

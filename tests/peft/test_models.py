@@ -1,4 +1,4 @@
-"""Whole models through PEFT: accuracy of every matrix against fp64, and the output that must not change."""
+"""Whole models through PEFT: the accuracy of every matrix against float64, and the output, which must not change."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_matrix_of_every_architecture(name: str, rank: int) -> None:
 
 @pytest.mark.parametrize("niter", [1, 2, 4, 16])
 @pytest.mark.parametrize("name", MODELS)
-def test_niter_is_no_less_accurate_than_pefts_on_every_matrix(name: str, niter: int) -> None:
+def test_niter_is_at_least_as_accurate_as_pefts_on_every_matrix(name: str, niter: int) -> None:
     base = build(name, width=384, layers=1)
     originals = dict(linear_weights(copy.deepcopy(base), name))
     init = {"r": 16, "lora_alpha": 16, "init_lora_weights": f"pissa_niter_{niter}"}
@@ -91,7 +91,7 @@ def test_the_output_does_not_change(name: str, changes: dict[str, Any], dtype: t
     with pk.patch_peft() as report:
         model = peft.get_peft_model(base, config(name, **changes)).eval()
     assert len(report.layers) == len(originals)
-    # the yardstick is what this dtype's arithmetic itself does to the output; W_res and the product add to it
+    # rounding in this dtype alone changes the output by this much; W_res and the product add to it
     own = moved(output(original.double()), expected)
     assert moved(expected, output(model)) <= 2 * own
     for key, lora in lora_layers(model).items():
@@ -112,13 +112,13 @@ def test_the_output_does_not_change(name: str, changes: dict[str, Any], dtype: t
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
 def test_a_trained_adapter_reloads_under_the_hook(name: str, init: str, tmp_path: Any) -> None:
-    """Stock PEFT subtracts another residual at every reload of pissa_niter_N; ours is seeded."""
+    """Stock PEFT computes another residual at every reload of pissa_niter_N, because its sketch is not seeded."""
     base = build(name)
     untouched = copy.deepcopy(base)
     with pk.patch_peft():
         model = peft.get_peft_model(base, config(name, init_lora_weights=init)).eval()
     for parameter in model.parameters():
-        if parameter.requires_grad:  # what training does, without its time
+        if parameter.requires_grad:  # instead of training
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
             parameter.data.add_(0.05 * parameter.std() * noise)
     trained = output(model)
@@ -131,7 +131,7 @@ def test_a_trained_adapter_reloads_under_the_hook(name: str, init: str, tmp_path
     if init == "pissa_niter_4":
         torch.manual_seed(1)
         stock = peft.PeftModel.from_pretrained(untouched, tmp_path).eval()
-        assert moved(trained, output(stock)) > 1e-3, "stock PEFT reloads well: this test shows nothing"
+        assert moved(trained, output(stock)) > 1e-3, "stock PEFT reloads it too: this test proves nothing"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -153,7 +153,7 @@ def test_conversion_to_plain_lora(name: str, tmp_path: Any) -> None:
     assert moved(trained, output(converted)) <= 64 * ROUNDOFF[torch.float32]
 
 
-def test_merging_gives_the_original_weights_back() -> None:
+def test_merging_restores_the_original_weights() -> None:
     base = build("llama")
     originals = {key: weight.detach().clone() for key, weight in linear_weights(base, "llama")}
     with pk.patch_peft():

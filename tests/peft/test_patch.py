@@ -1,4 +1,4 @@
-"""The seam: what is replaced, for whom, and what is restored."""
+"""The patch: what is replaced, for which threads, and what is restored."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..support.reference import realistic
 
 ORIGINAL = LoraLayer.__dict__["pissa_init"]
 ORIGINAL_CREATE = LoraModel.__dict__["_create_and_replace"]
-SEAMS = [
+HOOKED = [
     (LoraLayer, "pissa_init"),
     (LoraModel, "_create_and_replace"),
     (BaseTuner, "inject_adapter"),
     *((peft.PeftModel, name) for name in ("from_pretrained", "load_adapter", "__init__", "add_adapter")),
 ]
-ORIGINALS = [vars(owner)[name] for owner, name in SEAMS]
+ORIGINALS = [vars(owner)[name] for owner, name in HOOKED]
 
 
 class Net(nn.Module):
@@ -49,11 +49,11 @@ def inject(net: nn.Module | None = None, **changes: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _restored():  # type: ignore[no-untyped-def]
     yield
-    assert [vars(owner)[name] for owner, name in SEAMS] == ORIGINALS
+    assert [vars(owner)[name] for owner, name in HOOKED] == ORIGINALS
 
 
-def test_peft_still_calls_what_is_replaced() -> None:
-    """Pins the seam: a PEFT that moves it makes this fail, not a user's model."""
+def test_peft_still_calls_the_replaced_methods() -> None:
+    """A version of PEFT that calls other methods fails here, and not in a user's model."""
     assert list(inspect.signature(ORIGINAL).parameters) == ["self", "adapter_name", "init_lora_weights"]
     names = list(inspect.signature(ORIGINAL_CREATE).parameters)
     assert names[:7] == ["self", "lora_config", "adapter_name", "target", "target_name", "parent", "current_key"]
@@ -65,18 +65,18 @@ def test_peft_still_calls_what_is_replaced() -> None:
     for module in (layer, tp_layer):
         assert "with gather_params_ctx(self.get_base_layer().weight):" in inspect.getsource(module)
     for subclass in LoraLayer.__subclasses__():
-        assert "pissa_init" not in vars(subclass), f"{subclass.__name__} would bypass the seam"
+        assert "pissa_init" not in vars(subclass), f"{subclass.__name__} would bypass the hook"
 
 
-def test_all_that_is_replaced_is_known_here() -> None:
+def test_nothing_else_is_replaced() -> None:
     with pk.patch_peft():
-        replaced = [(owner, name) for owner in {o for o, _ in SEAMS} for name in vars(owner) if is_ours(owner, name)]
-    assert sorted(replaced, key=str) == sorted(SEAMS, key=str)
+        replaced = [(owner, name) for owner in {o for o, _ in HOOKED} for name in vars(owner) if is_ours(owner, name)]
+    assert sorted(replaced, key=str) == sorted(HOOKED, key=str)
 
 
 def is_ours(owner: type, name: str) -> bool:
     found = vars(owner)[name]
-    return hasattr(getattr(found, "__func__", found), "_pissa_kernels_patch")
+    return hasattr(getattr(found, "__func__", found), "_pissa_kernels_session")
 
 
 def test_the_report_names_the_layers() -> None:
@@ -92,15 +92,18 @@ def test_the_report_names_the_layers() -> None:
     assert layer.singular_values.shape == (4,)
 
 
-def test_errors_name_the_layer_and_the_patch_ends() -> None:
+def test_an_error_names_the_layer_and_ends_the_patch() -> None:
     net = Net()
     net.second.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"layer 'second' \(24, 40\): the weight holds NaN"), pk.patch_peft() as report:
+    with (
+        pytest.raises(ValueError, match=r"^layer 'second', weight \(24, 40\): the weight holds NaN"),
+        pk.patch_peft() as report,
+    ):
         inject(net)
     assert [layer.name for layer in report.layers] == ["first"]
 
 
-def test_function_form() -> None:
+def test_patch_and_unpatch_as_functions() -> None:
     report = pk.patch_peft()
     try:
         assert LoraLayer.__dict__["pissa_init"] is not ORIGINAL
@@ -110,7 +113,7 @@ def test_function_form() -> None:
     assert len(report.layers) == 2
     inject()
     assert len(report.layers) == 2
-    pk.unpatch_peft()  # none is active: no error, nothing changes
+    pk.unpatch_peft()  # no patch is active: nothing changes
 
 
 def test_the_innermost_patch_does_the_work() -> None:
@@ -132,7 +135,7 @@ def test_patches_may_end_out_of_order() -> None:
     second.close()
 
 
-def test_someone_elses_patch_below_ours_is_restored() -> None:
+def test_an_earlier_patch_of_other_code_is_restored() -> None:
     calls: list[str] = []
 
     def theirs(self: Any, adapter_name: str, init_lora_weights: str) -> None:
@@ -150,7 +153,7 @@ def test_someone_elses_patch_below_ours_is_restored() -> None:
         LoraLayer.pissa_init = ORIGINAL
 
 
-def test_someone_elses_patch_above_ours_survives_and_passes_through() -> None:
+def test_a_later_patch_of_other_code_stays_and_passes_through() -> None:
     calls: list[str] = []
     with pk.patch_peft() as report:
         below = LoraLayer.__dict__["pissa_init"]
@@ -171,7 +174,7 @@ def test_someone_elses_patch_above_ours_survives_and_passes_through() -> None:
         LoraLayer.pissa_init = ORIGINAL
 
 
-def test_a_with_block_is_for_its_own_thread() -> None:
+def test_a_with_block_applies_to_its_own_thread() -> None:
     failures: list[BaseException] = []
 
     def elsewhere() -> None:
@@ -194,7 +197,7 @@ def test_a_with_block_is_for_its_own_thread() -> None:
     assert len(everywhere.layers) == 2
 
 
-def test_threads_patch_at_once() -> None:
+def test_threads_patch_at_the_same_time() -> None:
     counts: list[int] = []
 
     def work() -> None:
@@ -231,7 +234,10 @@ def test_tied_weights_are_refused() -> None:
 
     net = Tied()
     before = net.embed.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"'head' \(50, 24\) is tied to embed\.weight.*Untie"), pk.patch_peft():
+    with (
+        pytest.raises(ValueError, match=r"^layer 'head', weight \(50, 24\): .* is tied to embed\.weight.*Untie"),
+        pk.patch_peft(),
+    ):
         inject(net, target_modules=["head"])
     assert torch.equal(before, net.embed.weight)
     net = Tied()
@@ -266,7 +272,7 @@ def test_slices_of_one_storage_are_not_tied() -> None:
 
 
 def test_layers_out_of_scope_go_to_the_method_that_was_there() -> None:
-    """Fused experts and MultiheadAttention: ours must neither report nor touch anything."""
+    """Fused experts and MultiheadAttention are neither reported nor changed."""
     taken: list[str] = []
 
     def theirs(self: Any, adapter_name: str, init_lora_weights: str) -> None:
@@ -287,7 +293,7 @@ def test_layers_out_of_scope_go_to_the_method_that_was_there() -> None:
             assert torch.equal(before, net.experts.base_layer.weight)
             attention = nn.Sequential(nn.MultiheadAttention(8, 2))
             before = attention[0].out_proj.weight.detach().clone()
-            with pytest.raises(AttributeError):  # PEFT's own limitation, met before and after
+            with pytest.raises(AttributeError):  # a limitation of PEFT, with and without the patch
                 inject(attention, target_modules=["0"])
             assert torch.equal(before, attention[0].out_proj.weight)
         assert report.layers == []
@@ -296,7 +302,7 @@ def test_layers_out_of_scope_go_to_the_method_that_was_there() -> None:
         LoraLayer.pissa_init = ORIGINAL
 
 
-def test_low_cpu_mem_usage_leaves_the_model_alone() -> None:
+def test_low_cpu_mem_usage_leaves_the_model_unchanged() -> None:
     net = Net()
     before = net.first.weight.detach().clone()
     settings = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["first", "second"])
@@ -306,8 +312,8 @@ def test_low_cpu_mem_usage_leaves_the_model_alone() -> None:
     assert torch.equal(before, model.base_model.model.first.base_layer.weight)
 
 
-def test_the_global_generator_is_left_alone() -> None:
-    """PEFT draws A and B itself before the initializer runs; ours adds nothing to that."""
+def test_the_global_random_state_is_unchanged() -> None:
+    """PEFT draws A and B itself before the initializer runs; the initializer draws nothing more."""
     torch.manual_seed(0)
     inject(init_lora_weights=False)
     expected = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Saved, loaded, converted, merged, taken back: every way round ends at the same function."""
+"""Saving, loading, converting, merging, and the original model: each gives the function that it should."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def train(adapted: Any, steps: int = 3) -> None:
 
 @functools.cache
 def allowed(dtype: torch.dtype) -> float:
-    """What rounding may move outputs by: twice what this dtype's arithmetic itself does to them, the worst model's."""
+    """Bound on the change of an output: twice what rounding in this dtype alone does to it, in the worst model."""
     models = [build(name, dtype) for name in NAMES]
     return max(2 * moved(output(copy.deepcopy(model).double()), output(model)) for model in models)
 
@@ -95,7 +95,7 @@ def test_a_trained_model_still_saves_its_initial_adapter(tmp_path: Path) -> None
     assert moved(output(base), output(loaded)) <= allowed(torch.float32)
 
 
-def test_another_adapter_name(tmp_path: Path) -> None:
+def test_an_adapter_of_another_name(tmp_path: Path) -> None:
     base = build("llama")
     with pk.patch_peft():
         adapted = peft.get_peft_model(copy.deepcopy(base), config("llama"), adapter_name="first")
@@ -105,18 +105,18 @@ def test_another_adapter_name(tmp_path: Path) -> None:
     assert moved(output(base), output(loaded.eval())) <= allowed(torch.float32)
 
 
-def test_save_pissa_says_nothing_of_a_folder_that_is_yet_to_come(tmp_path: Path) -> None:
+def test_save_pissa_gives_no_warning(tmp_path: Path) -> None:
     _, adapted = make("llama", torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pk.save_pissa(adapted, tmp_path / "out")
 
 
-def test_what_save_pissa_refuses(tmp_path: Path) -> None:
+def test_refusals_of_save_pissa(tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
-    with pytest.raises(ValueError, match=r"'other' was not initialised by pissa_kernels \(adapters: default\)"):
+    with pytest.raises(ValueError, match=r"'other' was not initialized by pissa_kernels \(adapters: default\)"):
         pk.save_pissa(adapted, tmp_path / "out", adapter_name="other")
-    with pytest.raises(ValueError, match="was not initialised"):
+    with pytest.raises(ValueError, match="was not initialized"):
         pk.save_pissa(peft.get_peft_model(base, config("llama", init_lora_weights=True)), tmp_path / "out")
     with pytest.raises(ValueError, match=r"\(adapters: none\)"):
         pk.save_pissa(build("llama"), tmp_path / "out")
@@ -135,12 +135,12 @@ def test_what_save_pissa_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trained_adapter_comes_back_to_the_last_bit_with_no_svd(
+def test_a_trained_adapter_is_loaded_bit_for_bit_without_an_svd(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapted = make(name, dtype)
     train(adapted)
-    adapted.save_pretrained(tmp_path)  # the patch is over: the model brings this along
+    adapted.save_pretrained(tmp_path)  # after the patch has ended
     no_svd(monkeypatch)
     with pk.patch_peft(seed=5) as report, warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -151,14 +151,14 @@ def test_a_trained_adapter_comes_back_to_the_last_bit_with_no_svd(
     assert torch.equal(output(loaded), output(adapted))
     assert moved(output(base), output(loaded)) > 3 * allowed(dtype)
     assert [layer.seed for layer in report.layers] == [0] * len(lora_layers(adapted))
-    # and it can be saved and loaded once more
+    # the loaded model can be saved and loaded again
     loaded.save_pretrained(tmp_path / "again")
     with pk.patch_peft():
         again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval()
     assert torch.equal(output(again), output(adapted))
 
 
-def test_an_adapter_on_the_meta_device_gets_its_residual_too(tmp_path: Path) -> None:
+def test_an_adapter_on_the_meta_device_gets_its_residual(tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
     train(adapted)
     adapted.save_pretrained(tmp_path)
@@ -179,8 +179,8 @@ def test_a_second_adapter_through_load_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_into_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Trained on one precision of the base model, loaded onto the other: the same function to the coarser one."""
+def test_loading_onto_a_base_model_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The function is the same to the rounding of the coarser dtype."""
     other = DTYPES[1 - DTYPES.index(dtype)]
     base, adapted = make("llama", dtype)
     train(adapted)
@@ -190,21 +190,22 @@ def test_into_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     assert moved(output(adapted), output(loaded)) <= 2 * allowed(torch.bfloat16)
 
 
-def test_another_base_model_is_refused_and_untouched(tmp_path: Path) -> None:
+def test_another_base_model_is_refused_and_unchanged(tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
     adapted.save_pretrained(tmp_path)
     pk.save_pissa(adapted, tmp_path / "residual")
     residual = type(base).from_pretrained(tmp_path / "residual").eval()
     before = output(residual)
-    # whichever of the layers that are done at once is the first to be looked at
-    refusal = r"layer 'model\.layers\.\d\.\w+\.\w+' \(\d+, \d+\) is not the one .* neither its residual nor another"
+    # layers run at the same time, so any of them may be the first
+    layer = r"^layer 'model\.layers\.\d\.\w+\.\w+', weight \(\d+, \d+\): "
+    refusal = layer + "the weight is not the one .* neither its residual nor another"
     with pytest.raises(ValueError, match=refusal), pk.patch_peft():
         peft.PeftModel.from_pretrained(residual, tmp_path)
     assert torch.equal(before, output(residual))
 
 
 def test_a_checkpoint_is_not_loaded_onto_another_residual(tmp_path: Path) -> None:
-    """As a trainer resumes: the adapter is there, only its values are loaded."""
+    """A trainer resumes like this: the adapter exists, and only its values are loaded."""
     base, adapted = make("llama", torch.float32)
     expected = output(adapted)
     adapted.save_pretrained(tmp_path)
@@ -214,7 +215,8 @@ def test_a_checkpoint_is_not_loaded_onto_another_residual(tmp_path: Path) -> Non
     assert torch.equal(expected, output(adapted))
     stock = peft.get_peft_model(base, config("llama", init_lora_weights="pissa_niter_2")).eval()
     before = output(stock)
-    refusal = r"layer 'model\.layers\.0\.self_attn\.q_proj' \(96, 96\) is not the residual that the adapter"
+    layer = r"^layer 'model\.layers\.0\.self_attn\.q_proj', weight \(96, 96\): "
+    refusal = layer + "the weight is not the residual that the adapter"
     with pytest.raises(ValueError, match=refusal), pk.patch_peft():
         stock.load_adapter(tmp_path, "default")
     assert torch.equal(before, output(stock))
@@ -234,7 +236,7 @@ def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
-def test_without_the_sidecar_the_residual_is_taken_anew(tmp_path: Path) -> None:
+def test_without_the_sidecar_the_residual_is_computed_again(tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
     train(adapted)
     adapted.save_pretrained(tmp_path)
@@ -252,16 +254,17 @@ def test_without_the_sidecar_the_residual_is_taken_anew(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(other, tmp_path)
 
 
-def test_a_rough_adapter_of_unknown_origin_is_warned_of(tmp_path: Path) -> None:
+def test_an_adapter_of_an_unseeded_sketch_gives_a_warning(tmp_path: Path) -> None:
     base = build("llama")
     stock = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights="pissa_niter_4"))
     stock.save_pretrained(tmp_path)
     assert not (tmp_path / sidecar.INITIAL_NAME).exists()
-    with pk.patch_peft(), pytest.warns(UserWarning, match="its sketch was not seeded"):
+    with pk.patch_peft(), pytest.warns(UserWarning, match="its sketch was not seeded") as caught:
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert [warning.filename for warning in caught if "not seeded" in str(warning.message)] == [__file__]
 
 
-def test_an_adapter_that_is_added_later_gets_a_sidecar(tmp_path: Path) -> None:
+def test_an_adapter_added_later_gets_a_sidecar(tmp_path: Path) -> None:
     model = peft.get_peft_model(build("llama"), config("llama", init_lora_weights=True), adapter_name="plain")
     with pk.patch_peft():
         model.add_adapter("second", config("llama"))
@@ -283,7 +286,9 @@ def test_only_pissa_adapters_get_a_sidecar(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rslora", [False, True])
-def test_a_trained_adapter_converts_to_a_lora_of_the_original(dtype: torch.dtype, rslora: bool, tmp_path: Path) -> None:
+def test_a_trained_adapter_converts_to_a_lora_of_the_original_model(
+    dtype: torch.dtype, rslora: bool, tmp_path: Path
+) -> None:
     base, adapted = make("llama", dtype, use_rslora=rslora)
     pk.save_pissa(adapted, tmp_path / "residual")
     train(adapted)
@@ -300,10 +305,8 @@ EXTRAS: list[dict[str, Any]] = [{"modules_to_save": ["lm_head"]}, {"use_dora": T
 
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("extra", EXTRAS, ids=["modules_to_save", "dora"])
-def test_what_was_trained_beside_the_adapter_is_converted_too(
-    extra: dict[str, Any], safe: bool, tmp_path: Path
-) -> None:
-    """PEFT's own conversion writes A and B only: a head is missing, magnitudes are the initial ones."""
+def test_other_trained_weights_are_converted_too(extra: dict[str, Any], safe: bool, tmp_path: Path) -> None:
+    """PEFT's own conversion writes A and B only: no head, and the initial magnitudes."""
     base, adapted = make("llama", torch.float32, **extra)
     before = output(adapted)
     pk.save_pissa(adapted, tmp_path / "residual")
@@ -324,7 +327,7 @@ def test_what_was_trained_beside_the_adapter_is_converted_too(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_merged_is_the_trained_model(dtype: torch.dtype) -> None:
+def test_merging_gives_the_trained_model(dtype: torch.dtype) -> None:
     _, adapted = make("llama", dtype)
     train(adapted)
     expected = output(adapted)
@@ -338,7 +341,7 @@ def test_merged_is_the_trained_model(dtype: torch.dtype) -> None:
 def test_a_second_adapter_of_the_same_settings_shares_the_residual(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As TRL makes one for its reference; PEFT's own takes the principal components of the residual out of it."""
+    """TRL makes one for its reference. Stock PEFT would subtract the principal components of the residual."""
     base, adapted = make("llama", dtype)
     train(adapted)
     trained, before = output(adapted), residuals(adapted)
@@ -353,7 +356,7 @@ def test_a_second_adapter_of_the_same_settings_shares_the_residual(
         assert moved(output(base), output(adapted)) <= allowed(dtype)
     adapted.set_adapter("ref")
     assert moved(output(base), output(adapted)) <= allowed(dtype)
-    # each one comes back alone, and both do together
+    # each of the two is loaded alone, and then both
     adapted.save_pretrained(tmp_path)
     with pk.patch_peft():
         alone = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ref").eval()
@@ -365,7 +368,7 @@ def test_a_second_adapter_of_the_same_settings_shares_the_residual(
     assert torch.equal(output(both), output(adapted))
 
 
-def test_a_second_adapter_of_other_settings_takes_its_own_share() -> None:
+def test_a_second_adapter_of_other_settings_has_its_own_factors() -> None:
     base, adapted = make("llama", torch.float32)
     before = residuals(adapted)
     with pk.patch_peft():
@@ -375,24 +378,24 @@ def test_a_second_adapter_of_other_settings_takes_its_own_share() -> None:
         assert moved(output(base), output(adapted)) <= allowed(torch.float32)
 
 
-# The model before
+# The original model
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_original_model_comes_back_for_a_while(name: str, dtype: torch.dtype) -> None:
+def test_the_original_model_within_the_context(name: str, dtype: torch.dtype) -> None:
     base, adapted = make(name, dtype)
     train(adapted)
     trained = output(adapted)
     with pk.original_model(adapted) as original:
         assert moved(output(base), output(original)) <= allowed(dtype)
     assert torch.equal(trained, output(adapted))
-    with adapted.disable_adapter():  # what it is not
+    with adapted.disable_adapter():  # the residual model, which is another one
         assert moved(output(base), output(adapted)) > 3 * allowed(dtype)
     assert moved(output(base), trained) > 3 * allowed(dtype)
 
 
-def test_a_waiting_graph_is_not_disturbed() -> None:
+def test_a_graph_that_waits_for_its_backward_pass_stays_valid() -> None:
     _, adapted = make("llama", torch.float32)
     train(adapted)
     ids = torch.arange(24).reshape(2, 12)
@@ -413,37 +416,36 @@ def test_a_waiting_graph_is_not_disturbed() -> None:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies_remember(way: str, tmp_path: Path) -> None:
+def test_copies_keep_their_records(way: str, tmp_path: Path) -> None:
     base, adapted = make("llama", torch.float32)
     train(adapted)
     other = copy.deepcopy(adapted) if way == "deepcopy" else pickle.loads(pickle.dumps(adapted))
     with pk.original_model(other):
         assert moved(output(base), output(other)) <= allowed(torch.float32)
     other.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data.zero_()
-    other.save_pretrained(tmp_path)  # the copy's own weights, not those of the one that it was copied from
+    other.save_pretrained(tmp_path)  # the weights of the copy
     with pk.patch_peft():
         loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(output(loaded), output(other))
 
 
-def test_what_original_model_refuses() -> None:
+def test_refusals_of_original_model() -> None:
     base, adapted = make("llama", torch.float32)
-    with pytest.raises(ValueError, match="no layer of this model was initialised"), pk.original_model(base):
+    with pytest.raises(ValueError, match="no layer of this model was initialized"), pk.original_model(base):
         pass
     adapted.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into layer .* and 13 more; unmerge"), pk.original_model(adapted):
         pass
 
 
-def test_nothing_of_it_is_in_the_state() -> None:
-    """A checkpoint of the whole model has PEFT's keys and no others."""
+def test_the_state_dict_has_no_further_keys() -> None:
     base, adapted = make("llama", torch.float32)
     stock = peft.get_peft_model(copy.deepcopy(base), config("llama", init_lora_weights=True))
     assert adapted.state_dict().keys() == stock.state_dict().keys()
     assert [name for name, _ in adapted.named_buffers()] == [name for name, _ in stock.named_buffers()]
 
 
-def test_layers_injected_into_a_model_that_stays_what_it_is() -> None:
+def test_layers_injected_without_a_peft_model() -> None:
     """PEFT's low-level call, which transformers' own ``add_adapter`` makes."""
     base = build("llama")
     expected = output(base)

@@ -1,4 +1,4 @@
-"""Layers carried out together: what they come to, what fails, what a second call finishes."""
+"""Layers initialized together: results, failures, and a second call that completes the first."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches
-from pissa_kernels.peft import layer as task_module
-from pissa_kernels.peft import schedule as whole_model
+from pissa_kernels.peft import batches, schedule
+from pissa_kernels.peft import layer as layer_module
 from pissa_kernels.peft.initialize import prepare
 from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.pissa import Recipe
 
 from ..support.models import build, linear_weights
 from ..support.reference import ROUNDOFF, energy_deficit, realistic
@@ -59,8 +59,8 @@ def assert_same(left: dict[str, tuple[torch.Tensor, ...]], right: dict[str, tupl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_together_is_one_by_one_to_the_last_bit(name: str, dtype: torch.dtype, two_threads: None) -> None:
-    """One thread does one layer, so company changes nothing; the peer runs on one thread, too."""
+def test_layers_together_and_one_by_one_agree_bit_for_bit(name: str, dtype: torch.dtype, two_threads: None) -> None:
+    """Each layer runs on one thread in both cases, so the results are equal."""
     base = build(name, dtype, width=256)
     with pk.patch_peft() as together:
         one = peft.get_peft_model(copy.deepcopy(base), config(name, r=8))
@@ -73,14 +73,14 @@ def test_together_is_one_by_one_to_the_last_bit(name: str, dtype: torch.dtype, t
     assert together.seconds is not None
 
 
-def test_threads_are_as_they_were(two_threads: None) -> None:
+def test_the_number_of_threads_is_restored(two_threads: None) -> None:
     with pk.patch_peft():
         peft.get_peft_model(build("llama"), config("llama"))
     assert torch.get_num_threads() == 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pissa_kernels")]
 
 
-def test_a_dora_magnitude_sees_a_finished_layer() -> None:
+def test_a_dora_magnitude_is_computed_from_a_finished_layer() -> None:
     base = build("llama")
     weights = {name: weight.detach().double() for name, weight in linear_weights(copy.deepcopy(base), "llama")}
     with pk.patch_peft():
@@ -92,7 +92,7 @@ def test_a_dora_magnitude_sees_a_finished_layer() -> None:
 
 
 class Net(nn.Module):
-    """Eight layers of one shape, enough to have some done, some under way and some to come."""
+    """Eight layers of one shape: at a failure some are finished, some are running and some have not been started."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def inject(net: nn.Module) -> Any:
 
 
 def on_call(number: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which fails once: at its ``number``-th call."""
+    """``function``, except that its ``number``-th call raises ``error``."""
     calls = iter(range(1, 1000))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -131,15 +131,15 @@ FAILURES = [RuntimeError("no luck"), MemoryError("no room"), torch.OutOfMemoryEr
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["principal_factors", "subtract_lowrank_"])
 @pytest.mark.parametrize("number", [1, 4, 8])
-def test_after_a_failure_every_layer_is_done_or_untouched(
+def test_after_a_failure_every_layer_is_finished_or_unchanged(
     number: int, where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
     original, net = Net(), Net()
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
     with pk.patch_peft():
         undisturbed = state(inject(Net()))
-    owner = task_module if where == "principal_factors" else task_module.ops
-    named = None if isinstance(error, KeyboardInterrupt) else r"layer 'layers\.\d': no "
+    owner = layer_module if where == "principal_factors" else layer_module.ops
+    named = None if isinstance(error, KeyboardInterrupt) else r"^layer 'layers\.\d', weight \(48, 48\): no "
     with pk.patch_peft() as report:
         with monkeypatch.context() as patched:
             patched.setattr(owner, where, on_call(number, error, getattr(owner, where)))
@@ -177,8 +177,8 @@ def test_an_error_of_the_callback_stops_the_work_between_layers(two_threads: Non
         assert moved(original(x).double(), net(x).double()) <= 1e-5
 
 
-def test_a_layer_that_is_refused_leaves_the_earlier_ones_untouched() -> None:
-    """A refusal that needs no arithmetic comes while PEFT still goes through the model: nothing has been written."""
+def test_a_refused_layer_leaves_the_earlier_ones_unchanged() -> None:
+    """Checks that need no arithmetic run while PEFT creates the layers, before anything is written."""
     net, original = Net(), Net()
     net.layers[5].weight.data = net.layers[5].weight.data.double()
     with pytest.raises(TypeError, match=r"layer 'layers\.5'"), pk.patch_peft() as report:
@@ -188,8 +188,8 @@ def test_a_layer_that_is_refused_leaves_the_earlier_ones_untouched() -> None:
         assert torch.equal(layer.get_base_layer().weight, original.get_submodule(name).weight)
 
 
-def test_another_call_with_another_rank_is_another_initialisation() -> None:
-    """What a second call matches is its own work, not any residual."""
+def test_a_second_call_with_another_rank_initializes_again() -> None:
+    """A second call repeats records of the same settings only."""
     net = Net()
     with pk.patch_peft(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -201,24 +201,24 @@ def test_another_call_with_another_rank_is_another_initialisation() -> None:
     assert not torch.equal(residual, layer.get_base_layer().weight)
 
 
-# Waves, as a GPU gets them, here on the CPU
+# Batches, as on a GPU, here on the CPU
 
 
-def tasks_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[LayerJob]:
+def jobs_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[LayerJob]:
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     settings = {"r": rank, "init_lora_weights": True, "target_modules": names}
     model = peft.get_peft_model(net, peft.LoraConfig(**settings))
-    tasks = [prepare(layer, "default", init, name=name) for name, layer in lora_layers(model).items()]
-    return [task for task in tasks if task is not None]
+    jobs = [prepare(layer, "default", init, name=name) for name, layer in lora_layers(model).items()]
+    return [job for job in jobs if job is not None]
 
 
-def assert_right(tasks: list[LayerJob], weights: dict[str, torch.Tensor]) -> None:
-    for task in tasks:
-        W = weights[task.name or ""].double()
-        A, B = (factor["default"].weight.detach() for factor in (task.layer.lora_A, task.layer.lora_B))
-        u = ROUNDOFF[task.weight.dtype]
-        assert energy_deficit(W, A) <= 1e-6 + u**2  # A is off by u, elementwise, as it is stored
-        error = (W - task.weight.double() - task.recipe.scaling * B.double() @ A.double()).norm()
+def assert_accurate(jobs: list[LayerJob], weights: dict[str, torch.Tensor]) -> None:
+    for job in jobs:
+        W = weights[job.name or ""].double()
+        A, B = (factor["default"].weight.detach() for factor in (job.layer.lora_A, job.layer.lora_B))
+        u = ROUNDOFF[job.weight.dtype]
+        assert energy_deficit(W, A) <= 1e-6 + u**2  # the elements of A are rounded to u
+        error = (W - job.weight.double() - job.recipe.scaling * B.double() @ A.double()).norm()
         assert error <= (u + 2e-7) * W.norm()
 
 
@@ -232,25 +232,25 @@ def mixed_net(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 @pytest.mark.parametrize("way", [batches._resident, "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_waves_are_right(way: Any, dtype: torch.dtype) -> None:
+def test_batches_are_accurate(way: Any, dtype: torch.dtype) -> None:
     net = mixed_net(dtype)
     weights = {name: layer.weight.detach().clone() for name, layer in net.named_children()}  # type: ignore[operator, union-attr]
-    tasks = tasks_of(net)
-    planned = batches.plan_batches(tasks, CPU, 1 << 30)
+    jobs = jobs_of(net)
+    planned = batches.plan_batches(jobs, CPU, 1 << 30)
     assert sorted(len(batch) for batch in planned) == [1, 2, 3]
     emitted: list[str | None] = []
-    emit = lambda task, report: emitted.append(task.name)  # noqa: E731
+    emit = lambda job, report: emitted.append(job.name)  # noqa: E731
     if way == "streamed":
         batches._streamed(planned, CPU, emit, threading.Event())
     else:
         for batch in planned:
             way(batch, emit)
     assert sorted(emitted, key=str) == sorted(weights)
-    assert_right(tasks, weights)
+    assert_accurate(jobs, weights)
 
 
 @pytest.mark.parametrize("way", ["resident", "streamed"])
-def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_out_of_memory_is_halved(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = batches.principal_factors_of_batch
 
@@ -263,47 +263,47 @@ def test_a_wave_out_of_memory_halves_itself(way: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(batches, "principal_factors_of_batch", small_only)
     net = Net()
     weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
-    tasks = tasks_of(net)
-    run_wave(tasks, way)
+    jobs = jobs_of(net)
+    run_batch(jobs, way)
     assert sizes == [8, 4, 2, 2, 4, 2, 2] or sizes == [8, 8, 4, 2, 2, 4, 2, 2]
-    assert_right(tasks, weights)
+    assert_accurate(jobs, weights)
 
 
 @pytest.mark.parametrize("fails", [1, 2, 3, 4])
-def test_streamed_waves_that_are_halved_do_not_disturb_their_neighbours(
-    fails: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_halving_a_streamed_batch_does_not_affect_its_neighbors(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(batches, "principal_factors_of_batch", on_call(fails, error, batches.principal_factors_of_batch))
+    monkeypatch.setattr(
+        batches, "principal_factors_of_batch", on_call(fails, error, batches.principal_factors_of_batch)
+    )
     net = Net()
     weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
-    tasks = tasks_of(net)
-    planned = [tasks[index : index + 2] for index in range(0, 8, 2)]
+    jobs = jobs_of(net)
+    planned = [jobs[index : index + 2] for index in range(0, 8, 2)]
     done: list[str | None] = []
-    batches._streamed(planned, CPU, lambda task, report: done.append(task.name), threading.Event())
+    batches._streamed(planned, CPU, lambda job, report: done.append(job.name), threading.Event())
     assert sorted(done, key=str) == sorted(weights)
-    assert_right(tasks, weights)
+    assert_accurate(jobs, weights)
 
 
-def run_wave(tasks: list[LayerJob], way: str) -> None:
+def run_batch(jobs: list[LayerJob], way: str) -> None:
     if way == "streamed":
-        batches._streamed([tasks], CPU, lambda task, report: None, threading.Event())
+        batches._streamed([jobs], CPU, lambda job, report: None, threading.Event())
     else:
-        batches._resident(tasks, lambda task, report: None)
+        batches._resident(jobs, lambda job, report: None)
 
 
 @pytest.mark.parametrize("way", ["resident", "streamed"])
-def test_the_layer_that_cannot_be_done_is_named_and_the_others_of_its_wave_are_done(way: str) -> None:
+def test_the_layer_that_fails_is_named_and_the_earlier_ones_are_finished(way: str) -> None:
     net = Net()
     net.layers[5].weight.data[1, 2] = torch.nan
     weights = {name: module.weight.detach().clone() for name, module in net.named_modules() if name.count(".") == 1}  # type: ignore[operator, union-attr]
-    tasks = tasks_of(net)
-    with pytest.raises(ValueError, match=r"layer 'layers\.5' \(48, 48\): the weight holds NaN"):
-        run_wave(tasks, way)
-    # halves in order: 0 to 4 came before it
-    assert_right(tasks[:5], weights)
-    for task in tasks[5:]:
-        assert torch.equal(task.weight, weights[task.name or ""]) or task.name == "layers.5"
+    jobs = jobs_of(net)
+    with pytest.raises(ValueError, match=r"^layer 'layers\.5', weight \(48, 48\): the weight holds NaN"):
+        run_batch(jobs, way)
+    # the halves run in order, so 0 to 4 are finished
+    assert_accurate(jobs[:5], weights)
+    for job in jobs[5:]:
+        assert torch.equal(job.weight, weights[job.name or ""]) or job.name == "layers.5"
 
 
 def test_one_layer_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,23 +311,23 @@ def test_one_layer_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(batches, "principal_factors_of_batch", fail)
-    with pytest.raises(torch.OutOfMemoryError, match=r"layer 'layers\.0': CUDA out of memory"):
-        run_wave(tasks_of(Net()), "resident")
+    with pytest.raises(torch.OutOfMemoryError, match=r"^layer 'layers\.0', weight \(48, 48\): CUDA out of memory"):
+        run_batch(jobs_of(Net()), "resident")
 
 
 @given(st.lists(st.sampled_from([(64, 48), (48, 64), (48, 48)]), min_size=1, max_size=20), st.integers(1, 1 << 26))
-def test_waves_hold_every_layer_once_and_fit_the_budget(shapes: list[tuple[int, int]], budget: int) -> None:
-    tasks = [FakeTask(shape) for shape in shapes]
-    planned = batches.plan_batches(tasks, CPU, budget)  # type: ignore[arg-type]
-    assert sorted(id(task) for batch in planned for task in batch) == sorted(map(id, tasks))
+def test_batches_hold_every_layer_once_and_fit_the_budget(shapes: list[tuple[int, int]], budget: int) -> None:
+    jobs = [FakeJob(shape) for shape in shapes]
+    planned = batches.plan_batches(jobs, CPU, budget)  # type: ignore[arg-type]
+    assert sorted(id(job) for batch in planned for job in batch) == sorted(map(id, jobs))
     for batch in planned:
-        assert len({task.weight.shape for task in batch}) == 1
+        assert len({job.weight.shape for job in batch}) == 1
         each = batch[0].workspace(CPU) + batch[0].weight.nbytes
         assert len(batch) == 1 or len(batch) * each <= budget
 
 
-class FakeTask:
-    transposed, rank, init, seed = False, 4, "pissa", 0
+class FakeJob:
+    transposed, recipe = False, Recipe(4)
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.weight = torch.empty(shape)
@@ -340,23 +340,23 @@ class FakeTask:
 
 def test_a_budget_too_small_is_refused_before_anything_is_written() -> None:
     net, original = Net(), Net()
-    refusal = r"layer 'layers\.0' \(48, 48\) needs [\d,]+ bytes on cpu.* 1,000 "
+    refusal = r"^layer 'layers\.0', weight \(48, 48\): the SVD needs [\d,]+ bytes on cpu.* 1,000; "
     with pytest.raises(ValueError, match=refusal), pk.patch_peft(memory_budget=1000):
         inject(net)
     x = torch.eye(48)
     assert torch.equal(original(x), net(x))
 
 
-def test_a_budget_bounds_the_layers_at_once(two_threads: None) -> None:
-    tasks = tasks_of(Net())
-    each = tasks[0].workspace(CPU)
-    assert whole_model._workers(tasks, 10 * each) == 2
-    assert whole_model._workers(tasks, 2 * each - 1) == 1
-    assert whole_model._workers(tasks[:1], 10 * each) == 1
+def test_the_budget_bounds_the_number_of_layers_at_once(two_threads: None) -> None:
+    jobs = jobs_of(Net())
+    each = jobs[0].workspace(CPU)
+    assert schedule._workers(jobs, 10 * each) == 2
+    assert schedule._workers(jobs, 2 * each - 1) == 1
+    assert schedule._workers(jobs[:1], 10 * each) == 1
 
 
 def test_arguments_out_of_range() -> None:
-    with pytest.raises(ValueError, match="memory_budget is a number of bytes above 0, got 0"):
+    with pytest.raises(ValueError, match="memory_budget must be a number of bytes above 0, got 0"):
         pk.patch_peft(memory_budget=0)
     with pytest.raises(ValueError, match="batch=False"):
         pk.patch_peft(device="cpu", batch=False)

@@ -1,4 +1,4 @@
-"""transformers' Trainer saves, resumes and picks the best of a model that was made under the hook."""
+"""transformers' Trainer with a model made under the hook: checkpoints, resuming, loading the best model."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def test_every_checkpoint_has_its_sidecar(trained: tuple[Any, Path], tmp_path: P
 
 
 @pytest.mark.parametrize("way", ["get_peft_model", "from_pretrained"])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_did(
-    way: str, trained: tuple[Any, Path], tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(way: str, trained: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = trained
     checkpoint = folder / "checkpoint-4"
     again = make() if way == "get_peft_model" else load(checkpoint, is_trainable=True)
@@ -77,9 +75,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(
     assert torch.equal(output(again.eval()), output(model))
 
 
-def test_the_best_model_is_the_one_on_disk(tmp_path: Path) -> None:
+def test_the_best_model_is_loaded_from_disk(tmp_path: Path) -> None:
     model = make()
-    # the highest loss is taken for the best, so that it is not the last one
+    # the highest loss counts as the best, so that the best model is not the last one
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     runner = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2, **best)
     runner.train()

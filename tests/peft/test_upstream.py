@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
-# These load a model from the hub before they come to PiSSA.
+# Tests that load a model from the hub before they use PiSSA.
 NEEDS_HUB = "not test_load_pissa_olora_with_other_adapter_warns"
 
 
@@ -33,13 +33,13 @@ def source() -> Path:
             pytest.skip(f"PEFT's source distribution could not be fetched: {fetched.stderr.strip()[-200:]}")
         with tarfile.open(archive) as tar:
             tar.extractall(CACHE, filter="data")
-    # the distribution leaves it out, but the tests import each other relatively
+    # missing in the distribution, although the tests use relative imports
     (folder / "tests" / "__init__.py").touch()
     return folder
 
 
 @pytest.mark.slow
-def test_pefts_own_tests_pass_with_ours_in_place(source: Path) -> None:
+def test_pefts_own_tests_pass_under_the_hook(source: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'tests' / 'support'}{os.pathsep}{ROOT}"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/test_initialization.py", "-q", "-k", f"pissa and {NEEDS_HUB}",
@@ -48,9 +48,9 @@ def test_pefts_own_tests_pass_with_ours_in_place(source: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
-    initialised = re.search(r"pissa_kernels initialised (\d+) layers", run.stdout)
+    initialized = re.search(r"pissa_kernels initialized (\d+) layers", run.stdout)
     assert passed is not None
-    assert initialised is not None
-    assert int(passed[1]) >= 28, "PEFT has fewer PiSSA tests than it had: look at what went"
-    # what stock PEFT 0.21 calls its own pissa_init for in them
-    assert int(initialised[1]) >= 12, "the hook was not what they tested"
+    assert initialized is not None
+    assert int(passed[1]) >= 28, "PEFT has fewer PiSSA tests than before: check which are missing"
+    # the number of calls of pissa_init in these tests with stock PEFT 0.21
+    assert int(initialized[1]) >= 12, "the tests did not run the hook"

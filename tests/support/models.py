@@ -1,4 +1,4 @@
-"""Small models of real architectures, their linear weights shaped to the spectrum of trained ones."""
+"""Small models of real architectures whose linear weights have the spectrum of a trained weight."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def build(name: str, dtype: torch.dtype = torch.float32, width: int = 96, layers
     torch.set_rng_state(state)
     for index, (_, weight) in enumerate(linear_weights(model, name)):
         shaped = realistic(*weight.shape, seed=index)
-        # the scale of trained projections of this width, so that the network neither dies nor explodes
+        # the scale of trained projections of this width, so that activations neither vanish nor overflow
         weight.data.copy_(shaped * (weight.shape[1] ** -0.5 / shaped.std()))
     return model.to(dtype).eval()
 
 
 def linear_weights(model: nn.Module, name: str) -> list[tuple[str, torch.Tensor]]:
-    """Every weight that TARGETS names, as stored."""
+    """Name and weight, as stored, of every layer that TARGETS names."""
     return [
         (key, module.weight)
         for key, module in model.named_modules()
@@ -65,6 +65,7 @@ def linear_weights(model: nn.Module, name: str) -> list[tuple[str, torch.Tensor]
 
 
 def output(model: Any, length: int = 12) -> torch.Tensor:
+    """Logits or last hidden state of two rows of tokens, in float64."""
     ids = torch.arange(2 * length).reshape(2, length) % 100
     with torch.no_grad():
         result = model(input_ids=ids)

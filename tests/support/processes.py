@@ -1,4 +1,4 @@
-"""What each process of tests/peft/test_distributed.py does: initialize a model of its own and compare the bits."""
+"""One process of tests/peft/test_distributed.py: initialize a model and compare its bits with the other processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .models import build
 
 
 def digest(model: nn.Module) -> str:
-    """Of every residual, A and B."""
+    """SHA-256 of every residual, A and B."""
     total = hashlib.sha256()
     for name, layer in sorted(lora_layers(model).items()):
         factors = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
@@ -30,13 +30,13 @@ def digest(model: nn.Module) -> str:
 
 
 def plain() -> str:
-    """Under DDP every rank initialises its own replica. Ranks differ in what must not matter."""
+    """DDP: each process initializes its own replica. Random seed and number of threads must not matter."""
     rank = dist.get_rank()
     torch.manual_seed(rank)
-    torch.set_num_threads(1 + rank)  # a layer has one thread anyway
+    torch.set_num_threads(1 + rank)  # each layer runs on one thread
     with pk.patch_peft():
         model = peft.get_peft_model(build("llama", torch.bfloat16), config("llama"))
-    for parameter in model.parameters():  # DDP takes one dtype a bucket
+    for parameter in model.parameters():  # DDP takes one dtype per bucket
         parameter.requires_grad_("lora_" in "".join(name for name, p in model.named_parameters() if p is parameter))
     replica = nn.parallel.DistributedDataParallel(model)
     ids = torch.arange(24).reshape(2, 12) + rank
@@ -47,9 +47,10 @@ def plain() -> str:
 
 
 def partitioned() -> str:
-    """DeepSpeed ZeRO-3 as PEFT's gather presents it: a weight is there only inside the context.
+    """DeepSpeed ZeRO-3 as PEFT's gather presents it: a weight is complete only inside the context.
 
-    Entering collects the ranks' parts, leaving broadcasts rank 0's and drops all but the own part.
+    Entering it collects the parts of all processes. Leaving it broadcasts the weight of process 0, and each process
+    keeps its own part.
     """
     from peft.tuners.lora import layer as peft_layer
 
@@ -88,13 +89,13 @@ def partitioned() -> str:
 
 
 def deepspeed() -> str:
-    """The same with DeepSpeed itself."""
+    """ZeRO-3 with DeepSpeed itself."""
     import deepspeed as ds
     from transformers.integrations import HfDeepSpeedConfig
 
     settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
     ds.init_distributed(dist_backend="gloo", dist_init_required=False)
-    kept = HfDeepSpeedConfig(settings)  # what PEFT asks; alive as long as it is to be asked
+    kept = HfDeepSpeedConfig(settings)  # transformers keeps only a weak reference to it
     base = build("llama", torch.bfloat16)
     ds.zero.Init(module=base, config_dict_or_path=settings, dtype=torch.bfloat16)
     assert all(not parameter.numel() for parameter in base.parameters())
@@ -109,7 +110,7 @@ WAYS: dict[str, Callable[[], str]] = {function.__name__: function for function i
 
 
 def main(way: str, address: str, world: int, rank: int) -> None:
-    torch.set_num_threads(1)  # a gathered layer is done at once, on all threads, and BLAS sums by their number
+    torch.set_num_threads(1)  # a gathered layer runs on all threads, and the order of BLAS sums depends on their number
     dist.init_process_group("gloo", init_method=f"file://{address}", world_size=world, rank=rank)
     mine = WAYS[way]()
     found: list[str] = [""] * world

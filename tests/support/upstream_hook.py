@@ -1,4 +1,4 @@
-"""A pytest plugin that puts the hook in place under somebody else's tests, and says how much it did."""
+"""A pytest plugin that runs tests under the hook and reports the number of layers that it initialized."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ _report = pk.patch_peft()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(f"pissa_kernels initialised {len(_report.layers)} layers")
+    terminalreporter.write_line(f"pissa_kernels initialized {len(_report.layers)} layers")
