@@ -80,7 +80,7 @@ class Source:
                     )
 
     def warn_of_other_residuals(self, layers: Sequence[LayerReport]) -> None:
-        """Warn where an SVD has computed a residual that may differ from the one that the adapter was trained on.
+        """Warn if a residual was computed by an SVD and may differ from the residual of the training.
 
         Args:
             layers: reports of the layers initialized while the adapter was loaded.
@@ -104,7 +104,7 @@ class Source:
             warnings.warn(
                 f"{self.location} has neither {sidecar.INITIAL_NAME} nor {REPORT_NAME}, and was initialized with "
                 f"{unseeded[0].init!r}. If it was trained without pissa_kernels, its sketch was not seeded, and the "
-                "residual computed now is not the one that it was trained on.",
+                "residual computed now differs from that of the training.",
                 stacklevel=4,
             )
 
