@@ -1,1 +1,1 @@
-"""Trained PiSSA adapters on disk, turned into plain LoRAs of the original model one layer at a time."""
+"""Conversion of trained PiSSA adapters on disk to plain LoRAs of the original model, one layer at a time."""

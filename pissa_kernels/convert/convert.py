@@ -1,54 +1,27 @@
-"""A trained PiSSA adapter becomes a plain LoRA of the original model, without loading one.
+"""``convert_adapter``: a trained PiSSA adapter in, a plain LoRA of the original model out. No model is loaded.
 
-With W_res = W − s·B₀·A₀, the trained layer W_res + s·B·A is W + s·(B·A − B₀·A₀): an adapter of rank 2r and the same
-scaling, [B, −B₀]·[A; A₀], or one of any lower rank that comes nearest to it. PEFT converts models that are loaded, and
-writes A and B alone; here each layer's factors are read and written by themselves, and all else comes along.
+With W_res = W − s·B₀·A₀, the trained layer W_res + s·B·A is W + s·(B·A − B₀·A₀): a LoRA of the original model with the
+same scaling, whose factors are stacked, [B, −B₀]·[A; A₀] of rank 2r, or truncated to a lower rank. PEFT converts loaded
+models, and writes only A and B. Here one layer's factors are in memory at a time, and all other tensors are copied.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..adapter.names import CONFIG_NAME
+from ..checks import layer_context
 from ..files.atomic import atomic_folder, fsync
-from .adapter import AdapterFile, Layer
-from .merged import Merged
+from ..files.folder import Checkpoint, check_apart, open_checkpoint
+from .adapter import AdapterFile
+from .check_base import check_base
 from .origin import is_hub_name, original_name, residual_folder
-from .pair import Pair, open_pair
-from .plain import ConvertedLayer, plan_plain, write_plain
+from .pair import AdapterPair, open_pair
+from .plain import plan_plain, write_plain
+from .report import ConversionReport
 
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was done.
-
-    Attributes:
-        out: the plain LoRA's folder.
-        base: what its config calls the base model, or None.
-        layers: in the order of the trained adapter's file.
-        loss: of all layers together, relative as that of each.
-        carried: names of the tensors that are no factors, and are there unchanged.
-        checked: worst difference from the residual model with the trained adapter, over what rounding allows it
-            (≤ 1); None if there was nothing to compare.
-        notes: what the caller should know, a sentence each.
-    """
-
-    out: Path
-    base: str | None
-    layers: list[ConvertedLayer]
-    loss: float
-    carried: list[str]
-    checked: float | None
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, in what JSON has."""
-        record = {**asdict(self), "out": str(self.out)}
-        record["layers"] = [{**layer, "shape": list(layer["shape"])} for layer in record["layers"]]
-        return record
+Models = tuple[Checkpoint, Checkpoint]
 
 
 def convert_adapter(
@@ -59,83 +32,114 @@ def convert_adapter(
     rank: int | None = None,
     base: str | os.PathLike[str] | None = None,
     force: bool = False,
-) -> Conversion:
-    """Turn a trained PiSSA adapter into a plain LoRA for the original model; the result appears whole or not at all.
+) -> ConversionReport:
+    """Turn a trained PiSSA adapter into a plain LoRA of the original model.
 
-    One layer's factors are in memory at a time, and with ``base`` one weight of either model. The same files give the
-    same bytes; those of a lower rank on the same kind of CPU.
+    One layer's factors are in memory at a time, and with ``base`` one weight of either model. The result appears
+    complete or not at all. The same files give the same bytes; with ``rank``, on the same kind of CPU.
 
     Args:
-        trained: a PEFT adapter's folder.
-        initial: one of the untrained adapter, or one that holds it in ``pissa_init/``, or one that holds
-            ``pissa_initial.safetensors``, which can be ``trained`` itself.
-        out: a folder that does not exist or is empty.
-        rank: K, at most 2r; layers of a smaller 2r get that. Their factors are float32. By default rank 2r, which is
-            exact, in the adapter's dtype.
-        base: the original model's folder, or its name on a hub. If ``initial`` lies in a residual checkpoint and this
-            is a folder, the two models are compared weight by weight.
-        force: replace an adapter that ``out`` holds.
+        trained: folder of the trained adapter.
+        initial: folder of the initial adapter, or one that holds it in ``pissa_init/``, or one that holds
+            ``pissa_initial.safetensors``, such as ``trained`` itself if it was saved under the hook.
+        out: folder of the result. It may exist empty.
+        rank: K, up to 2r, for the nearest adapter of that rank, with float32 factors; a layer with a smaller 2r keeps
+            its own. None for rank 2r, which is exact, in the adapter's dtype.
+        base: folder of the original model, or its name on a hub, for the config. If it is a folder, and the initial
+            adapter lies in a residual checkpoint, the two models are compared weight by weight.
+        force: replace an adapter in ``out``.
+
+    Returns:
+        The report of all layers.
 
     Raises:
-        FileExistsError: ``out`` holds something.
+        FileExistsError: ``out`` holds something, or lies in, under or above a folder that is read.
         FileNotFoundError, NotADirectoryError: a file or folder is missing.
-        ValueError: a damaged file; adapters that do not belong together; a rank out of range; values that are not
-            finite; weights that the two models disagree in. The message names the layer.
+        OSError: reading or writing failed. Nothing has been written to ``out`` then.
+        ValueError: a file is damaged, the adapters do not belong together, the rank is out of range, a factor is not
+            finite, or ``base`` is not the model that the initial adapter was made from; the message names the layer.
+
+    Examples:
+        >>> import copy, pathlib, tempfile, peft, torch
+        >>> import pissa_kernels as pk
+        >>> base = torch.nn.Sequential(torch.nn.Linear(32, 24))
+        >>> config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=["0"])
+        >>> with pk.patch_peft():
+        ...     model = peft.get_peft_model(copy.deepcopy(base), config)
+        >>> x = torch.randn(8, 32)
+        >>> model(x).square().sum().backward()
+        >>> torch.optim.SGD(model.parameters(), lr=1e-2).step()
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> trained, lora = pathlib.Path(folder.name, "trained"), pathlib.Path(folder.name, "lora")
+        >>> model.save_pretrained(trained)  # with the initial factors beside the trained ones
+        >>> report = pk.convert_adapter(trained, trained, lora)
+        >>> [(layer.name, layer.rank, layer.loss) for layer in report.layers]
+        [('0', 8, 0.0)]
+        >>> plain = peft.PeftModel.from_pretrained(base, lora)
+        >>> torch.allclose(plain(x), model(x), atol=1e-5)
+        True
+        >>> folder.cleanup()
     """
     trained, initial, out = Path(trained), Path(initial), Path(out)
-    _check_out(out, [trained, initial, *([Path(base)] if base is not None else [])], force)
+    check_apart([out], [trained, initial, *([] if base is None else [Path(base)])])
+    _check_replaceable(out, force)
     notes: list[str] = []
     with open_pair(trained, initial) as pair:
         plain = plan_plain(pair, rank)
         name = str(base) if base is not None else original_name(pair.trained, pair.initial)
         if name is None:
-            notes.append("the config names no base model: only a residual one is known, or none; base names it")
-        checked = _check_layers(pair, _merged(pair.initial, base, notes), notes)
-        with atomic_folder(out, replace=force) as staging:
-            layers, loss = write_plain(plain, name, staging)
+            notes.append("the config names no base model, because only the residual one is known; base= names it")
+        checked = _check_layers(pair, _open_models(pair.initial, base, notes), notes)
+        with atomic_folder(out, replace=force) as temporary:
+            layers, loss = write_plain(plain, name, temporary)
     fsync(out.resolve().parent)
-    return Conversion(out, name, layers, loss, [entry.name for entry in pair.trained.others], checked, notes)
+    return ConversionReport(
+        layers=layers,
+        out=out,
+        base=name,
+        loss=loss,
+        carried=[info.name for info in pair.trained.others],
+        checked=checked,
+        notes=notes,
+    )
 
 
-def _check_out(out: Path, sources: list[Path], force: bool) -> None:
-    """Refuse to replace what is no adapter, or what is to be read."""
-    there = out.resolve()
-    if there.exists() and not there.is_dir():
+def _check_replaceable(out: Path, force: bool) -> None:
+    """Refuse to replace anything but an adapter, and that without ``force``."""
+    if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} exists and is not a folder")
-    for source in sources:
-        if there == source.resolve() or there in source.resolve().parents:
-            raise FileExistsError(f"{out} holds {source}, which is read; choose another folder")
-    if not there.exists() or not any(there.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return
     if not force:
         raise FileExistsError(f"{out} exists and is not an empty folder; force replaces an adapter")
-    if not (there / CONFIG_NAME).is_file() or any(path.is_dir() for path in there.iterdir()):
-        raise FileExistsError(f"{out} holds more than an adapter, or none; only an adapter's folder is replaced")
+    if not (out / CONFIG_NAME).is_file() or any(path.is_dir() for path in out.iterdir()):
+        raise FileExistsError(f"{out} is not just an adapter, and force replaces nothing else; choose another folder")
 
 
-def _merged(first: AdapterFile, base: str | os.PathLike[str] | None, notes: list[str]) -> Merged | None:
-    """The two models to compare, or a note of why they are not."""
+def _open_models(initial: AdapterFile, base: str | os.PathLike[str] | None, notes: list[str]) -> Models | None:
+    """The original and the residual checkpoint; None, and a note of the reason, if they cannot be compared."""
     if base is None:
         return None
-    residual = residual_folder(first)
+    residual = residual_folder(initial)
     if is_hub_name(str(base)):
-        notes.append(f"not compared with the base model: {base} is no folder here")
+        notes.append(f"not compared with the base model, because {base} is not a folder")
     elif residual is None:
-        notes.append(f"not compared with the base model: there is no residual checkpoint around {first.path.parent}")
+        notes.append(f"not compared with the base model, because {initial.path.parent} is not in a residual checkpoint")
     else:
-        return Merged(Path(base), residual)
+        return open_checkpoint(Path(base)), open_checkpoint(residual)
     return None
 
 
-def _check_layers(pair: Pair, merged: Merged | None, notes: list[str]) -> float | None:
-    """Read every layer once before anything is written; the worst difference of the two models, if there are two."""
-    found = [_check_layer(pair, name, layer, merged) for name, layer in pair.trained.layers.items()]
-    if all(untrained for untrained, _ in found):
-        notes.append(f"{pair.trained.path.parent} equals its initial adapter: the result changes nothing")
-    return None if merged is None else max(difference for _, difference in found)
-
-
-def _check_layer(pair: Pair, name: str, layer: Layer, merged: Merged | None) -> tuple[bool, float]:
-    """Whether a layer is untrained, and how far the two models differ in it."""
-    factors = pair.read(name)
-    return factors.untrained(), 0.0 if merged is None else merged.check(name, layer, factors)
+def _check_layers(pair: AdapterPair, models: Models | None, notes: list[str]) -> float | None:
+    """Check every layer before anything is written. Returns the largest difference between the models, if any."""
+    untrained, differences = [], []
+    for name, layer in pair.trained.layers.items():
+        with layer_context(f"layer {name!r}"):
+            factors = pair.read(name)
+            untrained.append(factors.untrained())
+            if models is not None:
+                differences.append(check_base(*models, name, layer, factors))
+            del factors  # before the next layer's are read
+    if all(untrained):
+        notes.append(f"{pair.trained.path.parent} equals its initial adapter, so the result changes nothing")
+    return max(differences, default=None)

@@ -1,4 +1,7 @@
-"""The change that training made, ΔW/s = B·A − B₀·A₀, as one product of two factors, whole or of lower rank."""
+"""The change ΔW = s·(B·A − B₀·A₀) that training made, as one product of two factors: exact, or truncated to a rank.
+
+Everything here is without the scaling, that is, ΔW/s.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class FactorPair:
-    """What one layer was trained to, and what it began with; each pair in the dtype that its file has.
+    """The trained and the initial factors of one layer, each in the dtype of its file.
 
     Attributes:
-        A, B: (r, in) and (out, r).
-        A0, B0: of the same shapes.
+        A, B: trained factors, (r, in) and (out, r).
+        A0, B0: initial factors, of the same shapes.
     """
 
     A: Tensor
@@ -32,43 +35,46 @@ class FactorPair:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """Two factors, and what they leave out.
+    """The factors of B'·A' ≈ ΔW/s.
 
     Attributes:
-        A, B: (K, in) and (out, K), contiguous.
-        norm: ‖B·A − B₀·A₀‖_F; nan where it was not asked for.
-        lost: ‖(B·A − B₀·A₀) − B'·A'‖_F, the roundings of A' and B' not counted.
+        A, B: A' and B', (K, in) and (out, K), contiguous.
+        norm: ‖ΔW/s‖_F; NaN for stacked factors, whose error is 0.
+        error: ‖ΔW/s − B'·A'‖_F, before A' and B' are rounded to their dtype.
     """
 
     A: Tensor
     B: Tensor
     norm: float
-    lost: float
+    error: float
 
 
-def whole(factors: FactorPair) -> Product:
-    """[A; A₀] and [B, −B₀], which is exact, in a dtype that holds all four."""
+def stacked(factors: FactorPair) -> Product:
+    """The stacked factors [A; A₀] and [B, −B₀], exact, of rank 2r, in a dtype that represents all four exactly."""
     dtype = reduce(torch.promote_types, [factor.dtype for factor in (factors.A, factors.B, factors.A0, factors.B0)])
     return Product(
         A=torch.cat([factors.A.to(dtype), factors.A0.to(dtype)], dim=0),
         B=torch.cat([factors.B.to(dtype), -factors.B0.to(dtype)], dim=1),
         norm=float("nan"),
-        lost=0.0,
+        error=0.0,
     )
 
 
-def best(factors: FactorPair, rank: int) -> Product:
-    """The nearest product of a lower rank (Eckart and Young 1936), √σ on either side, computed in float64.
+def truncated(factors: FactorPair, rank: int) -> Product:
+    """The nearest product of rank K in the Frobenius norm (Eckart and Young 1936), computed in float64.
+
+    ΔW/s is a product of two thin matrices, so its SVD is that of the product of their R factors. Each new factor gets
+    √σ, as in PiSSA.
 
     Args:
-        factors: of one layer.
-        rank: K of the result; what ΔW has not is filled up with zeros.
+        factors: factors of one layer.
+        rank: K. Zeros fill the factors beyond the smaller side of ΔW.
 
     Returns:
-        A' and B' in float32, however coarse the dtype of the adapter: the rounding to bf16 costs more than many a tail.
+        A' and B' in float32 for every dtype of the adapter: rounding to bf16 often costs more than the truncation.
     """
     A, B, A0, B0 = (factor.double() for factor in (factors.A, factors.B, factors.A0, factors.B0))
-    # the same as [B, −B₀] and [A; A₀], without the cancellation of B·A against B₀·A₀ when they have hardly moved
+    # (B − B₀)·A + B₀·(A − A₀): with [B, −B₀]·[A; A₀], B·A and B₀·A₀ would cancel if training has changed them little
     left, right = torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0], dim=0)
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.mT)
@@ -78,4 +84,4 @@ def best(factors: FactorPair, rank: int) -> Product:
     new_A, new_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
     new_A[:kept] = root[:, None] * (Vh[:kept] @ Q_right.mT)
     new_B[:, :kept] = (Q_left @ U[:, :kept]) * root
-    return Product(new_A.float(), new_B.float(), float(sigma.norm()), float(sigma[kept:].norm()))
+    return Product(new_A.float(), new_B.float(), norm=float(sigma.norm()), error=float(sigma[kept:].norm()))

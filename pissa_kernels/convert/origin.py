@@ -1,4 +1,4 @@
-"""Where an adapter's base model is: the original one, by what lies around the initial adapter, and the residual one."""
+"""The models around an adapter: name of the original model, and folder of the residual checkpoint."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from ..checkpoint.manifest import MANIFEST, Manifest
 from ..files.folder import INDEX, SINGLE
 from .adapter import AdapterFile
 
-# A model's name on a hub; anything else is a path.
+# "name" or "organization/name"; everything else is a path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def residual_folder(initial: AdapterFile) -> Path | None:
-    """The residual checkpoint that the initial adapter belongs to: the folder that it is in, or the one around it."""
+    """Folder of the residual checkpoint of an initial adapter: the adapter's folder or its parent, None if neither."""
     folder = initial.path.resolve().parent
-    return next((each for each in (folder, folder.parent) if _has_weights(each)), None)
+    return next((path for path in (folder, folder.parent) if _has_weights(path)), None)
 
 
 def original_name(trained: AdapterFile, initial: AdapterFile) -> str | None:
-    """What the base model of a plain LoRA is called: None where all that is known is the residual model.
+    """Name or folder of the original model; None if only the residual one is known.
+
+    The manifest of the residual checkpoint comes first, then the trained adapter's config.
 
     Raises:
-        ValueError: there is a manifest, and it is damaged.
+        ValueError: the manifest is damaged.
     """
-    around = initial.path.resolve().parent.parent
-    if (around / MANIFEST).is_file():
-        return Manifest.read(around).source
+    parent = initial.path.resolve().parent.parent
+    if (parent / MANIFEST).is_file():
+        return Manifest.read(parent).source
     name: str | None = trained.config.get("base_model_name_or_path") or None
-    return None if name is None or _is_residual(Path(name), around) else name
+    return None if name is None or _is_residual(Path(name), parent) else name
 
 
 def is_hub_name(base: str) -> bool:
-    """Whether a base model that is no folder here can be one on a hub."""
+    """Whether a base model is not a folder here but may be the name of one on a hub."""
     return not Path(base).exists() and _HUB_NAME.fullmatch(base) is not None
 
 
-def _is_residual(folder: Path, around: Path) -> bool:
+def _is_residual(folder: Path, parent: Path) -> bool:
     if not folder.is_dir():
         return False
     marked = (folder / ADAPTER_FOLDER).is_dir() or (folder / MANIFEST).is_file()
-    return marked or (folder.resolve() == around and _has_weights(folder))
+    return marked or (folder.resolve() == parent and _has_weights(folder))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A trained adapter and the one that it was trained from, of which one layer is read at a time."""
+"""A trained adapter and its initial adapter, read one layer at a time."""
 
 from __future__ import annotations
 
@@ -8,73 +8,77 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter.patterns import same
+from ..checks import layer_context
 from ..files.header import read_tensor
 from .adapter import AdapterFile, find_initial, read_adapter
 from .lowrank import FactorPair
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two adapters of the same layers, ranks and scalings, and the open files that their factors are in."""
+class AdapterPair:
+    """Two adapters with the same layers, ranks and scalings, and the descriptors of their open files."""
 
     trained: AdapterFile
     initial: AdapterFile
-    descriptors: tuple[int, int]
+    trained_descriptor: int
+    initial_descriptor: int
 
     def read(self, name: str) -> FactorPair:
-        """The factors of one layer.
+        """Read the factors of one layer.
 
         Raises:
             OSError: reading failed.
-            ValueError: a value is NaN or Inf.
+            ValueError: a factor has NaN or Inf.
         """
-        mine, its = self.descriptors
-        layer, first = self.trained.layers[name], self.initial.layers[name]
+        trained, initial = self.trained.layers[name], self.initial.layers[name]
         factors = FactorPair(
-            A=read_tensor(mine, layer.A),
-            B=read_tensor(mine, layer.B),
-            A0=read_tensor(its, first.A),
-            B0=read_tensor(its, first.B),
+            A=read_tensor(self.trained_descriptor, trained.A),
+            B=read_tensor(self.trained_descriptor, trained.B),
+            A0=read_tensor(self.initial_descriptor, initial.A),
+            B0=read_tensor(self.initial_descriptor, initial.B),
         )
         if not factors.finite():
-            raise ValueError(f"layer {name!r} has NaN or Inf in {self.trained.path} or {self.initial.path}")
+            raise ValueError(
+                f"a factor has NaN or Inf in {self.trained.path} or {self.initial.path}; take an earlier checkpoint"
+            )
         return factors
 
 
 @contextmanager
-def open_pair(trained: Path, initial: Path) -> Iterator[Pair]:
-    """Both adapters, as long as their files are open.
+def open_pair(trained: Path, initial: Path) -> Iterator[AdapterPair]:
+    """Open both adapters, and close their files at the end.
 
     Args:
-        trained: the folder of :func:`pissa_kernels.convert.adapter.read_adapter`.
-        initial: that of :func:`pissa_kernels.convert.adapter.find_initial`.
+        trained: folder for :func:`pissa_kernels.convert.adapter.read_adapter`.
+        initial: folder for :func:`pissa_kernels.convert.adapter.find_initial`.
 
     Raises:
-        FileNotFoundError: one is missing.
-        ValueError: one is damaged, or they do not belong together.
+        FileNotFoundError: an adapter does not exist.
+        ValueError: an adapter is damaged, or the two differ in layers, ranks, shapes or scalings.
     """
-    adapter, first = read_adapter(trained), find_initial(initial)
-    _check_alike(adapter, first)
-    with adapter.path.open("rb") as mine, first.path.open("rb") as its:
-        yield Pair(adapter, first, (mine.fileno(), its.fileno()))
+    first, second = read_adapter(trained), find_initial(initial)
+    _check_same_layers(first, second)
+    with first.path.open("rb") as trained_file, second.path.open("rb") as initial_file:
+        yield AdapterPair(first, second, trained_file.fileno(), initial_file.fileno())
 
 
-def _check_alike(trained: AdapterFile, initial: AdapterFile) -> None:
-    for one, other in ((trained, initial), (initial, trained)):
-        if missing := [name for name in one.layers if name not in other.layers]:
+def _check_same_layers(trained: AdapterFile, initial: AdapterFile) -> None:
+    for adapter, other in ((trained, initial), (initial, trained)):
+        if missing := [name for name in adapter.layers if name not in other.layers]:
             raise ValueError(
-                f"layer {missing[0]!r} is in {one.path} and not in {other.path} ({len(missing)} such layers); accepted "
-                "is an initial adapter of the same layers"
+                f"layer {missing[0]!r} is in {adapter.path} but not in {other.path} ({len(missing)} such layers); "
+                "accepted is an initial adapter with the same layers"
             )
     for name, layer in trained.layers.items():
         first = initial.layers[name]
-        for what, mine, its, equal in (
-            ("rank", layer.rank, first.rank, layer.rank == first.rank),
-            ("shape", layer.shape, first.shape, layer.shape == first.shape),
-            ("scaling", layer.scaling, first.scaling, same(layer.scaling, first.scaling)),
-        ):
-            if not equal:
-                raise ValueError(
-                    f"layer {name!r} has {what} {mine} in {trained.path} and {its} in {initial.path}; accepted is an "
-                    "initial adapter of the same settings"
-                )
+        with layer_context(f"layer {name!r}"):
+            for what, found, expected, equal in (
+                ("rank", layer.rank, first.rank, layer.rank == first.rank),
+                ("shape", layer.shape, first.shape, layer.shape == first.shape),
+                ("scaling", layer.scaling, first.scaling, same(layer.scaling, first.scaling)),
+            ):
+                if not equal:
+                    raise ValueError(
+                        f"{what} {found} in {trained.path}, but {expected} in {initial.path}; accepted is an initial "
+                        "adapter with the same settings"
+                    )

@@ -1,4 +1,4 @@
-"""convert --rank: no product of that rank is nearer, against dense float64 SVDs."""
+"""Truncation to a lower rank, against dense SVDs in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def write_adapter(folder: Path, factors: Weights, **changes: Any) -> None:
-    """An adapter as PEFT saves it, made without PEFT."""
+    """Write an adapter as PEFT saves it, without PEFT."""
     folder.mkdir(exist_ok=True)
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa", "target_modules": ["w"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
@@ -48,7 +48,7 @@ def delta(weights: Weights, index: int) -> torch.Tensor:
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     rslora=st.booleans(),
 )
-def test_no_product_of_that_rank_is_nearer(
+def test_the_result_is_the_nearest_of_its_rank(
     shapes: list[tuple[int, int, int]], data: st.DataObject, dtype: torch.dtype, rslora: bool, tmp_path: Path
 ) -> None:
     rank = data.draw(st.integers(1, 2 * max(r for *_, r in shapes)), label="K")
@@ -80,8 +80,8 @@ def test_no_product_of_that_rank_is_nearer(
     assert done.loss == pytest.approx(tails / norms, rel=1e-9, abs=1e-12)
 
 
-def test_a_small_step_is_told_from_the_rounding_of_large_factors(tmp_path: Path) -> None:
-    """Factors that moved by 1e-6: their product's difference has ten digits less than the products."""
+def test_a_small_change_of_large_factors(tmp_path: Path) -> None:
+    """Factors that change by 1e-6: in B·A − B₀·A₀, most digits would cancel."""
     initial = random_adapter([(30, 20, 4)], 0, torch.float64)
     trained = {key: value + 1e-6 * torch.sin(torch.arange(value.numel())).reshape(value.shape)
                for key, value in initial.items()}  # fmt: skip

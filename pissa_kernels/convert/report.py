@@ -1,0 +1,108 @@
+"""Report of a conversion: as an object, as a table, and as a JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..report import Report
+from ..report.tables import text_table
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """Report of one layer.
+
+    Attributes:
+        name: name of the layer in the base model.
+        shape: (out, in).
+        rank: rank in the plain LoRA.
+        scaling: s, which is that of the trained adapter.
+        loss: ‖ΔW − ΔW_K‖_F / ‖ΔW‖_F; 0 at rank 2r, and for an untrained layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    loss: float
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ConversionReport(Report):
+    """Report of :func:`pissa_kernels.convert_adapter`. It can be written to a file, but not read back.
+
+    Attributes:
+        layers: report of each layer, in the order of the trained adapter's file.
+        out: folder of the plain LoRA.
+        base: base model in the plain LoRA's config; None if it is not known.
+        loss: ‖ΔW − ΔW_K‖_F / ‖ΔW‖_F of all layers together.
+        carried: keys of the trained adapter's other tensors, which were copied.
+        checked: largest difference between W and W_res + s·B₀·A₀ in any layer, relative to its rounding bound (≤ 1);
+            None if the models were not compared.
+        notes: remarks for the caller, one sentence each.
+    """
+
+    # entries without a certificate; a list is invariant in its type
+    layers: list[ConvertedLayer]  # type: ignore[assignment]
+    out: Path
+    base: str | None
+    loss: float
+    carried: list[str]
+    checked: float | None
+    notes: list[str]
+
+    def table(self) -> str:
+        """A row for each layer, the summary, and a line for everything else that the caller should know."""
+        rows = [[layer.name, str(layer.rank), f"{layer.loss:.2e}"] for layer in self.layers]
+        lines = [text_table(["layer", "rank", "loss"], rows), "", self.summary()]
+        if self.carried:
+            lines.append(f"{len(self.carried)} other tensors were copied")
+        if self.checked is not None:
+            lines.append(f"W_res + s·B₀·A₀ equals W of the base model within {self.checked:.2f} of the rounding bound")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def summary(self) -> str:
+        """One line: folder, base model, number of layers, rank, and loss of all layers together."""
+        ranks = [layer.rank for layer in self.layers]
+        rank_range = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+        return (
+            f"{self.out}: a plain LoRA of {self.base or 'a model that is not named'}, {len(ranks)} layers, "
+            f"rank {rank_range}, loss {self.loss:.2e} of all layers together"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "out": str(self.out),
+            "base": self.base,
+            "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
+            "loss": self.loss,
+            "carried": self.carried,
+            "checked": self.checked,
+            "notes": self.notes,
+        }
+
+    def to_json(self) -> str:
+        """The report as one line of JSON."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @staticmethod
+    def from_dict(record: object) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a conversion report cannot be read back; read its file with json.load")
+
+    @staticmethod
+    def read(path: str | Path) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            TypeError: always.
+        """
+        ConversionReport.from_dict(path)
