@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.names import ADAPTER_FOLDER
 from ..report import Report
 from ..report.tables import text_table
 from .arguments import EXIT_FAILED, initializer, positive, quiet_libraries
@@ -21,8 +22,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="initialize a model's adapter through PEFT, check it, and compare with PEFT's own",
-        description="Load a model, inject a PiSSA adapter through PEFT, print what each layer captured, check that the "
-        "model's output has not changed, and time PEFT's own initializers on the same model.",
+        description="Load a model, initialize a PiSSA adapter through PEFT, print the energy that each layer captures, "
+        "check that the model's output has not changed, and time PEFT's own initializers on the same model.",
     )
     parser.add_argument(
         "model_dir", nargs="?", type=Path, metavar="MODEL_DIR",
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo and print what it found."""
+    """Run the demo and print the result."""
     quiet_libraries()
     from ..examples.demo import demo_model, run_demo
 
@@ -83,34 +84,32 @@ def _as_json(result: DemoResult) -> dict[str, Any]:
 
 
 def _as_text(result: DemoResult) -> str:
-    text = [Report(layers=result.layers).table()]
     trained = sum(layer.rank * sum(layer.shape) for layer in result.layers)
-    text.append(
-        f"{result.model}: {len(result.layers)} layers, rank {result.rank}, {result.init}, {result.dtype}; "
-        f"{trained:,} of {result.parameters:,} parameters in the adapter"
-    )
-    text.append(result.machine)
-    text.append("")
-    ours = result.runs[0]
+    ours = result.runs[0].seconds
     runs = [
         [
             run.name,
             f"{run.seconds:.3f}",
-            f"{run.seconds / ours.seconds:.2f}",
+            f"{run.seconds / ours:.2f}",
             "" if run.energy_lost is None else f"{run.energy_lost:.1e}",
         ]
         for run in result.runs
     ]
-    text.append(text_table(["get_peft_model with", "s", "× ours", "energy lost (worst layer)"], runs))
-    text.append("")
     verdict = "unchanged" if result.holds else "CHANGED"
-    text.append(
-        f"output {verdict}: moved by {result.output_moved:.1e} (relative; {result.dtype} rounding allows "
-        f"{result.output_allowed:.1e}); W_res + s·B·A is W within {result.reconstruction:.2f} of the rounding bound"
-    )
+    lines = [
+        Report(layers=result.layers).table(),
+        f"{result.model}: {len(result.layers)} layers, rank {result.rank}, {result.init}, {result.dtype}; "
+        f"{trained:,} of {result.parameters:,} parameters in the adapter",
+        result.machine,
+        "",
+        text_table(["get_peft_model with", "s", "× ours", "energy deficit, worst layer"], runs),
+        "",
+        f"output {verdict}: relative difference {result.output_moved:.1e}, bound from {result.dtype} rounding "
+        f"{result.output_allowed:.1e}; W_res + s·B·A equals W within {result.reconstruction:.2f} of the rounding bound",
+    ]
     if result.saved_to is not None:
-        text.append(
-            f"saved to {result.saved_to} (residual model) and {result.saved_to}/pissa_init (adapter); "
-            f"loaded back with plain transformers and PEFT, the output moved by {result.saved_moved:.1e}"
+        lines.append(
+            f"{result.saved_to}: the residual model, and its adapter in {result.saved_to}/{ADAPTER_FOLDER}; loaded by "
+            f"plain transformers and PEFT, its output has a relative difference of {result.saved_moved:.1e}"
         )
-    return "\n".join(text)
+    return "\n".join(lines)

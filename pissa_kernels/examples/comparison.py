@@ -1,17 +1,23 @@
-"""What the Trainer example measures, as a table and as a picture."""
+"""Results of the Trainer example, as a table and as a picture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from pissa_kernels.report.figures import new_figure
-from pissa_kernels.report.tables import text_table
+from ..report.figures import new_figure
+from ..report.tables import text_table
 
 
 @dataclass
 class Curve:
-    """One run: training losses by step, and on the held-out texts the loss before it, the loss and accuracy after."""
+    """One run.
+
+    Attributes:
+        losses: training loss of each step.
+        before, after: loss on the held-out texts, before and after training.
+        accuracy: accuracy on the held-out texts, after training.
+    """
 
     losses: dict[int, float]
     before: float
@@ -21,16 +27,16 @@ class Curve:
 
 @dataclass
 class Result:
-    """What was measured; differences are ‖y' − y‖_F/‖y‖_F of the logits y of the held-out texts.
+    """What the example measured; a difference is ‖y' − y‖_F/‖y‖_F, for the logits y of the held-out texts.
 
     Attributes:
         base: held-out loss of the base model with its untrained head.
         pissa, lora: the two runs.
-        residual_kept: whether every weight of the resumed run is that of the uninterrupted one, to the last bit.
-        resumed: the run that went on from the checkpoint half way, from the one that was not interrupted.
-        reloaded: from the trained model.
-        converted: a plain LoRA on the base model, from the trained model.
-        files: in the last checkpoint.
+        residual_kept: whether every weight of the resumed run equals that of the uninterrupted run bit for bit.
+        resumed: difference of the run resumed from the middle checkpoint from the uninterrupted run.
+        reloaded: difference of the reloaded model from the trained model.
+        converted: difference of the base model with the converted LoRA from the trained model.
+        files: names of the files in the last checkpoint.
     """
 
     base: float
@@ -44,7 +50,7 @@ class Result:
 
 
 def table(result: Result) -> str:
-    """Losses of both runs, averaged over an eighth of the steps, and what the checks found."""
+    """Losses of both runs, averaged over each eighth of the steps, and results of the checks."""
     steps = sorted(result.pissa.losses)
     width = -(-len(steps) // 8)
     rows = []
@@ -55,22 +61,22 @@ def table(result: Result) -> str:
     for name, field in (("held-out loss before", "before"), ("held-out loss after", "after")):
         rows.append([name, *(f"{getattr(curve, field):.3f}" for curve in (result.pissa, result.lora))])
     rows.append(["held-out accuracy after", *(f"{curve.accuracy:.1%}" for curve in (result.pissa, result.lora))])
-    kept = "the same residual to the last bit" if result.residual_kept else "NOT the same weights"
+    kept = "the same residual bit for bit" if result.residual_kept else "NOT the same weights"
     return f"""{text_table(["", "PiSSA", "LoRA"], rows)}
 
 held-out loss of the base model   {result.base:.3f}
 a checkpoint holds                {", ".join(result.files)}
-resumed from half way             {result.resumed:.1e} from the uninterrupted run's logits, {kept}
+resumed from the middle           {result.resumed:.1e} from the uninterrupted run's logits, {kept}
 loaded under the hook             {result.reloaded:.1e} from the trained model's
 converted to LoRA, on the base    {result.converted:.1e} from the trained model's"""
 
 
 def plot(result: Result, path: Path) -> None:
-    """Both training losses over the steps."""
+    """Plot the training losses of both runs."""
     figure = new_figure(6.4, 3.6)
     axes = figure.add_subplot()
-    for name, curve, colour in (("PiSSA", result.pissa, "#0072B2"), ("LoRA", result.lora, "#D55E00")):
-        axes.plot(list(curve.losses), list(curve.losses.values()), label=name, color=colour)
+    for name, curve, color in (("PiSSA", result.pissa, "#0072B2"), ("LoRA", result.lora, "#D55E00")):
+        axes.plot(list(curve.losses), list(curve.losses.values()), label=name, color=color)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.legend(frameon=False)

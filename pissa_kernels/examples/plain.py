@@ -1,7 +1,7 @@
 """PiSSA in plain PEFT, from ``get_peft_model`` to a merged model: python -m pissa_kernels.examples.plain
 
-A sentence encoder learns that a docstring's first paragraph and the rest of it belong together. Each line that is
-printed says by how much the encoder's embeddings differ, relatively, from those of the model that they should equal.
+A sentence encoder is trained so that the embedding of a docstring's first paragraph is close to that of its body. Each
+printed line is the relative difference between the encoder's embeddings and those of the model that they should equal.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ import transformers
 from torch import Tensor
 
 import pissa_kernels as pk
-from pissa_kernels.examples.demo import demo_model
 
 from . import count, new_folder, quiet
+from .demo import demo_model
 from .docstrings import docstrings
+from .measure import relative_difference
 
 RANK, LEARNING_RATE, TEMPERATURE, BATCH, BATCHES, TOKENS = 8, 3e-4, 0.05, 16, 4, 32
 
 
 @dataclass
 class Result:
-    """What was measured; differences are ‖y' − y‖_F/‖y‖_F of the embeddings y of a batch.
+    """What the example measured; a difference is ‖y' − y‖_F/‖y‖_F, for the embeddings y of a batch.
 
     Attributes:
-        loss_before, loss_after: of one batch, before the training and after it.
-        injected: the untrained PiSSA model, from the base model.
-        trained: the trained model, from the base model.
-        reloaded, converted, merged: from the trained model.
-        residual: the saved residual model with its initial adapter, loaded by stock PEFT, from the base model.
-        original: the trained model under ``original_model``, from the base model.
+        loss_before, loss_after: loss of one batch, before and after training.
+        injected: difference of the untrained PiSSA model from the base model.
+        trained: difference of the trained model from the base model.
+        reloaded, converted, merged: difference of that model from the trained model.
+        residual: difference of the saved residual model with its initial adapter, loaded by stock PEFT, from the base
+            model.
+        original: difference of the trained model under ``original_model`` from the base model.
     """
 
     loss_before: float
@@ -52,89 +54,94 @@ class Result:
     merged: float
 
 
-def run(steps: int, out: Path) -> Result:
-    """Everything, with files in ``out``."""
-    base = transformers.AutoModel.from_pretrained(demo_model()).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model())
-    pairs = [text.split("\n\n", 1) for text in docstrings("torch", BATCHES * BATCH)]
+class Task:
+    """Sentence pairs, and a contrastive loss on them."""
 
-    def tokens(texts: Sequence[str]) -> Any:
-        return tokenizer(list(texts), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+    def __init__(self) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model())
+        self.pairs = [text.split("\n\n", 1) for text in docstrings("torch", BATCHES * BATCH)]
 
-    def embed(model: Any, batch: Any) -> Tensor:
+    def embed(self, model: Any, texts: Sequence[str]) -> Tensor:
+        """Normalized mean of the last hidden states of each text, (texts, hidden size)."""
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
         mask = batch["attention_mask"].unsqueeze(2)
         return torch.nn.functional.normalize((model(**batch).last_hidden_state * mask).sum(1), dim=1)
 
-    def objective(model: Any, step: int) -> Tensor:
+    def loss(self, model: Any, step: int) -> Tensor:
+        """Cross-entropy of each summary's own body against all bodies of the step's batch."""
         start = step % BATCHES * BATCH
-        summaries, bodies = zip(*pairs[start : start + BATCH], strict=True)
-        similarity = embed(model, tokens(summaries)) @ embed(model, tokens(bodies)).T
+        summaries, bodies = zip(*self.pairs[start : start + BATCH], strict=True)
+        similarity = self.embed(model, summaries) @ self.embed(model, bodies).T
         return torch.nn.functional.cross_entropy(similarity / TEMPERATURE, torch.arange(len(similarity)))
 
-    probe = tokens([summary for summary, _ in pairs[:BATCH]])
-
     @torch.no_grad()
-    def apart(model: Any, other: Any) -> float:
-        expected = embed(other, probe)
-        return float((embed(model, probe) - expected).norm() / expected.norm())
+    def difference(self, model: Any, expected: Any) -> float:
+        """Relative difference between the embeddings of two models, on one batch of summaries."""
+        summaries = [summary for summary, _ in self.pairs[:BATCH]]
+        return relative_difference(self.embed(expected, summaries), self.embed(model, summaries))
 
+
+def run(steps: int, out: Path) -> Result:
+    """Train, save, reload, convert and merge, with files in ``out``."""
+    task = Task()
+    base = transformers.AutoModel.from_pretrained(demo_model()).eval()
     measured: dict[str, float] = {}
 
-    def show(name: str, what: str, difference: float, whose: str) -> None:
+    def show(name: str, what: str, difference: float, expected: str) -> None:
         measured[name] = difference
-        print(f"{what:31} {difference:.1e} from {whose}")
+        print(f"{what:31} {difference:.1e} from {expected}")
 
-    # 1. The adapter. The hook is all that PiSSA needs; everything else is PEFT as it is.
+    # 1. The adapter. Only the hook is not plain PEFT.
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="pissa", target_modules="all-linear")
     with pk.patch_peft() as report:
         model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     print(f"{report.table()}\n")
-    show("injected", "the adapter in place", apart(model, base), "the base model")
+    show("injected", "initialized", task.difference(model, base), "the base model")
 
-    # 2. Training: each summary's own body against the other ones of its batch.
-    loss_before = objective(model, 0).item()
+    # 2. Training.
+    loss_before = task.loss(model, 0).item()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), LEARNING_RATE)
     for step in range(steps):
         optimizer.zero_grad()
-        torch.autograd.backward(objective(model, step))
+        torch.autograd.backward(task.loss(model, step))
         optimizer.step()
-    loss_after = objective(model, 0).item()
-    losses = f"loss {loss_before:.3f} before, {loss_after:.3f} now"
-    show("trained", f"trained for {steps} steps", apart(model, base), f"the base model; {losses}")
+    loss_after = task.loss(model, 0).item()
+    losses = f"loss {loss_before:.3f} before, {loss_after:.3f} after"
+    show("trained", f"trained for {steps} steps", task.difference(model, base), f"the base model; {losses}")
 
-    # 3. Saved and loaded again: the initial factors are in the folder, so the residual is taken without an SVD.
+    # 3. Saving and loading. The folder has the initial factors, so the hook subtracts them without an SVD.
     model.save_pretrained(out / "adapter")
-    with pk.patch_peft() as again:
+    with pk.patch_peft() as loading:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), out / "adapter").eval()
-    times = f"{report.seconds or 0:.3f} s with SVDs, {again.seconds or 0:.3f} s without"
-    show("reloaded", "saved, loaded under the hook", apart(loaded, model), f"the trained model; {times}")
+    times = f"{report.seconds or 0:.3f} s with SVDs, {loading.seconds or 0:.3f} s without"
+    show("reloaded", "saved, loaded under the hook", task.difference(loaded, model), f"the trained model; {times}")
 
-    # 4. For those who have PEFT only: the residual as a model of its own, and its initial adapter.
+    # 4. For users without this package: the residual as a model, and its initial adapter.
     pk.save_pissa(model, out / "residual")
-    frozen = transformers.AutoModel.from_pretrained(out / "residual")
-    stock = peft.PeftModel.from_pretrained(frozen, out / "residual" / "pissa_init").eval()
-    show("residual", "residual and initial adapter", apart(stock, base), "the base model")
+    residual = transformers.AutoModel.from_pretrained(out / "residual")
+    stock = peft.PeftModel.from_pretrained(residual, out / "residual" / "pissa_init").eval()
+    show("residual", "residual and initial adapter", task.difference(stock, base), "the base model")
 
-    # 5. A plain LoRA of twice the rank, for the base model as everybody has it.
+    # 5. A plain LoRA of twice the rank, for the original base model.
     initial = str(out / "residual" / "pissa_init")
     model.save_pretrained(out / "lora", path_initial_model_for_weight_conversion=initial)
     lora = peft.PeftModel.from_pretrained(copy.deepcopy(base), out / "lora").eval()
-    show("converted", "converted to a plain LoRA", apart(lora, model), "the trained model")
+    show("converted", "converted to a plain LoRA", task.difference(lora, model), "the trained model")
 
-    # 6. The model before, for a moment: a reference policy needs no second copy.
-    with pk.original_model(model) as before:
-        show("original", "original_model", apart(before, base), "the base model")
+    # 6. The original model, as for a reference policy, without a second copy.
+    with pk.original_model(model) as original:
+        show("original", "original_model", task.difference(original, base), "the base model")
 
-    # 7. One model with no adapter at all.
+    # 7. The model with the adapter merged into its weights.
     merged = copy.deepcopy(model).merge_and_unload()
-    show("merged", "merged", apart(merged, model), "the trained model")
+    show("merged", "merged", task.difference(merged, model), "the trained model")
     return Result(loss_before=loss_before, loss_after=loss_after, **measured)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pissa_kernels.examples.plain", description=__doc__)
-    parser.add_argument("--steps", type=count, default=8, help="of the optimiser (8)")
-    parser.add_argument("--out", type=new_folder, help="folder for what is saved (a temporary one)")
+    parser.add_argument("--steps", type=count, default=8, help="steps of the optimizer (default: 8)")
+    parser.add_argument("--out", type=new_folder, help="folder for the saved models (default: a temporary one)")
     arguments = parser.parse_args(argv)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""The command as a user runs it: tables, JSON, saved folders, exit codes, one-line errors."""
+"""The demo: tables, JSON, saved folders, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import transformers
 
 from pissa_kernels.cli import main as cli
 from pissa_kernels.examples import demo
-from pissa_kernels.examples.demo import worst_reconstruction
+from pissa_kernels.examples.measure import SENTENCES, model_inputs, worst_reconstruction
 from pissa_kernels.peft import save as saving
 
 from ..support.models import build, output
@@ -36,11 +36,11 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_main_job_on_the_real_model(tmp_path: Path) -> None:
+def test_the_real_model(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("demo", "--json", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "nothing but an error belongs there when it is not a terminal"
+    assert done.stderr == "", "stderr has only errors if it is not a terminal"
     record = json.loads(done.stdout)
     assert record["holds"]
     assert len(record["layers"]) == 37
@@ -58,33 +58,33 @@ def test_the_main_job_on_the_real_model(tmp_path: Path) -> None:
         before, after = original(**ids).last_hidden_state, loaded(**ids).last_hidden_state
     assert (after - before).norm() <= 3e-6 * before.norm()
     assert loaded.peft_config["default"].init_lora_weights is True
-    assert not list(out.parent.glob(".out.*")), "no staging folder is left"
+    assert not list(out.parent.glob(".out.*")), "no temporary folder is left"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_conv1d_model_saved_and_loaded_back(gpt2: Path, dtype: str, tmp_path: Path) -> None:
+def test_conv1d_model_saved_and_loaded(gpt2: Path, dtype: str, tmp_path: Path) -> None:
     done = run("demo", gpt2, "--rank", 4, "--dtype", dtype, "--no-compare", "--out", tmp_path / "a" / "b")
     assert done.returncode == 0, done.stderr
     assert "small-gpt2: 8 layers, rank 4, pissa, " + dtype in done.stdout
     assert "output unchanged" in done.stdout
     assert "transformer.h.1.mlp.c_proj" in done.stdout
-    told = run("report", tmp_path / "a" / "b")
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.partition("\n\n")[0] in done.stdout, "the table that the demo printed"
+    report = run("report", tmp_path / "a" / "b")
+    assert report.returncode == 0, report.stderr
+    assert report.stdout.partition("\n\n")[0] in done.stdout, "the table that the demo printed"
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "b", dtype=dtype)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "a" / "b" / "pissa_init").eval()
     original = transformers.AutoModelForCausalLM.from_pretrained(gpt2, dtype=dtype).eval()
     expected = output(original)
-    own = (output(original.double()) - expected).norm()  # what the dtype's arithmetic does by itself
+    own = (output(original.double()) - expected).norm()  # rounding of the dtype's arithmetic alone
     assert (output(loaded) - expected).norm() <= 2 * own
 
 
 def test_a_tokenizer_without_a_padding_token(tmp_path: Path) -> None:
-    """As Llama's and GPT-2's come: sentences of two lengths cannot be put into one batch."""
+    """As for Llama and GPT-2: sentences of two lengths cannot be put into one batch."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     build("gpt2").save_pretrained(tmp_path)
-    words = sorted({word for sentence in demo.SENTENCES for word in sentence.replace(".", " .").split()})
+    words = sorted({word for sentence in SENTENCES for word in sentence.replace(".", " .").split()})
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["?", *words])}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path)
@@ -92,7 +92,7 @@ def test_a_tokenizer_without_a_padding_token(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.pad_token is None
     assert demo.run_demo(tmp_path, rank=4, compare=False).holds
-    assert demo._inputs(model, loaded)["input_ids"].shape[0] == 1
+    assert model_inputs(model, loaded)["input_ids"].shape[0] == 1
 
 
 def test_target_modules_and_niter(gpt2: Path) -> None:
@@ -118,29 +118,45 @@ def test_target_modules_and_niter(gpt2: Path) -> None:
         (
             ["demo", "GPT2", "--rank", "97", "--no-compare"],
             1,
-            "layer 'transformer.h.0.attn.c_attn' has shape (96, 288)",
+            "layer 'transformer.h.0.attn.c_attn', weight (96, 288): the weight has shape (96, 288)",
         ),
         (["demo", "GPT2", "--target-modules", "nope", "--no-compare"], 1, "nope"),
         (["demo", "GPT2", "--out", "GPT2"], 2, "exists and is not an empty folder"),
+        (["demo", "GPT2", "--out", "GPT2/new/out"], 2, "small-gpt2, which is read and must not be written to"),
         ([], 2, "COMMAND"),
     ],
 )
 def test_mistakes_get_one_line(arguments: list[str], code: int, words: str, gpt2: Path) -> None:
-    before = sorted(gpt2.iterdir())
-    done = run(*(str(gpt2) if argument == "GPT2" else argument for argument in arguments))
+    before = {path: path.read_bytes() for path in sorted(gpt2.iterdir())}
+    done = run(*(argument.replace("GPT2", str(gpt2)) for argument in arguments))
     assert done.returncode == code
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(lines) == 1
     assert words in lines[0]
-    assert sorted(gpt2.iterdir()) == before
+    assert {path: path.read_bytes() for path in sorted(gpt2.iterdir())} == before
+
+
+def test_out_in_the_model_folder_is_refused_before_the_model_is_loaded(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in sorted(gpt2.iterdir())}
+    (tmp_path / "link").symlink_to(gpt2)
+    monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    for out in (gpt2 / "out", gpt2 / "new" / "out", tmp_path / "link" / "out"):
+        with pytest.raises(FileExistsError, match="small-gpt2, which is read and must not be written to"):
+            demo.run_demo(gpt2, out=out)
+    for out in (gpt2, gpt2.parent, tmp_path / "link"):
+        with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+            demo.run_demo(gpt2, out=out)
+    assert {path: path.read_bytes() for path in sorted(gpt2.iterdir())} == before
 
 
 def test_a_changed_output_exits_1(
     gpt2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A decomposition that is wrong must not be reported as right."""
+    """A wrong decomposition is reported as wrong."""
     inject = demo._inject
 
     def spoiled(*arguments: Any) -> tuple[Any, float]:
