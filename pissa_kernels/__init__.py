@@ -9,6 +9,7 @@ from ._version import __version__
 from .checkpoint.run import CheckpointReport, init_checkpoint
 from .checkpoint.verify import Finding, Verification, verify_checkpoint
 from .convert.convert import convert_adapter
+from .convert.report import ConversionReport
 from .peft.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
@@ -20,6 +21,7 @@ from .svd import Certificate, TruncatedSVD, truncated_svd
 __all__ = [
     "Certificate",
     "CheckpointReport",
+    "ConversionReport",
     "Decomposition",
     "Finding",
     "LayerReport",
