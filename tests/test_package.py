@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -131,7 +131,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.__name__)
 def test_fields(kind: Any) -> None:
-    assert FIELDS[kind] <= set(kind.__annotations__)
+    assert FIELDS[kind] <= set(get_type_hints(kind))
 
 
 def test_reports() -> None:

@@ -1,4 +1,4 @@
-"""The examples run, and what they print is true."""
+"""The examples run, and print correct figures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from pissa_kernels.examples import docstrings, plain, trainer
 from pissa_kernels.numerics import UNIT_ROUNDOFF
 
-# What rounding may move outputs by: 8 unit roundoffs times the root of some 40 layers, whose errors add like a random
-# walk. A wrong residual moves them by some 1e-1.
+# Relative difference of outputs that rounding allows: 8 unit roundoffs times the square root of some 40 layers, whose
+# errors add like a random walk. A wrong residual makes a difference of about 1e-1.
 ALLOWED = 8 * UNIT_ROUNDOFF[torch.float32] * 40**0.5
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other at every small layer take ten times as long where the cores are busy."""
+    """On busy cores, two threads that wait for each other at every small layer take ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def recorded(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The results of a module's ``run`` from now on."""
+    """A list that collects the results of a module's ``run``."""
     results, run = [], module.run
 
     def recording(*args: Any) -> Any:
@@ -77,7 +77,7 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_docstrings_are_seeded_and_differ() -> None:
+def test_docstrings_are_seeded_and_distinct() -> None:
     texts = docstrings.docstrings("numpy", 20)
     assert texts == docstrings.docstrings("numpy", 20)
     assert texts != docstrings.docstrings("numpy", 20, seed=1)
