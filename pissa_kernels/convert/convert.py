@@ -68,7 +68,7 @@ def convert_adapter(
         ...     model = peft.get_peft_model(copy.deepcopy(base), config)
         >>> x = torch.randn(8, 32)
         >>> model(x).square().sum().backward()
-        >>> torch.optim.SGD(model.parameters(), lr=1e-2).step()
+        >>> torch.optim.SGD(model.parameters(), lr=1e-3).step()
         >>> folder = tempfile.TemporaryDirectory()
         >>> trained, lora = pathlib.Path(folder.name, "trained"), pathlib.Path(folder.name, "lora")
         >>> model.save_pretrained(trained)  # with the initial factors beside the trained ones

@@ -69,8 +69,8 @@ class ConversionReport(Report):
         ranks = [layer.rank for layer in self.layers]
         rank_range = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
         return (
-            f"{self.out}: a plain LoRA of {self.base or 'a model that is not named'}, {len(ranks)} layers, "
-            f"rank {rank_range}, loss {self.loss:.2e} of all layers together"
+            f"{self.out}: a plain LoRA of {self.base or 'a model that is not named'}, {len(ranks)} "
+            f"layer{'s' if len(ranks) > 1 else ''}, rank {rank_range}, loss {self.loss:.2e} of all layers together"
         )
 
     def to_dict(self) -> dict[str, Any]:
