@@ -7,7 +7,6 @@ weight. Panels are (batch, n, k) float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -71,7 +70,11 @@ class WeightOperator:
         # a single weight is multiplied as a matrix: one large BLAS call instead of a batch of one
         self._single = len(weights) == 1
         like = self.weights[0] if self._single else self.weights
-        self._matmul, self._rmatmul, self._normal = (dispatch.bind(verb, like) for verb in PRODUCTS)
+        self._products = {
+            (verb, dtype): dispatch.bind(verb, like, dtype)
+            for verb in PRODUCTS
+            for dtype in (torch.float32, torch.float64)  # eigenvectors of a float64 Gram matrix are float64 panels
+        }
         self.scale: Tensor | None = None  # (batch, 1, 1); None for ones
         self.energy: list[float] = ops.sum_of_squares(weights).tolist()  # ‖A‖_F², the scale in it
         if any(map(math.isnan, self.energy)):
@@ -99,12 +102,12 @@ class WeightOperator:
     def apply(self, X: Tensor) -> Tensor:
         """A·X (batch, m, k)."""
         self.passes += 1
-        return self._product(self._matmul, self._scaled(X))
+        return self._product("matmul", self._scaled(X))
 
     def adjoint(self, Y: Tensor) -> Tensor:
         """Aᵀ·Y (batch, n, k)."""
         self.passes += 1
-        return self._product(self._rmatmul, self._scaled(Y))
+        return self._product("rmatmul", self._scaled(Y))
 
     def sketch(self, columns: int, seed: int) -> Tensor:
         """AᵀG, G Gaussian: half a power step for one product."""
@@ -141,8 +144,10 @@ class WeightOperator:
     def _scaled(self, panel: Tensor) -> Tensor:
         return panel if self.scale is None else panel * self.scale
 
-    def _product(self, product: Callable[..., Tensor], panel: Tensor) -> Tensor:
-        return product(self.weights[0], panel[0])[None] if self._single else product(self.weights, panel)
+    def _product(self, verb: str, panel: Tensor) -> Tensor:
+        product = self._products[verb, panel.dtype]
+        result: Tensor = product(self.weights[0], panel[0])[None] if self._single else product(self.weights, panel)
+        return result
 
     def _both(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """A·X and AᵀA·X."""
@@ -150,10 +155,11 @@ class WeightOperator:
             Y = self.apply(X)
             return Y, self.adjoint(Y)
         self.passes += 2
+        normal = self._products["normal", X.dtype]
         if not self._single:
-            both: tuple[Tensor, Tensor] = self._normal(self.weights, X)
-            return both
-        Y, Z = self._normal(self.weights[0], X[0])
+            Y, Z = normal(self.weights, X)
+            return Y, Z
+        Y, Z = normal(self.weights[0], X[0])
         return Y[None], Z[None]
 
 

@@ -66,5 +66,5 @@ def test_images_are_the_products_that_they_stand_for() -> None:
     weights = stack_of((50, 40), (1.0,)).bfloat16()
     operator = WeightOperator(weights)
     X = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))
-    for image in (operator.project(X).image, operator.compress(X)[1]):
+    for image in (operator.project(X).AQ, operator.compress(X)[1]):
         torch.testing.assert_close(image, weights.float() @ X, rtol=1e-5, atol=1e-5)
