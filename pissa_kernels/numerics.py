@@ -15,10 +15,17 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 18
 # Unit roundoff u of each storage dtype: rounding is off by at most u, relative.
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# Values of torch's ``fp32_precision`` with which float32 products are float32; "none" is the default.
+FULL_PRECISION = ("ieee", "none")
+
+
+def _leave_unchanged() -> None:
+    """Restore nothing: the setting was full precision already."""
+
 
 _lock = threading.Lock()
 _users = 0
-_restore: Callable[[], None] = lambda: None
+_restore: Callable[[], None] = _leave_unchanged
 
 
 @contextlib.contextmanager
@@ -30,6 +37,17 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
     Args:
         device: where the arithmetic is done, for autocast.
+
+    Examples:
+        >>> import torch
+        >>> from pissa_kernels.numerics import exact_arithmetic
+        >>> torch.set_float32_matmul_precision("high")
+        >>> with exact_arithmetic(torch.device("cpu")):
+        ...     torch.get_float32_matmul_precision()
+        'highest'
+        >>> torch.get_float32_matmul_precision()
+        'high'
+        >>> torch.set_float32_matmul_precision("highest")
     """
     global _users, _restore
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -51,32 +69,36 @@ def _full_precision_products() -> Callable[[], None]:
 
     torch has two interfaces to it, ``set_float32_matmul_precision`` and ``fp32_precision`` of each backend. Where the
     second was used (transformers' ``TrainingArguments(tf32=True)`` does), reading the first raises a RuntimeError.
+    Writing the first overwrites the second for both backends, so each backend's setting is restored as well.
     """
+    backends: Any = torch.backends
+    parents = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
+    found = [(products, _own_precision(products, parent)) for products, parent in parents]
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:
-        return _full_precision_by_backend()
-    if precision == "highest":
-        return lambda: None
-    torch.set_float32_matmul_precision("highest")
-    return lambda: torch.set_float32_matmul_precision(precision)
-
-
-def _full_precision_by_backend() -> Callable[[], None]:
-    backends: Any = torch.backends
-    parents = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
-    found = []
-    for products, parent in parents:
-        precision = products.fp32_precision
-        # an inherited setting reads like one of its own; "none" inherits it again
-        found.append((products, "none" if precision == parent.fp32_precision else precision))
-        products.fp32_precision = "ieee"
+        precision = "highest"  # set by backend
+    if precision == "highest" and all(products.fp32_precision in FULL_PRECISION for products, _ in found):
+        return _leave_unchanged
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    for products, _ in found:
+        if products.fp32_precision not in FULL_PRECISION:
+            products.fp32_precision = "ieee"
 
     def restore() -> None:
-        for products, precision in found:
-            products.fp32_precision = precision
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+        for products, own in found:
+            products.fp32_precision = own
 
     return restore
+
+
+def _own_precision(products: Any, parent: Any) -> str:
+    """The ``fp32_precision`` of a backend's products; "none", which inherits, where it reads like the parent's."""
+    precision: str = products.fp32_precision
+    return "none" if precision == parent.fp32_precision else precision
 
 
 def reconstruction(weight: Tensor, residual: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
