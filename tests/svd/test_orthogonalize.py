@@ -1,4 +1,4 @@
-"""Panels of every kind, alone and in a stack."""
+"""Orthonormalization of panels of every kind, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pissa_kernels.svd.orthogonalize import orthonormalize
 from ..support.reference import EPS, with_spectrum
 
 
-@pytest.mark.parametrize("neighbours_only", [False, True])
-def test_a_basis_stays_orthonormal_when_nothing_is_left_to_add(neighbours_only: bool) -> None:
-    """Steep spectra leave only rounding noise after a few blocks; the error must not grow from panel to panel."""
+@pytest.mark.parametrize("near_only", [False, True])
+def test_a_basis_stays_orthonormal_when_panels_are_round_off(near_only: bool) -> None:
+    """On steep spectra only round-off is left after a few blocks; the error must not grow from panel to panel."""
     W = with_spectrum(600, 420, 0.5 ** torch.arange(420, dtype=torch.float64), seed=7).float()
     panel, _ = orthonormalize((W.mT @ torch.randn(600, 12, generator=torch.Generator().manual_seed(0)))[None])
     basis = panel.mT.contiguous()
     while basis.shape[1] < 200:
-        near = basis[:, -24:] if neighbours_only else None
+        near = basis[:, -24:] if near_only else None
         panel, _ = orthonormalize((W.mT @ (W @ panel[0]))[None], basis, near)
         assert (basis.double() @ panel.double()).abs().max() <= 20 * EPS
         basis = torch.cat([basis, panel.mT], dim=1)
@@ -50,11 +50,11 @@ def panel_of(kind: str, n: int, b: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [0, 40])
 def test_orthonormalize_any_panel(kinds: tuple[str, ...], size: int) -> None:
     n, b = 120, 12
-    # unit vectors first: the very ones that Householder returns for a zero panel
+    # the leading unit vectors, which are also what Householder QR returns for a zero panel
     basis = torch.eye(n)[:size]
-    stack = torch.stack([panel_of(kind, n, b, size) for kind in kinds])
-    panels, deficient = orthonormalize(stack, basis.expand(len(kinds), -1, -1))
-    for kind, Z, panel, arbitrary in zip(kinds, stack, panels, deficient, strict=True):
+    batch = torch.stack([panel_of(kind, n, b, size) for kind in kinds])
+    panels, deficient = orthonormalize(batch, basis.expand(len(kinds), -1, -1))
+    for kind, Z, panel, arbitrary in zip(kinds, batch, panels, deficient, strict=True):
         assert (panel.double().mT @ panel.double() - torch.eye(b)).abs().max() <= 10 * EPS
         assert size == 0 or (basis.double() @ panel.double()).abs().max() <= 10 * EPS
         assert arbitrary == (kind in ("dependent", "zero", "ill-conditioned", "inside the basis"))
@@ -77,16 +77,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("columns", [1, 3, 8, 12])
 @pytest.mark.parametrize(("batch", "n", "size"), [(1, 30, 5), (3, 257, 40), (2, 1000, 0), (1, 5000, 200)])
-@pytest.mark.parametrize("turned", [False, True])
-def test_one_round_against_float64(columns: int, batch: int, n: int, size: int, turned: bool, backend: str) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_round_against_float64(columns: int, batch: int, n: int, size: int, transposed: bool, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     Z = torch.randn(batch, n, columns, generator=generator) * torch.logspace(-1, 1, columns)
-    Z = Z.mT.contiguous().mT if turned else Z
+    Z = Z.mT.contiguous().mT if transposed else Z
     whole = torch.linalg.qr(torch.randn(batch, n, size, generator=generator))[0].mT.contiguous()
     kept = Z.clone()
     panel, pivot, shortest = pk.ops.gram_schmidt(Z, whole if size else None)
     rest = Z.double() - whole.double().mT @ (whole.double() @ Z.double())
-    # the change is upper triangular with a positive diagonal, so what it makes is the Q of QR with such an R
+    # the panel is Z times an upper triangular matrix with positive diagonal, so it is the Q of QR with such an R
     Q, R = torch.linalg.qr(rest)
     exact = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     theirs = reference.gram_schmidt(Z, whole)[0]
@@ -100,14 +100,14 @@ def test_one_round_against_float64(columns: int, batch: int, n: int, size: int, 
     torch.testing.assert_close(pivot.double(), pivots.amin(-1), rtol=1e-4, atol=0)
 
 
-def test_a_worthless_panel_shows_in_its_pivot(backend: str) -> None:
-    stack = torch.randn(4, 60, 6, generator=torch.Generator().manual_seed(0))
-    stack[1, :, 2] = 0
-    stack[2, :, 5] = stack[2, :, 1]
-    stack[3, 7, 3] = float("nan")
-    _, pivot, shortest = pk.ops.gram_schmidt(stack)
+def test_a_rank_deficient_panel_has_a_tiny_pivot(backend: str) -> None:
+    batch = torch.randn(4, 60, 6, generator=torch.Generator().manual_seed(0))
+    batch[1, :, 2] = 0
+    batch[2, :, 5] = batch[2, :, 1]
+    batch[3, 7, 3] = float("nan")
+    _, pivot, shortest = pk.ops.gram_schmidt(batch)
     assert pivot[0] > 0.1
-    assert not (pivot[1:] > 1e-3).any(), "0, NaN, or rounding"
+    assert not (pivot[1:] > 1e-3).any(), "0, NaN, or round-off"
     assert shortest[1] == 0
     assert shortest[3].isnan()
 
@@ -122,7 +122,7 @@ def test_a_worthless_panel_shows_in_its_pivot(backend: str) -> None:
         (torch.ones(1, 9, 2), torch.ones(1, 3, 9).double(), ValueError, "the basis torch.float64"),
     ],
 )
-def test_what_gram_schmidt_does_not_take(
+def test_gram_schmidt_refuses_other_dtypes_and_shapes(
     panel: torch.Tensor, basis: torch.Tensor | None, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
