@@ -1,4 +1,4 @@
-"""What a truncated SVD returns: the triplets and their certificate."""
+"""Result of a truncated SVD: the triplets and their certificate."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of a truncated SVD without a reference.
+    """Measured accuracy of a truncated SVD. It needs no reference.
 
     Attributes:
-        passes: products with W or Wᵀ, the measurement of the residual included.
+        passes: number of products with W or Wᵀ, including those that measure the residual.
         energy: Σσ̂²/‖W‖_F², the share of W's energy that the triplets capture; 1 for a zero matrix.
-        residual: max ρ/σ₁ with ρᵢ = max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖): the triplets are the exact ones of a matrix
-            within √2·max ρ of W. Measured in float32, with that measurement's own rounding added.
-        converged: the energy deficit, estimated from the residuals, is below the tolerance, or a dense method answered.
-            Where singular values cluster across index r the estimate may be short by a factor of two or three, at
-            tolerances between 1e-5 and 1e-3 by one of ten: half a dozen values within 1 % suffice there.
-        method: "krylov" or "chebyshev", or "gram" and "svd" for the two dense ones.
+        residual: max ρ/σ₁ with ρᵢ = max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖). The triplets are exact triplets of a matrix
+            within √2·max ρ of W. Measured in float32; includes an upper bound on the round-off of the measurement.
+        converged: whether the energy deficit, estimated from the residuals, is at most the tolerance; always true for
+            the dense methods. Where singular values cluster around index r, the true deficit can be two or three times
+            the estimate, and ten times at tolerances between 1e-5 and 1e-3; half a dozen singular values within 1 % are
+            enough for that.
+        method: "krylov" or "chebyshev", or one of the dense methods "gram" and "svd".
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> W = torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0]))
+        >>> certificate = pk.truncated_svd(W, rank=1).certificate
+        >>> certificate.method, certificate.converged
+        ('svd', True)
+        >>> round(certificate.energy, 6)  # 4²/(4² + 3²)
+        0.64
     """
 
     passes: int
@@ -31,7 +42,22 @@ class Certificate:
 
 
 class TruncatedSVD(NamedTuple):
-    """W ≈ U·diag(S)·Vh: U (m, r), S (r,) descending, Vh (r, n), float32, contiguous, on W's device."""
+    """W ≈ U·diag(S)·Vh, all float32, contiguous, on W's device.
+
+    Attributes:
+        U: (m, r), orthonormal columns.
+        S: (r,), descending.
+        Vh: (r, n), orthonormal rows.
+        certificate: measured accuracy.
+
+    Examples:
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> W = torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0]))
+        >>> U, S, Vh, certificate = pk.truncated_svd(W, rank=2)
+        >>> bool(torch.allclose((U * S) @ Vh, W, atol=1e-5))
+        True
+    """
 
     U: Tensor
     S: Tensor
