@@ -1,7 +1,7 @@
-"""What the iterative methods know of a weight: products with it, and nothing else.
+"""Operators: the products with a weight that the iterative methods use.
 
-Both operators stand for a stack of positive semidefinite matrices H = AᵀA (batch, n, n), A (m, n) a tall view of a
-weight. Panels are (batch, n, k) float32.
+Both operators represent a batch of positive semidefinite matrices H = AᵀA (batch, n, n), where A (m, n), m ≥ n, is a
+weight or its transpose. Panels are (batch, n, k) float32.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ from ..ops.dispatch import PRODUCTS
 
 
 class Projection(NamedTuple):
-    """XᵀHX (batch, k, k), H·X (batch, n, k), and A·X (batch, m, k) where it was computed on the way."""
+    """H projected onto the columns of a panel Q.
 
-    small: Tensor
-    product: Tensor
+    Attributes:
+        matrix: (batch, k, k) QᵀHQ.
+        HQ: (batch, n, k) H·Q.
+        AQ: (batch, m, k) A·Q; None where H·Q is computed without it.
+    """
+
+    matrix: Tensor
+    HQ: Tensor
     AQ: Tensor | None
 
 
 class Operator(Protocol):
-    """H = AᵀA for a stack of tall A, known by its products."""
+    """H = AᵀA for a batch of tall A."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -36,27 +42,37 @@ class Operator(Protocol):
     def device(self) -> torch.device: ...
 
     def sketch(self, columns: int, seed: int) -> Tensor:
-        """A random start (batch, n, columns) that H's leading eigenvectors already stand out in.
+        """Random start block (batch, n, columns), amplified along the leading eigenvectors of H.
 
-        Drawn on the CPU, so that every device starts from the same one, and the same for each of the stack, so that a
-        weight's result does not depend on its company.
+        The random numbers are drawn on the CPU, so they are the same on every device, and they are the same for every
+        matrix of the batch, so that a result does not depend on the other matrices.
         """
 
     def multiply(self, X: Tensor) -> Tensor:
         """H·X (batch, n, k)."""
 
-    def project(self, X: Tensor) -> Projection:
-        """XᵀHX and H·X."""
+    def project(self, Q: Tensor) -> Projection:
+        """QᵀHQ, H·Q and A·Q."""
 
-    def compress(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
-        """XᵀHX and A·X alone, for half a product."""
+    def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """QᵀHQ and A·Q, without H·Q: half the products of :meth:`project` with a weight."""
 
 
 class WeightOperator:
-    """A stack of weights (batch, ·, ·), each times a power of two that keeps its squares inside float32's range.
+    """Products with a batch of weights, each scaled by a power of two that keeps their squares in float32's range.
 
-    The power is applied to the panels, where it is exact, so no weight is copied. ``passes`` counts the products with
-    each A or Aᵀ.
+    The scale is applied to the panels, which is exact, so no weight is copied.
+
+    Args:
+        weights: (batch, rows, columns), float32, float16 or bfloat16, any strides.
+
+    Attributes:
+        weights: (batch, m, n) the weights, or their transposes (views) if they are wide.
+        wide: whether the weights have fewer rows than columns.
+        device: device of the weights.
+        passes: number of products with each A or Aᵀ so far.
+        scale: (batch, 1, 1) float32; None where no weight needs one. A is the weight times its scale.
+        energy: ‖A‖_F² of each A.
 
     Raises:
         ValueError: NaN or Inf in a weight.
@@ -75,11 +91,11 @@ class WeightOperator:
             for verb in PRODUCTS
             for dtype in (torch.float32, torch.float64)  # eigenvectors of a float64 Gram matrix are float64 panels
         }
-        self.scale: Tensor | None = None  # (batch, 1, 1); None for ones
-        self.energy: list[float] = ops.sum_of_squares(weights).tolist()  # ‖A‖_F², the scale in it
+        self.scale: Tensor | None = None
+        self.energy: list[float] = ops.sum_of_squares(weights).tolist()
         if any(map(math.isnan, self.energy)):
             raise ValueError("the weight holds NaN")
-        # Krylov squares the operator: fourth powers of its norm have to stay inside float32
+        # orthonormalization squares H·Q, so fourth powers of ‖A‖ must stay in float32's range
         if not all(1e-8 < energy < 1e8 for energy in self.energy):
             self._rescale(weights)
 
@@ -110,21 +126,24 @@ class WeightOperator:
         return self._product("rmatmul", self._scaled(Y))
 
     def sketch(self, columns: int, seed: int) -> Tensor:
-        """AᵀG, G Gaussian: half a power step for one product."""
+        """AᵀG for a Gaussian G: half a power step, for one product."""
         batch, m, _ = self.shape
         return self.adjoint(gaussian(m, columns, seed, self.device).expand(batch, -1, -1))
 
     def multiply(self, X: Tensor) -> Tensor:
+        """H·X."""
         return self._both(X)[1]
 
-    def project(self, X: Tensor) -> Projection:
-        # not XᵀZ: the square of AX keeps directions that are small against A
-        Y, Z = self._both(X)
-        return Projection(Y.mT @ Y, Z, Y)
+    def project(self, Q: Tensor) -> Projection:
+        """QᵀHQ, H·Q and A·Q."""
+        # (AQ)ᵀ(AQ), not Qᵀ(HQ), which is less accurate in directions whose singular values are small relative to ‖A‖
+        AQ, HQ = self._both(Q)
+        return Projection(AQ.mT @ AQ, HQ, AQ)
 
-    def compress(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
-        Y = self.apply(X)
-        return Y.mT @ Y, Y
+    def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """QᵀHQ and A·Q."""
+        AQ = self.apply(Q)
+        return AQ.mT @ AQ, AQ
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """AᵀA (batch, n, n), summed in ``dtype``."""
@@ -138,7 +157,7 @@ class WeightOperator:
 
     def dense(self) -> Tensor:
         """A itself (batch, m, n) in float32."""
-        self.passes += 2  # what a factorisation reads it for
+        self.passes += 2  # a factorization counts as two products
         return self._scaled(self.weights.float())
 
     def _scaled(self, panel: Tensor) -> Tensor:
@@ -151,7 +170,7 @@ class WeightOperator:
 
     def _both(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """A·X and AᵀA·X."""
-        if self.scale is not None:  # applied between the two products as well, where the first one may overflow
+        if self.scale is not None:  # between the two products as well: the first one may overflow without it
             Y = self.apply(X)
             return Y, self.adjoint(Y)
         self.passes += 2
@@ -164,7 +183,12 @@ class WeightOperator:
 
 
 class GramOperator:
-    """H as a matrix (batch, n, n) float32, where n is so small that forming it costs less than the products."""
+    """Products with H formed as a matrix, for n so small that this takes less time than products with A.
+
+    Args:
+        gram: (batch, n, n) float32 H.
+        rows: m.
+    """
 
     def __init__(self, gram: Tensor, rows: int) -> None:
         self.gram = gram
@@ -177,22 +201,25 @@ class GramOperator:
         return batch, self.rows, n
 
     def sketch(self, columns: int, seed: int) -> Tensor:
-        """H·G: a whole power step, because here it costs no more than half of one."""
+        """H·G for a Gaussian G: a full power step, for one product."""
         batch, _, n = self.gram.shape
         return self.multiply(gaussian(n, columns, seed, self.device).expand(batch, -1, -1))
 
     def multiply(self, X: Tensor) -> Tensor:
+        """H·X."""
         return self.gram @ X
 
-    def project(self, X: Tensor) -> Projection:
-        Z = self.multiply(X)
-        return Projection(X.mT @ Z, Z, None)
+    def project(self, Q: Tensor) -> Projection:
+        """QᵀHQ and H·Q."""
+        HQ = self.multiply(Q)
+        return Projection(Q.mT @ HQ, HQ, None)
 
-    def compress(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
-        return X.mT @ self.multiply(X), None
+    def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """QᵀHQ."""
+        return Q.mT @ self.multiply(Q), None
 
 
 def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """(1, rows, columns) float32, the same on every device; torch's global random state is left alone."""
+    """Gaussian matrix (1, rows, columns) float32, the same on every device, from a generator of its own."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return torch.randn(1, rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device)
