@@ -15,7 +15,7 @@ from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..files.folder import Checkpoint, check_apart, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, sha256
-from ..svd.cost import machine_of, plan, workspace
+from ..svd.cost import choose_plan, machine_of, workspace
 from .targets import Adapter, AdapterOptions, Target, find_targets
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
@@ -76,7 +76,7 @@ class CheckpointJob:
         """Upper estimate of the bytes that a worker takes: a weight, the workspace of its SVD, A and B."""
         return max(
             target.info.nbytes
-            + workspace(*target.shape, target.recipe.rank, target.recipe.niter, device=_machine(target, self.device))
+            + workspace(*target.shape, target.recipe.rank, target.recipe.niter, machine=_machine(target, self.device))
             for target in self.adapter.targets
         )
 
@@ -146,7 +146,8 @@ def _tensor_job(shard: str, info: TensorInfo, target: Target | None, device: str
     seconds = info.nbytes / COPIED_PER_SECOND
     if target is not None:
         m, n = max(target.shape), min(target.shape)
-        seconds += plan(m, n, target.recipe.rank, target.recipe.niter, device=_machine(target, device)).seconds
+        machine = _machine(target, device)
+        seconds += choose_plan(m, n, target.recipe.rank, target.recipe.niter, machine=machine).seconds
     return TensorJob(shard, info, target, seconds)
 
 

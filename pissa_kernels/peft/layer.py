@@ -63,7 +63,7 @@ class LayerJob:
         """Bytes beyond the weight that its SVD takes on ``device``."""
         m, n = self.weight.shape
         machine = machine_of(self.weight) if device == self.weight.device else device.type
-        return workspace(m, n, self.recipe.rank, self.recipe.niter, device=machine)
+        return workspace(m, n, self.recipe.rank, self.recipe.niter, machine=machine)
 
     def defer(self) -> LayerJob:
         """The same job for later. B is set to zero, so that the layer computes W·x until the job has run."""

@@ -1,7 +1,7 @@
-"""The cost model: which method, and with what block, for a stack of weights. The only place that decides.
+"""Cost model: the fastest method and its block width for a batch of weights, and its workspace.
 
-Times are estimates from a handful of constants per kind of device. They need to rank the methods where these differ
-by much; the tests pin the choice where it was measured, ``python -m bench engine`` times what was chosen.
+Times are estimated from a handful of constants per kind of device. They only have to rank methods whose times differ
+by much. The tests fix the choice where it was measured; ``python -m bench engine`` times the chosen method.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ops
-from .krylov import GUARD_VECTORS, steps_for_niter
+from .krylov import steps_for_niter
+from .stopping import GUARD_VECTORS
 
 
 @dataclass(frozen=True)
@@ -21,59 +22,61 @@ class Machine:
     """Constants of a kind of device.
 
     Attributes:
-        flops: float32 operations a second in a matrix product.
-        touch: seconds to read one element of a weight, widening it.
-        narrow: columns that a product takes longer by, as if its panel had them more.
-        block: the least columns of a Krylov block that pay.
-        call: seconds for one small operation, its launch or its way through Python.
-        eigh: coefficients (n, n², n³) of the seconds for float32 ``eigh``.
+        flops: float32 operations per second in a matrix product.
+        read: seconds to read one element of a weight and upcast it.
+        call: seconds for one small operation: its launch, or its overhead in Python.
+        eigh: coefficients (n, n², n³) of the seconds for ``eigh`` in float32.
+        overhead: fixed cost of a product with a panel, as a number of additional columns.
+        min_block: columns of the narrowest Krylov block worth considering.
     """
 
     flops: float
-    touch: float
+    read: float
     call: float
     eigh: tuple[float, float, float]
-    narrow: int = 4
-    block: int = 16
+    overhead: int = 4
+    min_block: int = 16
 
     def eigenproblem(self, n: int) -> float:
+        """Seconds for ``eigh`` of an n×n matrix."""
         linear, square, cube = self.eigh
         return linear * n + square * n**2 + cube * n**3
 
     def product(self, m: int, n: int, columns: int) -> float:
-        return self.touch * m * n + 2 * m * n * (columns + self.narrow) / self.flops + self.call
+        """Seconds for a product of an m×n weight with a panel."""
+        return self.read * m * n + 2 * m * n * (columns + self.overhead) / self.flops + self.call
 
 
 MACHINES = {
-    # two AVX2 cores, measured; BLAS, and csrc's products
-    "cpu": Machine(flops=1.5e11, touch=1.5e-10, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11)),
-    "cpu csrc": Machine(flops=1.5e11, touch=2e-11, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11), narrow=2, block=8),
-    # an H100, estimated: float32 without TF32 at 40 TFLOP/s, 2 bytes an element at 2 TB/s, cuSOLVER's syevd
-    "cuda": Machine(flops=4e13, touch=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
+    # measured on two AVX2 cores: products by BLAS, and by csrc
+    "cpu": Machine(flops=1.5e11, read=1.5e-10, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11)),
+    "cpu csrc": Machine(flops=1.5e11, read=2e-11, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11), overhead=2, min_block=8),
+    # estimated for an H100: float32 without TF32 at 40 TFLOP/s, 2 bytes per element at 2 TB/s, cuSOLVER's syevd
+    "cuda": Machine(flops=4e13, read=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
-# What the plain torch bodies on the CPU widen a block of rows into, and what a product makes of it.
+# The upcast block of rows in the plain torch products on the CPU, and its product.
 ROW_BLOCK_BYTES = 8 << 20
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
 PANEL_CALLS = 50
 ROUND_CALLS = 20
-# What turning a subspace into triplets takes beyond measuring them.
+# Small operations that turn a subspace into triplets, without the measurement of the residuals.
 DENSE_CALLS = 60
-# A spectrum too flat for an iteration is handed to the dense method up to this width, where that takes 0.1 s.
-CHEAP_GRAM = 1024
+# Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
+DENSE_FALLBACK_WIDTH = 1024
 
 
 @dataclass(frozen=True)
 class SolverPlan:
-    """How to find the leading r eigenvectors of AᵀA.
+    """Method and parameters for the leading r eigenvectors of AᵀA.
 
     Attributes:
         method: "krylov", "chebyshev", "gram" or "svd".
-        seconds: the estimate that it was chosen by.
-        block: columns of a block, 0 for the dense methods.
-        limit: columns of the largest Krylov basis, else 0.
-        steps: Krylov steps where their number is fixed, None to iterate to a tolerance.
-        check_every: Krylov steps that may pass between two looks at the projected problem, 1 where these cost little.
-        through_gram: iterate with the matrix AᵀA instead of with A.
+        seconds: estimated time for one weight of the batch.
+        block: columns of a block; 0 for the dense methods.
+        limit: columns of the largest Krylov basis; 0 for the other methods.
+        steps: number of Krylov steps; None to iterate to a tolerance.
+        check_every: largest number of Krylov steps between two convergence checks; 1 where a check is cheap.
+        through_gram: whether to iterate with the matrix AᵀA instead of with A.
     """
 
     method: str
@@ -86,116 +89,124 @@ class SolverPlan:
 
 
 def machine_of(weight: Tensor) -> str:
-    """The key of :data:`MACHINES` for products with this weight."""
+    """The key of :data:`MACHINES` for products with this weight; a device type that is no key counts as a GPU."""
     device = weight.device.type
     return "cpu csrc" if device == "cpu" and ops.backend("normal", weight) == "csrc" else device
 
 
-def plan(
+def choose_plan(
     m: int,
     n: int,
     rank: int,
     niter: int | None,
     *,
-    device: str = "cpu",
+    machine: str = "cpu",
     batch: int = 1,
-    without: Collection[str] = (),
+    exclude: Collection[str] = (),
 ) -> SolverPlan:
-    """The cheapest of :func:`candidates` whose method is not in ``without``."""
-    plans = candidates(m, n, rank, niter, device=device, batch=batch)
-    return min((plan for plan in plans if plan.method not in without), key=lambda plan: plan.seconds)
+    """The fastest of :func:`candidates` whose method is not in ``exclude``."""
+    plans = candidates(m, n, rank, niter, machine=machine, batch=batch)
+    return min((plan for plan in plans if plan.method not in exclude), key=lambda plan: plan.seconds)
 
 
 def candidates(
-    m: int, n: int, rank: int, niter: int | None, *, device: str = "cpu", batch: int = 1
+    m: int, n: int, rank: int, niter: int | None, *, machine: str = "cpu", batch: int = 1
 ) -> list[SolverPlan]:
-    """Every plan that fits, the iterations only where their blocks leave most of A's smaller side free.
+    """Every plan that can run on a tall matrix: the dense methods, and the iterations whose blocks fit into n columns.
 
     Args:
-        m, n, rank: a tall matrix (m, n), m ≥ n, and r ≤ n.
-        niter: None for a tolerance, else the rounds of subspace iteration to be matched.
-        device: a key of :data:`MACHINES`; any other device type counts as a GPU.
-        batch: weights that share the small operations; the estimate is for each of them.
+        m: rows of A, m ≥ n.
+        n: columns of A.
+        rank: r ≤ n.
+        niter: rounds of subspace iteration to match; None for a tolerance.
+        machine: a key of :data:`MACHINES`; any other device type counts as a GPU.
+        batch: number of weights that share the small operations. The estimate is for one weight.
     """
-    machine = MACHINES.get(device, MACHINES["cuda"])
-    call = machine.call / batch
-    gram = 2 * machine.touch * m * n + 2 * m * n * n / machine.flops
-    # LAPACK's SVD of a tall matrix starts with its QR factorisation; a Gram matrix leaves a small SVD in float64
-    factorised = 2.4 * machine.eigenproblem(n) + (4 * m * n * n / machine.flops if m > n else 0.0)
-    through_gram = gram + machine.eigenproblem(n) + 6 * machine.eigenproblem(rank) + DENSE_CALLS * call
-    dense = [SolverPlan("gram", through_gram), SolverPlan("svd", factorised)]
+    constants = MACHINES.get(machine, MACHINES["cuda"])
+    call = constants.call / batch
+    gram = 2 * constants.read * m * n + 2 * m * n * n / constants.flops
+    # LAPACK's SVD of a tall matrix starts with a QR factorization; the Gram method ends with a small SVD in float64
+    full_svd = 2.4 * constants.eigenproblem(n) + (4 * m * n * n / constants.flops if m > n else 0.0)
+    through_gram = gram + constants.eigenproblem(n) + 6 * constants.eigenproblem(rank) + DENSE_CALLS * call
+    dense = [SolverPlan("gram", through_gram), SolverPlan("svd", full_svd)]
     if niter is not None:
-        return dense + _fixed_plans(machine, m, n, rank, call, niter)
-    return dense + _krylov_plans(machine, m, n, rank, call) + _chebyshev_plans(machine, m, n, rank, call, gram)
+        return dense + _fixed_plans(constants, m, n, rank, call, niter)
+    return dense + _krylov_plans(constants, m, n, rank, call) + _chebyshev_plans(constants, m, n, rank, call, gram)
 
 
-def workspace(m: int, n: int, rank: int, niter: int | None, *, device: str, batch: int = 1) -> int:
-    """Bytes that :func:`plan`'s choice takes beyond one weight (m, n), either way round, its factors included.
+def workspace(m: int, n: int, rank: int, niter: int | None, *, machine: str, batch: int = 1) -> int:
+    """Upper estimate of the bytes that the SVD of one weight takes beyond the weight, factors included.
 
-    An upper estimate: the tests hold it against what is measured.
+    The tests compare it with measured peaks.
+
+    Args:
+        m: rows of the weight.
+        n: columns of the weight.
+        rank, niter, machine, batch: as for :func:`candidates`.
     """
     m, n = max(m, n), min(m, n)
-    chosen = plan(m, n, rank, niter, device=device, batch=batch)
+    chosen = choose_plan(m, n, rank, niter, machine=machine, batch=batch)
     panels = 4 * (m + n) * (2 * rank + 4 * chosen.block)
     if chosen.method == "svd":
         matrices = 16 * m * n
     elif chosen.method == "gram":
-        matrices = 32 * n * n  # in float64, where float32 will not do, with LAPACK's two
+        matrices = 32 * n * n  # in float64, where float32 is not accurate enough, with two work matrices of LAPACK
     elif chosen.method == "krylov":
         matrices = 4 * ((m + n) * chosen.limit + 4 * chosen.limit**2)
     else:
         matrices = 4 * (4 * n * chosen.block + (2 * n * n if chosen.through_gram else 0))
-    return panels + matrices + (ROW_BLOCK_BYTES if device in MACHINES and device != "cuda" else 0)
+    return panels + matrices + (ROW_BLOCK_BYTES if machine in MACHINES and machine != "cuda" else 0)
 
 
-def _krylov_plans(machine: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:
-    """Krylov to a tolerance, one plan for each block: whole multiples of 16, because BLAS takes 24 for 32; or 8."""
+def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:
+    """Krylov to a tolerance, for blocks of 8 or a multiple of 16 columns: BLAS takes as long for 24 as for 32."""
     plans = []
     for block in (8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
-        if block < machine.block:
+        if block < constants.min_block:
             continue
         limit = block * math.ceil(max(256, min(6 * rank, 512), 4 * rank, 6 * block) / block)
         if limit + block > n:
             continue
-        columns = 5 * rank + 9 * block  # krylov.py's, and two blocks for an estimate on the safe side
+        columns = 5 * rank + 9 * block  # as measured (krylov.py), and two blocks more for safety
         basis = min(columns, limit)
-        step, look = _krylov_step(machine, m, n, block, basis, call), machine.eigenproblem(basis)
-        seconds = math.ceil(columns / block) * step + 4 * look
-        plans.append(SolverPlan("krylov", seconds, block=block, limit=limit, check_every=math.ceil(3 * look / step)))
+        step, check = _krylov_step(constants, m, n, block, basis, call), constants.eigenproblem(basis)
+        seconds = math.ceil(columns / block) * step + 4 * check
+        plans.append(SolverPlan("krylov", seconds, block=block, limit=limit, check_every=math.ceil(3 * check / step)))
     return plans
 
 
-def _fixed_plans(machine: Machine, m: int, n: int, rank: int, call: float, niter: int) -> list[SolverPlan]:
-    """Krylov that matches ``niter`` rounds: a block that holds a component of each wanted vector from the start."""
+def _fixed_plans(constants: Machine, m: int, n: int, rank: int, call: float, niter: int) -> list[SolverPlan]:
+    """Krylov that matches ``niter`` rounds: the first block has a component of each wanted vector already."""
     steps = steps_for_niter(niter)
     block = rank + GUARD_VECTORS
     if (steps + 2) * block > n:
         return []
     limit = (steps + 1) * block
-    seconds = (steps + 1) * _krylov_step(machine, m, n, block, limit, call) + machine.eigenproblem(limit)
+    seconds = (steps + 1) * _krylov_step(constants, m, n, block, limit, call) + constants.eigenproblem(limit)
     return [SolverPlan("krylov", seconds, block=block, limit=limit, steps=steps)]
 
 
-def _chebyshev_plans(machine: Machine, m: int, n: int, rank: int, call: float, gram: float) -> list[SolverPlan]:
+def _chebyshev_plans(constants: Machine, m: int, n: int, rank: int, call: float, gram: float) -> list[SolverPlan]:
+    """Chebyshev filter to a tolerance, with A and through the Gram matrix."""
     block = _multiple_of_16(rank + max(16, rank // 2))
     if 2 * block > n:
         return []
-    products, rounds = 14, 3.5  # typical of MiniLM's weights
+    products, rounds = 14, 3.5  # typical for the weights of MiniLM
     small = rounds * (
-        machine.eigenproblem(block) + (PANEL_CALLS + ROUND_CALLS) * call + 40 * n * block**2 / machine.flops
+        constants.eigenproblem(block) + (PANEL_CALLS + ROUND_CALLS) * call + 40 * n * block**2 / constants.flops
     )
-    direct = products * (2 * machine.product(m, n, block) + 4 * call)
-    through = gram + products * (2 * n * n * block / machine.flops + 5 * call)
+    direct = products * (2 * constants.product(m, n, block) + 4 * call)
+    through = gram + products * (2 * n * n * block / constants.flops + 5 * call)
     return [
         SolverPlan("chebyshev", direct + small, block=block),
         SolverPlan("chebyshev", through + small, block=block, through_gram=True),
     ]
 
 
-def _krylov_step(machine: Machine, m: int, n: int, block: int, basis: int, call: float) -> float:
-    """Two products, one of two projections against half the final basis, two CholeskyQR rounds."""
-    orthogonal = (2 * basis + 8 * block) * n * block / machine.flops
-    return 2 * machine.product(m, n, block) + orthogonal + PANEL_CALLS * call
+def _krylov_step(constants: Machine, m: int, n: int, block: int, basis: int, call: float) -> float:
+    """Seconds of a step: two products, projections against half the final basis, two rounds of CholeskyQR."""
+    orthogonal = (2 * basis + 8 * block) * n * block / constants.flops
+    return 2 * constants.product(m, n, block) + orthogonal + PANEL_CALLS * call
 
 
 def _multiple_of_16(columns: int) -> int:

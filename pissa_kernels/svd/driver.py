@@ -1,10 +1,9 @@
-"""Truncated SVD with a certificate: the engine's public face.
+"""Truncated SVD with a certificate.
 
-Every step works on a stack of weights of equal shape, of which a single weight is the smallest, and is written in
-products with the weights, orthonormalisation and small dense problems, so that it runs wherever the weights are.
-The methods work on tall operators; a wide weight is seen through its transpose (a view). :mod:`pissa_kernels.svd.cost`
-chooses among them. Whatever found the subspace, :func:`rayleigh_ritz` turns it into triplets and :func:`_measured`
-measures them against the weight itself.
+All methods work on a batch of weights of equal shape; a single weight is a batch of one. They consist of products with
+the weights, orthonormalization and small dense problems, so they run on the weights' device. They take tall matrices; a
+wide weight is transposed (a view). :mod:`pissa_kernels.svd.cost` chooses the method. Every method ends in
+:mod:`pissa_kernels.svd.rayleigh_ritz`, which turns the subspace into triplets and measures their residuals.
 """
 
 from __future__ import annotations
@@ -17,48 +16,95 @@ from torch import Tensor
 from ..checks import check_accuracy, check_rank, check_weight
 from ..numerics import exact_arithmetic
 from .chebyshev import chebyshev_subspace
-from .cost import CHEAP_GRAM, SolverPlan, machine_of, plan
-from .krylov import Subspace, block_krylov
+from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of
+from .krylov import block_krylov
 from .operators import GramOperator, WeightOperator
-from .rayleigh_ritz import Triplets, dense_triplets, gram_triplets, rayleigh_ritz, truncated_svds
+from .rayleigh_ritz import Triplets, certified, dense_triplets, gram_triplets, rayleigh_ritz
 from .result import TruncatedSVD
+from .stopping import Subspace
 
 ITERATIONS = ("krylov", "chebyshev")
-# The energy deficit that is iterated to where nothing else is asked for.
+# Tolerance on the energy deficit.
 DEFAULT_TOL = 1e-6
-# Products with AᵀA before an iteration gives up.
+# Products with AᵀA after which an iteration stops.
 MAX_STEPS = 100
-# What a float32 Gram matrix leaves on a well-conditioned weight is below this; where it leaves more, singular values
-# below √ε·σ₁ are wanted, and only a float64 one knows them.
+# Residual relative to σ₁ above which the Gram matrix is formed in float64. On a well-conditioned weight float32 stays
+# below it; singular values below √ε·σ₁ need float64.
 GRAM_RESIDUAL = 1e-5
-# σ_r/σ₁ below which σ_r² is near the rounding of σ₁² in float32.
+# σ_r/σ₁ below which σ_r² is near the round-off of σ₁² in float32.
 STEEP = 1e-2
 
 
 def truncated_svd(
     weight: Tensor, rank: int, *, tol: float = DEFAULT_TOL, niter: int | None = None, seed: int = 0
 ) -> TruncatedSVD:
-    """The leading ``rank`` singular triplets of a weight, to a tolerance on the captured energy.
+    """The leading singular triplets of a weight, to a tolerance on the energy deficit.
 
-    Block Krylov (:mod:`pissa_kernels.svd.krylov`) or filtered subspace iteration (:mod:`pissa_kernels.svd.chebyshev`)
-    where they are the cheaper way, a dense factorization elsewhere. The weight is read as it is stored; torch's global
-    random state is neither used nor changed.
+    The method is block Krylov [1]_ [2]_ or Chebyshev-filtered subspace iteration [3]_ where these are faster than a
+    dense factorization. The weight is read in its own dtype and layout; only a full SVD copies it to float32.
+
+    The energy deficit is 1 − ‖W·V‖_F²/Σ_{i≤r}σᵢ². It is estimated from the residuals of the triplets [4]_.
 
     Args:
         weight: (m, n), float32, float16 or bfloat16, any strides, finite.
-        rank: 1 ≤ rank ≤ min(m, n).
-        tol: on the energy deficit 1 − ‖W·V‖_F²/Σ_{i≤r}σᵢ². Iterates until the estimate of what is left is below it, or
-            reports ``converged=False``.
-        niter: instead of ``tol``, promise at least the accuracy of that many rounds of subspace iteration with a block
-            of ``rank`` columns, as ``torch.svd_lowrank(W, rank, niter=niter)`` does them.
-        seed: of the sketch; equal seeds give equal bits on one machine.
+        rank: r, 1 ≤ r ≤ min(m, n).
+        tol: tolerance on the energy deficit. If the estimate does not come below it, ``certificate.converged`` is
+            False.
+        niter: None to iterate to ``tol``. Otherwise ``tol`` is not used, and the result is at least as accurate as
+            ``torch.svd_lowrank(W, rank, niter=niter)``, which is ``niter`` rounds of subspace iteration with a block of
+            ``rank`` columns.
+        seed: seed of the sketch. Equal seeds give equal bits on one machine; torch's global random state is neither
+            used nor changed.
 
     Returns:
-        U, S, Vh and the certificate.
+        U (m, r), S (r,), Vh (r, n) and the certificate.
 
     Raises:
-        TypeError: a dtype that is not float32, float16 or bfloat16, or a quantised tensor.
-        ValueError: not 2-D, empty, a rank out of range, NaN or Inf, ``tol`` or ``niter`` out of range.
+        TypeError: a dtype other than float32, float16 and bfloat16, or a quantized tensor.
+        ValueError: not 2-D, empty, a rank out of range, NaN or Inf, ``tol`` or ``niter`` out of range, or singular
+            values beyond float32's range.
+
+    Examples:
+        A matrix with known singular values, and its three leading triplets:
+
+        >>> import torch
+        >>> import pissa_kernels as pk
+        >>> def matrix(singular_values, m=300, n=200):
+        ...     generator = torch.Generator().manual_seed(0)
+        ...     U, _ = torch.linalg.qr(torch.randn(m, len(singular_values), generator=generator))
+        ...     V, _ = torch.linalg.qr(torch.randn(n, len(singular_values), generator=generator))
+        ...     return (U * singular_values) @ V.T
+        >>> s = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+        >>> U, S, Vh, certificate = pk.truncated_svd(matrix(s), rank=3)
+        >>> bool(torch.allclose(S, s[:3], rtol=1e-5))
+        True
+        >>> bool(torch.allclose(U * S, matrix(s) @ Vh.T, atol=1e-4))
+        True
+        >>> certificate.converged
+        True
+        >>> round(certificate.energy, 4)  # (25 + 16 + 9)/(25 + 16 + 9 + 4 + 1)
+        0.9091
+
+        A cluster of singular values across index r. The second vector may be any direction in the cluster, so single
+        vectors are not a measure of accuracy; the captured energy is nearly the same for all of them:
+
+        >>> s = torch.tensor([5.0, 2.001, 2.0, 2.0, 1.999, 1.0])
+        >>> W = matrix(s)
+        >>> U, S, Vh, certificate = pk.truncated_svd(W, rank=2)
+        >>> deficit = 1 - (W @ Vh.T).square().sum() / s[:2].square().sum()
+        >>> bool(deficit < 1e-5)
+        True
+        >>> bool(torch.allclose(S, s[:2], rtol=1e-3))
+        True
+
+    References:
+        .. [1] C. Musco, C. Musco: Randomized block Krylov methods for stronger and faster approximate singular value
+           decomposition. NeurIPS 2015, arXiv 1504.05477.
+        .. [2] J. A. Tropp, R. J. Webber: Randomized algorithms for low-rank matrix approximation. 2023, arXiv
+           2306.12418.
+        .. [3] Y. Zhou, Y. Saad, M. L. Tiago, J. R. Chelikowsky: Self-consistent-field calculations using
+           Chebyshev-filtered subspace iteration. Journal of Computational Physics 219, 2006.
+        .. [4] B. N. Parlett: The Symmetric Eigenvalue Problem. SIAM 1998, §11.7.
     """
     check_weight(weight)
     check_rank(rank, weight.shape)
@@ -84,50 +130,51 @@ def solve_batch(weights: Tensor, rank: int, *, tol: float, niter: int | None, se
         batch, m, n = operator.shape
         tried: list[str] = []
         while True:
-            chosen = plan(m, n, rank, niter, device=machine_of(weights), batch=batch, without=tried)
-            if chosen.method not in ITERATIONS:
+            plan = choose_plan(m, n, rank, niter, machine=machine_of(weights), batch=batch, exclude=tried)
+            if plan.method not in ITERATIONS:
                 break
-            tried.append(chosen.method)
+            tried.append(plan.method)
             try:
-                triplets, converged = _iterate(operator, rank, chosen, tol, seed)
+                triplets, converged = _iterate(operator, rank, plan, tol, seed)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 continue
-            # Krylov has the last word among iterations; a dense method has it where that is cheap
-            final = chosen.steps is not None or (chosen.method == "krylov" and n > CHEAP_GRAM)
+            # after block Krylov, a dense method follows only where it is fast; after a fixed number of steps, none
+            final = plan.steps is not None or (plan.method == "krylov" and n > DENSE_FALLBACK_WIDTH)
             if all(converged) or final:
-                return truncated_svds(operator, triplets, converged, chosen.method)
-        if chosen.method == "svd":
-            return truncated_svds(operator, dense_triplets(operator, rank), [True] * batch, "svd")
+                return certified(operator, triplets, converged, plan.method)
+        if plan.method == "svd":
+            return certified(operator, dense_triplets(operator, rank), [True] * batch, "svd")
         triplets = gram_triplets(operator, rank, torch.float32)
         if (triplets.residuals.amax(-1) > GRAM_RESIDUAL * triplets.S[:, 0]).any().item():
             triplets = gram_triplets(operator, rank, torch.float64)
-        return truncated_svds(operator, triplets, [True] * batch, "gram")
+        return certified(operator, triplets, [True] * batch, "gram")
 
 
 def _iterate(
-    operator: WeightOperator, rank: int, chosen: SolverPlan, tol: float, seed: int
+    operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, seed: int
 ) -> tuple[Triplets, list[bool]]:
-    """The triplets that an iteration comes to, and for each weight whether they meet the tolerance."""
-    H = GramOperator(operator.gram(torch.float32), operator.shape[1]) if chosen.through_gram else operator
-    if chosen.method == "chebyshev":
-        found = chebyshev_subspace(H, rank, block=chosen.block, tol=tol, max_products=MAX_STEPS, seed=seed)
-        return _evaluated(operator, found, tol)
-    krylov = functools.partial(block_krylov, H, rank, limit=chosen.limit, tol=tol, max_steps=MAX_STEPS, seed=seed)
-    found = krylov(block=chosen.block, steps=chosen.steps, check_every=chosen.check_every)
-    triplets, converged = _evaluated(operator, found, tol)
-    if chosen.steps is not None:
+    """Triplets by the iteration of ``plan``, and for each weight whether they meet the tolerance."""
+    H = GramOperator(operator.gram(torch.float32), operator.shape[1]) if plan.through_gram else operator
+    if plan.method == "chebyshev":
+        subspace = chebyshev_subspace(H, rank, block=plan.block, tol=tol, max_products=MAX_STEPS, seed=seed)
+        return _evaluated(operator, subspace, tol)
+    krylov = functools.partial(block_krylov, H, rank, limit=plan.limit, tol=tol, max_steps=MAX_STEPS, seed=seed)
+    subspace = krylov(block=plan.block, steps=plan.steps, check_every=plan.check_every)
+    triplets, converged = _evaluated(operator, subspace, tol)
+    if plan.steps is not None:
         if (triplets.S[:, -1] < STEEP * triplets.S[:, 0]).any().item():
-            # float32 squares mix directions this far below the first, which the promised rounds would tell apart
+            # float32 squares mix directions with singular values this small, which subspace iteration would separate
             triplets = rayleigh_ritz(operator, operator.adjoint(triplets.U))
     elif not all(converged) and operator.passes < 2 * MAX_STEPS:
-        # the last step did not bring what was expected of it
-        found = krylov(block=rank, start=triplets.V)
-        triplets, converged = _evaluated(operator, found, tol)
+        # the last step reduced the deficit by less than the stopping rule predicted
+        subspace = krylov(block=rank, start=triplets.V)
+        triplets, converged = _evaluated(operator, subspace, tol)
     return triplets, converged
 
 
-def _evaluated(operator: WeightOperator, found: Subspace, tol: float) -> tuple[Triplets, list[bool]]:
-    triplets = rayleigh_ritz(operator, found.V, found.AV)
+def _evaluated(operator: WeightOperator, subspace: Subspace, tol: float) -> tuple[Triplets, list[bool]]:
+    """Triplets on a subspace, and for each weight whether their estimated energy deficit is at most ``tol``."""
+    triplets = rayleigh_ritz(operator, subspace.V, subspace.AV)
     # the residual of an eigenpair of AᵀA is σ times that of the triplet
-    missing = found.missing(triplets.S.square(), triplets.residuals * triplets.S)
-    return triplets, (missing <= tol).tolist()
+    deficit = subspace.deficit(triplets.S.square(), triplets.residuals * triplets.S)
+    return triplets, (deficit <= tol).tolist()

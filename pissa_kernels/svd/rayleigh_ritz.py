@@ -17,9 +17,13 @@ FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 class Triplets(NamedTuple):
-    """Triplets of a stack of tall operators A, scaled as these are: U (batch, m, r), S (batch, r), V (batch, n, r).
+    """Singular triplets of each A of a batch, scaled as A is.
 
-    ``residuals`` (batch, r) are ρᵢ = max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖), measured.
+    Attributes:
+        U: (batch, m, r) float32.
+        S: (batch, r) float32, descending.
+        V: (batch, n, r) float32.
+        residuals: (batch, r) ρᵢ = max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖), measured in float32.
     """
 
     U: Tensor
@@ -29,25 +33,25 @@ class Triplets(NamedTuple):
 
 
 def gram_triplets(operator: WeightOperator, rank: int, dtype: torch.dtype) -> Triplets:
-    """From the leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
+    """Triplets from the leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
     _, vectors = torch.linalg.eigh(operator.gram(dtype))
     return rayleigh_ritz(operator, vectors[:, :, -rank:])
 
 
 def dense_triplets(operator: WeightOperator, rank: int) -> Triplets:
-    """LAPACK's or cuSOLVER's own, for ranks that leave little to truncate."""
+    """The leading triplets of the full SVD by LAPACK or cuSOLVER, for ranks near n."""
     U, S, Vh = torch.linalg.svd(operator.dense(), full_matrices=False)
     V = Vh[:, :rank].mT.contiguous()
     return _measured(operator, U[:, :, :rank].contiguous(), S[:, :rank], V, operator.apply(V))
 
 
 def rayleigh_ritz(operator: WeightOperator, V: Tensor, AV: Tensor | None = None) -> Triplets:
-    """Triplets of A on the subspace of V: A·V = Q·R, R = X·S·Zᵀ, U = Q·X. Orthonormal even where S is zero.
+    """Triplets of A on the subspace spanned by V: A·V = Q·R, R = X·S·Zᵀ, U = Q·X. Orthonormal even where S is zero.
 
     Args:
         operator: A.
         V: (batch, n, r), of full rank.
-        AV: A·V where it is known, for a V that is orthonormal up to rounding.
+        AV: (batch, m, r) A·V, for a V that is orthonormal up to round-off; None to compute it.
     """
     if AV is None:
         V, _ = orthonormalize(V)
@@ -67,9 +71,12 @@ def _measured(operator: WeightOperator, U: Tensor, S: Tensor, V: Tensor, AV: Ten
     return Triplets(U, S, V, torch.maximum(left, right))
 
 
-def truncated_svds(
-    operator: WeightOperator, triplets: Triplets, converged: list[bool], method: str
-) -> list[TruncatedSVD]:
+def certified(operator: WeightOperator, triplets: Triplets, converged: list[bool], method: str) -> list[TruncatedSVD]:
+    """Triplets of the weights, unscaled and with their certificates, from those of the operator.
+
+    Raises:
+        ValueError: singular values beyond float32's range.
+    """
     U, V = (triplets.V, triplets.U) if operator.wide else (triplets.U, triplets.V)
     S = triplets.S if operator.scale is None else triplets.S / operator.scale.squeeze(-1)
     captured = triplets.S.double().square().sum(-1)
@@ -78,9 +85,9 @@ def truncated_svds(
     for index, (residual, largest, unscaled) in enumerate(figures):
         if not math.isfinite(unscaled):
             raise ValueError("the weight's singular values exceed float32's range")
-        # What was measured is off by a few ε·σ₁ itself: float32 products, and A·V by way of V·Z, sums of r terms.
-        rounding = (8 + 2 * math.sqrt(S.shape[1])) * FLOAT32_EPS
-        relative = residual / largest + rounding if largest > 0 else 0.0
+        # round-off of the measurement: float32 products, and A·V computed as Y·Z, sums of r terms
+        roundoff = (8 + 2 * math.sqrt(S.shape[1])) * FLOAT32_EPS
+        relative = residual / largest + roundoff if largest > 0 else 0.0
         energy = operator.energy[index]
         share = min(float(captured[index]) / energy, 1.0) if energy > 0 else 1.0
         certificate = Certificate(operator.passes, share, relative, converged[index], method)

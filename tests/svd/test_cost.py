@@ -1,21 +1,25 @@
-"""The cost model chooses what is measured to be fast, and nothing that does not fit."""
+"""The cost model chooses the method that was measured to be fastest, and only plans that fit."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.harness.paths import RESULTS
-from bench.harness.rows import read_rows
 from pissa_kernels.svd import cost
-from pissa_kernels.svd.krylov import GUARD_VECTORS, steps_for_niter
+from pissa_kernels.svd.krylov import steps_for_niter
+from pissa_kernels.svd.stopping import GUARD_VECTORS
+
+MEASURED = Path(__file__).parents[2] / "bench" / "results" / "init-cpu.jsonl"
 
 
 @pytest.mark.parametrize(
     ("m", "n", "rank", "niter", "method"),
     [
-        # measured on two AVX2 cores, the next best in brackets, ms: 6.0 (gram 8.3)
+        # milliseconds on two AVX2 cores, with the next best method in brackets: 6.0 (gram 8.3)
         (384, 384, 16, None, "chebyshev"),
         # 8.9 (chebyshev 10.5), 12.6 (chebyshev 21)
         (384, 384, 64, None, "gram"),
@@ -39,23 +43,23 @@ from pissa_kernels.svd.krylov import GUARD_VECTORS, steps_for_niter
     ],
 )
 def test_the_choice_on_a_cpu(m: int, n: int, rank: int, niter: int | None, method: str) -> None:
-    assert cost.plan(m, n, rank, niter).method == method
+    assert cost.choose_plan(m, n, rank, niter).method == method
 
 
-def test_small_eigenproblems_decide_on_a_gpu() -> None:
-    assert cost.plan(4096, 4096, 128, None, device="cuda").method == "chebyshev"
-    assert cost.plan(4096, 4096, 128, None, device="cpu").method == "krylov"
+def test_a_gpu_takes_the_method_with_small_eigenproblems() -> None:
+    assert cost.choose_plan(4096, 4096, 128, None, machine="cuda").method == "chebyshev"
+    assert cost.choose_plan(4096, 4096, 128, None, machine="cpu").method == "krylov"
 
 
-def test_a_stack_shares_what_is_small() -> None:
+def test_a_batch_shares_the_small_operations() -> None:
     for plan in (plan for plan in cost.candidates(384, 384, 16, None, batch=24) if plan.method != "svd"):
         alone = [p for p in cost.candidates(384, 384, 16, None) if (p.method, p.block) == (plan.method, plan.block)]
         assert plan.seconds < max(p.seconds for p in alone)
 
 
-def test_without_leaves_methods_out() -> None:
-    assert cost.plan(4096, 4096, 16, None, without=["krylov"]).method == "chebyshev"
-    assert cost.plan(4096, 4096, 16, None, without=["krylov", "chebyshev"]).method == "gram"
+def test_excluded_methods_are_not_chosen() -> None:
+    assert cost.choose_plan(4096, 4096, 16, None, exclude=["krylov"]).method == "chebyshev"
+    assert cost.choose_plan(4096, 4096, 16, None, exclude=["krylov", "chebyshev"]).method == "gram"
 
 
 @settings(max_examples=300, deadline=None)
@@ -64,20 +68,20 @@ def test_without_leaves_methods_out() -> None:
     extra=st.integers(0, 100000),
     fraction=st.floats(0, 1),
     niter=st.sampled_from([None, 0, 1, 4, 16]),
-    device=st.sampled_from(["cpu", "cpu csrc", "cuda", "mps"]),
+    machine=st.sampled_from(["cpu", "cpu csrc", "cuda", "mps"]),
     batch=st.sampled_from([1, 16]),
 )
-def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | None, device: str, batch: int) -> None:
+def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | None, machine: str, batch: int) -> None:
     rank = 1 + int(fraction * (n - 1))
-    plans = cost.candidates(n + extra, n, rank, niter, device=device, batch=batch)
-    assert {"gram", "svd"} & {plan.method for plan in plans}, "a dense method is always there to fall back to"
+    plans = cost.candidates(n + extra, n, rank, niter, machine=machine, batch=batch)
+    assert {"gram", "svd"} & {plan.method for plan in plans}, "a dense method always fits"
     for plan in plans:
         assert plan.seconds > 0
         if plan.method == "krylov":
             assert plan.limit + plan.block <= n
             if niter is None:
-                assert plan.limit >= rank + GUARD_VECTORS + 2 * plan.block, "room for what a restart keeps"
-                assert plan.limit >= rank + GUARD_VECTORS + 2 * rank, "and for a second run from the vectors found"
+                assert plan.limit >= rank + GUARD_VECTORS + 2 * plan.block, "a restart keeps that many columns"
+                assert plan.limit >= rank + GUARD_VECTORS + 2 * rank, "a second run starts from the vectors found"
             else:
                 assert plan.steps == steps_for_niter(niter)
                 assert plan.block >= rank + GUARD_VECTORS
@@ -87,11 +91,11 @@ def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | 
             assert rank + GUARD_VECTORS <= plan.block < n
 
 
-def test_the_workspace_is_an_upper_estimate_of_what_was_measured() -> None:
-    """Against the peaks in the committed rows; what the process itself adds is a few MiB where weights are small."""
-    rows = read_rows(RESULTS / "init-cpu.jsonl")
+def test_the_workspace_is_an_upper_estimate_of_measured_peaks() -> None:
+    """Peaks of the committed benchmark rows; the process itself adds a few MiB, which show on small weights."""
+    rows = [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines() if line.strip()]
     measured = [row for row in rows if row["provider"] == "ours pissa" and row["peak_extra_mib"] is not None]
     assert len(measured) >= 5
     for row in measured:
-        estimate = cost.workspace(*row["shape"], row["rank"], None, device="cpu") / 2**20
+        estimate = cost.workspace(*row["shape"], row["rank"], None, machine="cpu") / 2**20
         assert row["peak_extra_mib"] <= estimate <= 2 * row["peak_extra_mib"] + 10, row["case"]

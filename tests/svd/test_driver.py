@@ -1,4 +1,4 @@
-"""The engine against fp64: energies, triplets, certificates, awkward matrices."""
+"""truncated_svd against float64: energies, triplets, certificates, difficult matrices."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_krylov_on_realistic_weights(shape: tuple[int, int], dtype: torch.dtype)
 
 @pytest.mark.parametrize("niter", [0, 1, 2, 4, 16])
 def test_niter_is_no_less_accurate_than_svd_lowrank(niter: int) -> None:
-    """On every real weight, and on spectra that favour one method or the other."""
+    """On every real weight, and on spectra that favor one method or the other."""
     n = 420
     index = torch.arange(n, dtype=torch.float64)
     spectra = {
@@ -68,15 +68,15 @@ def test_niter_is_no_less_accurate_than_svd_lowrank(niter: int) -> None:
             ours = pk.truncated_svd(W, rank, niter=niter)
             check_triplets(W, rank, ours)
             theirs = torch.svd_lowrank(W, rank, niter=niter)[2].mT
-            # W's own rounding splits equal singular values by more than that
+            # rounding W to float32 splits equal singular values by more than this
             slack = EPS / 16
             assert energy_deficit(W, ours.Vh, energies) <= energy_deficit(W, theirs, energies) + slack, (name, rank)
 
 
 @pytest.mark.parametrize("niter", [4, 16])
-def test_niter_costs_fewer_products_than_the_rounds_it_stands_for(niter: int) -> None:
+def test_niter_takes_fewer_products_than_that_many_rounds(niter: int) -> None:
     result = pk.truncated_svd(realistic(1536, 768).bfloat16(), 16, niter=niter)
-    # with the two that turn the subspace into triplets and measure them
+    # including the two that turn the subspace into triplets and measure their residuals
     assert result.certificate.passes <= 2 * niter + 2
 
 
@@ -102,7 +102,7 @@ def test_any_small_matrix(
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_tolerance_is_met_and_not_by_much(tol: float, dtype: torch.dtype) -> None:
+def test_the_tolerance_is_met_with_fewer_passes_if_it_is_looser(tol: float, dtype: torch.dtype) -> None:
     W = realistic(1500, 1200).to(dtype)
     passes = []
     for requested in (tol, tol / 1e3):
@@ -139,7 +139,9 @@ def test_a_failed_eigensolver_falls_back_to_a_dense_method(monkeypatch: pytest.M
         (torch.float16, 2.0**-10),
     ],
 )
-def test_ends_of_the_range(shape: tuple[int, int], rank: int, dtype: torch.dtype, scale: float) -> None:
+def test_weights_at_the_ends_of_the_range_of_their_dtype(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, scale: float
+) -> None:
     W = realistic(*shape)
     W = (W / W.abs().max() * scale).to(dtype)
     result = pk.truncated_svd(W, rank)
@@ -200,7 +202,7 @@ def test_ambient_modes_do_not_change_the_answer(shape: tuple[int, int], method: 
         torch.set_float32_matmul_precision("highest")
 
 
-def test_seeds_are_its_own() -> None:
+def test_equal_seeds_give_equal_bits_without_the_global_generator() -> None:
     W = realistic(600, 500).bfloat16()
     state = torch.get_rng_state()
     first, again, other = (pk.truncated_svd(W, 8, seed=seed) for seed in (0, 0, 1))
@@ -227,6 +229,6 @@ def test_seeds_are_its_own() -> None:
         ({"weight": torch.ones(4, 5), "rank": 1, "niter": -1}, ValueError, "niter"),
     ],
 )
-def test_refusals(arguments: dict, error: type[Exception], words: str) -> None:  # type: ignore[type-arg]
+def test_wrong_arguments_are_refused(arguments: dict, error: type[Exception], words: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(error, match=words):
         pk.truncated_svd(**arguments)

@@ -1,4 +1,4 @@
-"""The iterative methods themselves, whatever the cost model would choose and with no dense method to fall back to."""
+"""Each iterative method on its own, whatever the cost model would choose and without a dense fallback."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Force = Callable[..., None]
 
 
 def force(patch: pytest.MonkeyPatch, method: str, **changes: Any) -> None:
-    """Make ``method`` the plan for everything, with some of its parameters changed, and Krylov the one after it."""
+    """Choose ``method`` for every weight, with some parameters of its plan changed, and Krylov after it."""
 
-    def forced(*arguments: Any, without: Any, **where: Any) -> cost.SolverPlan:
-        wanted = "krylov" if method in without else method
-        plans = [plan for plan in cost.candidates(*arguments, **where) if plan.method == wanted]
+    def forced(*arguments: Any, exclude: Any, **keywords: Any) -> cost.SolverPlan:
+        wanted = "krylov" if method in exclude else method
+        plans = [plan for plan in cost.candidates(*arguments, **keywords) if plan.method == wanted]
         return replace(min(plans, key=lambda plan: plan.seconds), **changes)
 
-    patch.setattr(svd, "plan", forced)
-    patch.setattr(svd, "CHEAP_GRAM", 0)
+    patch.setattr(svd, "choose_plan", forced)
+    patch.setattr(svd, "DENSE_FALLBACK_WIDTH", 0)
 
 
 def test_steps_for_niter_amplify_as_much_as_subspace_iteration() -> None:
-    """Independently: T_K by its recurrence, on a grid of gaps, wherever the tail is not yet below 1e-9."""
+    """T_K by its recurrence, on a grid of gaps, wherever more than 1e-9 of the tail is left."""
     for niter in (0, 1, 2, 3, 4, 8, 16, 40):
         steps = krylov.steps_for_niter(niter)
         for x in torch.linspace(1.001, 40, 4000, dtype=torch.float64).tolist():
@@ -75,7 +75,7 @@ def test_any_matrix(
 
 @pytest.mark.parametrize(("rank", "block"), [(24, 8), (64, 8), (64, 16)])
 def test_more_equal_values_than_a_block_has_columns(rank: int, block: int) -> None:
-    """Krylov holds no more directions of one singular value than its block; the others come from arbitrary panels."""
+    """A Krylov space has at most b directions of one singular value; the others come from arbitrary panels."""
     W = matrix("clustered", 600, 500, 0).float()  # 251 times 2, then ones
     with pytest.MonkeyPatch.context() as patch:
         force(patch, "krylov", block=block, limit=384, check_every=1)
@@ -85,7 +85,7 @@ def test_more_equal_values_than_a_block_has_columns(rank: int, block: int) -> No
 
 
 class Diagonal:
-    """H = diag(σ²) for one spectrum: products cost nothing, and the truth is known to float64."""
+    """H = diag(σ²): products cost nothing, and the exact deficit is known to float64."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values.float()[None, :, None]
@@ -103,7 +103,7 @@ class Diagonal:
         return Projection(Y.mT @ Y, self.values * Y, None)
 
     def compress(self, X: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.project(X).small, None
+        return self.project(X).matrix, None
 
 
 INDEX = torch.arange(1, 1501, dtype=torch.float64)
@@ -123,7 +123,7 @@ DECAYING = {
 @pytest.mark.parametrize("rank", [4, 16, 64, 128])
 @pytest.mark.parametrize("method", ["krylov", "chebyshev"])
 @pytest.mark.parametrize("spectrum", sorted(DECAYING))
-def test_an_iteration_stops_when_the_truth_is_below_the_tolerance(
+def test_an_iteration_stops_when_the_true_deficit_is_below_the_tolerance(
     spectrum: str, method: str, rank: int, tol: float
 ) -> None:
     sigma = DECAYING[spectrum].float().double()
@@ -137,7 +137,7 @@ def test_an_iteration_stops_when_the_truth_is_below_the_tolerance(
         found = chebyshev_subspace(operator, rank, block=plan.block, tol=tol, max_products=200, seed=0)
     basis = torch.linalg.qr(found.V[0].double())[0]
     deficit = 1 - float((sigma[:, None] * basis).square().sum() / sigma[:rank].square().sum())
-    # the estimate is of second order in the residuals: it is rough where these are still large
+    # the estimate is of second order in the residuals, so it is rough while they are large
     assert deficit <= tol * (3 if tol > 1e-4 else 1)
 
 
@@ -146,7 +146,7 @@ def test_restarts_still_converge(monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, "krylov", block=16, limit=64)
     result = pk.truncated_svd(W, 16)
     assert result.certificate.converged
-    assert result.certificate.passes > 2 * 4 + 3, "no restart was needed: the test shows nothing"
+    assert result.certificate.passes > 2 * 4 + 3, "the test needs a restart"
     check_triplets(W, 16, result)
 
 
@@ -156,7 +156,7 @@ def test_a_flat_spectrum_is_not_called_converged(method: str, monkeypatch: pytes
     monkeypatch.setattr(svd, "MAX_STEPS", 6)
     force(monkeypatch, method)
     result = pk.truncated_svd(W, 16)
-    assert result.certificate.method == "krylov", "what follows when filtered iteration has not converged"
+    assert result.certificate.method == "krylov", "block Krylov follows a Chebyshev filter that has not converged"
     assert not result.certificate.converged
     assert energy_deficit(W, result.Vh) > 1e-6
     check_triplets(W, 16, result)
@@ -169,7 +169,7 @@ def test_a_flat_spectrum_is_not_called_converged(method: str, monkeypatch: pytes
 def test_a_cluster_is_not_mistaken_for_convergence(
     method: str, spread: float, below: float, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """150 values that nearly agree: the energy stops growing long before it has been found."""
+    """150 nearly equal singular values: the captured energy stops growing long before the iteration has converged."""
     force(monkeypatch, method)
     spectrum = torch.full((400,), below, dtype=torch.float64)
     spectrum[:150] = torch.linspace(1 + spread, 1, 150)
@@ -180,7 +180,7 @@ def test_a_cluster_is_not_mistaken_for_convergence(
 @pytest.mark.parametrize("niter", [None, 4])
 @pytest.mark.parametrize("method", ["krylov", "chebyshev", "gram", "svd"])
 @pytest.mark.parametrize("shape", [(500, 400), (400, 500)])
-def test_a_stack_equals_its_weights_one_by_one(
+def test_a_batch_gives_the_results_of_its_weights_one_by_one(
     shape: tuple[int, int], method: str, niter: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if method == "chebyshev" and niter is not None:
@@ -188,7 +188,7 @@ def test_a_stack_equals_its_weights_one_by_one(
     if method in ("krylov", "chebyshev"):
         force(monkeypatch, method)
     else:
-        monkeypatch.setattr(svd, "plan", lambda *_, **__: cost.SolverPlan(method, 0.0))
+        monkeypatch.setattr(svd, "choose_plan", lambda *_, **__: cost.SolverPlan(method, 0.0))
     weights = torch.stack([realistic(*shape, seed=seed) * scale for seed, scale in enumerate((1.0, 1e3, 1e-12))])
     weights = torch.cat([weights, torch.zeros(1, *shape), with_spectrum(*shape, torch.ones(3))[None]]).bfloat16()
     together = svd.solve_batch(weights, 8, tol=1e-6, niter=niter, seed=0)
@@ -202,7 +202,7 @@ def test_a_stack_equals_its_weights_one_by_one(
             assert energy_deficit(W, result.Vh) <= energy_deficit(W, alone.Vh) + 1e-6
 
 
-def test_a_batch_is_not_a_weight() -> None:
+def test_truncated_svd_takes_a_single_weight() -> None:
     with pytest.raises(ValueError, match=r"must be 2-D, got shape \(2, 4, 5\)"):
         pk.truncated_svd(torch.ones(2, 4, 5), 1)
     with pytest.raises(ValueError, match=r"\(4, 5\).*got r=9"):

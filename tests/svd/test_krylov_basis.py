@@ -1,0 +1,83 @@
+"""LanczosBasis: an orthonormal basis and the projected matrix, also after a restart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pissa_kernels.numerics import exact_arithmetic
+from pissa_kernels.svd.krylov import LanczosBasis
+from pissa_kernels.svd.operators import WeightOperator
+from pissa_kernels.svd.orthogonalize import orthonormalize
+
+from ..support.reference import EPS, realistic
+
+BLOCK, LIMIT = 8, 48
+
+
+def extended(basis: LanczosBasis, panel: Tensor, count: int) -> Tensor:
+    """The next panel after ``count`` steps."""
+    for _ in range(count):
+        basis.append(panel)
+        panel, _ = basis.next_panel(panel)
+    return panel
+
+
+def assert_projects(basis: LanczosBasis, H: Tensor) -> None:
+    """Q is orthonormal and T = QᵀHQ."""
+    Q = basis.rows[:, : basis.size].mT.double()
+    identity = torch.eye(basis.size, dtype=torch.float64)
+    norms = torch.linalg.matrix_norm(H, ord=2)[:, None, None]
+    assert (Q.mT @ Q - identity).abs().max() <= 20 * EPS
+    lower = basis.T[:, : basis.size, : basis.size].double().tril()
+    T = lower + lower.tril(-1).mT
+    assert ((T - Q.mT @ H @ Q).abs() <= 100 * EPS * norms).all()
+
+
+@pytest.fixture
+def weights() -> Tensor:
+    return torch.stack([realistic(120, 90, seed=seed) for seed in range(2)]).float()
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 2])
+def test_the_projected_matrix_and_the_residuals(weights: Tensor, restarts: int) -> None:
+    H = weights.double().mT @ weights.double()
+    with exact_arithmetic(weights.device):
+        operator = WeightOperator(weights)
+        basis = LanczosBasis(operator, BLOCK, LIMIT)
+        panel = extended(basis, orthonormalize(operator.sketch(BLOCK, 0))[0], 4)
+        assert_projects(basis, H)
+        for _ in range(restarts):
+            basis.restart(*basis.eigh(), keep=20)
+            assert basis.size == 20
+            assert_projects(basis, H)
+            panel = extended(basis, panel, 3)
+            assert_projects(basis, H)
+        values, vectors = basis.eigh()
+        measured = basis.residuals(vectors[:, :, -5:])
+    V = basis.rows[:, : basis.size].mT.double() @ vectors[:, :, -5:].double()
+    exact = (H @ V - V * values[:, -5:].double().unsqueeze(-2)).norm(dim=1)
+    assert ((measured - exact).abs() <= 1e-3 * exact + 100 * EPS * values[:, -1:]).all()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_A_times_the_ritz_vectors_is_known_until_the_first_restart(weights: Tensor, restarted: bool) -> None:
+    with exact_arithmetic(weights.device):
+        operator = WeightOperator(weights)
+        basis = LanczosBasis(operator, BLOCK, LIMIT)
+        panel = extended(basis, orthonormalize(operator.sketch(BLOCK, 0))[0], 3)
+        if restarted:
+            basis.restart(*basis.eigh(), keep=20)
+        basis.append(panel)
+        basis.complete(*operator.compress(panel))
+        values, vectors = basis.eigh()
+        V, AV, deficit = basis.leading(vectors, 4, basis.unresolved(values, 4))
+    if restarted:
+        assert AV is None
+    else:
+        assert AV is not None
+        torch.testing.assert_close(AV, weights @ V, rtol=1e-4, atol=1e-4)
+    estimate = deficit(values[:, -4:], torch.full((2, 4), 1e-3) * values[:, -1:])
+    assert estimate.shape == (2,)
+    assert (estimate > 0).all()

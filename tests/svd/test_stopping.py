@@ -1,0 +1,105 @@
+"""The estimate of the energy deficit and the stopping rule of block Krylov."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pissa_kernels.svd.stopping import (
+    CLUSTER_GAP,
+    FASTEST_DECAY,
+    GUARD_VECTORS,
+    StoppingRule,
+    UnresolvedSpectrum,
+    estimated_deficit,
+)
+
+
+@pytest.mark.parametrize("angle", [1e-2, 1e-3, 1e-4])
+def test_the_estimate_is_the_true_deficit_to_second_order(angle: float) -> None:
+    """Two Ritz vectors of H = diag(4, 3, 1), the second one rotated toward the third eigenvector."""
+    H = torch.diag(torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64))
+    V = torch.tensor([[1.0, 0.0], [0.0, math.cos(angle)], [0.0, math.sin(angle)]], dtype=torch.float64)
+    ritz_values = (V * (H @ V)).sum(0)
+    residuals = (H @ V - V * ritz_values).norm(dim=0)
+    true_deficit = 1 - float(ritz_values.sum()) / 7.0
+    estimate = estimated_deficit(ritz_values[None], residuals[None], torch.tensor([1.0]))
+    assert estimate.dtype == torch.float64
+    assert float(estimate) == pytest.approx(true_deficit, rel=3 * angle)
+
+
+def test_a_residual_that_exceeds_the_gap_counts_once() -> None:
+    estimate = estimated_deficit(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 0.5]]), torch.tensor([1.0]))
+    assert float(estimate) == pytest.approx(0.5 / 3.0)
+
+
+def test_a_zero_matrix_has_no_deficit() -> None:
+    zeros = torch.zeros(2, 3)
+    assert estimated_deficit(zeros, zeros, torch.zeros(2)).tolist() == [0.0, 0.0]
+
+
+def test_in_a_cluster_the_gap_to_the_guard_value_counts() -> None:
+    ritz_values, residuals = torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 1e-3]])
+    edge = torch.tensor([0.5])
+    for guard_value, gap in ((1 - 2 * CLUSTER_GAP, 0.5), (1 - CLUSTER_GAP / 2, CLUSTER_GAP / 2)):
+        estimate = UnresolvedSpectrum(edge, torch.tensor([guard_value])).deficit(ritz_values, residuals)
+        assert float(estimate) == pytest.approx(2 * 1e-6 / (gap + 1e-3) / 3, rel=1e-3)
+
+
+def rule(**changes: float) -> StoppingRule:
+    return StoppingRule(**({"rank": 16, "tol": 1e-6, "block": 16, "check_every": 1} | changes))  # type: ignore[arg-type]
+
+
+def test_no_check_is_due_before_the_guard_vectors_fit_into_the_basis() -> None:
+    assert not rule().check_due(2, 1000)
+    assert not rule().check_due(3, 16 + GUARD_VECTORS - 1)
+    assert rule().check_due(3, 16 + GUARD_VECTORS)
+
+
+def test_a_deficit_below_the_tolerance_stops_at_once() -> None:
+    assert rule().should_stop(3, 1e-6, rank_deficient=False)
+
+
+def test_after_a_rank_deficient_panel_two_successive_checks_decide() -> None:
+    stopping = rule()
+    assert not stopping.should_stop(3, 0.0, rank_deficient=True)
+    assert stopping.check_due(4, 1000)
+    assert not stopping.should_stop(4, 1e-2, rank_deficient=True), "the next panel has found wanted directions"
+    assert not stopping.last_step
+    assert not stopping.should_stop(8, 1e-8, rank_deficient=True)
+    assert stopping.should_stop(9, 1e-8, rank_deficient=True)
+
+
+def test_the_last_step_is_the_one_that_is_expected_to_reach_the_tolerance() -> None:
+    stopping = rule()
+    assert not stopping.should_stop(3, 1e-3, rank_deficient=False)
+    assert not stopping.last_step, "the reduction per step is not known yet"
+    assert not stopping.should_stop(4, 1e-5, rank_deficient=False)
+    assert stopping.last_step
+    slower = rule()
+    for step, deficit in ((3, 1e-4), (4, 5e-5), (5, 2.5e-5)):
+        assert not slower.should_stop(step, deficit, rank_deficient=False)
+    assert not slower.last_step
+
+
+def test_checks_are_skipped_while_more_steps_are_certain_to_be_needed() -> None:
+    stopping = rule()
+    deficit = 1e-6 / FASTEST_DECAY**4.5
+    assert not stopping.should_stop(3, deficit, rank_deficient=False)
+    assert stopping.next_check == 3 + 3, "four steps are needed even at the fastest decay"
+
+
+@pytest.mark.parametrize("check_every", [1, 2, 3])
+def test_check_every_spaces_the_checks(check_every: int) -> None:
+    stopping = rule(check_every=check_every)
+    for step, deficit in ((3, 1e-5), (4, 9e-6)):
+        assert not stopping.should_stop(step, deficit, rank_deficient=False)
+    assert stopping.next_check <= 4 + check_every
+    assert stopping.next_check >= 5
+
+
+def test_a_narrow_block_reduces_the_deficit_more_slowly() -> None:
+    assert rule(block=4).fastest == pytest.approx(FASTEST_DECAY**0.25)
+    assert rule(block=64).fastest == FASTEST_DECAY
