@@ -24,6 +24,14 @@ def layer_context(layer: str) -> Iterator[None]:
 
     Args:
         layer: as in "layer 'model.layers.0.self_attn.q_proj', weight (4096, 4096)".
+
+    Examples:
+        >>> from pissa_kernels.checks import check_rank, layer_context
+        >>> with layer_context("layer 'lm_head'"):
+        ...     check_rank(8, (3, 4))
+        Traceback (most recent call last):
+            ...
+        ValueError: layer 'lm_head': the weight has shape (3, 4), so PiSSA takes a rank r with 1 ≤ r ≤ 3, got r=8
     """
     try:
         yield
@@ -49,6 +57,13 @@ def parse_init(init: str) -> int | None:
 
     Raises:
         ValueError: any other string, or an N that is not an integer ≥ 0.
+
+    Examples:
+        >>> from pissa_kernels.checks import parse_init
+        >>> parse_init("pissa") is None
+        True
+        >>> parse_init("pissa_niter_4")
+        4
     """
     if init == "pissa":
         return None
