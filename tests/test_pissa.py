@@ -1,4 +1,4 @@
-"""decompose: factors, residual, orientation, layout, all or nothing."""
+"""decompose: factors, residual, orientation, layout; a refused weight is unchanged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import math
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pissa_kernels as pk
-from pissa_kernels.pissa import tolerance
+from pissa_kernels.pissa import Recipe, tolerance
 
 from .support.reference import ROUNDOFF, energy_deficit, realistic
 
@@ -47,7 +49,7 @@ def test_factors_and_residual(dtype: torch.dtype, fan_in_fan_out: bool, scaling:
     for factor in (d.lora_A, d.lora_B):
         assert factor.dtype == torch.float32
         assert factor.is_contiguous()
-        assert torch.equal(factor, factor.to(dtype).float()), "held exactly by the dtype that stores it"
+        assert torch.equal(factor, factor.to(dtype).float()), "exact in the dtype that stores it"
     assert_reconstructs(stored, d, scaling, fan_in_fan_out)
     exact = torch.linalg.svdvals(W.double())
     assert (d.singular_values.double() - exact[:8]).abs().max() <= 1e-5 * exact[0]
@@ -87,8 +89,26 @@ def test_a_parameter_stays_a_leaf() -> None:
     assert not torch.equal(weight, before)
 
 
+@pytest.mark.parametrize(("init", "niter"), [("pissa", None), ("pissa_niter_0", 0), ("pissa_niter_16", 16)])
+def test_a_recipe_parses_its_initializer(init: str, niter: int | None) -> None:
+    recipe = Recipe(8, 2.0, init, seed=3)
+    assert (recipe.rank, recipe.scaling, recipe.init, recipe.seed, recipe.niter) == (8, 2.0, init, 3, niter)
+    with pytest.raises(FrozenInstanceError):
+        recipe.rank = 4  # type: ignore[misc]
+
+
+def test_a_recipe_with_another_initializer_is_refused() -> None:
+    with pytest.raises(ValueError, match="init_lora_weights should be 'pissa'"):
+        Recipe(8, init="gaussian")
+
+
+def test_the_tolerance_of_each_dtype() -> None:
+    assert tolerance(torch.float32) == tolerance(torch.float16) == 1e-6
+    assert tolerance(torch.bfloat16) == pytest.approx(2.5e-6, rel=0.02)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_tolerance_is_about_what_rounding_costs_anyway(dtype: torch.dtype) -> None:
+def test_the_tolerance_is_at_most_the_deficit_of_rounding_A(dtype: torch.dtype) -> None:
     W = realistic(700, 600).to(dtype)
     exact = torch.linalg.svd(W.double(), full_matrices=False)[2][:16]
     roots = torch.linalg.svdvals(W.double())[:16].sqrt()
@@ -97,7 +117,7 @@ def test_the_tolerance_is_about_what_rounding_costs_anyway(dtype: torch.dtype) -
     assert energy_deficit(W, pk.decompose(W, 16).lora_A) <= tolerance(dtype) + 1.1 * energy_deficit(W, rounded) + 1e-9
 
 
-def test_adapter_dtype_decides_the_rounding() -> None:
+def test_factors_are_rounded_to_the_adapter_dtype() -> None:
     W = realistic(96, 64).bfloat16()
     d = pk.decompose(W, 8, adapter_dtype=torch.float32)
     assert not torch.equal(d.lora_A, d.lora_A.bfloat16().float())
@@ -106,7 +126,7 @@ def test_adapter_dtype_decides_the_rounding() -> None:
 
 
 def test_reconstruction_is_better_than_rounding_afterwards() -> None:
-    """The point of rounding A and B first: otherwise their own rounding adds to the residual's."""
+    """Rounding A and B after the residual is taken adds their rounding to the residual's."""
     W = realistic(300, 200).bfloat16()
     d = pk.decompose(W, 16)
     ours = (W.double() - d.residual.double() - d.lora_B.double() @ d.lora_A.double()).norm()
@@ -127,7 +147,7 @@ def test_reconstruction_is_better_than_rounding_afterwards() -> None:
     zero=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_any_weight_is_put_together_again(
+def test_any_weight_is_reconstructed(
     m: int, n: int, rank: int, scaling: float, dtype: torch.dtype, fan_in_fan_out: bool, zero: bool, seed: int
 ) -> None:
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype) * (0 if zero else 1)
@@ -164,7 +184,7 @@ print(digest.hexdigest())
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
 def test_two_processes_agree_bit_for_bit(init: str) -> None:
-    root = str(__import__("pathlib").Path(__file__).parents[1])
+    root = str(Path(__file__).parents[1])
     digests = {
         subprocess.run(
             [sys.executable, "-c", DIGEST, root, seed, init], capture_output=True, text=True, check=True
@@ -201,7 +221,7 @@ def test_two_processes_agree_bit_for_bit(init: str) -> None:
         ({"weight": torch.ones(10, 1).expand(10, 8)}, ValueError, "own memory"),
     ],
 )
-def test_refusals_come_before_any_write(change: dict, error: type[Exception], words: str) -> None:  # type: ignore[type-arg]
+def test_a_refused_weight_is_unchanged(change: dict, error: type[Exception], words: str) -> None:  # type: ignore[type-arg]
     weight = torch.linspace(-1, 1, 80).reshape(10, 8)
     arguments = {"weight": weight, "rank": 2, "inplace": True} | change
     before = arguments["weight"].clone()
@@ -210,8 +230,8 @@ def test_refusals_come_before_any_write(change: dict, error: type[Exception], wo
     assert torch.equal(arguments["weight"].nan_to_num(7.0), before.nan_to_num(7.0))
 
 
-def test_a_residual_beyond_the_range_is_refused() -> None:
-    """The best rank-1 fit of this weight overshoots one entry by more than float16 can hold."""
+def test_a_residual_that_overflows_its_dtype_is_refused() -> None:
+    """One element of the residual of the best rank-1 approximation is larger than float16's maximum."""
     top = torch.finfo(torch.float16).max
     W = torch.full((8, 8), top).half()
     W[0, 0] = -top
@@ -221,7 +241,7 @@ def test_a_residual_beyond_the_range_is_refused() -> None:
     assert torch.equal(W, before)
 
 
-def test_the_end_of_the_range_is_no_reason_to_refuse() -> None:
+def test_a_weight_of_the_largest_finite_values_is_accepted() -> None:
     W = torch.full((8, 8), torch.finfo(torch.float16).max).half()
     d = pk.decompose(W, 1)
     assert d.residual.isfinite().all()
