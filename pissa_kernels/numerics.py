@@ -65,7 +65,7 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def _full_precision_products() -> Callable[[], None]:
-    """Set float32 products to full precision; returns what restores the setting.
+    """Set float32 products to full precision; return a function that restores the setting.
 
     torch has two interfaces to it, ``set_float32_matmul_precision`` and ``fp32_precision`` of each backend. Where the
     second was used (transformers' ``TrainingArguments(tf32=True)`` does), reading the first raises a RuntimeError.

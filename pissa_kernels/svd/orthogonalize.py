@@ -24,8 +24,8 @@ ONE_ROUND_PIVOT = 0.5
 # Length of the shortest unit column after a projection above which the basis and the panel are orthogonal already.
 ORTHOGONAL_LENGTH = 0.99
 MAX_ROUNDS = 6
-# Length of a column after a projection, relative to the longest column before it, that is round-off: some √n·ε in
-# float32.
+# Length of a column after a projection, relative to the longest column before it, that is round-off: about √n·ε
+# in float32.
 ROUNDOFF_LENGTH = 1e-5
 
 
