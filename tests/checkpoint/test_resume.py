@@ -79,9 +79,7 @@ def _clear(undisturbed: Undisturbed) -> Iterator[None]:
 
 
 def resume(undisturbed: Undisturbed, **changes: Any) -> CheckpointReport:
-    return run_job(
-        plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), resume=True, progress=False, **changes
-    )
+    return run_job(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), resume=True, progress=False, **changes)
 
 
 def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
