@@ -1,8 +1,7 @@
-"""The folder in which a result grows: hidden beside it, with a journal of what is done, renamed at the end.
+"""The unfinished result: a hidden folder beside OUT, with a journal of its tensors, which is renamed to OUT at the end.
 
-A journal line is written after its tensor, and says what the tensor's bytes hash to. Nothing rests on the order in
-which the system brings them to the disk: a run that goes on reads every tensor that the journal claims, and does those
-again whose bytes are not there.
+A journal line is written after its tensor and holds the hashes of the tensor's bytes. Lines and bytes may reach the
+disk in any order: ``--resume`` re-hashes every tensor in the journal, and writes those again whose bytes are missing.
 """
 
 from __future__ import annotations
@@ -24,11 +23,15 @@ PLAN = "plan.json"
 
 
 class Journal:
-    """The folder beside ``out``.
+    """The folder of an unfinished run.
+
+    Args:
+        out: folder of the result.
 
     Attributes:
-        folder: of the run: plan, journals, and ``out``.
-        out: what becomes the result.
+        result: folder of the result.
+        folder: the hidden folder beside it, with the plan, the journals and ``out``.
+        out: what is renamed to ``result`` at the end.
     """
 
     def __init__(self, out: Path) -> None:
@@ -38,95 +41,99 @@ class Journal:
         self._replaced = self.folder / "replaced"
 
     def exists(self) -> bool:
-        """Whether a run has begun, and not ended."""
+        """Whether there is an unfinished run."""
         return (self.folder / PLAN).is_file()
 
-    def begin(self, plan: CheckpointJob, *, replace: bool) -> None:
-        """Make every file that tensors are written into, at its full size, and then the plan.
+    def begin(self, job: CheckpointJob, *, replace: bool) -> None:
+        """Create every file that tensors are written into, at its full size, and then write the plan.
 
         Args:
-            plan: of the run.
-            replace: at the end, take the place of a result that is there.
+            job: the run.
+            replace: whether the run may replace what is at ``result`` when it ends.
 
         Raises:
-            OSError: no space for all of it, or no permission. Nothing is left then.
+            OSError: no space for the whole result, or no permission. Nothing is left behind.
         """
         try:
             if self._replaced.exists() and not os.path.lexists(self.result):
-                os.replace(self._replaced, self.result)  # a run was killed before its own took this one's place
+                os.replace(self._replaced, self.result)  # an earlier run was killed between two renames
             self._empty()
-            self.lay_out(plan)
-            text = json.dumps({"replace": replace, "plan": plan.record()}, sort_keys=True) + "\n"
+            self.lay_out(job)
+            text = json.dumps({"replace": replace, "plan": job.record()}, sort_keys=True) + "\n"
             write_text(self.folder / PLAN, text, suffix=RESUMABLE)
         except OSError as error:
             self._empty()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(
-                    error.errno, f"no space for the {plan.size / 1e9:.3g} GB of {self.result} ({error.strerror})"
+                    error.errno, f"no space for the {job.size / 1e9:.3g} GB of {self.result} ({error.strerror})"
                 ) from None
             raise
 
-    def lay_out(self, plan: CheckpointJob) -> None:
-        """Make every file that tensors are written into, at its full size and with its header; what it holds stays."""
-        for name, header in plan.headers.items():
+    def lay_out(self, job: CheckpointJob) -> None:
+        """Create every file that tensors are written into, at its full size and with its header. Contents are kept."""
+        for name, header in job.headers.items():
             path = self.out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                # so that a full disk is met here, and not after hours
+                # a full disk fails here, and not after hours of work
                 os.posix_fallocate(descriptor, 0, header.size)
                 write_at(descriptor, memoryview(header.encoded), 0)
             finally:
                 os.close(descriptor)
 
     def replaces(self) -> bool:
-        """Whether the run that has begun here may take the place of a result that is there."""
-        return bool(self._begun()["replace"])
+        """Whether the unfinished run may replace what is at ``result``."""
+        return bool(self._plan()["replace"])
 
-    def check(self, plan: CheckpointJob) -> None:
-        """See that the run that has begun here is the one that is planned.
+    def check(self, job: CheckpointJob) -> None:
+        """Check that a job is that of the unfinished run.
 
         Raises:
-            ValueError: it is another one, or the source has changed since.
+            ValueError: the unfinished run had another plan, or the source has changed since it was started.
         """
-        began, now = self._begun()["plan"], plan.record()
+        began, now = self._plan()["plan"], job.record()
         for key, value in now.items():
-            if began.get(key) != value:
-                if key == "fingerprint":
-                    names = value.keys() | began[key].keys()
-                    changed = sorted(name for name in names if value.get(name) != began[key].get(name))
-                    raise ValueError(
-                        f"{plan.checkpoint.folder} has changed since the run began that {self.folder} is of "
-                        f"({', '.join(changed[:3])}); --force begins again"
-                    )
+            if (before := began.get(key)) == value:
+                continue
+            if key == "fingerprint":
+                changed = sorted(_differing(before, value))
                 raise ValueError(
-                    f"the run that {self.folder} is of had another {key}: {_short(began.get(key))}, now "
-                    f"{_short(value)}; --force begins again"
+                    f"{job.checkpoint.folder} has changed since the run in {self.folder} was started "
+                    f"({', '.join(changed[:3])}); --force starts again"
                 )
+            if isinstance(before, dict) and isinstance(value, dict):
+                names = _differing(before, value)
+                before, value = ({name: record.get(name) for name in sorted(names)} for record in (before, value))
+            raise ValueError(
+                f"the run in {self.folder} was started with {key} {_short(before)}, not {_short(value)}; "
+                "--force starts again"
+            )
 
-    def _begun(self) -> dict[str, Any]:
+    def _plan(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.folder / PLAN).read_text(encoding="utf-8"))
         return record
 
-    def _empty(self, but: str = "") -> None:
-        if not but:
-            (self.folder / PLAN).unlink(missing_ok=True)  # first: without it there is no run to go on with
+    def _empty(self, keep: str = "") -> None:
+        """Delete the contents of the folder but for the file ``keep``."""
+        if not keep:
+            (self.folder / PLAN).unlink(missing_ok=True)  # first: a folder without a plan cannot be resumed
         for path in self.folder.iterdir():
-            if path.name != but:
+            if path.name != keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def discard(self) -> None:
-        """Take the folder away, its plan last: as long as something else is in it, there is a run to go on with."""
-        self._empty(but=PLAN)
+        """Delete the folder, its plan last: until all else is deleted, there is a run that can be resumed."""
+        self._empty(keep=PLAN)
         self._empty()
         self.folder.rmdir()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out, for as long as this process lives.
+        """Hold a lock on the folder, which is created if it does not exist. The lock ends with the process.
 
         Raises:
-            RuntimeError: another run is at work here.
+            RuntimeError: another process holds the lock.
         """
         import fcntl  # not on Windows, where the rest of the package can be imported
 
@@ -144,25 +151,25 @@ class Journal:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(self.folder), os.fstat(descriptor)):
                     break
-            os.close(descriptor)  # the run that held it has ended meanwhile, and its folder with it
+            os.close(descriptor)  # the run that held the lock has just ended and deleted the folder
         try:
             yield
         finally:
             os.close(descriptor)
-            with contextlib.suppress(OSError):  # these are empty only where nothing was begun
+            with contextlib.suppress(OSError):  # folders that hold something are kept
                 for folder in (self.folder, *missing):
                     folder.rmdir()
 
-    def open(self, rank: int) -> IO[str]:
-        """One rank's journal, to be appended to; a line that was cut short is ended first."""
-        path = self.folder / f"journal-{rank}.jsonl"
+    def open(self, process: int) -> IO[str]:
+        """Open the journal of one process for appending, on a new line if the last one was cut short."""
+        path = self.folder / f"journal-{process}.jsonl"
         file = path.open("a", encoding="utf-8")
         if path.stat().st_size:
             file.write("\n")
         return file
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every line that was written whole."""
+        """The records of all journals. Lines that were cut short are skipped."""
         for path in sorted(self.folder.glob("journal-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
@@ -171,7 +178,7 @@ class Journal:
                         yield record
 
     def publish(self) -> None:
-        """Bring everything to the disk, and the folder to its place; a result that is there is replaced."""
+        """fsync everything, rename ``out`` to ``result``, and delete the folder."""
         for path, _, files in os.walk(self.out, topdown=False):
             for name in files:
                 fsync(Path(path, name))
@@ -181,6 +188,11 @@ class Journal:
         os.replace(self.out, self.result)
         fsync(self.result.parent)
         self.discard()
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """Keys whose values differ."""
+    return {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
 
 
 def _short(value: object) -> str:

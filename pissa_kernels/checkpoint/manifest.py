@@ -1,4 +1,4 @@
-"""``pissa_manifest.json``: what a residual checkpoint was made of, and what every byte of it hashes to."""
+"""``pissa_manifest.json``: the source and options of a residual checkpoint, and the hashes of its tensors and files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..report.strict import load
 
 MANIFEST = "pissa_manifest.json"
 FORMAT, VERSION = "pissa_kernels checkpoint", 1
-# The report has times in it, which differ between runs, so its digest is in a file of its own.
+# The report contains times, which differ between runs. Its hash is in a file of its own, so that manifests are equal.
 REPORT = f"{ADAPTER_FOLDER}/{REPORT_NAME}"
 REPORT_DIGEST = f"{REPORT}.sha256"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Every file of a result but the report.
+    """The source of a result, and the hashes of all its files but the report.
 
     Attributes:
         plan: options and source of the run (:meth:`pissa_kernels.checkpoint.plan.CheckpointJob.record`).
-        files: by path; {"header": digest, "tensors": {name: digest}} where tensors are, else {"sha256": digest}.
-        targets: by tensor, {"layer": name in the model, "transposed": stored (in, out)}.
+        files: by path, {"header": hash, "tensors": {name: hash}} of a safetensors file, {"sha256": hash} of another.
+        targets: by name of a tensor, {"layer": name in the model, "transposed": whether it is stored (in, out)}.
     """
 
     plan: Mapping[str, Any]
@@ -37,46 +37,47 @@ class Manifest:
 
     @property
     def source(self) -> str:
-        """The folder of the original checkpoint, as it was when this was written."""
+        """Path of the original checkpoint, as it was when the manifest was written."""
         return str(self.plan["source"])
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder, with a digest of itself."""
+        """Write the manifest into a folder, with its own hash."""
         record = {
             "format": FORMAT,
             "version": VERSION,
             "source": self.source,
             "plan": dict(self.plan),
-            "files": {name: dict(about) for name, about in self.files.items()},
-            "targets": {name: dict(about) for name, about in self.targets.items()},
+            "files": {name: dict(file) for name, file in self.files.items()},
+            "targets": {name: dict(target) for name, target in self.targets.items()},
         }
-        text = json.dumps({**record, "sha256": _digest(record)}, indent=1, sort_keys=True) + "\n"
-        write_text(folder / MANIFEST, text, suffix=RESUMABLE)
+        write_text(folder / MANIFEST, _text(record), suffix=RESUMABLE)
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """The manifest of a folder.
+        """Read the manifest of a folder.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, or of another kind.
+            ValueError: it is damaged, or in a format of another version.
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no {MANIFEST}: it was not written by pissa-kernels init")
+            raise FileNotFoundError(f"{folder} has no {MANIFEST}: give a folder that pissa-kernels init has written")
         try:
             text = path.read_text(encoding="utf-8")
             record = load(text)
             if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
-                raise ValueError(f"no {FORMAT!r} of version {VERSION}")
-            digest = record.pop("sha256", None)
-            whole = json.dumps({**record, "sha256": digest}, indent=1, sort_keys=True) + "\n"
-            if digest != _digest(record) or text != whole:
-                raise ValueError("its contents do not match its digest")
+                raise ValueError(f"its format is not {FORMAT!r}, version {VERSION}")
+            if record.pop("sha256", None) != _sha256(record) or text != _text(record):
+                raise ValueError("its contents do not match its hash")
             return Manifest(record["plan"], record["files"], record["targets"])
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def _digest(record: Mapping[str, Any]) -> str:
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps({**record, "sha256": _sha256(record)}, indent=1, sort_keys=True) + "\n"
+
+
+def _sha256(record: Mapping[str, Any]) -> str:
     return sha256(json.dumps(record, sort_keys=True).encode())

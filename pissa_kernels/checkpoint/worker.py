@@ -1,4 +1,4 @@
-"""One tensor after another: read, decompose or copy, write in place, say what was written."""
+"""The work on single tensors: read from the source, decompose or copy, write in place, hash."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ from ..report.layer import layer_to_dict
 from .plan import ADAPTER_WEIGHTS, CheckpointJob, TensorJob
 from .targets import Target
 
-# What a core keeps at hand between writing and digesting.
+# Bytes that are written and then hashed while they are still in a core's cache.
 CACHED_BYTES = 1 << 18
-# Bytes that take the disk longer to write than it takes to ask another thread for it.
+# A smaller write takes less time than handing it to another thread.
 LARGE_BYTES = 1 << 20
-# Written bytes that may wait in the system's cache for it to bring them to the disk by itself.
+# Bytes written through the page cache before they are flushed to the disk.
 UNWRITTEN_BYTES = 64 << 20
 
 Record = dict[str, Any]
 
 
 class Worker:
-    """Does items of a plan, from any number of threads.
+    """Copies and decomposes tensors of a checkpoint. Its methods may be called from any number of threads.
 
     Args:
-        plan: of the run.
-        out: the staged result.
+        job: the checkpoint.
+        out: folder of the unfinished result.
         device: where weights are decomposed.
     """
 
-    def __init__(self, plan: CheckpointJob, out: Path, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(self, job: CheckpointJob, out: Path, device: torch.device) -> None:
+        self.job, self.device = job, device
         self._sources: dict[str, int] = {}
         self._results: dict[str, Output] = {}
         self._out = out
         self._written = 0
-        self._unflushed: OSError | None = None
+        self._flush_error: OSError | None = None
         self._closing = threading.Event()
 
     def __enter__(self) -> Worker:
         with contextlib.ExitStack() as stack:
-            for name in self.plan.headers:
-                if name in self.plan.checkpoint.shards:
-                    self._sources[name] = os.open(self.plan.checkpoint.folder / name, os.O_RDONLY)
+            for name in self.job.headers:
+                if name in self.job.checkpoint.shards:
+                    self._sources[name] = os.open(self.job.checkpoint.folder / name, os.O_RDONLY)
                     stack.callback(os.close, self._sources[name])
                 self._results[name] = Output(self._out / name)
                 stack.callback(self._results[name].close)
             self._writers = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="pissa_kernels-write"))
             self._opened = stack.pop_all()
-        # the disk writes what is done while the next weights are computed, and not all of it at the end
+        # flush while the next weights are computed, rather than everything in the fsync at the end
         self._flusher = threading.Thread(target=self._flush, name="pissa_kernels-flush", daemon=True)
         self._flusher.start()
         return self
@@ -73,63 +73,61 @@ class Worker:
         self._closing.set()
         self._flusher.join()
         self._opened.close()
-        if self._unflushed is not None and exception[0] is None:
-            raise self._unflushed
+        if self._flush_error is not None and exception[0] is None:
+            raise self._flush_error
 
-    def will_need(self, tensor_job: TensorJob) -> None:
-        """Let the system read an tensor_job's bytes ahead."""
-        os.posix_fadvise(
-            self._sources[tensor_job.shard], tensor_job.info.start, tensor_job.info.nbytes, os.POSIX_FADV_WILLNEED
-        )
+    def will_need(self, tensor: TensorJob) -> None:
+        """Start reading a tensor of the source into the page cache."""
+        os.posix_fadvise(self._sources[tensor.shard], tensor.info.start, tensor.info.nbytes, os.POSIX_FADV_WILLNEED)
 
-    def run(self, tensor_job: TensorJob) -> Record:
+    def run(self, tensor: TensorJob) -> Record:
         """Copy or decompose one tensor. Returns its journal record.
 
         Raises:
             OSError: reading or writing failed.
-            ValueError, RuntimeError, MemoryError: the weight's values are refused, or there is no memory; with the name
-                of the layer or tensor.
+            ValueError, RuntimeError, MemoryError: the weight's values are refused, or memory ran out. The message names
+                the layer or the tensor.
         """
-        info, target = tensor_job.info, tensor_job.target
-        record = {"shard": tensor_job.shard, "tensor": info.name}
+        info, target = tensor.info, tensor.target
+        record = {"shard": tensor.shard, "tensor": info.name}
         with layer_context(f"tensor {info.name!r}" if target is None else target.label):
             if target is None:
-                return {**record, "sha256": self._copy(tensor_job)}
-            return {**record, **self._decompose(tensor_job, target)}
+                return {**record, "sha256": self._copy(tensor)}
+            return {**record, **self._decompose(tensor, target)}
 
     def holds(self, record: Record) -> bool:
-        """Whether the staged files have the bytes that a record claims."""
+        """Whether the bytes in the unfinished result have the hashes of a journal record."""
         try:
-            entries = [(record["shard"], self.plan.checkpoint.shards[record["shard"]].tensors[record["tensor"]])]
-            digests = [record["sha256"]]
-            for key, digest in record.get("adapter", {}).items():
-                entries.append((ADAPTER_WEIGHTS, self.plan.adapter_header.tensors[key]))
-                digests.append(digest)
+            places = [(record["shard"], self.job.checkpoint.shards[record["shard"]].tensors[record["tensor"]])]
+            hashes = [record["sha256"]]
+            for key, sha256 in record.get("adapter", {}).items():
+                places.append((ADAPTER_WEIGHTS, self.job.adapter_header.tensors[key]))
+                hashes.append(sha256)
         except (KeyError, AttributeError, TypeError):
             return False
         return all(
-            sha256_of(chunks(self._results[name].descriptor, entry)) == digest
-            for (name, entry), digest in zip(entries, digests, strict=True)
+            sha256_of(chunks(self._results[name].descriptor, info)) == sha256
+            for (name, info), sha256 in zip(places, hashes, strict=True)
         )
 
-    def _copy(self, tensor_job: TensorJob) -> str:
-        at, digest = tensor_job.info.start, hashlib.sha256()
-        for chunk in chunks(self._sources[tensor_job.shard], tensor_job.info):
-            self._write(self._results[tensor_job.shard], chunk, at, digest)
+    def _copy(self, tensor: TensorJob) -> str:
+        at, sha256 = tensor.info.start, hashlib.sha256()
+        for chunk in chunks(self._sources[tensor.shard], tensor.info):
+            self._write(self._results[tensor.shard], chunk, at, sha256)
             at += len(chunk)
-        return digest.hexdigest()
+        return sha256.hexdigest()
 
-    def _decompose(self, tensor_job: TensorJob, target: Target) -> Record:
+    def _decompose(self, tensor: TensorJob, target: Target) -> Record:
         began = time.perf_counter()
-        weight = read_tensor(self._sources[tensor_job.shard], tensor_job.info, buffer.weights).to(self.device)
+        weight = read_tensor(self._sources[tensor.shard], tensor.info, buffer.weights).to(self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             factors = principal_factors(weight.mT if target.transposed else weight, target.recipe)
             with exact_arithmetic(self.device):
                 ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.recipe.scaling, target.transposed)
-            written: dict[str, str] = {}
+            adapter: dict[str, str] = {}
             for key, factor in zip(target.keys, (factors.lora_A, factors.lora_B), strict=True):
-                written[key] = self._store(ADAPTER_WEIGHTS, self.plan.adapter_header.tensors[key], factor)
-            residual = self._store(tensor_job.shard, tensor_job.info, weight)
+                adapter[key] = self._store(ADAPTER_WEIGHTS, self.job.adapter_header.tensors[key], factor)
+            residual = self._store(tensor.shard, tensor.info, weight)
         report = LayerReport(
             name=target.name,
             shape=target.shape,
@@ -142,41 +140,42 @@ class Worker:
             init=target.recipe.init,
             seed=target.recipe.seed,
         )
-        return {"sha256": residual, "adapter": written, "layer": layer_to_dict(report)}
+        return {"sha256": residual, "adapter": adapter, "layer": layer_to_dict(report)}
 
-    def _store(self, name: str, entry: TensorInfo, tensor: Tensor) -> str:
-        if tensor.device.type == "cpu":
-            tensor = tensor.to(entry.torch_dtype).contiguous()
-        else:  # to where the weight was: it lies there as in the file
-            tensor = buffer.weights.take(entry.shape, entry.torch_dtype or tensor.dtype, entry.start).copy_(tensor)
-        digest = hashlib.sha256()
-        self._write(self._results[name], bytes_of(tensor), entry.start, digest)
-        return digest.hexdigest()
+    def _store(self, name: str, info: TensorInfo, values: Tensor) -> str:
+        """Write a residual or a factor to its place in a file of the result. Returns the SHA-256 of its bytes."""
+        if values.device.type == "cpu":
+            values = values.to(info.torch_dtype).contiguous()
+        else:  # into the memory that the weight was read into, which is aligned for a direct write
+            values = buffer.weights.take(info.shape, info.torch_dtype or values.dtype, info.start).copy_(values)
+        sha256 = hashlib.sha256()
+        self._write(self._results[name], bytes_of(values), info.start, sha256)
+        return sha256.hexdigest()
 
-    def _write(self, output: Output, data: memoryview, at: int, digest: hashlib._Hash) -> None:
-        self._written += len(data)  # a lost update costs nothing but a later flush
+    def _write(self, output: Output, data: memoryview, at: int, sha256: hashlib._Hash) -> None:
+        self._written += len(data)  # an update lost to another thread only delays a flush
         if len(data) >= LARGE_BYTES and output.can_write_directly(data, at):
-            written = self._writers.submit(output.write, data, at)
+            writing = self._writers.submit(output.write, data, at)
             try:
-                digest.update(data)  # while the disk takes it
+                sha256.update(data)  # during the write
             finally:
-                written.result()  # the memory is the next tensor's
+                writing.result()  # the next tensor is read into the same memory
             return
-        for start in range(0, len(data), CACHED_BYTES):  # while it is in the core's cache
+        for start in range(0, len(data), CACHED_BYTES):
             part = data[start : start + CACHED_BYTES]
             write_at(output.descriptor, part, at + start)
-            digest.update(part)
+            sha256.update(part)
 
     def _flush(self) -> None:
         flushed = 0
         while not self._closing.wait(0.2):
             if (written := self._written) - flushed >= UNWRITTEN_BYTES:
                 for name in self._results:
-                    self._bring_to_disk(name)
+                    self._flush_file(name)
                 flushed = written
 
-    def _bring_to_disk(self, name: str) -> None:
+    def _flush_file(self, name: str) -> None:
         try:
             os.fdatasync(self._results[name].descriptor)
-        except OSError as error:  # the system tells it once: the sync at the end would hear of nothing
-            self._unflushed = OSError(error.errno, error.strerror, str(self._out / name))
+        except OSError as error:  # Linux reports a failed write-back once: the fsync at the end would succeed
+            self._flush_error = OSError(error.errno, error.strerror, str(self._out / name))

@@ -1,4 +1,4 @@
-"""A checkpoint as transformers saves it: config, safetensors in one file or in shards with an index, other files."""
+"""Checkpoint folders as transformers saves them: a config, safetensors in one file or in shards, and other files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from .header import Header, TensorInfo, read_header, sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What else holds weights, of this model or of an optimizer: the same ones once more, without a residual.
+# Files that may hold the same weights in another format, or an optimizer's state. A copy of them would not be residual.
 OTHER_WEIGHTS = {
     *(".bin", ".pt", ".pth", ".ckpt", ".ot", ".h5", ".msgpack"),
     *(".gguf", ".onnx", ".onnx_data", ".safetensors"),
@@ -22,13 +22,13 @@ IGNORED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose weights are all accounted for.
+    """A checkpoint folder.
 
     Attributes:
-        folder: where.
-        shards: the header of each safetensors file, by its name.
-        others: files that are no weights, relative to the folder, with "/".
-        left_out: files that hold weights in other formats, or outside of the index.
+        folder: path of the folder.
+        shards: header of each safetensors file, by its name.
+        others: paths of files without weights, relative to the folder, with "/".
+        left_out: paths of files that hold weights in other formats, or that the index does not list.
     """
 
     folder: Path
@@ -38,30 +38,30 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, tuple[str, TensorInfo]]:
         """Shard and place of every tensor, by name."""
-        return {name: (shard, entry) for shard, header in self.shards.items() for name, entry in header.tensors.items()}
+        return {name: (shard, info) for shard, header in self.shards.items() for name, info in header.tensors.items()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What changes when a file does: size, time of modification, and the digest of each shard's header."""
+        """Size and modification time of every file, and the hash of every shard's header, to detect changes."""
         found: dict[str, Any] = {}
         for name in (*self.shards, *self.others):
-            about = (self.folder / name).stat()
-            found[name] = {"size": about.st_size, "mtime_ns": about.st_mtime_ns}
+            status = (self.folder / name).stat()
+            found[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
             if name in self.shards:
                 found[name]["header"] = sha256(self.shards[name].encoded)
         return found
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Look at a folder without reading a tensor.
+    """Read everything of a checkpoint folder but its tensors.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: no folder, no config, no safetensors, a missing shard.
-        ValueError: a damaged file, or an index that does not describe its shards.
+        FileNotFoundError, NotADirectoryError: no folder, config or safetensors; a shard is missing.
+        ValueError: a file is damaged, or the index does not match the shards.
     """
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder; give the one that holds config.json and the weights")
+        raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     if (folder / SINGLE).is_file():
@@ -72,7 +72,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         other = next((path.name for path in sorted(folder.iterdir()) if path.suffix in OTHER_WEIGHTS), None)
         raise FileNotFoundError(
             f"{folder} has neither {SINGLE} nor {INDEX}"
-            + (f", only {other}; load and save it with transformers once" if other else "")
+            + (f", only {other}: load the model with transformers and save it as safetensors" if other else "")
         )
     weights = {*shards, SINGLE}
     others: list[str] = []
@@ -81,7 +81,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if name in weights:
             continue
         (left_out if Path(name).suffix in OTHER_WEIGHTS else others).append(name)
-    if SINGLE in shards:  # transformers takes the single file, and an index beside it describes what is left out
+    if SINGLE in shards:  # transformers loads the single file and ignores an index beside it
         others = [name for name in others if name != INDEX]
     return Checkpoint(folder, shards, tuple(others), tuple(left_out))
 
@@ -136,11 +136,11 @@ def _indexed(folder: Path) -> dict[str, Header]:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         listed = {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of shards: {type(error).__name__} {error}") from None
+        raise ValueError(f"{path} is not an index of shards: {type(error).__name__} {error}") from None
     names = sorted(set(listed.values()))
     for name in names:
         if Path(name).name != name or Path(name).suffix != ".safetensors":
-            raise ValueError(f"{path} lists {name!r}, which is no safetensors file of its folder")
+            raise ValueError(f"{path} lists {name!r}, which is not a safetensors file in its folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{path} lists {name}, which is missing")
     shards = {name: read_header(folder / name) for name in names}
@@ -151,9 +151,10 @@ def _indexed(folder: Path) -> dict[str, Header]:
                 raise ValueError(f"{folder}: tensor {tensor!r} is in {found[tensor]} and in {name}")
             found[tensor] = name
     for tensor in sorted(listed.keys() | found.keys()):
-        if listed.get(tensor) != found.get(tensor):
-            raise ValueError(
-                f"{path} puts tensor {tensor!r} into {listed.get(tensor, 'no file')}, but it is in "
-                f"{found.get(tensor, 'none')}"
-            )
+        shard, actual = listed.get(tensor), found.get(tensor)
+        if shard is None:
+            raise ValueError(f"{path} does not list tensor {tensor!r}, which is in {actual}")
+        if shard != actual:
+            where = f"but it is in {actual}" if actual else "which does not hold it"
+            raise ValueError(f"{path} lists tensor {tensor!r} in {shard}, {where}")
     return shards
