@@ -55,7 +55,7 @@ class Journal:
             OSError: no space for the whole result, or no permission. Nothing is left behind.
         """
         try:
-            if self._replaced.exists() and not os.path.lexists(self.result):
+            if os.path.lexists(self._replaced) and not os.path.lexists(self.result):
                 os.replace(self._replaced, self.result)  # an earlier run was killed between two renames
             self._empty()
             self.lay_out(job)
@@ -120,7 +120,7 @@ class Journal:
             (self.folder / PLAN).unlink(missing_ok=True)  # first: a folder without a plan cannot be resumed
         for path in self.folder.iterdir():
             if path.name != keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def discard(self) -> None:
         """Delete the folder, its plan last: until all else is deleted, there is a run that can be resumed."""
@@ -177,15 +177,29 @@ class Journal:
                     if isinstance(record, dict):
                         yield record
 
-    def publish(self) -> None:
-        """fsync everything, rename ``out`` to ``result``, and delete the folder."""
+    def publish(self, *, replace: bool = False) -> None:
+        """fsync everything, rename ``out`` to ``result``, and delete the folder.
+
+        Args:
+            replace: replace what is at ``result``, even if the run was not started to do so.
+
+        Raises:
+            FileExistsError: ``result`` is not an empty folder, and is not to be replaced.
+        """
         for path, _, files in os.walk(self.out, topdown=False):
             for name in files:
                 fsync(Path(path, name))
             fsync(Path(path))
-        if os.path.lexists(self.result):
+        if os.path.lexists(self.result) and (replace or self.replaces()):
             os.replace(self.result, self._replaced)
-        os.replace(self.out, self.result)
+        try:
+            os.replace(self.out, self.result)  # rename(2) replaces an empty folder, and nothing else
+        except OSError:
+            if not os.path.lexists(self.result):
+                raise
+            raise FileExistsError(
+                f"{self.result} has come to exist during the run; --resume --force replaces it"
+            ) from None
         fsync(self.result.parent)
         self.discard()
 

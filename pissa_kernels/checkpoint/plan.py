@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +70,11 @@ class CheckpointJob:
         return {**self.checkpoint.shards, ADAPTER_WEIGHTS: self.adapter_header}
 
     @property
+    def place(self) -> str:
+        """Absolute path of the result."""
+        return str(self.out.parent.resolve() / self.out.name)
+
+    @property
     def size(self) -> int:
         """Size in bytes of all safetensors files of the result."""
         return sum(header.size for header in self.headers.values())
@@ -85,7 +92,7 @@ class CheckpointJob:
         return {
             "source": str(self.checkpoint.folder.resolve()),
             "fingerprint": self.checkpoint.fingerprint(),
-            "out": str(self.out.resolve()),
+            "out": self.place,
             "options": json.loads(json.dumps(asdict(self.options))),
             "adapter_header": sha256(self.adapter_header.encoded),
             "device": self.device,
@@ -114,13 +121,18 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
         device: "cpu" or "cuda", where the weights are decomposed.
 
     Raises:
-        FileExistsError: ``out`` lies in, under or above a file that is read.
+        FileExistsError: ``out`` lies in, under or above a file that is read, or in the folder of an unfinished run, or
+            it is a mount point.
         OSError, TypeError, ValueError: the checkpoint cannot be read, it is a residual already, or as for
             :func:`pissa_kernels.checkpoint.targets.find_targets`.
     """
     checkpoint = open_checkpoint(model)
-    if own := [name for name in checkpoint.others if name.startswith(f"{ADAPTER_FOLDER}/")]:
+    if own := [name for name in (*checkpoint.others, *checkpoint.left_out) if name.startswith(f"{ADAPTER_FOLDER}/")]:
         raise ValueError(f"{model} is a residual already, as {own[0]} says; take the checkpoint that it was made of")
+    check_apart([out], [model])
+    if out.is_dir() and (out.is_symlink() or out.name in ("", "..")):
+        out = out.resolve()  # a rename does not follow links, nor replace "."
+    _check_out(out)
     check_apart([out, unfinished_folder(out)], [model])
     adapter = find_targets(checkpoint, options)
     tensors = _in_order(checkpoint, adapter.targets, device)
@@ -130,6 +142,14 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
 def unfinished_folder(out: Path) -> Path:
     """The hidden folder beside ``out`` in which a run builds its result."""
     return out.parent / f".{out.name}.unfinished"
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that a run cannot rename its result to, or that another run would delete."""
+    if os.path.ismount(out):
+        raise FileExistsError(f"{out} is a mount point, which a finished result cannot replace; choose a folder in it")
+    if unfinished := [part for part in out.resolve().parts if re.fullmatch(r"\..+\.unfinished", part)]:
+        raise FileExistsError(f"{out}: {unfinished[0]} is named like the folder of an unfinished run; choose another")
 
 
 def _in_order(checkpoint: Checkpoint, targets: Sequence[Target], device: str) -> list[TensorJob]:

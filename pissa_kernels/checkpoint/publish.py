@@ -66,6 +66,8 @@ def publish(
     records: dict[tuple[str, str], Record],
     seconds: float | None,
     peak_bytes: int | None,
+    *,
+    replace: bool = False,
 ) -> None:
     """Write config, report and manifest, check that the source has not changed, and rename the result to its place."""
     out = journal.out
@@ -77,7 +79,7 @@ def publish(
         files[ADAPTER_WEIGHTS]["tensors"].update(record.get("adapter", {}))
     for name in job.checkpoint.others:
         files[name] = {"sha256": copy_file(job.checkpoint.folder / name, out / name)}
-    config = {**job.adapter.config, "base_model_name_or_path": str(job.out.resolve())}
+    config = {**job.adapter.config, "base_model_name_or_path": job.place}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_text(out / ADAPTER_CONFIG, text, suffix=RESUMABLE)
     files[ADAPTER_CONFIG] = {"sha256": sha256(text.encode())}
@@ -89,7 +91,7 @@ def publish(
     places = {target.info.name: {"layer": target.name, "transposed": target.transposed} for target in targets}
     Manifest(job.record(), files, places).write(out)
     journal.check(job)
-    journal.publish()
+    journal.publish(replace=replace)
 
 
 def _digests(record: Record) -> str:

@@ -174,7 +174,7 @@ def run_job(
                 records = collect_records(job, journal, check=several_hosts)
                 # the time of an earlier run is not known
                 seconds = time.perf_counter() - began if not kept else None
-                publish(job, journal, records, seconds, peak.extra_bytes)
+                publish(job, journal, records, seconds, peak.extra_bytes, replace=force)
         return _report(job, kept)
 
 
@@ -192,7 +192,7 @@ def _report(job: CheckpointJob, kept: int) -> CheckpointReport:
 
 def _begin(job: CheckpointJob, journal: Journal, resume: bool, force: bool) -> bool:
     """Create the folder of the run, or check that it can be resumed. False where the result is complete already."""
-    unfinished, exists = journal.exists(), os.path.lexists(job.out)
+    unfinished, occupied = journal.exists(), _is_occupied(job.out)
     if unfinished and not (resume or force):
         raise FileExistsError(f"{job.out} has an unfinished run; --resume continues it, --force starts again")
     if unfinished and resume:
@@ -200,17 +200,21 @@ def _begin(job: CheckpointJob, journal: Journal, resume: bool, force: bool) -> b
         if not journal.out.exists():  # the run was killed after it had renamed its result
             journal.discard()
             return False
-        if exists and not (force or journal.replaces()):
-            raise FileExistsError(f"{job.out} exists; --force replaces it")
+        if occupied and not (force or journal.replaces()):
+            raise FileExistsError(f"{job.out} exists and is not an empty folder; --resume --force replaces it")
         journal.lay_out(job)  # no journal says whether the headers were flushed to the disk
         return True
-    if exists and not force:
+    if occupied and not force:
         if resume and (job.out / MANIFEST).is_file() and Manifest.read(job.out).plan == job.record():
             return False
-        if not job.out.is_dir() or any(job.out.iterdir()):
-            raise FileExistsError(f"{job.out} exists and is not an empty folder; --force replaces it at the end")
-    journal.begin(job, replace=force or exists)
+        raise FileExistsError(f"{job.out} exists and is not an empty folder; --force replaces it at the end")
+    journal.begin(job, replace=force)
     return True
+
+
+def _is_occupied(out: Path) -> bool:
+    """Whether there is anything but an empty folder, which a rename replaces."""
+    return os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()))
 
 
 def _work(

@@ -1,9 +1,10 @@
-"""Checkpoint folders as users have them, and what a run makes of them. Nothing here calls the package."""
+"""Checkpoint folders for tests, and their contents before and after a run. Nothing here calls the package."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .models import build
 
 ADAPTER = "pissa_init/adapter_model.safetensors"
 REPORT = "pissa_init/pissa_report.json"
-# The manifest of the result is its own; these say what the source did not.
+# Files of a result that its source does not have.
 ADDED = {
     "pissa_manifest.json",
     ADAPTER,
@@ -25,22 +26,22 @@ ADDED = {
 
 
 def save(model: Any, folder: Path, shard: str = "100KB") -> Path:
-    """A model as transformers saves it, beside it a tokenizer, code in a subfolder, and its weights once more."""
+    """Save a model with transformers, and beside it a tokenizer, code in a subfolder, and weights in another format."""
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"vocab": {"é": 0}}}\n', encoding="utf-8")
     (folder / "code").mkdir()
-    (folder / "code" / "modeling.py").write_text("raise RuntimeError('nobody runs this')\n")
+    (folder / "code" / "modeling.py").write_text("raise RuntimeError('this must not run')\n")
     torch.save({"weight": torch.ones(3)}, folder / "pytorch_model.bin")
     return folder
 
 
 def small(folder: Path, dtype: torch.dtype = torch.bfloat16, shard: str = "20KB") -> Path:
-    """Seven targets and some copies over several shards; a run on it takes a tenth of a second."""
+    """Save a model of seven targets and five other tensors in several shards. A run on it takes a tenth of a second."""
     return save(build("llama", dtype, width=32, layers=1), folder, shard)
 
 
 def tied_llama(dtype: torch.dtype = torch.float32) -> Any:
-    """A Llama whose head is its embedding."""
+    """A Llama whose lm_head is tied to its embedding."""
     import transformers
 
     config = build("llama", dtype).config
@@ -51,7 +52,7 @@ def tied_llama(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's own safetensors files, as the format's package reads them."""
+    """Every tensor of the safetensors files in a folder, as the safetensors package reads them."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -67,7 +68,7 @@ def factors(out: Path, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def layers(out: Path) -> list[dict[str, Any]]:
-    """The layers of a result's report; the report's digest must hold."""
+    """The layers of a result's report, whose hash is checked."""
     content = (out / REPORT).read_bytes()
     assert (out / f"{REPORT}.sha256").read_text() == f"{hashlib.sha256(content).hexdigest()}  pissa_report.json\n"
     found: list[dict[str, Any]] = json.loads(content)["layers"]
@@ -75,13 +76,13 @@ def layers(out: Path) -> list[dict[str, Any]]:
 
 
 def header(path: Path) -> bytes:
-    """The length and the JSON before a safetensors file's first tensor."""
+    """The bytes of a safetensors file before its first tensor: the length and the JSON."""
     content = path.read_bytes()
     return content[: 8 + int.from_bytes(content[:8], "little")]
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder, hidden ones included, and every folder with None."""
+    """Contents of every file below a folder, hidden ones included; None for a folder."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -89,7 +90,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def untimed(folder: Path) -> dict[str, Any]:
-    """Every file below a folder, of reports what does not depend on the clock; a report's digest must hold."""
+    """Contents of every file below a folder; of reports, whose hash is checked, without the times."""
     found: dict[str, Any] = contents(folder)
     for name in [name for name in found if name.endswith(REPORT)]:
         out = folder / name.removesuffix(REPORT)
@@ -98,6 +99,10 @@ def untimed(folder: Path) -> dict[str, Any]:
     return found
 
 
-def witness(folder: Path) -> dict[str, tuple[int, bytes | None]]:
-    """What changes when anything below a folder is touched: contents, and times of modification."""
-    return {name: ((folder / name).stat().st_mtime_ns, content) for name, content in contents(folder).items()}
+def witness(folder: Path) -> dict[str, tuple[int, str | None, bytes | None]]:
+    """Time of modification, target of a symbolic link, and contents of everything below a folder, to detect changes."""
+    found = {}
+    for name, content in contents(folder).items():
+        path = folder / name
+        found[name] = (path.lstat().st_mtime_ns, os.readlink(path) if path.is_symlink() else None, content)
+    return found

@@ -1,4 +1,4 @@
-"""A command that must be refused, and checkpoints that are spoilt for it."""
+"""Runs of init that must be refused, and changes to checkpoints."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pissa_kernels.checkpoint.worker import Worker
 from pissa_kernels.cli import main as cli
 
 from .checkpoints import witness
@@ -32,19 +34,41 @@ def refused(
     code: int = 1,
     left: tuple[str, ...] = (),
 ) -> None:
-    """One line with these words; the source untouched; beside ``out`` no more than ``left``."""
+    """Check that init prints one line on stderr and writes nothing.
+
+    Args:
+        capsys: pytest's fixture.
+        words: regular expression for a part of the line.
+        model, out, arguments: of the command.
+        code: exit status.
+        left: names beside ``out`` after the run, without "source".
+    """
     before = witness(model) if model.is_dir() else None
     capsys.readouterr()
     assert init(model, out, *arguments) == code
-    told = capsys.readouterr()
-    assert told.out == ""
-    lines = [line for line in told.err.splitlines() if not line.startswith("left out, as they hold weights")]
-    assert len(lines) == 1, told.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if not line.startswith("left out, as they hold weights")]
+    assert len(lines) == 1, captured.err
     assert lines[0].startswith("pissa-kernels: error: ")
     assert re.search(words, lines[0]), lines[0]
     assert (witness(model) if model.is_dir() else None) == before
-    there = [path.name for path in out.parent.iterdir()] if out.parent.is_dir() else []
-    assert sorted(set(there) - {"source"}) == sorted(left)
+    names = {path.name for path in out.parent.iterdir()} if out.parent.is_dir() else set()
+    assert sorted(names - {"source"}) == sorted(left)
+
+
+def call_after(monkeypatch: pytest.MonkeyPatch, count: int, then: Callable[[], object]) -> None:
+    """Call a function after this number of tensors."""
+    run = Worker.run
+    done: list[object] = []
+
+    def counted(self: Any, tensor: Any) -> Any:
+        if len(done) == count:
+            then()
+        done.append(tensor)
+        return run(self, tensor)
+
+    monkeypatch.setattr(Worker, "run", counted)
 
 
 def shard_of(model: Path, tensor: str) -> Path:
