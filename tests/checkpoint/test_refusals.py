@@ -1,4 +1,4 @@
-"""What init refuses: in one clear line, with the source as it was, and nothing beside it."""
+"""Checkpoints and options that init refuses: with one line on stderr, and nothing written."""
 
 from __future__ import annotations
 
@@ -48,58 +48,100 @@ def only_bin(model: Path) -> None:
         path.unlink()
 
 
+# by name: what is done to a checkpoint, exit status, words of the message
 SPOILT: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "truncated": (truncate, 1, r"model-0000\d-of-0000\d\.safetensors is damaged or truncated"),
     "garbage": (garble, 1, r"model-0000\d-of-0000\d\.safetensors is damaged or truncated"),
     "missing": (lambda m: shard_of(m, f"{LAYER}.weight").unlink(), 2, r"lists model-0000\d-of.*, which is missing"),
-    "index lacks one": (lambda m: edit_index(m, lambda i: i.pop(f"{LAYER}.weight")), 1, "weight' into no file"),
-    "index has another": (lambda m: edit_index(m, lambda i: i.update(more=min(i.values()))), 1, "'more' .* is in none"),
-    "index is wrong": (
+    "index lacks a tensor": (
+        lambda m: edit_index(m, lambda i: i.pop(f"{LAYER}.weight")),
+        1,
+        rf"does not list tensor '{LAYER}.weight', which is in model-\d+-of-\d+.safetensors",
+    ),
+    "index has another tensor": (
+        lambda m: edit_index(m, lambda i: i.update(more=min(i.values()))),
+        1,
+        r"lists tensor 'more' in model-00001-of-\d+.safetensors, which does not hold it",
+    ),
+    "index has another shard": (
         lambda m: edit_index(m, lambda i: i.update({f"{LAYER}.weight": max(i.values())})),
         1,
-        rf"puts tensor '{LAYER}.weight' into model-\d+-of-\d+.safetensors, but it is in model-\d+-of",
+        rf"lists tensor '{LAYER}.weight' in model-\d+-of-\d+.safetensors, but it is in model-\d+-of",
     ),
-    "index leads out": (lambda m: edit_index(m, lambda i: i.update(more="../x.safetensors")), 1, "no safetensors file"),
-    "index is no JSON": (lambda m: (m / INDEX).write_text("{"), 1, f"{INDEX} is no index of shards"),
+    "index leads out": (
+        lambda m: edit_index(m, lambda i: i.update(more="../x.safetensors")),
+        1,
+        r"lists '\.\./x\.safetensors', which is not a safetensors file in its folder",
+    ),
+    "index is not JSON": (lambda m: (m / INDEX).write_text("{"), 1, f"{INDEX} is not an index of shards"),
     "twice": (duplicate, 1, r"tensor '.*' is in model-00001-of.* and in model"),
     "no config": (lambda m: (m / "config.json").unlink(), 2, "is not a model folder: it has no config.json"),
-    "config is no JSON": (lambda m: (m / "config.json").write_text("{"), 1, "config.json is no model's config: Exp"),
-    "config is a list": (lambda m: (m / "config.json").write_text("[1]"), 1, "config.json is no model's config"),
-    "only bin": (only_bin, 2, "has neither model.safetensors nor .*, only pytorch_model.bin; load and save it"),
+    "config is not JSON": (
+        lambda m: (m / "config.json").write_text("{"),
+        1,
+        "config.json is not the config of a model: Exp",
+    ),
+    "config is a list": (lambda m: (m / "config.json").write_text("[1]"), 1, "config.json is not the config of a"),
+    "only bin": (
+        only_bin,
+        2,
+        r"has neither model.safetensors nor .*, only pytorch_model.bin: load the model with transformers and save it",
+    ),
     "no folder": (shutil.rmtree, 2, "model does not exist"),
-    "quantised": (lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), 1, r"is quantised \(gptq\)"),
+    "a file": (lambda m: (shutil.rmtree(m), m.write_text("")), 2, "model is not a folder; give the folder that holds"),
+    "quantized": (lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), 1, r"is quantized \(gptq\)"),
     "unknown class": (lambda m: edit_config(m, architectures=["NoSuchModel"]), 1, "names the class NoSuchModel"),
-    "another shape": (lambda m: edit_config(m, intermediate_size=64), 1, r"'model\.layers\.0\.mlp.* but the model"),
-    "int8": (lambda m: edit_tensor(m, f"{LAYER}.weight", lambda t: t.to(torch.int8)), 1, f"layer '{LAYER}' is I8 with"),
-    "float64": (lambda m: edit_tensor(m, f"{LAYER}.weight", torch.Tensor.double), 1, f"layer '{LAYER}' is F64 with"),
-}  # fmt: skip
+    "unknown model type": (lambda m: edit_config(m, model_type="no_such_type"), 1, "model type `no_such_type`"),
+    "another shape": (
+        lambda m: edit_config(m, intermediate_size=64),
+        1,
+        r"layer 'model\.layers\.0\.mlp\.\w+', weight \(.*\): the model of config.json has a weight of shape \(.*64.*\)",
+    ),
+    "int8": (
+        lambda m: edit_tensor(m, f"{LAYER}.weight", lambda t: t.to(torch.int8)),
+        1,
+        rf"layer '{LAYER}', weight \(32, 32\): the weight is I8; PiSSA takes F32, F16 and BF16",
+    ),
+    "float64": (
+        lambda m: edit_tensor(m, f"{LAYER}.weight", torch.Tensor.double),
+        1,
+        rf"layer '{LAYER}', weight \(32, 32\): the weight is F64; PiSSA takes F32, F16 and BF16",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_source_that_is_not_whole(what: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoiling, code, words = SPOILT[what]
-    spoiling(model)
+def test_spoilt_checkpoint(what: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, code, words = SPOILT[what]
+    spoil(model)
     refused(capsys, words, model, tmp_path / "out", code=code)
 
 
+# by name: options, words of the message
 ARGUMENTS: dict[str, tuple[list[object], str]] = {
-    "rank": (["--rank", 17], r"layer 'model\.layers\.0\.self_attn\.k_proj' has shape \(16, 32\).*1 ≤ r ≤ 16, got r=17"),
-    "rank of one": (["--rank-pattern", "v_proj=20"], r"layer 'model\.layers\.0\.self_attn\.v_proj' has shape"),
-    "alpha": (["--alpha", -1], f"layer '{LAYER}'.*scaling"),
-    "nothing": (["--target-modules", "nope"], "nope"),
+    "rank too high": (
+        ["--rank", 17],
+        r"layer 'model\.layers\.0\.self_attn\.k_proj', weight \(16, 32\): .*1 ≤ r ≤ 16, got r=17",
+    ),
+    "rank of one layer too high": (
+        ["--rank-pattern", "v_proj=20"],
+        r"layer 'model\.layers\.0\.self_attn\.v_proj', weight \(16, 32\): .*got r=20",
+    ),
+    "negative alpha": (["--alpha", -1], rf"layer '{LAYER}', weight \(32, 32\): .*scaling"),
+    "nothing to adapt": (["--target-modules", "nope"], "nope.*not found"),
     "all excluded": (["--exclude-modules", ".*"], "xclude"),
     "embedding": (["--target-modules", "embed_tokens"], "'model.embed_tokens' is a Embedding"),
 }
 
 
 @pytest.mark.parametrize("what", ARGUMENTS)
-def test_an_adapter_that_cannot_be(what: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_options(what: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, words = ARGUMENTS[what]
     refused(capsys, words, model, tmp_path / "out", *arguments)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_tied_head_is_no_target(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tied_head_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save(tied_llama() if name == "llama" else build(name), tmp_path / "source" / "model")
     words = "layer 'lm_head'.* is tied to .*(embed_tokens|wte).*save the model untied"
     refused(capsys, words, model, tmp_path / "out", "--target-modules", "lm_head")
