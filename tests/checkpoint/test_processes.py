@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Where all results go, and what one process makes there."""
+    """The folder of the results, and everything that one process writes to it."""
     out = tmp_path_factory.mktemp("results") / "out"
     run_job(plan_checkpoint(model, out, OPTIONS), progress=False)
     return out, untimed(out.parent)
@@ -42,8 +42,16 @@ def out(expected: tuple[Path, dict[str, Any]]) -> Path:
     return expected[0]
 
 
-def ranks(model: Path, out: Path, world: int, steps: dict[int, int] | None = None, **changes: Any) -> list[Child]:
-    """As torchrun starts them; a rank that ``steps`` lists dies at that step."""
+def start(
+    model: Path, out: Path, world: int, fatal: dict[int, tuple[str, int]] | None = None, **changes: Any
+) -> list[Child]:
+    """Start processes as torchrun does.
+
+    Args:
+        model, out, changes: as for :class:`Child`.
+        world: number of processes.
+        fatal: by process, the step that it is killed at.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -52,17 +60,17 @@ def ranks(model: Path, out: Path, world: int, steps: dict[int, int] | None = Non
         Child(
             model,
             out,
-            common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            step=(steps or {}).get(rank),
+            common | {"RANK": str(process), "LOCAL_RANK": str(process)},
+            step=(fatal or {}).get(process),
             workers=1,
             **changes,
         )
-        for rank in range(world)
+        for process in range(world)
     ]
 
 
 def outcomes(children: list[Child]) -> list[Any]:
-    """What each says at its end; all must have come to it."""
+    """Outcome of each child, after all have ended."""
     for child in children:
         child.ended()
     found = []
@@ -73,13 +81,13 @@ def outcomes(children: list[Child]) -> list[Any]:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_make_the_bytes_of_one_process(
+def test_processes_write_the_bytes_of_one(
     world: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
 ) -> None:
-    children = ranks(model, out, world)
+    children = start(model, out, world)
     assert [child.ended() for child in children] == [0] * world
     for _, steps in outcomes(children):
-        assert "journal" in steps, "every rank has a share"
+        assert "journal" in steps, "every process has a share"
     assert untimed(out.parent) == expected[1]
 
 
@@ -94,52 +102,52 @@ def test_torchrun(model: Path, expected: tuple[Path, dict[str, Any]], out: Path)
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("its adapter in") == 1, "one rank speaks"
+    assert done.stdout.count("its adapter in") == 1, "one process prints"
     assert untimed(out.parent) == expected[1]
 
 
-@pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_that_dies_ends_all_and_another_number_goes_on(
-    dying: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_process_ends_all_and_one_process_resumes(
+    killed: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
 ) -> None:
-    children = ranks(model, out, 2, {dying: 26 if dying == 0 else 6})
+    children = start(model, out, 2, {killed: ("journal", 2 if killed == 0 else 1)})
     codes = [child.ended() for child in children]
-    assert codes[dying] == KILLED
-    assert codes[1 - dying] == 1, "neither done nor waiting"
+    assert codes[killed] == KILLED
+    assert codes[1 - killed] == 1, "it neither finishes nor waits forever"
     assert not out.exists()
     outcome = run_job(plan_checkpoint(model, out, OPTIONS), resume=True, progress=False)
     assert outcome.kept >= 2
     assert untimed(out.parent) == expected[1]
 
 
-def test_one_process_is_gone_on_with_by_three(model: Path, expected: tuple[Path, dict[str, Any]], out: Path) -> None:
-    first = Child(model, out, workers=1, step=30)
+def test_three_processes_resume_the_run_of_one(model: Path, expected: tuple[Path, dict[str, Any]], out: Path) -> None:
+    first = Child(model, out, workers=1, step=("journal", 3))
     assert first.ended() == KILLED
-    children = ranks(model, out, 3)
+    children = start(model, out, 3)
     assert [child.ended() for child in children] == [0, 0, 0]
     assert untimed(out.parent) == expected[1]
 
 
-def test_an_error_of_one_rank_is_every_ranks(
+def test_error_of_one_process_ends_all(
     model: Path, expected: tuple[Path, dict[str, Any]], out: Path, tmp_path: Path
 ) -> None:
     broken = Path(shutil.copytree(model, tmp_path / "model"))
-    children = ranks(broken, out, 2)
+    children = start(broken, out, 2)
     assert all(child.ended() == 0 for child in children)
     (out / "mine").touch()
-    children = ranks(model, out, 2, resume=False)
+    children = start(model, out, 2, resume=False)
     assert [child.ended() for child in children] == [1, 1]
     first, second = outcomes(children)
     assert "exists and is not an empty folder" in first
     assert second == f"RuntimeError: process 0: {first.partition(': ')[2]}"
 
 
-def test_a_lock_that_is_held_ends_all_ranks_with_its_reason(model: Path, out: Path) -> None:
+def test_lock_of_another_run_ends_all_processes(model: Path, out: Path) -> None:
     folder = out.parent / ".out.unfinished"
     folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    children = ranks(model, out, 2)
+    children = start(model, out, 2)
     assert [child.ended() for child in children] == [1, 1]
     os.close(descriptor)
     first, second = outcomes(children)

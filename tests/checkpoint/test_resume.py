@@ -1,4 +1,4 @@
-"""Runs that die at any moment are gone on with, and end at the bytes of one that nothing disturbed."""
+"""Runs that are killed at any moment are resumed, and end with the bytes of a run that was not."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import CheckpointReport, run_job
 
 from ..support.checkpoints import ADAPTER, contents, header, small, untimed, witness
-from ..support.crashing import KILLED, OPTIONS, Child
+from ..support.crashing import KILLED, OPTIONS, TORN, Child
 
-# The ordinary number takes seconds; many more were run before a release.
+# Kills of test_killed_at_any_moment. With more than there are steps, test_killed_at_each_step takes all of them.
 KILLS = int(os.environ.get("PISSA_KERNELS_KILLS", "25"))
 TENSORS = 12
-TORN = ("pwritev", "journal")
 
 
 @dataclass
 class Undisturbed:
-    """A run that nothing disturbed.
+    """A run that was not killed.
 
     Attributes:
-        model, out: from where to where.
+        model, out: folders of the source and of the result.
         expected: everything beside and below ``out``, without times.
-        source: of ``model``, for comparison.
-        seconds: from when all was planned.
-        steps: what it did to the file system, in order.
+        source: what ``model`` held.
+        seconds: time of the run, without the plan.
+        steps: names of the run's steps, in order.
     """
 
     model: Path
@@ -46,7 +45,7 @@ class Undisturbed:
     steps: list[str]
 
     def check(self, what: str = "") -> None:
-        """The result is there, the same, alone; the next run can begin."""
+        """Check that the result is complete and nothing else is left, and delete it."""
         found = untimed(self.out.parent)
         assert found.keys() == self.expected.keys(), what
         assert [name for name in found if found[name] != self.expected[name]] == [], what
@@ -83,9 +82,9 @@ def resume(undisturbed: Undisturbed, **changes: Any) -> CheckpointReport:
 
 
 def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
-    """Each run is killed, resumed, killed again, until one gets to its end."""
+    """Each run is killed, resumed and killed again until one ends by itself."""
     draw = random.Random(0)
-    kills = ends = 0
+    kills = 0
     while kills < KILLS:
         child = Child(undisturbed.model, undisturbed.out, workers=2)
         child.begun()
@@ -96,21 +95,20 @@ def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
         if code == KILLED:
             kills += 1
         else:
-            ends += 1
             undisturbed.check()
     resume(undisturbed)
     undisturbed.check()
 
 
-def steps_to_die_at(steps: list[str]) -> list[tuple[int, bool]]:
-    """Which steps, and whether after half of a write: all of them, or a third of what many files and tensors repeat."""
-    dies = [(step, torn) for step, name in enumerate(steps) for torn in ([False, True] if name in TORN else [False])]
-    return dies if len(dies) <= KILLS else [die for die in dies if die[0] % 3 == 0 or die[0] >= len(steps) - 10]
+def fatal_steps(steps: list[str]) -> list[tuple[int, bool]]:
+    """Numbers of steps, and whether to kill in the middle of them: all, or a third but for the last ten."""
+    fatal = [(step, torn) for step, name in enumerate(steps) for torn in ([False, True] if name in TORN else [False])]
+    return fatal if len(fatal) <= KILLS else [one for one in fatal if one[0] % 3 == 0 or one[0] >= len(steps) - 10]
 
 
 @pytest.mark.slow
 def test_killed_at_each_step(undisturbed: Undisturbed) -> None:
-    for step, torn in steps_to_die_at(undisturbed.steps):
+    for step, torn in fatal_steps(undisturbed.steps):
         child = Child(undisturbed.model, undisturbed.out, workers=1, step=step, torn=torn)
         assert child.ended() == KILLED
         resume(undisturbed)
@@ -119,7 +117,7 @@ def test_killed_at_each_step(undisturbed: Undisturbed) -> None:
 
 @pytest.mark.slow
 def test_killed_while_a_result_is_replaced(undisturbed: Undisturbed) -> None:
-    """The old result is where it was, or in the folder of the run, until the new one is in its place."""
+    """The old result is at OUT or in the folder of the run until the new one is at OUT."""
     for step in range(len(undisturbed.steps) - 10, len(undisturbed.steps) + 3):
         undisturbed.out.mkdir()
         (undisturbed.out / "old").write_text("old")
@@ -128,20 +126,20 @@ def test_killed_while_a_result_is_replaced(undisturbed: Undisturbed) -> None:
         found = contents(undisturbed.out.parent)
         assert "out/old" in found or ".out.unfinished/replaced/old" in found or "out/pissa_manifest.json" in found
         resume(undisturbed)
-        undisturbed.check(f"killed at step {step} of the run that replaces")
+        undisturbed.check(f"killed at step {step} of a run that replaces a result")
 
 
-def test_gone_on_with_only_when_asked(undisturbed: Undisturbed) -> None:
+def test_unfinished_run_needs_resume_or_force(undisturbed: Undisturbed) -> None:
     journal = undisturbed.out.parent / ".out.unfinished" / "journal-0.jsonl"
     unfinished(undisturbed)
     before = witness(undisturbed.out.parent)
-    with pytest.raises(FileExistsError, match="out has an unfinished run; --resume goes on with it, --force begins"):
+    with pytest.raises(FileExistsError, match="out has an unfinished run; --resume continues it, --force starts"):
         run_job(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), progress=False)
     assert witness(undisturbed.out.parent) == before
     lines = len(journal.read_text().splitlines())
     outcome = resume(undisturbed)
     assert (outcome.kept, outcome.written) == (lines, TENSORS - lines)
-    assert outcome.seconds is None, "what the killed run took is not known"
+    assert outcome.seconds is None, "the time of the killed run is not known"
     undisturbed.check()
     unfinished(undisturbed)
     outcome = run_job(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), force=True, progress=False)
@@ -149,7 +147,7 @@ def test_gone_on_with_only_when_asked(undisturbed: Undisturbed) -> None:
     undisturbed.check()
 
 
-def test_a_finished_result_is_left_alone(undisturbed: Undisturbed) -> None:
+def test_finished_result_is_not_written_again(undisturbed: Undisturbed) -> None:
     resume(undisturbed)
     before = witness(undisturbed.out)
     outcome = resume(undisturbed)
@@ -158,8 +156,8 @@ def test_a_finished_result_is_left_alone(undisturbed: Undisturbed) -> None:
 
 
 @pytest.mark.parametrize("what", ["residual", "factor", "journal", "header", "end", "file"])
-def test_bytes_that_did_not_reach_the_disk_are_written_again(undisturbed: Undisturbed, what: str) -> None:
-    """As after a power cut: the journal claims them, the files have others."""
+def test_lost_bytes_are_written_again(undisturbed: Undisturbed, what: str) -> None:
+    """As after a power cut: tensors are in the journal, but their bytes did not reach the disk."""
     unfinished(undisturbed)
     folder = undisturbed.out.parent / ".out.unfinished"
     journal = folder / "journal-0.jsonl"
@@ -183,7 +181,6 @@ def test_bytes_that_did_not_reach_the_disk_are_written_again(undisturbed: Undist
 
 
 def unfinished(undisturbed: Undisturbed) -> None:
-    """A run that died at its eighth tensor."""
-    eighth = [step for step, name in enumerate(undisturbed.steps) if name == "journal"][7]
-    child = Child(undisturbed.model, undisturbed.out, workers=1, step=eighth)
+    """Kill a run at the journal line of its eighth tensor."""
+    child = Child(undisturbed.model, undisturbed.out, workers=1, step=("journal", 7))
     assert child.ended() == KILLED

@@ -1,6 +1,6 @@
-"""Runs in processes of their own that die on the way.
+"""Runs in child processes that are killed on the way.
 
-They are forked from a server that has all imports behind it, so that hundreds of them take seconds.
+The children are forked from a server that has imported everything, so that hundreds of them take seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  (so that the server has it, and what follows)
+import peft  # noqa: F401  (imported by the server, as is what follows)
 import torch
 import tqdm
 import transformers.models.llama.modeling_llama  # noqa: F401
@@ -30,28 +30,33 @@ from pissa_kernels.checkpoint.targets import AdapterOptions
 
 OPTIONS = AdapterOptions(rank=4)
 KILLED = -signal.SIGKILL
-PATIENCE = 120.0
-tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
-get_checkpoint_conversion_mapping("llama")  # takes longer than a run, and is kept: once in the server
-# Whatever of the file system a run changes, it does through one of these, or through its journal.
+TIMEOUT_SECONDS = 120.0
+tqdm.tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore of the system, which a killed process leaves behind
+get_checkpoint_conversion_mapping("llama")  # cached; it takes longer than a run
+# The calls through which a run changes the file system. A journal line is one more step.
 STEPS = (
     *((os, name) for name in ("posix_fallocate", "pwritev", "replace", "fsync", "mkdir", "unlink", "rmdir", "chmod")),
     (shutil, "copyfile"),
+    (Path, "write_text"),
 )
+# Steps that a process can be killed in the middle of.
+TORN = ("pwritev", "journal", "copyfile", "write_text")
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([__name__])
 
 
 class Child:
-    """A run in a process of its own: ``init``, resumed if there is something to resume.
+    """``init_checkpoint`` in a child process, resuming what there is to resume.
 
     Args:
         model, out: as on the command line.
-        environment: of the process.
-        changes: arguments of ``init_checkpoint``.
-        step: die at this step (see :data:`STEPS`), counted from 0; None for an undisturbed run.
-        torn: do half of a write before dying, where the step is one.
+        environment: variables of the child's environment.
+        step: the step before which the child is killed, by its number, or by its name and the number among those of its
+            name, as in ("journal", 2) for the third journal line; None for a run that ends by itself.
+        torn: kill the child in the middle of the step, where it is one of :data:`TORN`.
+        options: options of the adapter.
+        changes: arguments of ``run_job``.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class Child:
         out: Path,
         environment: Mapping[str, str] | None = None,
         *,
-        step: int | None = None,
+        step: int | tuple[str, int] | None = None,
         torn: bool = False,
         options: AdapterOptions = OPTIONS,
         **changes: Any,
@@ -72,17 +77,17 @@ class Child:
         there.close()
 
     def begun(self) -> None:
-        """Wait until all is planned, and nothing written."""
-        assert self._here.poll(PATIENCE)
+        """Wait for the plan, before anything is written."""
+        assert self._here.poll(TIMEOUT_SECONDS)
         assert self._here.recv() == "begun"
 
     def kill(self) -> None:
         self._process.kill()
 
     def ended(self) -> int:
-        """The exit code, a signal's number negative."""
-        self._process.join(PATIENCE)
-        assert self._process.exitcode is not None, "it hangs"
+        """Wait for the end. Returns the exit code, which is negative for a signal."""
+        self._process.join(TIMEOUT_SECONDS)
+        assert self._process.exitcode is not None, "the child hangs"
         return self._process.exitcode
 
     def outcome(self) -> Any:
@@ -95,7 +100,7 @@ def _run(
     model: Path,
     out: Path,
     environment: Mapping[str, str],
-    fatal: int | None,
+    fatal: int | tuple[str, int] | None,
     torn: bool,
     options: AdapterOptions,
     changes: Mapping[str, Any],
@@ -104,21 +109,22 @@ def _run(
     torch.set_num_threads(1)
     names: list[str] = []
     try:
-        plan = plan_checkpoint(model, out, options)
+        job = plan_checkpoint(model, out, options)
         _count_steps(names, fatal, torn)
         connection.send("begun")
         began = time.perf_counter()
-        run_job(plan, progress=False, **changes)
+        run_job(job, progress=False, **changes)
         connection.send((time.perf_counter() - began, names))
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from None
 
 
-def _count_steps(names: list[str], fatal: int | None, torn: bool) -> None:
+def _count_steps(names: list[str], fatal: int | tuple[str, int] | None, torn: bool) -> None:
     def step(name: str, half: Callable[[], object] | None = None) -> None:
+        number = (name, names.count(name)) if isinstance(fatal, tuple) else len(names)
         names.append(name)
-        if len(names) - 1 == fatal:
+        if number == fatal:
             if torn and half is not None:
                 half()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -126,23 +132,30 @@ def _count_steps(names: list[str], fatal: int | None, torn: bool) -> None:
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
-            if name == "pwritev":
-                descriptor, (buffer,), offset = arguments
-                step(name, lambda: function(descriptor, [buffer[: len(buffer) // 2]], offset))
-            else:
-                step(name)
+            step(name, functools.partial(_half, name, function, *arguments) if name in TORN else None)
             return function(*arguments, **options)
 
         return call
 
     for module, name in STEPS:
         setattr(module, name, counted(name, getattr(module, name)))
-    plain = Journal.open
+    open_journal = Journal.open
 
-    def journal(self: Journal, rank: int) -> Any:
-        return _Journal(plain(self, rank), step)
+    def open_counted(self: Journal, process: int) -> Any:
+        return _Journal(open_journal(self, process), step)
 
-    Journal.open = journal  # type: ignore[method-assign]
+    Journal.open = open_counted  # type: ignore[method-assign]
+
+
+def _half(name: str, function: Callable[..., Any], first: Any, second: Any, *others: Any) -> None:
+    """The first half of a step."""
+    if name == "pwritev":
+        function(first, [second[0][: len(second[0]) // 2]], *others)
+    elif name == "write_text":
+        function(first, second[: len(second) // 2])
+    else:  # copyfile
+        content = Path(first).read_bytes()
+        Path(second).write_bytes(content[: len(content) // 2])
 
 
 class _Journal:
