@@ -1,4 +1,4 @@
-"""Memory: a few of the largest weight, however many there are."""
+"""Peak memory of a run: a small multiple of the largest weight, whatever the number of weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..support.models import build
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 LARGEST = 2 * 1024 * 1024
-# Peaks of resident memory, in bytes: after the imports, with the plan, and at the end.
+# Prints the peak of resident memory in bytes after the imports, after the plan and at the end.
 MEASURED = """
 import json, re, sys
 from pathlib import Path
@@ -29,15 +29,15 @@ def peak():
 
 imported = peak()
 model, out, options = Path(sys.argv[1]), Path(sys.argv[2]), AdapterOptions(rank=8)
-plan = plan_checkpoint(model, out, options)
+job = plan_checkpoint(model, out, options)
 planned = peak()
-outcome = run_job(plan, workers=2, progress=False)
-print(json.dumps([imported, planned, peak(), len(outcome.layers)]))
+report = run_job(job, workers=2, progress=False)
+print(json.dumps([imported, planned, peak(), len(report.layers)]))
 """
 
 
 def many(folder: Path, layers: int) -> Path:
-    """Seven targets of 1024×1024 a layer."""
+    """Save a model with seven targets of 1024×1024 per layer."""
     import transformers
 
     config = build("llama").config

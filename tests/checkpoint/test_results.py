@@ -1,4 +1,4 @@
-"""What ``pissa-kernels init`` makes of a checkpoint: plain transformers and PEFT load the original function from it."""
+"""Results of init_checkpoint: plain transformers and PEFT load a model with the outputs of the original one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..test_pissa import assert_reconstructs
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As each weight has; and models this small take longer on two."""
+    """Models this small take longer on two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def init(model: Path, out: Path, workers: int = 2, **options: Any) -> Path:
 
 
 def load(out: Path, model: Any, adapter: bool = True) -> Any:
-    """With nothing of this package."""
+    """Load a result with transformers and PEFT."""
     kind = "AutoModelForCausalLM" if hasattr(model, "lm_head") else "AutoModel"
     base = getattr(transformers, kind).from_pretrained(out, dtype="auto")
     return peft.PeftModel.from_pretrained(base, out, subfolder="pissa_init", is_trainable=True) if adapter else base
@@ -52,12 +52,12 @@ def load(out: Path, model: Any, adapter: bool = True) -> Any:
 
 @dataclass
 class Case:
-    """One checkpoint, and what came of it.
+    """One checkpoint and its result.
 
     Attributes:
-        name: of the architecture.
-        model: the original.
-        folder, out: where they lie.
+        name: architecture.
+        model: the original model.
+        folder, out: the checkpoint and the result.
     """
 
     name: str
@@ -94,19 +94,19 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(name, model, folder / "model", folder / "out")
 
 
-def test_the_model_computes_what_it_did(case: Case) -> None:
+def test_output_is_unchanged(case: Case) -> None:
     loaded = load(case.out, case.model).eval()
     assert loaded.get_base_model().dtype == case.dtype
     assert moved(output(case.model), output(loaded)) <= allowed(case.dtype)
     assert moved(output(case.model), output(load(case.out, case.model, adapter=False))) > 3 * allowed(case.dtype)
 
 
-def test_every_weight_against_float64(case: Case) -> None:
+def test_weights_against_float64(case: Case) -> None:
     before, after = tensors(case.folder), tensors(case.out)
     report = pk.Report.read(case.out / "pissa_init" / "pissa_report.json")
     names = [name for name, module in case.model.named_modules() if name.rpartition(".")[2] in TARGETS[case.name]]
     found = {layer.name: layer for layer in report.layers}
-    assert set(names) <= found.keys(), "all-linear takes these, of BERT the pooler's too"
+    assert set(names) <= found.keys(), "all-linear includes these, and BERT's pooler"
     for name, layer in found.items():
         W, residual = before[f"{name}.weight"], after[f"{name}.weight"]
         A, B = factors(case.out, name)
@@ -126,7 +126,7 @@ def test_every_weight_against_float64(case: Case) -> None:
         assert layer.certificate.converged
 
 
-def test_training_begins(case: Case) -> None:
+def test_every_factor_gets_a_gradient(case: Case) -> None:
     loaded = load(case.out, case.model).train()
     ids = torch.arange(24).reshape(2, 12)
     if hasattr(case.model, "lm_head"):
@@ -140,7 +140,7 @@ def test_training_begins(case: Case) -> None:
     )
 
 
-def test_all_else_is_the_same_bytes(case: Case) -> None:
+def test_everything_else_is_copied(case: Case) -> None:
     before, after = contents(case.folder), contents(case.out)
     assert after.keys() == before.keys() - {"pytorch_model.bin"} | ADDED | {"pissa_init"}
     targets = {f"{layer['name']}.weight" for layer in layers(case.out)}
@@ -156,7 +156,7 @@ def test_all_else_is_the_same_bytes(case: Case) -> None:
     assert [path.name for path in sorted(case.out.parent.iterdir())] == ["model", "out"]
 
 
-def test_the_adapter_is_configured_to_be_loaded(case: Case) -> None:
+def test_adapter_config(case: Case) -> None:
     config = json.loads((case.out / "pissa_init" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     assert config["base_model_name_or_path"] == str(case.out)
@@ -164,8 +164,8 @@ def test_the_adapter_is_configured_to_be_loaded(case: Case) -> None:
     assert config["task_type"] == ("CAUSAL_LM" if hasattr(case.model, "lm_head") else None)
 
 
-def test_it_is_what_the_loaded_model_would_get(case: Case) -> None:
-    """Bit for bit, in PEFT's own order of layers."""
+def test_same_bits_as_peft_with_the_hook(case: Case) -> None:
+    """Initialized in memory; the layers are in PEFT's order."""
     original = load(case.folder, case.model, adapter=False)
     config = peft.LoraConfig(
         r=4, lora_alpha=4, init_lora_weights="pissa", target_modules="all-linear", fan_in_fan_out=case.transposed
@@ -173,9 +173,9 @@ def test_it_is_what_the_loaded_model_would_get(case: Case) -> None:
     with pk.patch_peft() as report:
         adapted = peft.get_peft_model(original, config)
     assert_same(state(load(case.out, case.model)), state(adapted))
-    mine = pk.Report.read(case.out / "pissa_init" / "pissa_report.json")
-    assert [layer.name for layer in mine.layers] == [layer.name for layer in report.layers]
-    for one, other in zip(mine.layers, report.layers, strict=True):
+    found = pk.Report.read(case.out / "pissa_init" / "pissa_report.json")
+    assert [layer.name for layer in found.layers] == [layer.name for layer in report.layers]
+    for one, other in zip(found.layers, report.layers, strict=True):
         assert torch.equal(one.singular_values, other.singular_values)
         assert one.certificate == other.certificate
 
@@ -201,7 +201,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(case: Case, workers: int, 
     ],
     ids=["rslora", "patterns", "names", "regex", "niter"],
 )
-def test_options_are_pefts(options: dict[str, Any], tmp_path: Path) -> None:
+def test_options_mean_what_they_mean_in_peft(options: dict[str, Any], tmp_path: Path) -> None:
     model = build("llama", torch.bfloat16)
     out = init(save(model, tmp_path / "model"), tmp_path / "out", **options)
     names = {"target_modules": "all-linear"} | {
@@ -241,8 +241,8 @@ def test_tied_weights_stay_tied(name: str, tmp_path: Path) -> None:
     assert moved(output(model), output(loaded)) <= allowed(torch.float32)
 
 
-def test_a_snapshot_of_links_becomes_files(tmp_path: Path) -> None:
-    """As the hub's cache lays a model out."""
+def test_links_are_copied_as_files(tmp_path: Path) -> None:
+    """From a folder of links, as in the hub's cache."""
     save(build("llama", torch.bfloat16), tmp_path / "blobs")
     (tmp_path / "model").mkdir()
     for path in (tmp_path / "blobs").iterdir():

@@ -1,4 +1,4 @@
-"""verify: what is as it was written passes, and nothing else does."""
+"""verify_checkpoint: a result passes as it was written, and no other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pissa_kernels.checkpoint import worker as work
+from pissa_kernels.checkpoint import worker as worker_module
 from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
 from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
@@ -32,10 +32,10 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A sharded bf16 checkpoint with a file besides, and what init made of it."""
+    """A sharded bfloat16 checkpoint with another file, and the result of init."""
     root = tmp_path_factory.mktemp("verify")
     build("llama", torch.bfloat16, width=32, layers=1).save_pretrained(root / "base", max_shard_size="20KB")
-    (root / "base" / "notes.txt").write_text("carried along\n")
+    (root / "base" / "notes.txt").write_text("copied\n")
     run_job(plan_checkpoint(root / "base", root / "out", AdapterOptions(rank=4)), progress=False)
     return root / "base", root / "out"
 
@@ -51,14 +51,14 @@ def problems(base: Path, out: Path) -> dict[str, str]:
     return dict(verify_checkpoint(base, out, workers=1, progress=False))
 
 
-def test_what_init_wrote_holds(folders: tuple[Path, Path]) -> None:
+def test_result_of_init_holds(folders: tuple[Path, Path]) -> None:
     found = verify_checkpoint(*folders, progress=False)
     assert not found
     assert len(found.layers) == 7
     assert len(found.layers) + found.copied == sum(
         len(read_header(path).tensors) for path in folders[0].glob("*.safetensors")
     )
-    assert all(0.5 < layer.reconstruction <= 1 for layer in found.layers)  # bf16 does round
+    assert all(0.5 < layer.reconstruction <= 1 for layer in found.layers)  # bfloat16 rounds
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float32), ("mistral", torch.float16)])
@@ -81,7 +81,7 @@ def refused(base: Path, out: Path) -> bool:
     try:
         return bool(problems(base, out))
     except ValueError as error:
-        return MANIFEST in str(error)  # without it nothing else can be judged
+        return MANIFEST in str(error)  # without a manifest nothing can be checked
 
 
 def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
@@ -89,7 +89,7 @@ def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
     files = sorted(path for path in out.rglob("*") if path.is_file())
     generator = random.Random(0)
     for number in range(FLIPS):
-        # each file in turn, and a place in it
+        # a random bit of each file in turn
         path = files[number % len(files)]
         bit = generator.randrange(8 * path.stat().st_size)
         flip(path, bit)
@@ -98,15 +98,13 @@ def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
     assert not problems(base, out)
 
 
-def test_digests_are_of_every_chunk(
-    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of tensors that are read and written in many chunks: against hashlib, and bit for bit."""
+def test_hashes_cover_every_chunk(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that are read and written in many chunks, against hashlib."""
     monkeypatch.setattr(header, "CHUNK_BYTES", 48)
-    monkeypatch.setattr(work, "CACHED_BYTES", 48)
+    monkeypatch.setattr(worker_module, "CACHED_BYTES", 48)
     base, out = folders[0], tmp_path / "out"
-    plan = plan_checkpoint(base, out, AdapterOptions(rank=4))
-    run_job(plan, progress=False)
+    job = plan_checkpoint(base, out, AdapterOptions(rank=4))
+    run_job(job, progress=False)
     files = Manifest.read(out).files
     for path in out.rglob("*.safetensors"):
         found = {
@@ -115,22 +113,22 @@ def test_digests_are_of_every_chunk(
         }
         assert files[path.relative_to(out).as_posix()]["tensors"] == found
     shard = next(path for path in out.glob("*.safetensors") if NORM in read_header(path).tensors)
-    entry = read_header(shard).tensors[NORM]
-    edge = entry.start // 48 * 48 + 48  # of two chunks: they end at multiples of their size
-    assert entry.start < edge - 1 < edge < entry.stop
-    for byte in (entry.start, edge - 1, edge, entry.stop - 1):
+    info = read_header(shard).tensors[NORM]
+    edge = info.start // 48 * 48 + 48  # chunks end at multiples of their size
+    assert info.start < edge - 1 < edge < info.stop
+    for byte in (info.start, edge - 1, edge, info.stop - 1):
         flip(shard, 8 * byte)
         assert problems(base, out) == {NORM: "its bytes are not those that were written"}
         flip(shard, 8 * byte)
-    with work.Worker(plan, out, torch.device("cpu")) as worker:
-        digests = {name: digest for about in files.values() for name, digest in about.get("tensors", {}).items()}
-        for item in plan.tensors:
-            record = {"shard": item.shard, "tensor": item.info.name, "sha256": digests[item.info.name]}
+    with worker_module.Worker(job, out, torch.device("cpu")) as worker:
+        hashes = {name: sha256 for file in files.values() for name, sha256 in file.get("tensors", {}).items()}
+        for tensor in job.tensors:
+            record = {"shard": tensor.shard, "tensor": tensor.info.name, "sha256": hashes[tensor.info.name]}
             assert worker.holds(record)
-            assert not worker.holds({**record, "sha256": digests[QUERY if item.info.name != QUERY else NORM]})
+            assert not worker.holds({**record, "sha256": hashes[QUERY if tensor.info.name != QUERY else NORM]})
 
 
-def test_the_tensor_is_named_and_nothing_else(copies: tuple[Path, Path]) -> None:
+def test_only_the_damaged_tensor_is_named(copies: tuple[Path, Path]) -> None:
     base, out = copies
     for tensor in (NORM, QUERY):
         shard = next(path for path in out.glob("*.safetensors") if tensor in read_header(path).tensors)
@@ -146,7 +144,7 @@ def test_the_tensor_is_named_and_nothing_else(copies: tuple[Path, Path]) -> None
 
 
 def rewrite(folder: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change a tensor and let the manifest vouch for it, as if init had written it."""
+    """Change a tensor and its hash in the manifest, as if init had written it."""
     path = next(path for path in folder.rglob("*.safetensors") if tensor in read_header(path).tensors)
     changed = change(load_file(path)[tensor]).contiguous().view(torch.uint8).numpy().tobytes()
     with path.open("r+b") as file:
@@ -171,7 +169,7 @@ def rewrite(folder: Path, tensor: str, change: Callable[[torch.Tensor], torch.Te
     ],
     ids=["residual", "nan", "order", "scale", "copy"],
 )
-def test_values_are_judged_not_only_digests(
+def test_values_are_checked_beside_hashes(
     copies: tuple[Path, Path], tensor: str, change: Callable[[torch.Tensor], torch.Tensor], expected: str
 ) -> None:
     base, out = copies
@@ -182,20 +180,20 @@ def test_values_are_judged_not_only_digests(
     assert expected in what
 
 
-def test_factors_that_are_no_triplets_are_found(copies: tuple[Path, Path]) -> None:
-    """Columns of the right norms, but another direction."""
+def test_factors_that_are_not_triplets_are_found(copies: tuple[Path, Path]) -> None:
+    """A column of the right norm in another direction."""
     base, out = copies
     name = "base_model.model." + QUERY.removesuffix(".weight")
     factors = load_file(out / ADAPTER_WEIGHTS)
     B = factors[f"{name}.lora_B.weight"]
-    turned = B.clone()
-    turned[:, 0] = B[:, 0].flip(0)
-    rewrite(out, f"{name}.lora_B.weight", lambda _: turned)
+    changed = B.clone()
+    changed[:, 0] = B[:, 0].flip(0)
+    rewrite(out, f"{name}.lora_B.weight", lambda _: changed)
     what = problems(base, out)[QUERY]
     assert "residual of" in what
 
 
-def test_another_original_is_told_from_damage(copies: tuple[Path, Path]) -> None:
+def test_changed_original_is_not_reported_as_damage(copies: tuple[Path, Path]) -> None:
     base, out = copies
     rewrite(base, NORM, lambda norm: norm * 2)
     (base / "notes.txt").write_text("changed\n")
@@ -218,9 +216,9 @@ def test_missing_and_truncated_files(copies: tuple[Path, Path]) -> None:
     assert found["notes.txt"] == "is missing"
 
 
-def test_a_file_that_came_later_is_told_of(copies: tuple[Path, Path]) -> None:
+def test_added_file_is_listed(copies: tuple[Path, Path]) -> None:
     base, out = copies
-    (out / "later.txt").write_text("mine\n")
+    (out / "later.txt").write_text("added\n")
     found = verify_checkpoint(base, out, progress=False)
     assert not found
     assert found.extra == ["later.txt"]

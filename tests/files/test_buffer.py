@@ -1,4 +1,4 @@
-"""Memory that a thread keeps from one tensor to the next."""
+"""Memory that a thread reuses from one tensor to the next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pissa_kernels.files.header import read_header, read_tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (700, 300), (3, 5, 7)])
-def test_it_gives_a_tensor_of_any_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_shapes_and_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = Buffer().take(shape, dtype)
     assert tensor.shape == torch.Size(shape)
     assert tensor.dtype == dtype
@@ -24,7 +24,7 @@ def test_it_gives_a_tensor_of_any_shape(shape: tuple[int, ...], dtype: torch.dty
     assert torch.equal(tensor.fill_(3), torch.full(shape, 3, dtype=dtype))
 
 
-def test_a_thread_has_one_memory_and_no_other_threads() -> None:
+def test_each_thread_has_its_own_memory() -> None:
     buffer = Buffer()
     large = buffer.take((1 << 20,), torch.float32)
     again = buffer.take((1000, 3), torch.bfloat16)
@@ -38,16 +38,16 @@ def test_a_thread_has_one_memory_and_no_other_threads() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 2, 8, BLOCK - 2, BLOCK, 7 * BLOCK + 1000])
-def test_it_lies_in_a_block_as_in_the_file(at: int) -> None:
+def test_offset_in_a_block_is_that_in_the_file(at: int) -> None:
     buffer = Buffer()
-    for length in (1, BLOCK, 3 * BLOCK):  # the memory grows, and is kept
+    for length in (1, BLOCK, 3 * BLOCK):  # the memory grows and is then reused
         tensor = buffer.take((length,), torch.bfloat16, at)
         assert (tensor.data_ptr() - at) % BLOCK == 0
         assert int(tensor.fill_(1).sum()) == length
 
 
-def test_memory_is_whole_large_pages() -> None:
-    """Else the system does not align it to any."""
+def test_memory_is_whole_huge_pages() -> None:
+    """Linux aligns only such a mapping to huge pages."""
     buffer = Buffer()
     buffer.take((LARGE_PAGE,), torch.uint8)
     assert len(buffer._memory) == 2 * LARGE_PAGE
@@ -56,23 +56,23 @@ def test_memory_is_whole_large_pages() -> None:
     assert len(Buffer().take((100,), torch.uint8)) == 100
 
 
-def test_elements_are_aligned_whatever_the_file_does() -> None:
+def test_elements_are_aligned_even_where_the_file_is_not() -> None:
     assert Buffer().take((5,), torch.float32, at=1002).data_ptr() % 4 == 0
 
 
-def test_it_grows() -> None:
+def test_memory_grows() -> None:
     buffer = Buffer()
     for mib in (1, 9, 33):
         tensor = buffer.take((mib << 20,), torch.uint8).fill_(mib)
         assert int(tensor.sum()) == mib * len(tensor)
 
 
-def test_more_than_the_system_has_is_a_memory_error() -> None:
+def test_out_of_memory() -> None:
     with pytest.raises(MemoryError, match=f"{(1 << 60) + LARGE_PAGE} bytes: "):
         Buffer().take((1 << 60,), torch.uint8)
 
 
-def test_tensors_read_one_after_another_are_the_files(tmp_path: Path) -> None:
+def test_tensors_read_into_one_buffer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = {"a": torch.randn(64, 33), "b": torch.randn(700, 300).bfloat16(), "c": torch.randn(5)}
     save_file(tensors, tmp_path / "model.safetensors")
