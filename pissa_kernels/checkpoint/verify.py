@@ -85,8 +85,10 @@ def verify_checkpoint(
     """
     base, out = Path(base), Path(out)
     checkpoint = open_checkpoint(base)
+    if not out.exists():
+        raise FileNotFoundError(f"{out} does not exist")
     if not out.is_dir():
-        raise FileNotFoundError(f"{out} does not exist" if not out.exists() else f"{out} is not a folder")
+        raise NotADirectoryError(f"{out} is not a folder")
     manifest = Manifest.read(out)
     verification = Verification()
     reports = _check_files(checkpoint, out, manifest, verification)
