@@ -1,4 +1,4 @@
-"""Types of command-line arguments, exit codes, and set-up that subcommands share."""
+"""Types of command-line arguments, exit statuses, and set-up that subcommands share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def share(text: str) -> float:
 
 
 def pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:
-    """NAME=R or NAME=A: an entry of PEFT's ``rank_pattern`` or ``alpha_pattern``."""
+    """Type of an entry of PEFT's ``rank_pattern`` (NAME=R, an int) or ``alpha_pattern`` (NAME=A, a float)."""
 
     def parse(text: str) -> tuple[str, Any]:
         name, equals, value = text.rpartition("=")
@@ -56,7 +56,7 @@ def pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and warnings of transformers and PEFT, which are no part of a command's output."""
+    """Silence the progress bars and warnings of transformers and PEFT."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -19,50 +19,77 @@ from .arguments import initializer, pattern, positive, quiet_libraries
 MIB = 2**20
 
 
+DESCRIPTION = """\
+Split the checkpoint in the folder MODEL (config.json and safetensors) into a
+residual checkpoint, OUT, and its PiSSA adapter, OUT/pissa_init. Plain
+transformers and PEFT load both. The model is not loaded: each worker holds one
+weight at a time. OUT appears once it is complete; --resume continues a run that
+was interrupted. Started with torchrun, the processes share the work."""
+EXAMPLES = """\
+examples:
+  pissa-kernels init MODEL OUT --dry-run
+  pissa-kernels init MODEL OUT --rank 32 --target-modules q_proj v_proj
+  torchrun --nproc-per-node 8 -m pissa_kernels init MODEL OUT --resume"""
+
+
 def add_parser(commands: Any) -> None:
     """Declare ``init MODEL OUT``."""
     parser = commands.add_parser(
         "init",
-        help="turn a checkpoint into its residual and a PiSSA adapter, without loading the model",
-        description="Turn a checkpoint folder (config.json and safetensors) into OUT: the residual model, and its "
-        "adapter in OUT/pissa_init, which plain transformers and PEFT load. One weight per worker is in memory at a "
-        "time. --resume continues a run that was killed. Under torchrun the processes share the weights.",
+        help="split a checkpoint into its residual and a PiSSA adapter, without loading the model",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the result")
-    adapter = parser.add_argument_group("adapter, as for PEFT's LoraConfig")
-    adapter.add_argument("--rank", type=positive, default=16, help="rank r of every layer (default: 16)")
-    adapter.add_argument("--alpha", type=float, help="lora_alpha (default: the rank, a scaling of 1)")
-    adapter.add_argument("--rslora", action="store_true", help="scale by alpha/√r instead of alpha/r")
-    adapter.add_argument("--init", type=initializer, default="pissa", help="pissa or pissa_niter_N (default: pissa)")
-    adapter.add_argument("--seed", type=int, default=0, help="seed of the sketches (default: 0)")
-    adapter.add_argument(
-        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
-        help="module names, one regular expression, or all-linear (default: all-linear)",
-    )  # fmt: skip
-    adapter.add_argument(
-        "--exclude-modules", nargs="+", default=[], metavar="NAME", help="module names, or one regular expression"
-    )
-    adapter.add_argument(
-        "--rank-pattern", nargs="+", default=[], type=pattern(int), metavar="NAME=R", help="ranks of single layers"
-    )
-    adapter.add_argument(
-        "--alpha-pattern", nargs="+", default=[], type=pattern(float), metavar="NAME=A", help="alphas of single layers"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that comes with the checkpoint"
-    )
-    parser.add_argument(
+    _add_adapter_options(parser.add_argument_group("adapter, as for PEFT's LoraConfig"))
+    group = parser.add_argument_group("run")
+    group.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where weights are decomposed (default: cpu)"
     )
-    parser.add_argument(
-        "--workers", type=positive, metavar="N", help="weights at a time (default: number of cores; 2 on a GPU)"
+    group.add_argument(
+        "--workers", type=positive, metavar="N",
+        help="number of weights at a time (default: torch's number of threads; 2 on a GPU)",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", action="store_true", help="continue an unfinished run with the same options, if there is one"
     )
-    parser.add_argument("--resume", action="store_true", help="continue an unfinished run, if there is one")
-    parser.add_argument("--force", action="store_true", help="replace a finished OUT, restart an unfinished run")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each tensor, and one at the end")
-    parser.set_defaults(run=run, interrupted="what is done is kept, and --resume continues the run")
+    group.add_argument(
+        "--force", action="store_true",
+        help="replace OUT at the end, if it exists; without --resume, start an unfinished run again",
+    )  # fmt: skip
+    group.add_argument("--dry-run", action="store_true", help="print the plan with its sizes, and write nothing")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code of MODEL to build its model")
+    group.add_argument("--json", action="store_true", help="print a JSON object per tensor, and one at the end")
+    parser.set_defaults(run=run, interrupted="finished tensors are kept, and --resume continues the run")
+
+
+def _add_adapter_options(group: Any) -> None:
+    group.add_argument("--rank", type=positive, default=16, metavar="R", help="rank of every layer (default: 16)")
+    group.add_argument("--alpha", type=float, metavar="A", help="lora_alpha (default: the rank, for a scaling of 1)")
+    group.add_argument("--rslora", action="store_true", help="scale by alpha/√r instead of alpha/r")
+    group.add_argument(
+        "--init", type=initializer, default="pissa", metavar="INIT",
+        help="pissa, or pissa_niter_N, at least as accurate as N rounds of torch.svd_lowrank (default: pissa)",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random sketches (default: 0)")
+    group.add_argument(
+        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
+        help="names of the modules to adapt, one regular expression, or all-linear (default: all-linear)",
+    )  # fmt: skip
+    group.add_argument(
+        "--exclude-modules", nargs="+", default=[], metavar="NAME",
+        help="names of modules to leave out, or one regular expression (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--rank-pattern", nargs="+", default=[], type=pattern(int), metavar="NAME=R",
+        help="ranks of single modules, as in down_proj=8",
+    )  # fmt: skip
+    group.add_argument(
+        "--alpha-pattern", nargs="+", default=[], type=pattern(float), metavar="NAME=A",
+        help="alphas of single modules, as in down_proj=16",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         "use_rslora": arguments.rslora,
         "trust_remote_code": arguments.trust_remote_code,
     }
-    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, one prints
+    first = os.environ.get("RANK", "0") == "0"  # one of the processes of torchrun prints
 
     def announce(job: CheckpointJob) -> None:
         if job.checkpoint.left_out and first:

@@ -1,4 +1,4 @@
-"""Entry point of the command: chooses the subcommand and turns exceptions into one line and an exit status."""
+"""Entry point of the command: runs a subcommand, and turns exceptions into one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .arguments import EXIT_FAILED, EXIT_USAGE
 
 def command(argv: Sequence[str] | None = None) -> int:
     """Run :func:`main` in a process that does nothing else."""
-    # Modules live until the process ends. Leaving torch's out of the last garbage collections saves half a second.
+    # modules live until the process ends; without torch's, the last garbage collections take half a second less
     gc.freeze()
     return main(argv)
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; None for those of the process.
 
     Returns:
-        Exit status: 0 done, 1 the work failed or a check does not hold, 2 bad arguments.
+        Exit status: 0 for success, 1 if the work failed or a check does not hold, 2 for bad arguments.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -52,8 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pissa-kernels",
         description="PiSSA adapters for PEFT: exact principal components at the price of a rough sketch.",
+        epilog="pissa-kernels COMMAND --help describes a command. Exit status: 0 for success, 1 if the work failed or "
+        "a check does not hold, 2 for bad arguments.",
     )
-    parser.add_argument("--version", action="version", version=f"pissa-kernels {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"pissa-kernels {__version__}", help="show the version and exit"
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (demo, init, verify, convert, report):
         module.add_parser(commands)

@@ -13,19 +13,31 @@ from ..checkpoint.verify import Verification, verify_checkpoint
 from ..report.tables import text_table
 from .arguments import EXIT_FAILED, positive
 
+DESCRIPTION = """\
+Check a result of pissa-kernels init against the original checkpoint. Both are
+read completely, one tensor at a time:
+
+  - every byte of OUT has the hash that was recorded when it was written;
+  - tensors and files that were copied equal those in BASE bit for bit;
+  - W_res + s·B·A is W to one rounding;
+  - A and B are the singular triplets of their certificate.
+
+The exit status is 1 if anything does not hold."""
+
 
 def add_parser(commands: Any) -> None:
     """Declare ``verify BASE OUT``."""
     parser = commands.add_parser(
         "verify",
         help="check every tensor of an initialized checkpoint against the original",
-        description="Read both checkpoints, one tensor at a time, and check that copied tensors equal the original's "
-        "bit for bit, that W_res + s·B·A is W to one rounding, that A and B are the triplets of their certificate, and "
-        "that every byte of OUT is the one that was written. Exit status 1 if anything does not hold.",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("base", type=Path, metavar="BASE", help="folder of the original checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that pissa-kernels init has written")
-    parser.add_argument("--workers", type=positive, metavar="N", help="tensors at a time (default: number of cores)")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="number of tensors at a time (default: torch's number of threads)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
 
@@ -61,15 +73,16 @@ def _as_text(findings: Verification) -> str:
             f"{layer.reconstruction:.2f}",
             f"{100 * layer.energy:.2f}",
             f"{layer.residual:.0e}",
-            "OFF" if layer.problem else "holds",
+            "FAILED" if layer.problem else "holds",
         ]
         for layer in findings.layers
     ]
-    lines = [text_table(["layer", "W_res + s·B·A, × rounding", "energy, %", "residual/σ₁", ""], rows, [0, 4]), ""]
-    lines += [f"OFF: {where}: {what}" for where, what in findings]
+    lines = [text_table(["layer", "W_res + s·B·A, × rounding", "energy, %", "residual/σ₁", "check"], rows, [0, 4]), ""]
+    lines += [f"FAILED: {where}: {what}" for where, what in findings]
     if findings.extra:
         lines.append(f"not part of the result: {', '.join(findings.extra)}")
-    verdict = f"{len(findings)} things are OFF" if findings else "all as written, and W to one rounding"
+    failed = f"{len(findings)} problem{'s' * (len(findings) > 1)}"
+    verdict = failed if findings else "every byte is as written, and W_res + s·B·A is W to one rounding"
     lines.append(
         f"{len(findings.layers)} residuals, {findings.copied} tensors copied bit for bit, {findings.files} other "
         f"files: {verdict}"

@@ -19,7 +19,6 @@ from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
-from pissa_kernels.cli.main import main
 from pissa_kernels.files import header
 from pissa_kernels.files.header import read_header
 
@@ -222,22 +221,3 @@ def test_added_file_is_listed(copies: tuple[Path, Path]) -> None:
     found = verify_checkpoint(base, out, progress=False)
     assert not found
     assert found.extra == ["later.txt"]
-
-
-def test_command(copies: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    base, out = copies
-    assert main(["verify", str(base), str(out)]) == 0
-    assert "all as written" in capsys.readouterr().out
-    assert main(["verify", str(base), str(base)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    flip(out / ADAPTER_WEIGHTS, 8 * (out / ADAPTER_WEIGHTS).stat().st_size - 1)
-    assert main(["verify", str(base), str(out), "--json"]) == 1
-    record = json.loads(capsys.readouterr().out)
-    assert not record["holds"]
-    [[tensor, what]] = record["problems"]
-    assert tensor in Manifest.read(out).targets
-    assert "bytes" in what
-    assert main(["verify", str(base), str(out)]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    assert tensor in captured.err

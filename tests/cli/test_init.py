@@ -1,4 +1,4 @@
-"""``pissa-kernels init`` as a user runs it: what it prints, the codes it ends with, the memory it takes."""
+"""``pissa-kernels init`` as a user runs it: its output and its exit status."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_real_model(tmp_path: Path) -> None:
     done = run(demo_model(), tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "no bar, no advice"
+    assert done.stderr == "", "neither a bar nor warnings"
     *lines, last = map(json.loads, done.stdout.splitlines())
     before = tensors(Path(demo_model()))
     assert sorted(line["tensor"] for line in lines) == sorted(before)
@@ -47,51 +47,49 @@ def test_the_real_model(tmp_path: Path) -> None:
     assert {layer["name"] + ".weight" for layer in report["layers"]} == {
         line["tensor"] for line in lines if "layer" in line
     }
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "pissa_kernels", "report", tmp_path / "out"], capture_output=True, text=True, cwd=ROOT
     )
-    assert told.returncode == 0, "the report is found, and read"
+    assert done.returncode == 0, "the command finds and reads the report"
 
 
-def test_a_table_and_where_it_went(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert cli.main(["init", str(model), str(out), "--rank", "4"]) == 0
-    told = capsys.readouterr()
-    assert told.err == ""
-    assert "7 layers" in told.out
-    assert told.out.splitlines()[-1].startswith(f"{out}: the residual model (")
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "7 layers" in captured.out
+    assert captured.out.splitlines()[-1].startswith(f"{out}: the residual model (")
     assert cli.main(["init", str(model), str(out), "--rank", "4", "--resume"]) == 0
-    assert "12 of 12 tensors had been done before" in capsys.readouterr().out
+    assert "12 of 12 tensors had been written by an earlier run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_dry_run_writes_nothing(
-    as_json: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_writes_nothing(as_json: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = witness(model)
     arguments = ["--rank", "4", "--dry-run", "--rank-pattern", "q_proj=2", *(["--json"] if as_json else [])]
     assert cli.main(["init", str(model), str(tmp_path / "a" / "out"), *arguments]) == 0
-    told = capsys.readouterr()
-    assert told.err == ""
+    captured = capsys.readouterr()
+    assert captured.err == ""
     assert list(tmp_path.iterdir()) == []
     assert witness(model) == before
     if not as_json:
-        assert "7 tensors become residuals, 5 are copied" in told.out
-        assert "nothing has been written" in told.out
+        assert "7 tensors become residuals, 5 are copied" in captured.out
+        assert "nothing has been written" in captured.out
         return
-    record = json.loads(told.out)
+    record = json.loads(captured.out)
     ranks = {target["name"]: target["rank"] for target in record["targets"]}
     assert ranks["model.layers.0.self_attn.q_proj"] == 2
     assert sorted(ranks.values()) == [2, 4, 4, 4, 4, 4, 4]
     assert {target["tensor"] for target in record["targets"]} | set(record["copied"]) == set(tensors(model))
-    # and it is what a run then takes
+    # the run then writes as many bytes
     arguments.remove("--dry-run")
     assert cli.main(["init", str(model), str(tmp_path / "out"), *arguments]) == 0
-    made = contents(tmp_path / "out")
-    assert record["bytes"] == sum(len(made[name] or b"") for name in made if name.endswith(".safetensors"))
+    found = contents(tmp_path / "out")
+    assert record["bytes"] == sum(len(found[name] or b"") for name in found if name.endswith(".safetensors"))
 
 
-def test_what_is_left_out_is_said(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_left_out_are_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = Path(shutil.copytree(model, tmp_path / "model"))
     (other / "pytorch_model.bin").write_bytes(b"weights")
     assert cli.main(["init", str(other), str(tmp_path / "out"), "--rank", "4"]) == 0
@@ -122,9 +120,9 @@ def test_mistakes_get_one_line(
     except SystemExit as error:  # argparse's own
         ended = int(error.code or 0)
     assert ended == code
-    told = capsys.readouterr()
-    lines = [line for line in told.err.splitlines() if "error: " in line]
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "error: " in line]
     assert len(lines) == 1
     assert words in lines[0]
-    assert told.out == ""
+    assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
