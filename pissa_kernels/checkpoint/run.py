@@ -80,7 +80,7 @@ def init_checkpoint(
 
     Args:
         model: folder with config.json and safetensors.
-        out: folder of the result. It may exist empty.
+        out: folder of the result. It may exist empty; a symbolic link to a folder is followed.
         rank: r of every layer.
         alpha: ``lora_alpha``; None for the rank, a scaling of 1.
         target_modules: names of modules, one regular expression, or "all-linear", as for PEFT; None for "all-linear".
@@ -102,7 +102,8 @@ def init_checkpoint(
         The report of all layers, in the model's order.
 
     Raises:
-        FileExistsError: ``out`` exists, a run is unfinished, or ``out`` lies in, under or above the source.
+        FileExistsError: ``out`` exists, a run is unfinished, ``out`` lies in, under or above the source, or it is a
+            mount point.
         FileNotFoundError, NotADirectoryError: no checkpoint at ``model``.
         OSError: reading or writing failed. The run can be resumed, and the source is unchanged.
         RuntimeError: another process writes to ``out``, or ``device`` is not available.

@@ -100,8 +100,10 @@ def test_residual_checkpoint_is_refused(model: Path, tmp_path: Path, capsys: pyt
     assert init(model, residual) == 0
     words = "is a residual already, as pissa_init/adapter_config.json says; take the checkpoint that it was made of"
     refused(capsys, words, residual, tmp_path / "out")
-    (residual / "pissa_init" / "adapter_config.json").unlink()
-    refused(capsys, "is a residual already, as pissa_init/", residual, tmp_path / "out")
+    for path in (residual / "pissa_init").iterdir():
+        if path.suffix != ".safetensors":
+            path.unlink()
+    refused(capsys, "is a residual already, as pissa_init/adapter_model.safetensors", residual, tmp_path / "out")
 
 
 def test_empty_folder_is_filled(model: Path, tmp_path: Path) -> None:

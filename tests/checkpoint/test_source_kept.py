@@ -13,6 +13,7 @@ import pytest
 import pissa_kernels as pk
 
 from ..support.checkpoints import witness
+from ..support.mounts import BindMounts
 from ..support.refusing import init
 
 OPTIONS = [[], ["--force"], ["--resume"], ["--resume", "--force"], ["--dry-run", "--force"]]
@@ -94,12 +95,23 @@ def test_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_refused_by_inode(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where OUT is the folder above MODEL on a second mount."""
+    """As where OUT is a second mount of the folder above MODEL."""
     stat, source = os.stat, model.parent
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setattr(os, "stat", lambda path, **options: stat(source if str(path) == str(out) else path, **options))
     assert_refused(capsys, tmp_path, model, out, "out holds .*/source/model, which is read; choose another folder")
+
+
+@pytest.mark.parametrize("place", ["out", "out/deep/model", "out/deep"])
+def test_refused_through_a_bind_mount(
+    place: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mounted at OUT or in it: deleting OUT would delete the files of MODEL."""
+    mounted = model if place.endswith("model") else model.parent
+    with BindMounts() as mount:
+        mount.add(mounted, tmp_path / place)
+        assert_refused(capsys, tmp_path, model, tmp_path / "out", "out holds .*/source/model, which is read")
 
 
 def test_refused_by_the_function(model: Path) -> None:
