@@ -129,6 +129,17 @@ def test_killed_while_a_result_is_replaced(undisturbed: Undisturbed) -> None:
         undisturbed.check(f"killed at step {step} of a run that replaces a result")
 
 
+@pytest.mark.slow
+def test_killed_while_an_empty_folder_is_replaced(undisturbed: Undisturbed) -> None:
+    for step in range(len(undisturbed.steps) - 10, len(undisturbed.steps)):
+        undisturbed.out.mkdir()
+        child = Child(undisturbed.model, undisturbed.out, workers=1, step=step)
+        assert child.ended() == KILLED
+        assert undisturbed.out.is_dir()
+        resume(undisturbed)
+        undisturbed.check(f"killed at step {step} of a run that replaces an empty folder")
+
+
 def test_unfinished_run_needs_resume_or_force(undisturbed: Undisturbed) -> None:
     journal = undisturbed.out.parent / ".out.unfinished" / "journal-0.jsonl"
     unfinished(undisturbed)
