@@ -34,21 +34,35 @@ inline Panels packed(const Matrices& panels, Order order) {
   return result;
 }
 
-// Of the sums over W's rows and columns, where those are many, every so many have a sum of their own: one after the
-// other, the error of eleven thousand would be 2.5 times BLAS's.
-constexpr int64_t RUN_ROWS = 8 * BAND, RUN_COLS = 2048;
+// Rows or columns of W that are added into one partial sum, and partial sums that are added into one of the next level.
+// The rounding error of a sum grows with the additions on the way from a term to the total: adding eleven thousand rows,
+// one such partial sum after the other, left 1.3 times the error of MKL's products.
+constexpr int64_t RUN_ROWS = 8 * BAND, RUN_COLS = 2048, FANOUT = 8;
 
-// Rows [begin, end) of `total` = Σ of what f(panel, from, to) adds to them for the parts of [first, last).
+// Rows [begin, end) of `total` = Σ of what f(panel, from, to) adds to them for the parts of [first, last), each of at
+// most `run`, by a tree of partial sums. The first of FANOUT is formed in `total`, the others in scratch[level].
+template <class F>
+void sum_level(const Panel& total, const Panels& scratch, int64_t level, int64_t begin, int64_t end, int64_t first,
+               int64_t last, int64_t run, const F& f) {
+  if (last - first <= run) {
+    clear(total, begin, end);
+    return f(total, first, last);
+  }
+  int64_t part = run;
+  while (part * FANOUT < last - first) part *= FANOUT;
+  sum_level(total, scratch, level + 1, begin, end, first, first + part, run, f);
+  for (int64_t from = first + part; from < last; from += part) {
+    sum_level(scratch[level], scratch, level + 1, begin, end, from, std::min(from + part, last), run, f);
+    add(total, scratch[level], begin, end);
+  }
+}
+
 template <class F>
 void sum_runs(const Panel& total, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t run, const F& f) {
-  clear(total, begin, end);
-  if (last - first <= run) return f(total, first, last);
-  const Panels storage(1, total.rows, total.columns, total.order);
-  for (int64_t from = first; from < last; from += run) {
-    clear(storage[0], begin, end);
-    f(storage[0], from, std::min(from + run, last));
-    add(total, storage[0], begin, end);
-  }
+  int64_t levels = 0;
+  for (int64_t part = run; part < last - first; part *= FANOUT) ++levels;
+  const Panels scratch(levels, total.rows, total.columns, total.order);
+  sum_level(total, scratch, 0, begin, end, first, last, run, f);
 }
 
 // The rows [begin, end) of W·X, a band at a time, each with f(Y, row, rows) before it leaves the cache.

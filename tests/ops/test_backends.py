@@ -273,7 +273,7 @@ def test_products_of_any_shape_are_within_their_roundoff(
 @pytest.mark.usefixtures("csrc_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(1500, 2900), (11000, 200), (200, 11000)])
+@pytest.mark.parametrize("shape", [(1500, 2900), (11000, 200), (200, 11000), (40000, 96)])
 @pytest.mark.parametrize("columns", [8, 24, 200])
 def test_csrcs_products_of_long_sums(
     dtype: torch.dtype, transposed: bool, shape: tuple[int, int], columns: int
