@@ -1,63 +1,38 @@
-"""Every faster backend against float64, with the reference verb's own error as the yardstick.
+"""Transposes, casts, subtractions and sums of squares of the faster backends against float64.
 
-On a machine without a GPU Triton's kernels run under its interpreter, csrc's on the CPU where they were built.
+Their errors are compared with those of the reference on the same input. On a machine without a GPU Triton's kernels run
+under its interpreter, and csrc's on the CPU where csrc was built.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import pissa_kernels as pk
 from pissa_kernels.ops import dispatch, reference
 
+from ..support.backends import (
+    DEVICE,
+    DTYPES,
+    FASTER,
+    LARGE,
+    LAYOUTS,
+    MANY,
+    SMALL,
+    randn,
+    shapes,
+    subtraction_error,
+)
 from ..support.reference import ROUNDOFF
 from .test_verbs import layouts
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SMALL = [(1, 1), (1, 17), (17, 1), (63, 130), (130, 63)]
-LARGE = [(300, 257), (4097, 33), (33, 4097)]
-# Elements from which an error is no longer a matter of luck.
-MANY = 1000
-LAYOUTS = ["row", "column", "strided"]
-FASTER = ["csrc", "triton"]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Fresh tensors are full of NaN, so that an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=FASTER)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the faster backends, forced."""
-    name: str = request.param
-    reasons = pk.ops.unsupported_reasons("transpose_cast", torch.ones(2, 2, device=DEVICE))[name]
-    if reasons:
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
-    monkeypatch.setenv(dispatch.VARIABLE, name)
-    return name
-
-
-def shapes(backend: str, layout: str) -> list[tuple[int, int]]:
-    """The interpreter takes a second for a large weight: it sees them in one layout."""
-    return SMALL + LARGE if backend == "csrc" or DEVICE == "cuda" or layout == "strided" else SMALL
-
-
-def randn(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.parametrize("source", DTYPES)
@@ -93,8 +68,8 @@ def test_subtraction_is_as_exact_as_the_reference(
         bound = ROUNDOFF[dtype] * exact.abs() * (1 + ROUNDOFF[dtype]) + (rank + 3) * 2**-24 * magnitude
         assert ((W.double() - exact).abs() <= bound).all(), shape
         if W.numel() >= MANY:
-            theirs = reference.subtract_lowrank_(dense.clone(), B, A, 0.7, fan_in_fan_out)
-            assert (W - exact).norm() <= 1.1 * (theirs - exact).norm(), shape
+            torchs = subtraction_error(dense, B, A, 0.7, fan_in_fan_out, backend, exact)
+            assert (W - exact).norm() <= 1.1 * torchs, shape
         if layout == "strided":  # the neighbours of a slice are not its own
             outside[::2, 2 : shape[1] + 2] = W
             assert torch.equal(whole, outside)
@@ -189,194 +164,6 @@ def test_any_shape_is_within_one_rounding(
     assert torch.equal(turned, W.mT.float())
     dispatch.load(name).subtract_lowrank_(W, B, A, 2.0)
     assert ((W.double() - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("columns", [1, 16, 40])
-def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str, columns: int, backend: str) -> None:
-    for shape in shapes(backend, layout if columns == 16 else ""):
-        dense = randn(*shape).to(dtype)
-        W = layouts(dense)[layout]
-        X, Y = randn(shape[1], columns, seed=2), randn(shape[0], columns, seed=3)
-        for verb, P, A in (("matmul", X, dense.double()), ("rmatmul", Y, dense.double().mT)):
-            exact = A @ P.double()
-            got = getattr(pk.ops, verb)(W, P)
-            assert got.is_contiguous()
-            own = (getattr(reference, verb)(W, P) - exact).norm() + exact.norm() * 2.0**-24
-            assert (got - exact).norm() <= 1.1 * own, (verb, shape)
-        first, second = pk.ops.normal(W, X)
-        assert first.is_contiguous()
-        assert second.is_contiguous()
-        assert torch.equal(first, pk.ops.matmul(W, X))
-        if backend == "triton":  # csrc sums over the rows of each thread first
-            assert torch.equal(second, pk.ops.rmatmul(W, first))
-        exact = dense.double().mT @ first.double()
-        own = (reference.rmatmul(W, first) - exact).norm() + exact.norm() * 2.0**-24
-        assert (second - exact).norm() <= 1.1 * own, shape
-
-
-@pytest.fixture
-def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = pk.ops.unsupported_reasons("matmul", torch.ones(2, 2, device=DEVICE))["triton"]
-    if reasons:
-        pytest.skip("; ".join(reasons))
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
-
-
-@pytest.fixture
-def csrc_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = pk.ops.unsupported_reasons("matmul", torch.ones(2, 2))["csrc"]
-    if reasons:
-        pytest.skip("; ".join(reasons))
-    monkeypatch.setenv(dispatch.VARIABLE, "csrc")
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    batch=st.sampled_from([0, 0, 1, 3]),
-    m=st.integers(0, 150),
-    n=st.integers(0, 300),
-    columns=st.integers(0, 40),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    threads=st.integers(1, 3),
-)
-def test_products_of_any_shape_are_within_their_roundoff(
-    batch: int, m: int, n: int, columns: int, dtype: torch.dtype, layout: str, threads: int
-) -> None:
-    weights = [layouts(randn(m, n, seed=seed).cpu().to(dtype))[layout] for seed in range(max(batch, 1))]
-    W = torch.stack([weight.mT for weight in weights]).mT if layout == "column" else torch.stack(weights)
-    W = W if batch else weights[0]
-    X = randn(*W.shape[:-2], columns, n, seed=8).cpu().mT  # a panel that is not contiguous
-    Y = randn(*W.shape[:-1], columns, seed=9).cpu()
-    if dispatch.unsupported_reasons("matmul", W)["csrc"]:
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        csrc = dispatch.load("csrc")
-        got = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
-        again = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
-    finally:
-        torch.set_num_threads(before)
-    A = W.double()
-    pairs = [(A, X), (A.mT, Y), (A, X), (A.mT, got[2])]
-    for product, same, (left, right) in zip(got, again, pairs, strict=True):
-        exact, magnitude = left @ right.double(), left.abs() @ right.double().abs()
-        assert product.shape == exact.shape
-        assert product.is_contiguous()
-        assert torch.equal(product, same)
-        assert ((product - exact).abs() <= (left.shape[-1] + 2) * 2.0**-24 * magnitude).all()
-
-
-@pytest.mark.usefixtures("csrc_backend")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(1500, 2900), (11000, 200), (200, 11000), (40000, 96)])
-@pytest.mark.parametrize("columns", [8, 24, 200])
-def test_csrcs_products_of_long_sums(
-    dtype: torch.dtype, transposed: bool, shape: tuple[int, int], columns: int
-) -> None:
-    W = randn(*shape).to(dtype)
-    W = W.mT if transposed else W
-    X = randn(W.shape[1], columns, seed=2)
-    Y, Z = pk.ops.normal(W, X)
-    for verb, A, P, got in (("matmul", W.double(), X, Y), ("rmatmul", W.double().mT, Y, Z)):
-        exact = A @ P.double()
-        own = (getattr(reference, verb)(W, P) - exact).norm()
-        assert (got - exact).norm() <= 1.1 * own, verb
-        assert (getattr(pk.ops, verb)(W, P) - exact).norm() <= 1.1 * own, verb
-
-
-@pytest.mark.usefixtures("csrc_backend")
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("where", ["weight", "panel"])
-def test_what_is_not_finite_shows_where_it_does_in_the_reference(transposed: bool, value: float, where: str) -> None:
-    W, X = randn(70, 150).bfloat16(), randn(150, 5, seed=2)
-    if where == "weight":
-        W[65, 149] = value
-    else:
-        X[149, 4] = value
-    W = W.mT.contiguous().mT if transposed else W
-    for got, expected in zip(pk.ops.normal(W, X), reference.normal(W, X), strict=True):
-        assert not expected.isfinite().all()
-        assert torch.equal(got.isfinite(), expected.isfinite())
-        assert torch.equal(got.isnan(), expected.isnan())
-
-
-@pytest.mark.usefixtures("csrc_backend")
-def test_every_16_bit_pattern_is_widened_as_torch_widens_it() -> None:
-    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    for dtype in (torch.float16, torch.bfloat16):
-        W = bits.view(dtype).view(-1, 1)
-        got, expected = pk.ops.matmul(W, torch.ones(1, 1)), W.float()
-        assert ((got == expected) | (got.isnan() & expected.isnan())).all()
-
-
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("pieces", "roundoff"), [(1, 2.0**-9), (2, 2.0**-17)])
-def test_fewer_pieces_keep_their_bound(dtype: torch.dtype, pieces: int, roundoff: float) -> None:
-    W, X = randn(200, 300).to(dtype), randn(300, 20, seed=2)
-    exact = W.double() @ X.double()
-    magnitude = W.double().abs() @ X.double().abs()
-    error = (pk.ops.matmul(W, X, pieces=pieces) - exact).abs()
-    assert (error <= (roundoff + 300 * 2**-24) * magnitude).all()
-    # and they are what was asked for, not more
-    assert error.norm() > 4 * (pk.ops.matmul(W, X, pieces=pieces + 1) - exact).norm()
-
-
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("transposed", [False, True])
-def test_stacks_and_split_sums(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pissa_kernels.ops.triton import product
-
-    W = randn(3, 40, 1300).bfloat16()
-    W, X = (W.mT, randn(3, 40, 7)) if transposed else (W, randn(3, 1300, 7))
-    exact = W.double() @ X.double()
-    for multiprocessors in (1, 132):
-        monkeypatch.setattr(product, "multiprocessors", lambda device, count=multiprocessors: count)
-        got = pk.ops.matmul(W, X)
-        assert (got - exact).norm() <= 1.1 * (reference.matmul(W, X) - exact).norm()
-    assert product.splits(3, 1300, 64, W.device) == 4
-
-
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("verb", ["matmul", "rmatmul"])
-def test_grouped_products_of_any_shapes(dtype: torch.dtype, verb: str) -> None:
-    shapes = [(64, 48), (1, 17), (130, 63), (16, 16), (1, 16), (16, 1), (0, 5)]
-    for kind in ("row", "column", "mixed"):
-        weights, panels = [], []
-        for seed, shape in enumerate(shapes):
-            W = randn(*shape, seed=seed).to(dtype)
-            turned = kind == "column" or (kind == "mixed" and seed % 2)
-            weights.append(W.mT.contiguous().mT if turned else W)
-            panels.append(randn(shape[1 if verb == "matmul" else 0], 16, seed=seed + 50))
-        grouped = getattr(pk.ops, f"grouped_{verb}")
-        for W, P, got in zip(weights, panels, grouped(weights, panels), strict=True):
-            A = W if verb == "matmul" else W.mT
-            exact = A.double() @ P.double()
-            own = (A.float() @ P - exact).norm() + exact.norm() * 2.0**-24
-            assert got.shape == exact.shape
-            assert (got - exact).norm() <= 1.1 * own, (kind, W.shape)
-    assert grouped([], []) == []
-
-
-@pytest.mark.parametrize(
-    ("weights", "panels", "words"),
-    [
-        ([torch.ones(3, 2)], [], "1 weights and 0 panels"),
-        ([torch.ones(3, 2)], [torch.ones(3, 2)], r"takes a panel \(2, k\)"),
-        ([torch.ones(3, 2), torch.ones(3, 2).half()], [torch.ones(2, 4)] * 2, "weight 1 is torch.float16"),
-        ([torch.ones(3, 2)] * 2, [torch.ones(2, 4), torch.ones(2, 5)], "panel of 5 columns; the first is"),
-    ],
-)
-def test_groups_that_do_not_fit_are_refused(weights: list[Tensor], panels: list[Tensor], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        pk.ops.grouped_matmul(weights, panels)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the address space of a CPU, without its memory")
