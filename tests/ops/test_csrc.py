@@ -172,6 +172,8 @@ def build(folder: Path, choice: str, **changes: str) -> subprocess.CompletedProc
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
     (folder / "pissa_kernels" / "ops").mkdir(parents=True, exist_ok=True)
+    # pyproject.toml reads the version from here; without the file it would be that of an installed package, if any
+    shutil.copy(ROOT / "pissa_kernels" / "_version.py", folder / "pissa_kernels")
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=folder,
