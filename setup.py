@@ -1,11 +1,11 @@
-"""The metadata is in pyproject.toml; this builds the libraries of csrc/ where PISSA_KERNELS_BUILD asks for them.
+"""Builds the libraries of csrc/ if PISSA_KERNELS_BUILD is set. The metadata is in pyproject.toml.
 
     PISSA_KERNELS_BUILD=cpu  pip install --no-build-isolation .    C++ for CPUs
-    PISSA_KERNELS_BUILD=cuda pip install --no-build-isolation .    and CUDA C++, with nvcc; no GPU is looked for
-    PISSA_KERNELS_BUILD=0    (or unset)                            nothing; every verb runs in Triton or plain torch
+    PISSA_KERNELS_BUILD=cuda pip install --no-build-isolation .    also CUDA C++; needs nvcc, but no GPU
+    PISSA_KERNELS_BUILD=0    (or unset)                            nothing: the verbs run in Triton or plain torch
 
-torch's headers are needed, hence no build isolation. A build that was asked for and cannot be made says why and is left
-out: the package works without.
+The build needs torch's headers, hence no build isolation. A library that cannot be built is skipped, with the reason:
+the package works without it.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-# Only what torch 2.10 has of the stable ABI: a library built with a newer torch loads in an older one.
+# The stable ABI as of torch 2.10, so that a library built with a newer torch loads in 2.10.
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
-# Compiled once each; the library takes the best that the CPU has.
+# kernels.cpp is compiled for each; the library chooses at run time.
 INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-mavx2", "-mfma", "-mf16c"]} if X86 else {})}
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     print(f"pissa_kernels: {message}", flush=True)
 
 
-def asked() -> list[str]:
-    """Devices to build for; says what is done and why."""
+def requested_devices() -> list[str]:
+    """Devices to build for, of those that PISSA_KERNELS_BUILD names; logs what is built or why not."""
     choice = os.environ.get("PISSA_KERNELS_BUILD", "0").lower()
     if choice not in ("0", "cpu", "cuda"):
         raise SystemExit(f"pissa_kernels: PISSA_KERNELS_BUILD must be 0, cpu or cuda, got {choice!r}")
     if choice == "0":
-        say("csrc is not built (PISSA_KERNELS_BUILD=cpu or cuda asks for it)")
+        log("csrc is not built (set PISSA_KERNELS_BUILD=cpu or cuda to build it)")
         return []
     devices = ["cpu", "cuda"] if choice == "cuda" else ["cpu"]
     possible = [device for device in devices if not obstacle(device)]
     for device in devices:
-        say(f"csrc for {device}: {obstacle(device) or 'will be built'}")
+        log(f"csrc for {device}: {obstacle(device) or 'will be built'}")
     return possible if "cpu" in possible else []
 
 
@@ -53,20 +53,20 @@ def obstacle(device: str) -> str | None:
     try:
         import torch
     except ImportError:
-        return "left out, torch is not importable here (install it first, then pip install --no-build-isolation)"
+        return "skipped, torch cannot be imported (install it, then use pip install --no-build-isolation)"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-        return f"left out, torch {torch.__version__} is older than 2.10"
+        return f"skipped, torch {torch.__version__} is older than 2.10"
     if not shutil.which(os.environ.get("CXX", "c++")):
-        return "left out, there is no C++ compiler (CXX names one)"
+        return "skipped, no C++ compiler was found (CXX selects one)"
     if device == "cuda" and not shutil.which("nvcc"):
-        return "left out, nvcc is not on the PATH"
+        return "skipped, nvcc is not on the PATH"
     if device == "cuda" and torch.version.cuda is None:
-        return f"left out, torch {torch.__version__} is a build without CUDA"
+        return f"skipped, torch {torch.__version__} is a build without CUDA"
     return None
 
 
 class BuildLibraries(build_ext):
-    """Plain shared libraries: they are loaded by torch, not imported, so no Python is in their names."""
+    """Builds plain shared libraries. Torch loads them, not Python, so their names have no Python version."""
 
     def get_ext_filename(self, ext_name: str) -> str:
         return ext_name.replace(".", os.sep) + ".so"
@@ -79,13 +79,13 @@ class BuildLibraries(build_ext):
         objects = self.cuda_objects() if device == "cuda" else self.cpu_objects()
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # the compilers' own drivers, because Python's link command may carry another compiler's options; nvcc links
-        # the CUDA runtime statically, so that no version of it has to be there
+        # linked by the compilers themselves, because Python's link command may have options of another compiler. nvcc
+        # links the CUDA runtime statically, so that no version of it need be installed.
         libraries = [f"-L{path}" for path in library_paths(device_type=device)] + ["-lc10", "-ltorch_cpu"]
         libraries += ["-ltorch_cuda"] if device == "cuda" else []
         linker = "nvcc" if device == "cuda" else None
         self.run_compiler([*objects, "-shared", "-o", str(target), *libraries], linker)
-        say(f"built {target.name}, {target.stat().st_size >> 10} KiB")
+        log(f"built {target.name}, {target.stat().st_size >> 10} KiB")
 
     def cpu_objects(self) -> list[str]:
         flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
@@ -98,7 +98,7 @@ class BuildLibraries(build_ext):
 
     def cuda_objects(self) -> list[str]:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
-        targets.append("-gencode=arch=compute_90,code=compute_90")  # for what is not in the list
+        targets.append("-gencode=arch=compute_90,code=compute_90")  # PTX, for architectures that are not in the list
         flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *targets]
         return [self.compile(source, flags, compiler="nvcc") for source in sorted((CSRC / "cuda").glob("*.cu"))]
 
@@ -115,6 +115,6 @@ class BuildLibraries(build_ext):
 
 
 setup(
-    ext_modules=[Extension(f"pissa_kernels.ops._csrc_{device}", sources=[]) for device in asked()],
+    ext_modules=[Extension(f"pissa_kernels.ops._csrc_{device}", sources=[]) for device in requested_devices()],
     cmdclass={"build_ext": BuildLibraries},
 )

@@ -1,4 +1,4 @@
-// A strided matrix, free of torch: what kernels are handed. Strides are in elements.
+// A strided matrix as kernels take it, independent of torch. Strides are in elements.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,6 @@ struct Matrix {
   int64_t row_stride, col_stride;
 
   Matrix transposed() const { return {data, dtype, cols, rows, col_stride, row_stride}; }
-  // Walking down a column is the contiguous direction, as in a transposed view.
   bool column_major() const { return row_stride < col_stride; }
   bool row_contiguous() const { return col_stride == 1 || cols <= 1; }
 };

@@ -1,8 +1,7 @@
-// The schema of every verb, once. Bodies register themselves per device: cpu/verbs.cpp, cuda/*.cu.
+// The schema of every operator. The files in cpu/ and cuda/ register the bodies for their device.
 //
-// Shapes, dtypes and devices are checked by the Python verbs (pissa_kernels/ops/__init__.py) with messages for people;
-// what a body would read or write out of bounds without is checked again in tensors.h, because torch.ops is callable by
-// anyone.
+// pissa_kernels/ops/__init__.py checks shapes, dtypes and devices before it calls an operator. torch.ops is open to
+// every caller, so the bodies check again whatever would be read or written out of bounds, mostly in tensors.h.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pissa_kernels, library) {
@@ -12,7 +11,7 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
   library.def("sum_of_squares(Tensor weights) -> Tensor");
   library.def("gram_schmidt(Tensor panel, Tensor basis) -> (Tensor, Tensor, Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");
-  // Returns nothing: an operator that returns what it mutates cannot be functionalised by torch.compile.
+  // Returns nothing, because torch.compile cannot functionalize an operator that returns the argument it mutates.
   library.def(
       "subtract_lowrank_(Tensor(a!) weight, Tensor lora_B, Tensor lora_A, float scaling, bool fan_in_fan_out=False) "
       "-> ()");

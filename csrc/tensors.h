@@ -1,4 +1,4 @@
-// What the bodies know of a tensor: a pointer, a dtype, sizes and strides, all 64-bit.
+// Tensors as matrices: a pointer, a dtype, 64-bit sizes and strides, with the checks that keep accesses in bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -32,7 +32,7 @@ inline Matrix matrix_of(const torch::stable::Tensor& tensor) {
           tensor.stride(0),  tensor.stride(1)};
 }
 
-// A weight, or the one at `index` of a stack (batch, m, n).
+// A weight (m, n), or the one at `index` of a batch (batch, m, n).
 inline Matrix matrix_at(const torch::stable::Tensor& tensor, int64_t index) {
   if (tensor.dim() == 2) return matrix_of(tensor);
   const Dtype dtype = dtype_of(tensor.scalar_type());
@@ -41,7 +41,7 @@ inline Matrix matrix_at(const torch::stable::Tensor& tensor, int64_t index) {
           tensor.stride(2)};
 }
 
-// A factor or panel: float32, with `rows` rows and, where it is not negative, `cols` columns.
+// A float32 factor or panel with `rows` rows and `cols` columns, any number of columns if `cols` is negative.
 inline Matrix float_matrix(const torch::stable::Tensor& tensor, int64_t rows, int64_t cols = -1) {
   const Matrix matrix = matrix_of(tensor);
   STD_TORCH_CHECK(
@@ -50,7 +50,8 @@ inline Matrix float_matrix(const torch::stable::Tensor& tensor, int64_t rows, in
   return matrix;
 }
 
-// W −= s·left·right as the weight is stored: `left` has the weight's rows, `right` its columns.
+// W −= s·left·right in the order in which the weight is stored, so that the rows of `weight` are contiguous: `left` is
+// (rows, rank), `right` (rank, cols).
 struct Subtraction {
   Matrix weight, left, right;
 };

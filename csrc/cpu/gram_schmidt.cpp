@@ -1,5 +1,5 @@
-// One round of block Gram–Schmidt with CholeskyQR for panels of at most eight columns, in one call: what takes the time
-// of such a round in torch are its calls.
+// The operator gram_schmidt for CPU tensors: one round of block Gram–Schmidt with CholeskyQR for panels of at most
+// eight columns. In torch the overhead of the calls takes most of the time of such a round.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -17,36 +17,36 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t WIDEST = HALF_TILE;
+constexpr int64_t MAX_COLUMNS = HALF_TILE;
 
-// What makes a panel orthonormal, from its Gram matrix.
-struct Change {
-  float matrix[WIDEST * WIDEST];  // upper triangular, by rows
-  float pivot;                    // the smallest of the scaled Gram matrix's Cholesky factor; 0 where that fails
-  float shortest;                 // column
+// M such that P·M is orthonormal, from the Gram matrix of a panel P.
+struct Transform {
+  float matrix[MAX_COLUMNS * MAX_COLUMNS];  // upper triangular, row-major
+  float pivot;                              // the smallest of the scaled Gram matrix's Cholesky factor; 0 if that fails
+  float shortest;                           // norm of the shortest column of P
 };
 
-// L·Lᵀ = D·G·D with D that makes the diagonal one; the change is D·L⁻ᵀ, or the identity where there is none. Columns
-// beyond `columns` stay as they are.
-Change cholesky(const double* gram, int64_t columns) {
-  Change change{};
-  double scale[WIDEST], L[WIDEST][WIDEST] = {}, inverse[WIDEST][WIDEST] = {};
+// L·Lᵀ = D·G·D, with a diagonal D that scales the diagonal of the product to one, and M = D·L⁻ᵀ; the identity where the
+// factorization fails. Columns from `columns` on are unchanged.
+Transform cholesky(const double* gram, int64_t columns) {
+  Transform transform{};
+  double scale[MAX_COLUMNS], L[MAX_COLUMNS][MAX_COLUMNS] = {}, inverse[MAX_COLUMNS][MAX_COLUMNS] = {};
   double least = INFINITY, shortest = INFINITY;
-  for (int64_t i = 0; i < WIDEST; ++i) change.matrix[i * WIDEST + i] = 1.0f;
+  for (int64_t i = 0; i < MAX_COLUMNS; ++i) transform.matrix[i * MAX_COLUMNS + i] = 1.0f;
   for (int64_t i = 0; i < columns; ++i) {
-    const double length = std::sqrt(gram[i * WIDEST + i]);
+    const double length = std::sqrt(gram[i * MAX_COLUMNS + i]);
     shortest = length < shortest || std::isnan(length) ? length : shortest;
     scale[i] = 1.0 / length;
   }
-  change.shortest = static_cast<float>(shortest);
+  transform.shortest = static_cast<float>(shortest);
   for (int64_t j = 0; j < columns; ++j) {
     double square = 1.0;
     for (int64_t k = 0; k < j; ++k) square -= L[j][k] * L[j][k];
-    if (!(square > 0.0 && std::isfinite(scale[j]))) return change;  // NaN > 0 is false
+    if (!(square > 0.0 && std::isfinite(scale[j]))) return transform;  // also if `square` is NaN
     L[j][j] = std::sqrt(square);
     least = std::min(least, L[j][j]);
     for (int64_t i = j + 1; i < columns; ++i) {
-      double rest = gram[i * WIDEST + j] * scale[i] * scale[j];
+      double rest = gram[i * MAX_COLUMNS + j] * scale[i] * scale[j];
       for (int64_t k = 0; k < j; ++k) rest -= L[i][k] * L[j][k];
       L[i][j] = rest / L[j][j];
     }
@@ -60,29 +60,30 @@ Change cholesky(const double* gram, int64_t columns) {
     }
   }
   for (int64_t i = 0; i < columns; ++i)
-    for (int64_t j = i; j < columns; ++j) change.matrix[i * WIDEST + j] = static_cast<float>(scale[i] * inverse[j][i]);
-  change.pivot = static_cast<float>(least);
-  return change;
+    for (int64_t j = i; j < columns; ++j)
+      transform.matrix[i * MAX_COLUMNS + j] = static_cast<float>(scale[i] * inverse[j][i]);
+  transform.pivot = static_cast<float>(least);
+  return transform;
 }
 
 // panels −= basisᵀ·(basis·panels)
 void project_out(const Tensor& basis, const Panels& panels, int64_t columns) {
   const int64_t count = basis.size(0), rows = basis.size(1);
   Tensor coefficients = torch::stable::new_empty(basis, {count, rows, columns});
-  multiply_both(matrices_of(basis), panels, matrices_of(coefficients),
-                [&](int64_t index, const Panel& along, int64_t begin, int64_t end) {
-                  for_stretches(along, begin, ceil_div(end, 16) * 16, [&](int64_t at, int64_t size) {
-                    const float* const from = along.data + at;
-                    float* const to = panels[index].data + at;
-                    for (int64_t i = 0; i < size; ++i) to[i] -= from[i];
+  multiply_normal(matrices_of(basis), panels, matrices_of(coefficients),
+                  [&](int64_t index, const Panel& projection, int64_t begin, int64_t end) {
+                    for_contiguous(projection, begin, ceil_div(end, 16) * 16, [&](int64_t at, int64_t size) {
+                      const float* const from = projection.data + at;
+                      float* const to = panels[index].data + at;
+                      for (int64_t i = 0; i < size; ++i) to[i] -= from[i];
+                    });
                   });
-                });
 }
 
 std::tuple<Tensor, Tensor, Tensor> gram_schmidt(const Tensor& panel, const Tensor& basis) {
   const auto is_float = [](const Tensor& tensor) { return dtype_of(tensor.scalar_type()) == Dtype::f32; };
-  STD_TORCH_CHECK(panel.dim() == 3 && is_float(panel) && panel.size(2) >= 1 && panel.size(2) <= WIDEST,
-                  "pissa_kernels: expected a stack of float32 panels of at most ", WIDEST, " columns");
+  STD_TORCH_CHECK(panel.dim() == 3 && is_float(panel) && panel.size(2) >= 1 && panel.size(2) <= MAX_COLUMNS,
+                  "pissa_kernels: expected a batch of float32 panels of at most ", MAX_COLUMNS, " columns");
   const int64_t count = panel.size(0), n = panel.size(1), columns = panel.size(2);
   STD_TORCH_CHECK(basis.dim() == 3 && is_float(basis) && basis.size(0) == count && basis.size(2) == n &&
                       (basis.stride(2) == 1 || n <= 1),
@@ -90,17 +91,17 @@ std::tuple<Tensor, Tensor, Tensor> gram_schmidt(const Tensor& panel, const Tenso
   Tensor result = torch::stable::new_empty(panel, {count, n, columns});
   Tensor pivots = torch::stable::new_empty(panel, {count}), shortest = torch::stable::new_empty(panel, {count});
   if (count == 0) return {result, pivots, shortest};
-  const Panels panels = packed(matrices_of(panel), Order::turned);
+  const Panels panels = packed(matrices_of(panel), Layout::transposed);
   if (basis.size(1) > 0) project_out(basis, panels, columns);
   const Matrices out = matrices_of(result);
   parallel_ranges(count, 1, 2 * n * columns * columns, [&](int64_t index, int64_t, int64_t) {
-    double gram[WIDEST * WIDEST];
+    double gram[MAX_COLUMNS * MAX_COLUMNS];
     kernels().gram(panels[index], gram);
-    const Change change = cholesky(gram, columns);
-    kernels().combine(panels[index], change.matrix);
+    const Transform transform = cholesky(gram, columns);
+    kernels().transform(panels[index], transform.matrix);
     unpack(panels[index], 0, n, out[index], 0);
-    static_cast<float*>(pivots.data_ptr())[index] = change.pivot;
-    static_cast<float*>(shortest.data_ptr())[index] = change.shortest;
+    static_cast<float*>(pivots.data_ptr())[index] = transform.pivot;
+    static_cast<float*>(shortest.data_ptr())[index] = transform.shortest;
   });
   return {result, pivots, shortest};
 }

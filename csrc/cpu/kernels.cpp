@@ -1,11 +1,11 @@
-// One instruction set's bodies. PISSA_ISA names it: the build compiles this file once for each.
+// The kernels for one instruction set. The build compiles this file once per set, named by PISSA_ISA.
 #include "kernels.h"
 
 #include "product.h"
 #include "subtract_lowrank.h"
 #include "sum_of_squares.h"
 #include "transpose_cast.h"
-#include "turned.h"
+#include "transposed.h"
 
 #define PISSA_STRING_(x) #x
 #define PISSA_STRING(x) PISSA_STRING_(x)
@@ -91,5 +91,5 @@ namespace pissa::cpu {
 extern const Kernels PISSA_ISA;
 const Kernels PISSA_ISA = {PISSA_STRING(PISSA_ISA), transpose_cast_any, subtract_lowrank_any,
                            subtract_workspace,      multiply_any,       multiply_adjoint_any,
-                           sum_of_squares_any,      gram,               combine};
+                           sum_of_squares_any,      gram,               transform};
 }  // namespace pissa::cpu

@@ -1,23 +1,25 @@
-// W·X and Wᵀ·Y for panels of at most eight columns, where broadcasting every element of W is what takes the time.
+// W·X and Wᵀ·Y for panels of at most eight columns.
 //
-// Vectors lie along W's rows instead: an element of W, straight from memory, meets four columns of the panel. X and Z,
-// which have a row for each of W's columns, are turned for it, or parted.
+// product.h broadcasts each element of W and multiplies it by the panel's columns; with so few columns the broadcasts
+// take most of the time. Here vectors lie along W's rows and are loaded straight from memory. X and Z are packed with
+// eight rows in a vector (Layout::transposed or Layout::deinterleaved), and four of their columns are in use at a time.
 #pragma once
 
-#include "patch.h"
+#include "block.h"
 
 namespace {
 
-// What sixteen registers hold: for W·X two rows' sums with four columns, for Wᵀ·Y three rows of Y.
-constexpr int SUMMED_ROWS = 2, ADDED_ROWS = 3;
+// Rows of W in a register tile, as many as fit 16 registers: W·X holds the sums of two rows with four columns, Wᵀ·Y the
+// broadcast Y of three rows and four columns.
+constexpr int MATMUL_ROWS = 2, ADJOINT_ROWS = 3;
 constexpr int64_t COLUMNS = 8, HALF = 4;
-// Columns of W whose part of X or Z, 16 KiB, stays in the first cache.
-constexpr int64_t NARROW_DEPTH = 512;
-// Rows from those at work to those that memory is asked for, whole groups of either.
-constexpr int64_t AHEAD = 6;
+// Columns of W in a pass, whose part of X or Z (16 KiB) stays in L1.
+constexpr int64_t PASS_COLS = 512;
+// Rows from the current one to the one that is prefetched, a multiple of both register tiles.
+constexpr int64_t PREFETCH_ROWS = 6;
 
-// The sums of eight vectors' elements.
-inline __attribute__((always_inline)) f32x8 add_lanes(const f32x8* v) {
+// The sums over the lanes of eight vectors.
+inline __attribute__((always_inline)) f32x8 horizontal_sums(const f32x8* v) {
   f32x8 pairs[4], fours[2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
@@ -31,20 +33,20 @@ inline __attribute__((always_inline)) f32x8 add_lanes(const f32x8* v) {
          __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// sum[i][j] += w[i]·(row j of eight of X) for four of them
+// sum[i][j] += w[i]·(column j of eight rows of X), for four columns.
 template <int ROWS>
 inline __attribute__((always_inline)) void add_products(const f32x8* w, const float* X, f32x8 (*sum)[HALF]) {
 #pragma GCC unroll 4
   for (int j = 0; j < HALF; ++j) {
-    f32x8 row = load<f32x8>(X + j * LANES);
-    hold(row);
+    f32x8 column = load<f32x8>(X + j * LANES);
+    keep_in_register(column);
 #pragma GCC unroll 2
-    for (int i = 0; i < ROWS; ++i) sum[i][j] += w[i] * row;
+    for (int i = 0; i < ROWS; ++i) sum[i][j] += w[i] * column;
   }
 }
 
-// (row j of eight of Z) += Σᵢ w[i]·y[i][j] for four of them. The products are summed first: one after the other they
-// would lengthen the sum that Z is, and its rounding, ROWS-fold.
+// (column j of eight rows of Z) += Σᵢ w[i]·y[i][j], for four columns. The products are added to each other first: added
+// to Z one by one, they would lengthen its sum, and increase its rounding error, ROWS-fold.
 template <int ROWS>
 inline __attribute__((always_inline)) void add_to_rows(const f32x8* w, const f32x8 (*y)[HALF], float* Z) {
 #pragma GCC unroll 4
@@ -56,29 +58,29 @@ inline __attribute__((always_inline)) void add_to_rows(const f32x8* w, const f32
   }
 }
 
-// f(w, offset into a panel) for the vectors of ROWS rows of W, two at a time, over `cols` columns, whole lines of W;
-// what will be read next begins `ahead` elements further.
+// f(w, offset into a panel) for the vectors of ROWS rows of W over `cols` columns, which fill whole cache lines.
+// Prefetches what is `ahead` elements further on.
 template <class T, int ROWS, class F>
 inline __attribute__((always_inline)) void for_vectors(const typename T::Scalar* W, int64_t stride, int64_t cols,
                                                        int64_t ahead, const F& f) {
-  constexpr int64_t STEP = LINE / sizeof(typename T::Scalar), PAIR = 2 * LANES;
-  for (int64_t c = 0; c < cols; c += STEP) {
+  constexpr int64_t STEP = LINE_BYTES / sizeof(typename T::Scalar), PAIR = 2 * LANES;
+  for (int64_t line = 0; line < cols; line += STEP) {
 #pragma GCC unroll 3
-    for (int i = 0; i < ROWS; ++i) __builtin_prefetch(W + i * stride + c + ahead);
+    for (int i = 0; i < ROWS; ++i) __builtin_prefetch(W + i * stride + line + ahead);
 #pragma GCC unroll 2
-    for (int64_t d = c; d < c + STEP; d += PAIR) {
+    for (int64_t col = line; col < line + STEP; col += PAIR) {
       f32x8 first[ROWS], second[ROWS];
 #pragma GCC unroll 3
-      for (int i = 0; i < ROWS; ++i) first[i] = load_part<T, 0>(W + i * stride + d);
-      f(first, d * COLUMNS);
+      for (int i = 0; i < ROWS; ++i) first[i] = load_half<T, 0>(W + i * stride + col);
+      f(first, col * COLUMNS);
 #pragma GCC unroll 3
-      for (int i = 0; i < ROWS; ++i) second[i] = load_part<T, 1>(W + i * stride + d);
-      f(second, (d + LANES) * COLUMNS);
+      for (int i = 0; i < ROWS; ++i) second[i] = load_half<T, 1>(W + i * stride + col);
+      f(second, (col + LANES) * COLUMNS);
     }
   }
 }
 
-// ROWS rows of Y += those of W·X over `cols` columns.
+// ROWS rows of Y += those of W·X, over `cols` columns of W.
 template <class T, int ROWS>
 __attribute__((noinline)) void multiply_rows_narrow(const typename T::Scalar* W, int64_t stride, const float* X,
                                                     int64_t cols, float* Y, int64_t ahead) {
@@ -95,10 +97,10 @@ __attribute__((noinline)) void multiply_rows_narrow(const typename T::Scalar* W,
       for (int j = 0; j < HALF; ++j) sums[i][half + j] = sum[i][j];
   }
 #pragma GCC unroll 2
-  for (int i = 0; i < ROWS; ++i) store(Y + i * COLUMNS, load<f32x8>(Y + i * COLUMNS) + add_lanes(sums[i]));
+  for (int i = 0; i < ROWS; ++i) store(Y + i * COLUMNS, load<f32x8>(Y + i * COLUMNS) + horizontal_sums(sums[i]));
 }
 
-// `cols` rows of Z += those of Wᵀ·Y that ROWS rows of W and Y make.
+// `cols` rows of Z += (ROWS rows of W)ᵀ·(the same rows of Y).
 template <class T, int ROWS>
 __attribute__((noinline)) void add_rows_narrow(const typename T::Scalar* W, int64_t stride, const float* Y,
                                                int64_t cols, float* Z, int64_t ahead) {
@@ -120,19 +122,19 @@ struct Count {
   static constexpr int value = N;
 };
 
-// f(count, W from row i and column col, its stride, i, col, cols, ahead) for `count` of W's rows [row, row + rows) at a
-// time, ROWS of them or what is left one by one, and as many columns as stay in the first cache with their part of a
-// panel. What is no whole line comes with zeros, from a copy.
+// f(count, pointer to W[row + i][col], its stride, i, col, cols, ahead) for the rows [row, row + rows) of W, `count` at
+// a time: ROWS, or one at the end. A pass covers at most PASS_COLS columns. Columns that do not fill a cache line are
+// copied to a buffer and followed by zeros.
 template <class T, int ROWS, class F>
 inline __attribute__((always_inline)) void for_rows(const pissa::Matrix& weight, int64_t row, int64_t rows,
                                                     int64_t begin, int64_t end, const F& f) {
   typedef typename T::Scalar Scalar;
-  constexpr int64_t STEP = LINE / sizeof(Scalar);
+  constexpr int64_t STEP = LINE_BYTES / sizeof(Scalar);
   const int64_t stride = weight.row_stride;
-  for (int64_t col = begin; col < end; col += NARROW_DEPTH) {
+  for (int64_t col = begin; col < end; col += PASS_COLS) {
     const Scalar* const W = static_cast<const Scalar*>(weight.data) + row * stride + col;
-    const int64_t cols = smaller(end - col, NARROW_DEPTH), rest = cols % STEP, whole = cols - rest;
-    const auto some = [&](auto count, int64_t i, int64_t ahead) {
+    const int64_t cols = smaller(end - col, PASS_COLS), rest = cols % STEP, whole = cols - rest;
+    const auto call = [&](auto count, int64_t i, int64_t ahead) {
       if (whole > 0) f(count, W + i * stride, stride, i, col, whole, ahead);
       if (rest == 0) return;
       Scalar line[count.value * STEP] = {};
@@ -143,17 +145,17 @@ inline __attribute__((always_inline)) void for_rows(const pissa::Matrix& weight,
     const int64_t grouped = rows / ROWS * ROWS;
     int64_t i = 0;
     for (; i < grouped; i += ROWS) {
-      const int64_t next = i + AHEAD;  // after the last rows, the first again, further on
-      some(Count<ROWS>{}, i, next < grouped ? AHEAD * stride : (AHEAD - grouped) * stride + NARROW_DEPTH);
+      const int64_t next = i + PREFETCH_ROWS;  // past the last rows, the first rows of the next pass
+      call(Count<ROWS>{}, i, next < grouped ? PREFETCH_ROWS * stride : (PREFETCH_ROWS - grouped) * stride + PASS_COLS);
     }
-    for (; i < rows; ++i) some(Count<1>{}, i, stride);
+    for (; i < rows; ++i) call(Count<1>{}, i, stride);
   }
 }
 
 template <class T>
 void multiply_narrow(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                      const Panel& X, const Panel& Y) {
-  for_rows<T, SUMMED_ROWS>(weight, row, rows, begin, end,
+  for_rows<T, MATMUL_ROWS>(weight, row, rows, begin, end,
                            [&](auto count, const typename T::Scalar* W, int64_t stride, int64_t i, int64_t col,
                                int64_t cols, int64_t ahead) {
                              multiply_rows_narrow<T, count.value>(W, stride, X.data + col * COLUMNS, cols,
@@ -164,12 +166,12 @@ void multiply_narrow(const pissa::Matrix& weight, int64_t row, int64_t rows, int
 template <class T>
 void multiply_adjoint_narrow(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                              const Panel& Y, int64_t Y_row, const Panel& Z) {
-  for_rows<T, ADDED_ROWS>(weight, row, rows, begin, end,
-                          [&](auto count, const typename T::Scalar* W, int64_t stride, int64_t i, int64_t col,
-                              int64_t cols, int64_t ahead) {
-                            add_rows_narrow<T, count.value>(W, stride, Y.data + (Y_row + i) * COLUMNS, cols,
-                                                            Z.data + col * COLUMNS, ahead);
-                          });
+  for_rows<T, ADJOINT_ROWS>(weight, row, rows, begin, end,
+                            [&](auto count, const typename T::Scalar* W, int64_t stride, int64_t i, int64_t col,
+                                int64_t cols, int64_t ahead) {
+                              add_rows_narrow<T, count.value>(W, stride, Y.data + (Y_row + i) * COLUMNS, cols,
+                                                              Z.data + col * COLUMNS, ahead);
+                            });
 }
 
 }  // namespace

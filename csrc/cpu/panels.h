@@ -1,4 +1,4 @@
-// Panels as kernels take them, and the way there and back. Not for kernels.cpp: it uses the standard library.
+// Packed panels, and how matrices are packed and unpacked. Not for kernels.cpp, because it uses the standard library.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,24 +15,24 @@ namespace pissa::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The order of a panel that has a row for each element of W's rows.
-inline Order along_rows(const Matrix& W, int64_t columns) {
-  if (columns == 0 || columns > HALF_TILE) return Order::tiles;
-  return W.dtype == Dtype::bf16 ? Order::parted : Order::turned;
+// The layout of a panel with one row per column of W, along which the narrow kernels vectorize.
+inline Layout layout_along_rows(const Matrix& W, int64_t columns) {
+  if (columns == 0 || columns > HALF_TILE) return Layout::tiles;
+  return W.dtype == Dtype::bf16 ? Layout::deinterleaved : Layout::transposed;
 }
 
-// `count` panels of one shape, uninitialised, each on cache lines of its own.
+// `count` uninitialized panels of one shape, each aligned to a cache line.
 class Panels {
  public:
-  Panels(int64_t count, int64_t rows, int64_t columns, Order order)
+  Panels(int64_t count, int64_t rows, int64_t columns, Layout layout)
       : columns_(ceil_div(columns, HALF_TILE) * HALF_TILE),
-        order_(order),
-        rows_(order == Order::tiles ? rows : ceil_div(rows, 32) * 32),
+        layout_(layout),
+        rows_(layout == Layout::tiles ? rows : ceil_div(rows, 32) * 32),
         size_(ceil_div(rows_ * columns_, 16) * 16) {
     const size_t bytes = std::max<size_t>(count * size_, 1) * sizeof(float);
     data_.reset(static_cast<float*>(::operator new(bytes, ALIGNMENT)));
   }
-  Panel operator[](int64_t index) const { return {data_.get() + index * size_, rows_, columns_, order_}; }
+  Panel operator[](int64_t index) const { return {data_.get() + index * size_, rows_, columns_, layout_}; }
 
  private:
   static constexpr std::align_val_t ALIGNMENT{64};
@@ -40,19 +40,20 @@ class Panels {
     void operator()(float* data) const { ::operator delete(data, ALIGNMENT); }
   };
   int64_t columns_;
-  Order order_;
+  Layout layout_;
   int64_t rows_, size_;
   std::unique_ptr<float, Free> data_;
 };
 
-// f(row, column, pointer, width, step) for rows [begin, end) of each tile: `width` elements, `step` apart.
+// f(row, column, pointer, width, step) for rows [begin, end) of each tile: `width` elements from `column` on, `step`
+// apart.
 template <class F>
 inline void for_tile_rows(const Panel& panel, int64_t begin, int64_t end, const F& f) {
-  if (panel.order != Order::tiles) {
-    const bool parted = panel.order == Order::parted;
+  if (panel.layout != Layout::tiles) {
+    const bool deinterleaved = panel.layout == Layout::deinterleaved;
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t place = parted ? row / 16 * 128 + row % 2 * 64 + row % 16 / 2 : row / 8 * 64 + row % 8;
-      f(row, 0, panel.data + place, HALF_TILE, 8);
+      const int64_t offset = deinterleaved ? row / 16 * 128 + row % 2 * 64 + row % 16 / 2 : row / 8 * 64 + row % 8;
+      f(row, 0, panel.data + offset, HALF_TILE, 8);
     }
     return;
   }
@@ -63,7 +64,8 @@ inline void for_tile_rows(const Panel& panel, int64_t begin, int64_t end, const 
   }
 }
 
-// Rows [begin, end) of a strided matrix into the same rows of the panel, zeros beyond its rows and columns.
+// Packs rows [begin, end) of a strided matrix into the same rows of the panel, with zeros for rows and columns that the
+// matrix does not have.
 inline void pack(const Matrix& matrix, const Panel& panel, int64_t begin, int64_t end) {
   for_tile_rows(panel, begin, end, [&](int64_t row, int64_t column, float* to, int64_t width, int64_t step) {
     const float* const from =
@@ -74,7 +76,7 @@ inline void pack(const Matrix& matrix, const Panel& panel, int64_t begin, int64_
   });
 }
 
-// Rows [begin, end) of the panel into a contiguous matrix, whose rows they are from `shift` on.
+// Unpacks rows [begin, end) of the panel into a contiguous matrix, `shift` rows further down.
 inline void unpack(const Panel& panel, int64_t begin, int64_t end, const Matrix& matrix, int64_t shift) {
   for_tile_rows(panel, begin, end, [&](int64_t row, int64_t column, const float* from, int64_t width, int64_t step) {
     float* const to = static_cast<float*>(matrix.data) + (row + shift) * matrix.cols + column;
@@ -83,10 +85,10 @@ inline void unpack(const Panel& panel, int64_t begin, int64_t end, const Matrix&
   });
 }
 
-// f(offset, count) for the stretches of memory that hold rows [begin, end), which begin and end with sixteens of them
-// unless they are in tiles.
+// f(offset, count) for the contiguous ranges of memory that hold rows [begin, end), both multiples of 16 unless the
+// panel is in tiles.
 template <class F>
-inline void for_stretches(const Panel& panel, int64_t begin, int64_t end, const F& f) {
+inline void for_contiguous(const Panel& panel, int64_t begin, int64_t end, const F& f) {
   for (int64_t column = 0; column < panel.columns; column += TILE) {
     const int64_t width = std::min(panel.columns - column, TILE);
     f(column * panel.rows + begin * width, (end - begin) * width);
@@ -94,25 +96,25 @@ inline void for_stretches(const Panel& panel, int64_t begin, int64_t end, const 
 }
 
 inline void clear(const Panel& panel, int64_t begin, int64_t end) {
-  for_stretches(panel, begin, end, [&](int64_t at, int64_t count) { std::fill_n(panel.data + at, count, 0.0f); });
+  for_contiguous(panel, begin, end, [&](int64_t at, int64_t count) { std::fill_n(panel.data + at, count, 0.0f); });
 }
 
 inline void add(const Panel& total, const Panel& other, int64_t begin, int64_t end) {
-  for_stretches(total, begin, end, [&](int64_t at, int64_t count) {
+  for_contiguous(total, begin, end, [&](int64_t at, int64_t count) {
     float* const to = total.data + at;
     const float* const from = other.data + at;
     for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   });
 }
 
-// f(index, begin, end) on threads, for ranges that make up [0, units) for every index; `work` is a unit's, in
-// multiplications.
+// f(index, begin, end) on several threads, for ranges that together cover [0, units) for each of `count` indices.
+// `work` is the number of multiplications in a unit.
 template <class F>
 void parallel_ranges(int64_t count, int64_t units, int64_t work, const F& f) {
-  // below this another thread costs more than it saves
-  constexpr int64_t LEAST = 1 << 18;
+  // multiplications below which another thread costs more than it saves
+  constexpr int64_t GRAIN = 1 << 18;
   torch::stable::parallel_for(
-      0, count * units, LEAST / std::max<int64_t>(work, 1) + 1, [&](int64_t first, int64_t last) {
+      0, count * units, GRAIN / std::max<int64_t>(work, 1) + 1, [&](int64_t first, int64_t last) {
         while (first < last) {
           const int64_t begin = first % units, end = std::min(begin + last - first, units);
           f(first / units, begin, end);

@@ -1,4 +1,4 @@
-// The products under their schema.
+// The operators matmul, rmatmul and normal for CPU tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -22,7 +22,7 @@ Matrices transposed(Matrices matrices) {
 
 void check_operands(const Tensor& weight, const Tensor& panel, bool adjoint) {
   const int64_t axes = weight.dim();
-  STD_TORCH_CHECK(axes == 2 || axes == 3, "pissa_kernels: a weight must be 2-D, or 3-D for a stack");
+  STD_TORCH_CHECK(axes == 2 || axes == 3, "pissa_kernels: a weight must be 2-D, or 3-D for a batch");
   const int64_t rows = weight.size(axes - (adjoint ? 2 : 1));
   STD_TORCH_CHECK(panel.dim() == axes && panel.size(axes - 2) == rows && dtype_of(panel.scalar_type()) == Dtype::f32 &&
                       (axes == 2 || panel.size(0) == weight.size(0)),
@@ -40,29 +40,30 @@ Tensor empty_result(const Tensor& weight, const Tensor& panel, bool adjoint) {
   return torch::stable::new_empty(weight, {weight.size(0), rows, columns}, dtype);
 }
 
-// W·X for weights with contiguous rows: rows of the result to threads.
+// W·X for weights with contiguous rows. Threads share the rows of the result.
 void multiply_rows(const Matrices& weights, const Panels& X, const Matrices& out) {
   const Matrix& W = weights[0];
-  const int64_t work = STRIPE * W.cols * out[0].cols;
-  parallel_ranges(weights.size(), ceil_div(W.rows, STRIPE), work, [&](int64_t index, int64_t begin, int64_t end) {
-    multiply_bands(weights[index], X[index], begin * STRIPE, std::min(end * STRIPE, W.rows), out[index],
-                   [](const Panel&, int64_t, int64_t) {});
+  const int64_t work = STRIP_ROWS * W.cols * out[0].cols;
+  parallel_ranges(weights.size(), ceil_div(W.rows, STRIP_ROWS), work, [&](int64_t index, int64_t begin, int64_t end) {
+    multiply_blocks(weights[index], X[index], begin * STRIP_ROWS, std::min(end * STRIP_ROWS, W.rows), out[index],
+                    [](const Panel&, int64_t, int64_t) {});
   });
 }
 
-// Wᵀ·Y for weights with contiguous rows: rows of the result, spans of W's columns, to threads.
+// Wᵀ·Y for weights with contiguous rows. Threads share the rows of the result, which are W's columns.
 void multiply_columns(const Matrices& weights, const Panels& Y, const Matrices& out) {
   const Matrix& W = weights[0];
-  const int64_t spans = ceil_div(W.cols, SPAN);
-  const Panels Z(weights.size(), spans * SPAN, out[0].cols, along_rows(W, out[0].cols));
-  parallel_ranges(weights.size(), spans, SPAN * W.rows * out[0].cols, [&](int64_t index, int64_t first, int64_t last) {
-    const int64_t begin = first * SPAN, end = std::min(last * SPAN, W.cols);
-    sum_runs(Z[index], begin, last * SPAN, 0, W.rows, RUN_ROWS, [&](const Panel& sum, int64_t row, int64_t end_row) {
-      for (; row < end_row; row += BAND) {
-        const int64_t rows = std::min(end_row - row, BAND);
-        kernels().multiply_adjoint(weights[index], row, rows, begin, end, Y[index], row, sum);
-      }
-    });
+  const int64_t blocks = ceil_div(W.cols, BLOCK_COLS), work = BLOCK_COLS * W.rows * out[0].cols;
+  const Panels Z(weights.size(), blocks * BLOCK_COLS, out[0].cols, layout_along_rows(W, out[0].cols));
+  parallel_ranges(weights.size(), blocks, work, [&](int64_t index, int64_t first, int64_t last) {
+    const int64_t begin = first * BLOCK_COLS, end = std::min(last * BLOCK_COLS, W.cols);
+    sum_tree(Z[index], begin, last * BLOCK_COLS, 0, W.rows, SUM_ROWS,
+             [&](const Panel& sum, int64_t row, int64_t end_row) {
+               for (; row < end_row; row += BLOCK_ROWS) {
+                 const int64_t rows = std::min(end_row - row, BLOCK_ROWS);
+                 kernels().multiply_adjoint(weights[index], row, rows, begin, end, Y[index], row, sum);
+               }
+             });
     unpack(Z[index], begin, end, out[index], 0);
   });
 }
@@ -75,9 +76,9 @@ Tensor product(const Tensor& weight, const Tensor& panel, bool adjoint) {
   if (adjoint) weights = transposed(std::move(weights));
   const Matrices factors = matrices_of(panel);
   if (weights[0].row_contiguous()) {
-    multiply_rows(weights, packed(factors, along_rows(weights[0], factors[0].cols)), matrices_of(result));
+    multiply_rows(weights, packed(factors, layout_along_rows(weights[0], factors[0].cols)), matrices_of(result));
   } else {
-    multiply_columns(transposed(std::move(weights)), packed(factors, Order::tiles), matrices_of(result));
+    multiply_columns(transposed(std::move(weights)), packed(factors, Layout::tiles), matrices_of(result));
   }
   return result;
 }
@@ -89,16 +90,16 @@ Tensor rmatmul(const Tensor& weight, const Tensor& Y) { return product(weight, Y
 std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X) {
   check_operands(weight, X, false);
   const Matrices weights = matrices_of(weight);
-  if (weights.empty() || !weights[0].row_contiguous()) {  // Wᵀ needs all of Y first
+  if (weights.empty() || !weights[0].row_contiguous()) {  // Wᵀ·Y needs the whole of Y
     Tensor Y = product(weight, X, false);
     return {Y, product(weight, Y, true)};
   }
   Tensor Y = empty_result(weight, X, false), Z = empty_result(weight, Y, true);
   const Matrices out = matrices_of(Z);
-  multiply_both(weights, packed(matrices_of(X), along_rows(weights[0], out[0].cols)), matrices_of(Y),
-                [&](int64_t index, const Panel& sum, int64_t begin, int64_t end) {
-                  unpack(sum, begin, end, out[index], 0);
-                });
+  multiply_normal(weights, packed(matrices_of(X), layout_along_rows(weights[0], out[0].cols)), matrices_of(Y),
+                  [&](int64_t index, const Panel& sum, int64_t begin, int64_t end) {
+                    unpack(sum, begin, end, out[index], 0);
+                  });
   return {Y, Z};
 }
 

@@ -1,7 +1,8 @@
-// Eight floats at a time in the compilers' vector extension (GCC, Clang), and the three storage types of a weight.
+// Eight floats at a time in the vector extension of GCC and Clang, and the three storage types of a weight.
 //
-// Everything is in an unnamed namespace and includes nothing inline from the standard library: kernels.cpp is compiled
-// once per instruction set, and a shared inline function would be linked from whichever object came first.
+// Everything is in an unnamed namespace, and no inline function comes from the standard library: kernels.cpp is
+// compiled once per instruction set, and the linker would keep one copy of a shared inline function, that of whichever
+// set came first.
 #pragma once
 
 #if defined(__AVX2__)
@@ -18,6 +19,7 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 constexpr int LANES = 8;
+constexpr int64_t LINE_BYTES = 64;
 
 template <class V>
 inline __attribute__((always_inline)) V load(const void* from) {
@@ -32,26 +34,26 @@ inline __attribute__((always_inline)) void store(void* to, V value) {
 }
 
 template <class To, class From>
-inline __attribute__((always_inline)) To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps their number");
+inline __attribute__((always_inline)) To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
   To to;
   __builtin_memcpy(&to, &from, sizeof(To));
   return to;
 }
 
-inline __attribute__((always_inline)) u32x8 extend(u16x8 v) {
+inline __attribute__((always_inline)) u32x8 zero_extend(u16x8 v) {
 #if defined(__AVX2__)
-  return bits<u32x8>(_mm256_cvtepu16_epi32(bits<__m128i>(v)));  // GCC makes four instructions of the conversion
+  return bit_cast<u32x8>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));  // GCC compiles the builtin to four instructions
 #else
   return __builtin_convertvector(v, u32x8);
 #endif
 }
 
-// The lower halves, where the upper ones are zero: one more of GCC's conversions that take too many instructions.
-inline __attribute__((always_inline)) u16x8 lower(u32x8 v) {
+// Drops the upper halves, which must be zero. Intrinsics again, because GCC's builtin takes more instructions.
+inline __attribute__((always_inline)) u16x8 truncate(u32x8 v) {
 #if defined(__AVX2__)
-  const __m256i x = bits<__m256i>(v);
-  return bits<u16x8>(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+  const __m256i x = bit_cast<__m256i>(v);
+  return bit_cast<u16x8>(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 #else
   return __builtin_convertvector(v, u16x8);
 #endif
@@ -61,61 +63,65 @@ inline __attribute__((always_inline)) u32x8 select(u32x8 mask, u32x8 yes, u32x8 
   return (mask & yes) | (~mask & no);
 }
 
+// The storage types: `widen` to float32 is exact, `round` goes to nearest, ties to even.
+
 struct Float32 {
   typedef float Scalar;
   typedef f32x8 Vector;
-  static constexpr bool PARTED = false;
+  static constexpr bool DEINTERLEAVED = false;
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) { return v; }
-  static inline __attribute__((always_inline)) Vector narrow(f32x8 v) { return v; }
+  static inline __attribute__((always_inline)) Vector round(f32x8 v) { return v; }
 };
 
 struct BFloat16 {
   typedef uint16_t Scalar;
   typedef u16x8 Vector;
-  static constexpr bool PARTED = true;
-  // the elements 2i + PART: each is the upper half of a float that a pair of them makes, or becomes it
-  template <int PART>
-  static inline __attribute__((always_inline)) f32x8 part(u32x8 pairs) {
-    constexpr bool lower_half = (PART == 0) == (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-    return bits<f32x8>(lower_half ? pairs << 16 : pairs & 0xffff0000u);
+  static constexpr bool DEINTERLEAVED = true;
+  // Elements 2i + PARITY of sixteen. A bfloat16 is the upper half of its float32, so that it takes only a shift or a
+  // mask of each pair of elements, as a 32-bit word.
+  template <int PARITY>
+  static inline __attribute__((always_inline)) f32x8 deinterleave(u32x8 pairs) {
+    constexpr bool lower_half = (PARITY == 0) == (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+    return bit_cast<f32x8>(lower_half ? pairs << 16 : pairs & 0xffff0000u);
   }
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) {
-    return bits<f32x8>(extend(v) << 16);
+    return bit_cast<f32x8>(zero_extend(v) << 16);
   }
-  // to nearest, ties to even; NaN keeps a set bit of its payload
-  static inline __attribute__((always_inline)) Vector narrow(f32x8 v) {
-    const u32x8 u = bits<u32x8>(v);
+  // the quiet bit is set in a NaN, whose upper half alone might be Inf
+  static inline __attribute__((always_inline)) Vector round(f32x8 v) {
+    const u32x8 u = bit_cast<u32x8>(v);
     const u32x8 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const u32x8 nan = bits<u32x8>(v != v);
-    return lower(select(nan, (u >> 16) | 0x40u, rounded));
+    const u32x8 nan = bit_cast<u32x8>(v != v);
+    return truncate(select(nan, (u >> 16) | 0x40u, rounded));
   }
 };
 
 struct Float16 {
   typedef uint16_t Scalar;
   typedef u16x8 Vector;
-  static constexpr bool PARTED = false;
-  // Exponent and mantissa move to their float32 places, 2^112 corrects the bias, subnormals included.
+  static constexpr bool DEINTERLEAVED = false;
+  // Without F16C, exponent and mantissa are shifted to their places in a float32, and 2^112 corrects the bias of the
+  // exponent, also for subnormal numbers.
   static inline __attribute__((always_inline)) f32x8 widen(Vector v) {
 #if defined(__F16C__)
-    return bits<f32x8>(_mm256_cvtph_ps(bits<__m128i>(v)));
+    return bit_cast<f32x8>(_mm256_cvtph_ps(bit_cast<__m128i>(v)));
 #else
-    const u32x8 h = extend(v);
-    const f32x8 scaled = bits<f32x8>((h & 0x7fffu) << 13) * 0x1p112f;
-    const u32x8 special = bits<u32x8>((h & 0x7c00u) == 0x7c00u);  // Inf and NaN
-    return bits<f32x8>(bits<u32x8>(scaled) | (special & 0x7f800000u) | ((h & 0x8000u) << 16));
+    const u32x8 h = zero_extend(v);
+    const f32x8 scaled = bit_cast<f32x8>((h & 0x7fffu) << 13) * 0x1p112f;
+    const u32x8 special = bit_cast<u32x8>((h & 0x7c00u) == 0x7c00u);  // Inf and NaN
+    return bit_cast<f32x8>(bit_cast<u32x8>(scaled) | (special & 0x7f800000u) | ((h & 0x8000u) << 16));
 #endif
   }
-  // to nearest, ties to even, beyond 65504 by more than half a step to Inf
-  static inline __attribute__((always_inline)) Vector narrow(f32x8 v) {
-    const u32x8 u = bits<u32x8>(v), magnitude = u & 0x7fffffffu;
+  // Inf from 65520 on, half a step above 65504, the largest finite number
+  static inline __attribute__((always_inline)) Vector round(f32x8 v) {
+    const u32x8 u = bit_cast<u32x8>(v), magnitude = u & 0x7fffffffu;
     const u32x8 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-    // adding 0.5 leaves a float32 whose last bit is worth 2^-24, half's smallest subnormal
-    const u32x8 small = bits<u32x8>(bits<f32x8>(magnitude) + 0.5f) - 0x3f000000u;
-    u32x8 half = select(bits<u32x8>(magnitude < 0x38800000u), small, normal);
-    half = select(bits<u32x8>(magnitude >= 0x477ff000u), u32x8{} + 0x7c00u, half);
-    half = select(bits<u32x8>(magnitude > 0x7f800000u), u32x8{} + 0x7e00u, half);
-    return lower(half | ((u & 0x80000000u) >> 16));
+    // after 0.5 is added the last bit of the float32 is worth 2^-24, the smallest subnormal float16
+    const u32x8 small = bit_cast<u32x8>(bit_cast<f32x8>(magnitude) + 0.5f) - 0x3f000000u;
+    u32x8 half = select(bit_cast<u32x8>(magnitude < 0x38800000u), small, normal);
+    half = select(bit_cast<u32x8>(magnitude >= 0x477ff000u), u32x8{} + 0x7c00u, half);
+    half = select(bit_cast<u32x8>(magnitude > 0x7f800000u), u32x8{} + 0x7e00u, half);
+    return truncate(half | ((u & 0x80000000u) >> 16));
   }
 };
 
@@ -124,7 +130,7 @@ inline __attribute__((always_inline)) f32x8 load_wide(const typename T::Scalar* 
   return T::widen(load<typename T::Vector>(from));
 }
 
-// The first `count` of eight elements; the others come as zeros and are never touched in memory.
+// The first `count` of eight elements, the others zero and not read from memory.
 template <class T>
 inline f32x8 load_wide(const typename T::Scalar* from, int64_t count) {
   typename T::Scalar buffer[LANES] = {};
@@ -132,16 +138,16 @@ inline f32x8 load_wide(const typename T::Scalar* from, int64_t count) {
   return load_wide<T>(buffer);
 }
 
-// One of the two parts of sixteen elements: where a type's vectors come apart faster than they widen, the even or the
-// odd ones (Order::parted), else the first eight or the last.
-template <class T, int PART>
-inline __attribute__((always_inline)) f32x8 load_part(const typename T::Scalar* from) {
-  if constexpr (T::PARTED) return T::template part<PART>(load<u32x8>(from));
-  return load_wide<T>(from + PART * LANES);
+// Half of sixteen elements: the even (0) or odd ones (1) of a type that deinterleaves faster than it widens
+// (Layout::deinterleaved), else the first (0) or last (1) eight.
+template <class T, int HALF>
+inline __attribute__((always_inline)) f32x8 load_half(const typename T::Scalar* from) {
+  if constexpr (T::DEINTERLEAVED) return T::template deinterleave<HALF>(load<u32x8>(from));
+  return load_wide<T>(from + HALF * LANES);
 }
 
-// Has a vector in a register of its own from here on: GCC would load it anew for every product that it is a factor of.
-inline __attribute__((always_inline)) void hold(f32x8& value) {
+// Keeps a value in a register: otherwise GCC loads it again as the memory operand of every product that it is used in.
+inline __attribute__((always_inline)) void keep_in_register(f32x8& value) {
 #if defined(__AVX2__)
   asm("" : "+x"(value));
 #else
@@ -150,14 +156,14 @@ inline __attribute__((always_inline)) void hold(f32x8& value) {
 }
 
 template <class T>
-inline __attribute__((always_inline)) void store_narrow(typename T::Scalar* to, f32x8 value) {
-  store(to, T::narrow(value));
+inline __attribute__((always_inline)) void store_rounded(typename T::Scalar* to, f32x8 value) {
+  store(to, T::round(value));
 }
 
 template <class T>
-inline void store_narrow(typename T::Scalar* to, f32x8 value, int64_t count) {
+inline void store_rounded(typename T::Scalar* to, f32x8 value, int64_t count) {
   typename T::Scalar buffer[LANES];
-  store_narrow<T>(buffer, value);
+  store_rounded<T>(buffer, value);
   for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
 }
 

@@ -5,8 +5,8 @@
 
 namespace {
 
-// sums[i] = the sum of squares of row i, for rows [begin, end) of a row-contiguous weight: in float32, 32 sums of a row
-// side by side, and these together in double.
+// sums[i] = the sum of squares of row i, for rows [begin, end) of a weight with contiguous rows. A row has 32 float32
+// sums, in four vectors that hide the latency of the additions; they are added in double precision.
 template <class T>
 void sum_of_squares(const pissa::Matrix& weight, int64_t begin, int64_t end, double* sums) {
   constexpr int CHAINS = 4;

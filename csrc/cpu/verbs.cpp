@@ -1,4 +1,4 @@
-// The CPU bodies under their schema: tensors to matrices, rows to threads.
+// The other operators for CPU tensors. Threads share the rows.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -35,7 +35,7 @@ using torch::stable::Tensor;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t GRAIN = 32 << 10;
 
-// Rows to a thread: a multiple of `unit`, and no fewer than GRAIN elements.
+// Rows per thread: a multiple of `unit`, and at least GRAIN elements.
 int64_t grain(int64_t cols, int64_t unit) {
   const int64_t rows = GRAIN / (cols > 0 ? cols : 1) + 1;
   return (rows + unit - 1) / unit * unit;
@@ -58,7 +58,7 @@ void subtract_lowrank(const Tensor& weight, const Tensor& lora_B, const Tensor& 
   const auto [W, left, right] = subtraction_of(weight, lora_B, lora_A, fan_in_fan_out);
   const Kernels& body = kernels();
   const int64_t workspace = body.subtract_workspace(left.cols);
-  // structured bindings cannot be captured in C++17
+  // C++17 lambdas capture structured bindings only with an initializer
   torch::stable::parallel_for(
       0, W.rows, grain(W.cols, 6), [&, &W = W, &left = left, &right = right](int64_t begin, int64_t end) {
         const std::unique_ptr<float[]> buffer(new float[workspace]);
@@ -66,14 +66,14 @@ void subtract_lowrank(const Tensor& weight, const Tensor& lora_B, const Tensor& 
       });
 }
 
-// (batch,) float64, for a stack (batch, m, n).
+// (batch,) float64 for a batch (batch, m, n).
 Tensor sum_of_squares(const Tensor& weights) {
-  STD_TORCH_CHECK(weights.dim() == 3, "pissa_kernels: expected a stack of weights");
+  STD_TORCH_CHECK(weights.dim() == 3, "pissa_kernels: expected a batch of weights");
   const int64_t count = weights.size(0);
   Tensor result = torch::stable::new_empty(weights, {count}, torch::headeronly::ScalarType::Double);
   for (int64_t index = 0; index < count; ++index) {
     Matrix W = matrix_at(weights, index);
-    if (!W.row_contiguous()) W = W.transposed();  // not column_major(): rows may share memory
+    if (!W.row_contiguous()) W = W.transposed();  // not column_major(), because rows may share memory
     STD_TORCH_CHECK(W.row_contiguous(), "pissa_kernels: one dimension of the weight must be contiguous");
     std::vector<double> sums(W.rows);
     torch::stable::parallel_for(0, W.rows, grain(W.cols, 1), [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Elements of the three dtypes in registers: conversions by way of float, and vectors that move in one instruction.
+// The three dtypes in registers: conversions by way of float, and vectorized loads and stores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@
 
 namespace pissa::cuda {
 
-// The widest access of global memory that every target has.
+// The widest access to global memory that all targets have.
 constexpr int ACCESS_BYTES = 16;
 
 template <class T>
@@ -23,7 +23,7 @@ struct alignas(N * sizeof(T)) Vector {
   T element[N];
 };
 
-// A vector of 8 or 16 bytes, or one element, in one access.
+// Loads 8 or 16 bytes, or one element, in one access.
 template <int N, class T>
 __device__ inline Vector<T, N> load(const T* from) {
   if constexpr (N == 1) {
@@ -37,7 +37,7 @@ __device__ inline Vector<T, N> load(const T* from) {
   }
 }
 
-// In assembly, because the compiler takes the assignment of a vector that it has just put together apart again.
+// In PTX, because the compiler splits the assignment of a vector that was assembled from elements into narrow stores.
 template <class T, int N>
 __device__ inline void store(T* to, const Vector<T, N>& vector) {
   if constexpr (N == 1) {
@@ -61,7 +61,7 @@ __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__half value) { return __half2float(value); }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Rounds to nearest, ties to even. Between equal dtypes nothing is touched, so that a NaN keeps its payload.
+// Rounds to nearest, ties to even. An equal dtype is copied, so that a NaN keeps its payload.
 template <class To, class From>
 __device__ inline To convert(From value) {
   if constexpr (std::is_same_v<To, From>) {
@@ -75,7 +75,7 @@ __device__ inline To convert(From value) {
   }
 }
 
-// The same value, unknown to the compiler: what depends on it is computed again instead of kept in registers.
+// Hides a value from the optimizer, so that what depends on it is computed again and not kept in registers.
 template <class T>
 __device__ inline T opaque(T value) {
   static_assert(sizeof(T) == sizeof(uint32_t));
@@ -83,7 +83,7 @@ __device__ inline T opaque(T value) {
   return value;
 }
 
-// Calls `body` with a value of the element type.
+// Calls `body` with a value of the dtype's type.
 template <class Body>
 void with_element(Dtype dtype, const Body& body) {
   switch (dtype) {
@@ -96,7 +96,7 @@ void with_element(Dtype dtype, const Body& body) {
   }
 }
 
-// Whether every row of a row-contiguous matrix begins where an access of `bytes` bytes may.
+// Whether each row of a matrix with contiguous rows is aligned to accesses of `bytes` bytes.
 inline bool aligned(const void* data, int64_t row_stride, int64_t element_bytes, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % bytes == 0 && row_stride * element_bytes % bytes == 0;
 }

@@ -1,4 +1,4 @@
-// A slice of a low-rank factor in shared memory: how it gets there, and where its elements lie.
+// A slice of a low-rank factor in shared memory: asynchronous copies, and a layout without bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -11,26 +11,26 @@ namespace pissa::cuda {
 constexpr int BANKS = 32;
 constexpr int FLOATS = PER_ACCESS<float>;
 
-// The direction in which a factor is contiguous decides which elements neighbouring threads read.
-enum class Order { outer_vectors, outer, rank };
+// The dimension in which a factor is contiguous and neighboring threads read; `outer_aligned` allows vectorized copies.
+enum class Contiguous { outer_aligned, outer, rank };
 
-// (outer, rank): `outer` runs along the weight's rows for the left factor, along its columns for the right one.
+// A factor (outer, rank). `outer` is the weight's row for the left factor and its column for the right one.
 struct Factor {
   const float* data;
   int64_t outer_stride, rank_stride;
-  Order order;
+  Contiguous contiguous;
 };
 
 inline Factor factor_of(const Matrix& matrix) {
   const auto* const data = static_cast<const float*>(matrix.data);
-  Order order = matrix.row_stride <= matrix.col_stride ? Order::outer : Order::rank;
+  Contiguous contiguous = matrix.row_stride <= matrix.col_stride ? Contiguous::outer : Contiguous::rank;
   if (matrix.row_stride == 1 && aligned(data, matrix.col_stride, sizeof(float), ACCESS_BYTES)) {
-    order = Order::outer_vectors;
+    contiguous = Contiguous::outer_aligned;
   }
-  return {data, matrix.row_stride, matrix.col_stride, order};
+  return {data, matrix.row_stride, matrix.col_stride, contiguous};
 }
 
-// Reads `bytes` bytes without passing through a register, and fills up WIDTH floats with zeros.
+// Copies `bytes` bytes to shared memory without a register in between, and zeros the rest of WIDTH floats.
 template <int WIDTH>
 __device__ inline void copy_async(float* shared, const float* global, int bytes) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -41,29 +41,29 @@ __device__ inline void copy_async(float* shared, const float* global, int bytes)
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// EXTENT elements of each of DEPTH ranks. Four floats are skipped after every 32, so that eight threads that read four
-// floats each, eight apart, meet no bank twice; the pitch is an odd number of fours, so that 8 ranks by 4 elements,
-// which 32 threads write where the factor is contiguous along the rank, do not either.
+// EXTENT elements of each of DEPTH ranks, without bank conflicts. Four floats of padding follow every 32, for reads of
+// four floats by each of eight threads, eight floats apart. The pitch is an odd multiple of four, for the writes of 8
+// ranks by 4 elements that a warp makes where the factor is contiguous along the rank.
 template <int EXTENT, int DEPTH>
 struct FactorTile {
   static constexpr int PITCH = EXTENT + EXTENT / BANKS * FLOATS - FLOATS;
   static_assert(EXTENT % BANKS == 0 && PITCH / FLOATS % 2 == 1);
   alignas(ACCESS_BYTES) float element[DEPTH][PITCH];
 
-  static __host__ __device__ constexpr int place(int outer) { return outer + outer / BANKS * FLOATS; }
+  static __host__ __device__ constexpr int offset(int outer) { return outer + outer / BANKS * FLOATS; }
 
-  // Where element `outer` of the first rank is.
-  __device__ const float* at(int outer) const { return &element[0][place(outer)]; }
+  // Pointer to element `outer` of the first rank.
+  __device__ const float* at(int outer) const { return &element[0][offset(outer)]; }
 
-  // Begins to fetch `extent` elements from `outer` of `depth` ranks from `rank`; the rest of the tile becomes zero.
+  // Starts to copy `extent` elements from `outer` on, of `depth` ranks from `rank` on; the rest of the tile gets zeros.
   template <int THREADS>
   __device__ void fetch(const Factor& factor, int64_t outer, int64_t rank, int extent, int depth) {
     const float* const corner = factor.data + outer * factor.outer_stride + rank * factor.rank_stride;
-    // opaque, or the addresses of every order would be kept from slice to slice
+    // opaque, because the compiler would keep the addresses of all three branches in registers between slices
     const int thread = opaque(static_cast<int>(threadIdx.x));
-    if (factor.order == Order::outer_vectors) {
+    if (factor.contiguous == Contiguous::outer_aligned) {
       fetch_along_outer<THREADS, FLOATS>(thread, corner, 1, factor.rank_stride, extent, depth);
-    } else if (factor.order == Order::outer) {
+    } else if (factor.contiguous == Contiguous::outer) {
       fetch_along_outer<THREADS, 1>(thread, corner, factor.outer_stride, factor.rank_stride, extent, depth);
     } else {
       constexpr int RANKS = 8;
@@ -75,7 +75,7 @@ struct FactorTile {
 #pragma unroll
         for (int k = 0; k < DEPTH; k += RANKS) {
           const bool exists = first + i < extent && first_rank + k < depth;
-          copy_async<1>(&element[first_rank + k][place(first + i)], row + k * factor.rank_stride,
+          copy_async<1>(&element[first_rank + k][offset(first + i)], row + k * factor.rank_stride,
                         exists ? sizeof(float) : 0);
         }
       }
@@ -93,7 +93,7 @@ struct FactorTile {
     const float* from = corner + outer * outer_stride + first_rank * rank_stride;
 #pragma unroll
     for (int k = 0; k < DEPTH; k += RANKS, from += RANKS * rank_stride) {
-      copy_async<WIDTH>(&element[first_rank + k][place(outer)], from, first_rank + k < depth ? bytes : 0);
+      copy_async<WIDTH>(&element[first_rank + k][offset(outer)], from, first_rank + k < depth ? bytes : 0);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Where a kernel runs: torch's current stream, and a grid of tiles.
+// Launches: torch's current stream, and a grid of tiles.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +17,7 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Tiles of a matrix in a one-dimensional grid, row by row: the other dimensions of a grid end at 65535.
+// The tiles of a matrix as a one-dimensional grid, row by row, because the y and z dimensions end at 65535.
 struct Tiles {
   unsigned across, blocks;
 };

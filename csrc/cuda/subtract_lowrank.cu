@@ -1,8 +1,8 @@
-// W −= s·B·A in place: a product of float32 multiply-adds whose result is subtracted while it is in registers.
+// W −= s·B·A in place: a tiled product of float32 fused multiply-adds, subtracted while it is in registers.
 //
-// The weight's own reads are issued before the product and waited for after it. The factors come in slices of the rank
-// through two buffers of shared memory: while one is multiplied the next is fetched. A thread owns 8 × 8 elements, so
-// four 16-byte reads of shared memory feed 64 multiply-adds.
+// The loads of the weight are issued before the product and used after it, which hides their latency. The factors are
+// copied to shared memory in slices of the rank, double-buffered: one slice is multiplied while the next is copied. A
+// thread computes 8 × 8 elements, so that four 16-byte reads of shared memory feed 64 multiply-adds.
 #include <torch/csrc/stable/library.h>
 
 #include "../tensors.h"
@@ -15,16 +15,16 @@ namespace {
 
 constexpr int THREADS = 128;
 constexpr int WARP = 32;
-// A thread's elements along each direction, and how threads share a tile.
-constexpr int OWN = 8;
+// A thread's elements in each dimension, and the arrangement of lanes and warps in a tile.
+constexpr int PER_THREAD = 8;
 constexpr int LANES_ACROSS = 8, LANES_DOWN = WARP / LANES_ACROSS;
 constexpr int WARPS_ACROSS = 2, WARPS_DOWN = THREADS / WARP / WARPS_ACROSS;
-constexpr int TILE_ROWS = WARPS_DOWN * LANES_DOWN * OWN;
-constexpr int TILE_COLS = WARPS_ACROSS * LANES_ACROSS * OWN;
-// Ranks in a slice. The last slice is multiplied up to a multiple of STEP, through the zeros that fill it.
+constexpr int TILE_ROWS = WARPS_DOWN * LANES_DOWN * PER_THREAD;
+constexpr int TILE_COLS = WARPS_ACROSS * LANES_ACROSS * PER_THREAD;
+// Ranks in a slice. The last slice is padded with zeros to a multiple of STEP.
 constexpr int SLICE = 16, STEP = 2;
 static_assert(SLICE % STEP == 0);
-// Leaves a thread 168 registers: 64 for its sums, 32 or 64 for its weights, 16 for what is multiplied.
+// Leaves a thread 168 registers: 64 for sums, 32 or 64 for weights, 16 for the operands of the multiply-adds.
 constexpr int BLOCKS_PER_SM = 3;
 
 struct Slices {
@@ -32,13 +32,13 @@ struct Slices {
   FactorTile<TILE_COLS, SLICE> right;
 };
 
-// 16 bytes of the weight as they were read. They stay whole until they are needed: the compiler would take the halves
-// of a word apart before the product, and so wait for the read there.
+// 16 bytes of the weight as loaded. They are not split into elements before they are used: the compiler would extract
+// the halves of each word before the product, and wait for the load there.
 using Packed = Vector<uint32_t, ACCESS_BYTES / sizeof(uint32_t)>;
 
-// `count` elements exist, be it none or more than there is room for; where VECTORS is true, all or none.
+// Loads at most `count` elements, which may be negative or exceed a vector; with VECTORS, all elements or none.
 template <bool VECTORS, class T>
-__device__ void load_some(Packed& to, const T* from, int count) {
+__device__ void load_partial(Packed& to, const T* from, int count) {
   if constexpr (VECTORS) {
     if (count > 0) to = load<ACCESS_BYTES / sizeof(uint32_t)>(reinterpret_cast<const uint32_t*>(from));
   } else {
@@ -61,7 +61,7 @@ __device__ Vector<T, PER_ACCESS<T>> unpack(Packed from) {
 }
 
 template <bool VECTORS, class T, int N>
-__device__ void store_some(T* to, const Vector<T, N>& from, int count) {
+__device__ void store_partial(T* to, const Vector<T, N>& from, int count) {
   if constexpr (VECTORS) {
     if (count > 0) store(to, from);
   } else {
@@ -78,22 +78,22 @@ __device__ void read(float* to, const float* shared) {
   for (int i = 0; i < FLOATS; ++i) to[i] = four.element[i];
 }
 
-// sum += left·right for a thread's rows and columns, from where they begin in the first rank of a slice. The second
-// four columns begin `apart` floats after the first. Unrolled further, it needs more registers than there are.
-__device__ __forceinline__ void multiply(float (&sum)[OWN][OWN], const float* left, const float* right, int apart,
-                                         int depth) {
+// sum += left·right for a thread's rows and columns. `left` and `right` point into the first rank of a slice; the last
+// four columns are `apart` floats behind the first four. Further unrolling exceeds the registers.
+__device__ __forceinline__ void multiply(float (&sum)[PER_THREAD][PER_THREAD], const float* left, const float* right,
+                                         int apart, int depth) {
   for (int first = 0; first < depth; first += STEP) {
 #pragma unroll
     for (int k = 0; k < STEP; ++k) {
-      float down[OWN], across[OWN];
+      float down[PER_THREAD], across[PER_THREAD];
       read(down, left);
       read(down + FLOATS, left + FLOATS);
       read(across, right);
       read(across + FLOATS, right + apart);
 #pragma unroll
-      for (int i = 0; i < OWN; ++i) {
+      for (int i = 0; i < PER_THREAD; ++i) {
 #pragma unroll
-        for (int j = 0; j < OWN; ++j) sum[i][j] = fmaf(down[i], across[j], sum[i][j]);
+        for (int j = 0; j < PER_THREAD; ++j) sum[i][j] = fmaf(down[i], across[j], sum[i][j]);
       }
       left += FactorTile<TILE_ROWS, SLICE>::PITCH;
       right += FactorTile<TILE_COLS, SLICE>::PITCH;
@@ -105,9 +105,8 @@ template <bool VECTORS, class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     subtract(T* weight, int64_t row_stride, int64_t rows, int64_t cols, Factor left, Factor right, int64_t rank,
              float scaling, unsigned tiles_across) {
-  // Accesses of 16 bytes that a thread needs for its part of a row. Those of eight lanes lie side by side, so that a
-  // store fills whole sectors.
-  constexpr int N = PER_ACCESS<T>, ACCESSES = OWN / N, APART = LANES_ACROSS * N;
+  // A thread's 16-byte accesses to a row. Those of eight lanes are contiguous, so that a store fills whole sectors.
+  constexpr int N = PER_ACCESS<T>, ACCESSES = PER_THREAD / N, APART = LANES_ACROSS * N;
   __shared__ Slices slices[2];
   const int64_t top = int64_t{blockIdx.x / tiles_across} * TILE_ROWS;
   const int64_t start = int64_t{blockIdx.x % tiles_across} * TILE_COLS;
@@ -121,35 +120,35 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   fetch(slices[0], 0);
 
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int row = (warp / WARPS_ACROSS * LANES_DOWN + lane / LANES_ACROSS) * OWN;
-  const int col = warp % WARPS_ACROSS * LANES_ACROSS * OWN + lane % LANES_ACROSS * N;
+  int row = (warp / WARPS_ACROSS * LANES_DOWN + lane / LANES_ACROSS) * PER_THREAD;
+  const int col = warp % WARPS_ACROSS * LANES_ACROSS * PER_THREAD + lane % LANES_ACROSS * N;
   const auto element = [&](int i, int access) {
     return weight + (top + row + i) * row_stride + start + col + access * APART;
   };
   const auto count = [&](int i, int access) { return row + i < height ? width - col - access * APART : 0; };
 
-  Packed W[OWN][ACCESSES];
+  Packed W[PER_THREAD][ACCESSES];
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) {
+  for (int i = 0; i < PER_THREAD; ++i) {
 #pragma unroll
-    for (int a = 0; a < ACCESSES; ++a) load_some<VECTORS>(W[i][a], element(i, a), count(i, a));
+    for (int a = 0; a < ACCESSES; ++a) load_partial<VECTORS>(W[i][a], element(i, a), count(i, a));
   }
 
-  float sum[OWN][OWN] = {};
+  float sum[PER_THREAD][PER_THREAD] = {};
   int current = 0;
   for (int64_t first = 0; first < rank; first += SLICE, current ^= 1) {
-    // after this the slice is there for everyone, and nobody reads the other buffer any more
+    // after the barrier all threads' copies are complete, and no thread reads the other buffer
     wait_for_copies();
     __syncthreads();
     if (first + SLICE < rank) fetch(slices[current ^ 1], first + SLICE);
     multiply(sum, slices[current].left.at(row), slices[current].right.at(col),
-             FactorTile<TILE_COLS, SLICE>::place(ACCESSES == 1 ? FLOATS : APART),
+             FactorTile<TILE_COLS, SLICE>::offset(ACCESSES == 1 ? FLOATS : APART),
              static_cast<int>(min(int64_t{SLICE}, rank - first)));
   }
 
-  row = opaque(row);  // or the addresses of eight rows would be kept beside the sums
+  row = opaque(row);  // so that the addresses of eight rows are not kept in registers during the product
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) {
+  for (int i = 0; i < PER_THREAD; ++i) {
 #pragma unroll
     for (int a = 0; a < ACCESSES; ++a) {
       Vector<T, N> w = unpack<T>(W[i][a]);
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       for (int j = 0; j < N; ++j) {
         w.element[j] = convert<T>(fmaf(-scaling, sum[i][a * N + j], widen(w.element[j])));
       }
-      store_some<VECTORS>(element(i, a), w, count(i, a));
+      store_partial<VECTORS>(element(i, a), w, count(i, a));
     }
   }
 }
@@ -175,7 +174,7 @@ void subtract_lowrank(const Tensor& weight, const Tensor& lora_B, const Tensor& 
   const cudaStream_t stream = current_stream(device);
   const Tiles tiles = tiles_of(W.rows, W.cols, TILE_ROWS, TILE_COLS);
   const Factor rows = factor_of(left), cols = factor_of(right.transposed());
-  // structured bindings cannot be captured in C++17
+  // C++17 lambdas capture structured bindings only with an initializer
   with_element(W.dtype, [&, &W = W, rank = left.cols](auto element) {
     using T = decltype(element);
     const bool vectors = W.cols % PER_ACCESS<T> == 0 && aligned(W.data, W.row_stride, sizeof(T), ACCESS_BYTES);

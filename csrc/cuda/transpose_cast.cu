@@ -1,9 +1,9 @@
-// Wᵀ in another dtype, at the speed of memory.
+// Wᵀ in another dtype, bound by memory bandwidth.
 //
-// Where all is aligned, no shared memory is needed: a thread reads 16 bytes of each of a few rows, turns the block over
-// in registers and writes it, 16 bytes at a time. Side by side, 4 lanes read 64 bytes of a row of W and 8 lanes write a
-// line of the result, so every access of a warp is of whole sectors, and a thread has all its reads (up to 128 bytes)
-// under way at once. Other shapes go through shared memory, which keeps narrow accesses side by side.
+// Aligned shapes need no shared memory: a thread reads 16 bytes of each of a few rows, transposes them in registers
+// and writes 16 bytes at a time. Of neighboring lanes four read 64 bytes of a row of W, and eight write a cache line
+// of the result, so that all accesses of a warp cover whole sectors. A thread has all its loads (up to 128 bytes) in
+// flight at once. Other shapes go through shared memory, which keeps narrow accesses coalesced.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -20,15 +20,15 @@ constexpr int THREADS = 256;
 constexpr int WARP = 32;
 constexpr int WARPS = THREADS / WARP;
 
-// Vectors along each edge of a block's tile: 256 bytes of each row of W, and of each row of the result.
+// 16-byte vectors along each edge of a block's tile: 256 bytes of each row of W, and of each row of the result.
 constexpr int TILE = 16;
-// The tile in threads: 4 warps of 4 lanes along a row of W, 2 warps of 8 lanes along a row of the result.
+// The threads of a tile: 4 warps of 4 lanes along a row of W, 2 warps of 8 lanes along a row of the result.
 constexpr int ACROSS = 4, DOWN = WARP / ACROSS;
 static_assert(TILE / ACROSS * (TILE / DOWN) == WARPS);
 
 template <class Source, class Target>
 __global__ void __launch_bounds__(THREADS)
-    turn_vectors(const Source* __restrict__ source, int64_t row_stride, Target* __restrict__ result, int64_t rows,
+    transpose_vectors(const Source* __restrict__ source, int64_t row_stride, Target* __restrict__ result, int64_t rows,
                  int64_t cols, unsigned tiles_across) {
   constexpr int ROWS = PER_ACCESS<Target>, COLS = PER_ACCESS<Source>;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -56,9 +56,9 @@ constexpr int EDGE = 64;
 
 template <class Source, class Target>
 __global__ void __launch_bounds__(THREADS)
-    turn_elements(const Source* __restrict__ source, int64_t row_stride, Target* __restrict__ result, int64_t rows,
+    transpose_elements(const Source* __restrict__ source, int64_t row_stride, Target* __restrict__ result, int64_t rows,
                   int64_t cols, unsigned tiles_across) {
-  // floats whatever the dtypes, a column apart by an odd number of banks
+  // always floats, with an odd pitch, so that the elements of a column are in different banks
   __shared__ float tile[EDGE][EDGE + 1];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int64_t row = int64_t{blockIdx.x / tiles_across} * EDGE, col = int64_t{blockIdx.x % tiles_across} * EDGE;
@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Rows that a thread of cast_rows copies, so that as many reads are under way.
+// Rows that a thread of cast_rows copies, so that it has as many loads in flight.
 constexpr int COPIES = 4;
 
-// result (rows, cols) = source, whose rows are contiguous and `stride` apart: a column-major weight's transpose.
+// result = source (rows, cols), the transpose of a column-major weight: contiguous rows, `stride` apart.
 template <int WIDTH, class Source, class Target>
 __global__ void __launch_bounds__(THREADS)
     cast_rows(const Source* __restrict__ source, int64_t stride, Target* __restrict__ result, int64_t rows,
@@ -108,15 +108,16 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class Source, class Target>
-void turn(const Matrix& W, Target* result, cudaStream_t stream) {
+void transpose(const Matrix& W, Target* result, cudaStream_t stream) {
   const auto* const source = static_cast<const Source*>(W.data);
   constexpr int ROWS = PER_ACCESS<Target>, COLS = PER_ACCESS<Source>;
   if (W.rows % ROWS == 0 && W.cols % COLS == 0 && aligned(source, W.row_stride, sizeof(Source), ACCESS_BYTES)) {
     const Tiles tiles = tiles_of(W.rows, W.cols, TILE * ROWS, TILE * COLS);
-    turn_vectors<<<tiles.blocks, THREADS, 0, stream>>>(source, W.row_stride, result, W.rows, W.cols, tiles.across);
+    transpose_vectors<<<tiles.blocks, THREADS, 0, stream>>>(source, W.row_stride, result, W.rows, W.cols, tiles.across);
   } else {
     const Tiles tiles = tiles_of(W.rows, W.cols, EDGE, EDGE);
-    turn_elements<<<tiles.blocks, THREADS, 0, stream>>>(source, W.row_stride, result, W.rows, W.cols, tiles.across);
+    transpose_elements<<<tiles.blocks, THREADS, 0, stream>>>(source, W.row_stride, result, W.rows, W.cols,
+                                                             tiles.across);
   }
 }
 
@@ -129,7 +130,7 @@ void launch_cast(const Matrix& V, Target* result, cudaStream_t stream) {
 
 template <class Source, class Target>
 void cast(const Matrix& V, Target* result, cudaStream_t stream) {
-  // 16 bytes of the wider type: lanes then are side by side in reads and in writes
+  // 16 bytes of the wider type, so that both the loads and the stores of neighboring lanes are contiguous
   constexpr int WIDTH = std::min(PER_ACCESS<Source>, PER_ACCESS<Target>);
   if (V.cols % WIDTH == 0 && aligned(V.data, V.row_stride, sizeof(Source), WIDTH * sizeof(Source))) {
     launch_cast<WIDTH, Source>(V, result, stream);
@@ -156,7 +157,7 @@ Tensor transpose_cast(const Tensor& weight, torch::headeronly::ScalarType dtype)
       if (V.row_contiguous()) {
         cast<decltype(source)>(V, to, stream);
       } else {
-        turn<decltype(source)>(W, to, stream);
+        transpose<decltype(source)>(W, to, stream);
       }
     });
   });

@@ -1,4 +1,4 @@
-"""csrc as torch's operators: registration, tracing, the binary, and its build."""
+"""csrc as torch operators: registration, tracing, the library file and its build."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
         ((torch.ones(8, 6)[::2, ::2], torch.ones(4, 2), torch.ones(2, 3), 1.0), "must be contiguous"),
     ],
 )
-def test_the_operator_itself_refuses_what_it_would_read_out_of_bounds(arguments, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_operator_refuses_what_it_would_read_out_of_bounds(arguments, words: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(RuntimeError, match=words):
         torch.ops.pissa_kernels.subtract_lowrank_(*arguments)
 
@@ -148,7 +148,7 @@ def test_verbs_on_fake_tensors() -> None:
 
 @needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
-def test_the_binary_hangs_on_the_stable_abi_alone() -> None:
+def test_the_library_links_against_the_stable_abi_alone() -> None:
     library = csrc.FOLDER / csrc.LIBRARIES["cpu"]
     done = subprocess.run(["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True, check=True)
     wanted = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines()]
@@ -184,26 +184,26 @@ def build(folder: Path, choice: str, **changes: str) -> subprocess.CompletedProc
     )
 
 
-def test_a_build_that_nobody_asked_for_is_none(tmp_path: Path) -> None:
+def test_nothing_is_built_unless_requested(tmp_path: Path) -> None:
     done = build(tmp_path, "0")
     assert done.returncode == 0, done.stderr
     assert "csrc is not built" in done.stdout
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_build_without_a_compiler_says_so_and_goes_on(tmp_path: Path) -> None:
+def test_a_build_without_a_compiler_is_skipped_with_the_reason(tmp_path: Path) -> None:
     done = build(tmp_path, "cpu", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
-    assert "left out, there is no C++ compiler" in done.stdout
+    assert "skipped, no C++ compiler was found" in done.stdout
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_build_for_cuda_needs_nvcc_and_cudas_torch(tmp_path: Path) -> None:
+def test_a_build_for_cuda_needs_nvcc(tmp_path: Path) -> None:
     done = build(tmp_path, "cuda", PATH=str(tmp_path), CXX=shutil.which("c++") or "c++")
-    assert "csrc for cuda: left out, nvcc is not on the PATH" in done.stdout
+    assert "csrc for cuda: skipped, nvcc is not on the PATH" in done.stdout
 
 
-def test_a_build_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_build_is_refused(tmp_path: Path) -> None:
     done = build(tmp_path, "rocm")
     assert done.returncode != 0
     assert "PISSA_KERNELS_BUILD must be 0, cpu or cuda, got 'rocm'" in done.stderr
