@@ -268,7 +268,7 @@ def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
         >>> torch.allclose(Q, Z / 5)
         True
     """
-    checks.check_orthogonalisation(panel, basis)
+    checks.check_orthogonalization(panel, basis)
     with torch.no_grad():
         result: tuple[Tensor, Tensor, Tensor] = dispatch.bind("gram_schmidt", panel, panel.dtype)(panel, basis)
     return result

@@ -1,4 +1,4 @@
-"""Which arguments the verbs take: one clear error for the rest, before anything is computed."""
+"""Checks of the verbs' arguments, with one error message each, before anything is computed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt")
-# These take a stack of weights (batch, m, n) too, with a stack of panels.
+# Verbs that also take a batch of weights (batch, m, n), with a batch of panels.
 STACK_VERBS = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_overlap(weight: Tensor) -> bool:
-    """Whether two elements of a 2-D ``weight`` may live at one address, as in an expanded tensor."""
+    """Whether two elements of a 2-D ``weight`` may share memory, as in an expanded tensor."""
     (major, rows), (minor, cols) = sorted(zip(weight.stride(), weight.shape, strict=True), reverse=True)
     if rows == 0 or cols == 0:
         return False
@@ -34,14 +34,14 @@ def check_pieces(verb: str, pieces: int) -> None:
 
 def check_weight(verb: str, weight: Tensor, stack: bool = False) -> None:
     if weight.ndim != 2 and not (stack and weight.ndim == 3):
-        accepted = "2-D, or 3-D for a stack" if stack else "2-D"
+        accepted = "2-D, or 3-D for a batch" if stack else "2-D"
         raise ValueError(f"{verb}: weight must be {accepted}, got shape {tuple(weight.shape)}")
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{verb}: weight must be float32, float16 or bfloat16, got {weight.dtype}")
 
 
 def check_panel(verb: str, weight: Tensor, panel: Tensor, axis: int) -> None:
-    """``axis`` of the weight is the one that the panel's rows are multiplied along."""
+    """Check a product's panel, whose rows are multiplied along ``axis`` of the weight."""
     check_weight(verb, weight, stack=True)
     if panel.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{verb}: the panel must be float32 or float64, got {panel.dtype}")
@@ -55,11 +55,11 @@ def check_panel(verb: str, weight: Tensor, panel: Tensor, axis: int) -> None:
         raise ValueError(f"{verb}: weight is on {weight.device}, the panel on {panel.device}")
 
 
-def check_orthogonalisation(panel: Tensor, basis: Tensor | None) -> None:
+def check_orthogonalization(panel: Tensor, basis: Tensor | None) -> None:
     if panel.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"gram_schmidt: the panel must be float32 or float64, got {panel.dtype}")
     if panel.ndim != 3 or not panel.shape[-1]:
-        raise ValueError(f"gram_schmidt: panel must be a stack (batch, n, b), b ≥ 1, got shape {tuple(panel.shape)}")
+        raise ValueError(f"gram_schmidt: panel must be a batch (batch, n, b), b ≥ 1, got shape {tuple(panel.shape)}")
     if basis is None:
         return
     batch, n, _ = panel.shape
@@ -95,15 +95,17 @@ def check_subtraction(weight: Tensor, lora_B: Tensor, lora_A: Tensor, fan_in_fan
 
 
 def check_group(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], axis: int) -> None:
-    """``axis`` of each weight is the one that its panel's rows are multiplied along."""
+    """Check weights that are multiplied in one launch, each with the rows of its panel along ``axis``."""
     if len(weights) != len(panels):
         raise ValueError(f"{verb}: {len(weights)} weights and {len(panels)} panels")
     for index, (weight, panel) in enumerate(zip(weights, panels, strict=True)):
         check_weight(verb, weight)
         check_panel(verb, weight, panel, axis)
-        first = (weights[0].dtype, weights[0].device, panels[0].dtype, panels[0].shape[1])
-        if (weight.dtype, weight.device, panel.dtype, panel.shape[1]) != first:
+        if panel.dtype != torch.float32:
+            raise TypeError(f"{verb}: the panels must be float32, got {panel.dtype} for weight {index}")
+        first = (weights[0].dtype, weights[0].device, panels[0].shape[1])
+        if (weight.dtype, weight.device, panel.shape[1]) != first:
             raise ValueError(
-                f"{verb}: weight {index} is {weight.dtype} on {weight.device} with a {panel.dtype} panel of "
-                f"{panel.shape[1]} columns; the first is {first[0]} on {first[1]} with a {first[2]} panel of {first[3]}"
+                f"{verb}: weight {index} is {weight.dtype} on {weight.device} with a panel of {panel.shape[1]} "
+                f"columns; the first is {first[0]} on {first[1]} with a panel of {first[2]}"
             )

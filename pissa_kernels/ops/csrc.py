@@ -1,15 +1,14 @@
-"""The bodies of csrc/, where they were built: C++ for CPUs, CUDA C++ for GPUs.
+"""The bodies of csrc/, if it was built: C++ for CPUs, CUDA C++ for GPUs.
 
-The libraries hold operators of ``torch.ops.pissa_kernels`` and link against torch's stable ABI alone, so that one
-binary serves every torch from 2.10 on. They are loaded at the first question, not at import.
+The libraries register operators of ``torch.ops.pissa_kernels``. They link against torch's stable ABI only, so that one
+binary serves every torch from 2.10 on. They are loaded when a verb first needs them, not at import.
 
-Products compute eight columns where there are fewer. A single column is left to BLAS, whose product of a matrix and a
-vector is a loop of its own: faster, and with shorter sums.
+Products of fewer than eight columns are computed with eight. BLAS computes those of a single column: its matrix-vector
+product is faster and has shorter sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,23 +18,23 @@ from . import reference
 
 VERBS: dict[str, tuple[str, ...]] = {"cuda": ("transpose_cast", "subtract_lowrank_")}
 VERBS["cpu"] = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt", *VERBS["cuda"])
-# The first holds the schemas too, so it is loaded on every device.
+# The CPU library also defines the schemas, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
 OLDEST_TORCH = (2, 10)
-# Columns of the widest panel whose Gram–Schmidt has a body here: a wider one has fewer and larger calls.
-WIDEST = 8
-# By device, why its library cannot be loaded, None where it was.
+# Columns up to which Gram–Schmidt runs here. Wider panels run in torch, where fewer and larger calls handle them.
+MAX_COLUMNS = 8
+# For each device, why its library cannot be loaded; None if it was loaded.
 _FAILURES: dict[str, str | None] = {}
 
 
 def verbs(device: str) -> tuple[str, ...]:
-    """Those that have a body for tensors on ``device``, a type."""
+    """Names of the verbs that have a body for this type of device."""
     return VERBS.get(device, ())
 
 
 def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
-    """Reasons why ``verb`` cannot run on ``weight``; none when it can."""
+    """Why ``verb`` cannot run on ``weight``; an empty list if it can."""
     device = weight.device.type
     if device not in LIBRARIES:
         return [f"it has no body for {device} tensors"]
@@ -47,17 +46,17 @@ def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
 
 def _failure(device: str) -> str | None:
     if device not in _FAILURES:
-        if torch.compiler.is_compiling():  # loading cannot be traced
+        if torch.compiler.is_compiling():  # torch.compile cannot trace the loading of a library
             return "its library was not loaded before this graph was traced"
         _FAILURES[device] = _load(device)
     return _FAILURES[device]
 
 
 def _load(device: str) -> str | None:
-    """Load the library for ``device``; why it cannot be, or None."""
+    """Load the library for ``device``. Returns None, or the reason why it cannot be loaded."""
     library = FOLDER / LIBRARIES[device]
     if not library.exists():
-        return f"csrc was not built for {device} (PISSA_KERNELS_BUILD={device} at installation does that)"
+        return f"csrc was not built for {device} (set PISSA_KERNELS_BUILD={device} when installing)"
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
         return f"its library needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}"
@@ -71,7 +70,7 @@ def _load(device: str) -> str | None:
 
 
 def _register_fakes() -> None:
-    """What the operators return for tensors without data, as torch.compile traces them."""
+    """Register the shapes and dtypes that the operators return, which torch.compile needs for tracing."""
 
     def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         m, n = weight.shape
@@ -103,7 +102,7 @@ def _register_fakes() -> None:
 
 
 def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
-    """W·X in float32, whatever ``pieces``; see :func:`pissa_kernels.ops.matmul`."""
+    """W·X in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.matmul`."""
     if X.shape[-1] == 1:
         return reference.matmul(weight, X)
     result: Tensor = torch.ops.pissa_kernels.matmul(weight, X)
@@ -111,7 +110,7 @@ def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
 
 
 def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
-    """Wᵀ·Y in float32, whatever ``pieces``; see :func:`pissa_kernels.ops.rmatmul`."""
+    """Wᵀ·Y in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.rmatmul`."""
     if Y.shape[-1] == 1:
         return reference.rmatmul(weight, Y)
     result: Tensor = torch.ops.pissa_kernels.rmatmul(weight, Y)
@@ -119,37 +118,31 @@ def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
 
 
 def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
-    """Y = W·X and Wᵀ·Y in float32, whatever ``pieces``; see :func:`pissa_kernels.ops.normal`."""
+    """Y = W·X and Wᵀ·Y in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.normal`."""
     if X.shape[-1] == 1:
         return reference.normal(weight, X)
     result: tuple[Tensor, Tensor] = torch.ops.pissa_kernels.normal(weight, X)
     return result
 
 
-def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], pieces: int = 3) -> list[Tensor]:
-    """``matmul`` or ``rmatmul`` of each weight with its panel, one after the other."""
-    product = {"matmul": matmul, "rmatmul": rmatmul}[verb]
-    return [product(weight, panel) for weight, panel in zip(weights, panels, strict=True)]
-
-
 def sum_of_squares(weights: Tensor) -> Tensor:
-    """‖W‖_F² of each of a stack; see :func:`pissa_kernels.ops.sum_of_squares`."""
+    """‖W‖_F² of each weight of a batch. See :func:`pissa_kernels.ops.sum_of_squares`."""
     result: Tensor = torch.ops.pissa_kernels.sum_of_squares(weights)
     return result
 
 
 def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One round of block Gram–Schmidt and CholeskyQR; see :func:`pissa_kernels.ops.gram_schmidt`."""
+    """One round of block Gram–Schmidt with CholeskyQR. See :func:`pissa_kernels.ops.gram_schmidt`."""
     batch, n, columns = panel.shape
     basis = panel.new_empty(batch, 0, n) if basis is None else basis
-    if columns > WIDEST or basis.stride(-1) != 1:
+    if columns > MAX_COLUMNS or basis.stride(-1) != 1:
         return reference.gram_schmidt(panel, basis)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.gram_schmidt(panel, basis)
     return result
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Wᵀ in ``dtype``; see :func:`pissa_kernels.ops.transpose_cast`."""
+    """Wᵀ in ``dtype``. See :func:`pissa_kernels.ops.transpose_cast`."""
     result: Tensor = torch.ops.pissa_kernels.transpose_cast(weight, dtype)
     return result
 
@@ -157,7 +150,7 @@ def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def subtract_lowrank_(
     weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float, fan_in_fan_out: bool = False
 ) -> Tensor:
-    """W −= s·B·A in place; see :func:`pissa_kernels.ops.subtract_lowrank_`."""
+    """W −= s·B·A in place. See :func:`pissa_kernels.ops.subtract_lowrank_`."""
     torch.ops.pissa_kernels.subtract_lowrank_(weight, lora_B, lora_A, scaling, fan_in_fan_out)
-    torch.autograd.graph.increment_version(weight)  # an operator of the stable ABI does not do it
+    torch.autograd.graph.increment_version(weight)  # operators of the stable ABI do not
     return weight

@@ -1,7 +1,8 @@
-"""The verbs as Triton kernels: CUDA tensors of sm_80 and up, AMD's by way of torch's "cuda", CPU tensors interpreted.
+"""The verbs as Triton kernels, for CUDA devices from sm_80 on and for AMD's, which torch calls "cuda", too.
 
-One kernel and its launch per file. Triton compiles at the first call for each combination of dtypes and layouts, and
-keeps the result on disk.
+CPU tensors run under Triton's interpreter, for tests. Each file has one kernel and its launch. Triton compiles a kernel
+at the first call with a combination of dtypes and layouts, and caches the result on disk. :mod:`.grouped`, products of
+weights of different shapes in one launch, is not a verb.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .grouped import grouped
 from .pieces import INTERPRETED
 from .product import matmul, normal, rmatmul
 from .subtract_lowrank import subtract_lowrank_
@@ -20,7 +20,6 @@ from .transpose_cast import transpose_cast
 
 __all__ = [
     "VERBS",
-    "grouped",
     "matmul",
     "normal",
     "rmatmul",
@@ -35,18 +34,18 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def verbs(device: str) -> tuple[str, ...]:
-    """All of them."""
+    """Names of the verbs that have a kernel, the same on every device."""
     return VERBS
 
 
 def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
-    """Reasons why ``verb`` cannot run on ``weight``; none when it can."""
+    """Why ``verb`` cannot run on ``weight``; an empty list if it can."""
     if weight.device.type == "cuda":
         reason = _device_reason(weight.device.index or 0)
     elif weight.device.type == "cpu" and INTERPRETED:
         reason = None
     elif weight.device.type == "cpu":
-        reason = "the weight is on the CPU and TRITON_INTERPRET was not 1 when triton was imported"
+        reason = "the weight is on the CPU, and TRITON_INTERPRET was not 1 when triton was imported"
     else:
         reason = f"it has no body for {weight.device.type} tensors"
     reasons = [reason] if reason else []

@@ -1,6 +1,7 @@
-"""Many products in one launch: weights of one dtype and of any shapes, found through arrays of addresses.
+"""Products of many weights in one launch. The weights have one dtype and any shapes.
 
-A small model's weights do not fill a GPU one at a time, and a launch costs as much as the product of a small one.
+The weights of a small model do not fill a GPU one at a time, and a launch takes as long as the product of a small one.
+The kernel finds its operands through a table of addresses, shapes and strides.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from .launch import parameters
 from .pieces import arithmetic, multiply
 
-# Fields of a group's row in the table.
+# Columns of the table, which has a row per weight.
 FIELDS = ("weight", "panel", "result", "rows", "inner", "weight_row", "weight_inner", "panel_inner", "panel_col")
 
 
@@ -35,9 +37,9 @@ def kernel(
     BLOCK_INNER: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A tile of rows of one group's result to a program; ``tiles`` says which: (group, tile) for each."""
+    """A program computes a tile of rows of one result; ``tiles`` holds the pair (group, tile) of each program."""
     program = tl.program_id(0).to(tl.int64)
-    group = table + tl.load(tiles + 2 * program) * 9
+    group = table + tl.load(tiles + 2 * program) * 9  # len(FIELDS)
     first_row = tl.load(tiles + 2 * program + 1) * BLOCK_ROWS
     weight = tl.load(group).to(tl.pointer_type(ELEMENT))
     panel = tl.load(group + 1).to(tl.pointer_type(tl.float32))
@@ -48,8 +50,8 @@ def kernel(
     weight_inner = tl.load(group + 6)
     panel_inner = tl.load(group + 7)
     panel_col = tl.load(group + 8)
-    result = tl.multiple_of(result, 16)  # fresh from torch's allocator
-    if ALIGNED:  # what a launch would have seen in its arguments
+    result = tl.multiple_of(result, 16)  # as torch allocates it
+    if ALIGNED:  # hints that a launch derives from its arguments, but not from a table
         weight = tl.multiple_of(weight, 16)
         panel = tl.multiple_of(panel, 16)
         weight_row = tl.multiple_of(weight_row, 16)
@@ -79,39 +81,67 @@ ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 
 
 def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], pieces: int = 3) -> list[Tensor]:
-    """``matmul`` or ``rmatmul`` of each weight with its panel; see :func:`pissa_kernels.ops.grouped_matmul`."""
+    """W·X or Wᵀ·Y for each weight and its panel, in one launch.
+
+    Args:
+        verb: "matmul" or "rmatmul".
+        weights: (m, n) each, of one dtype and on one device; float32, float16 or bfloat16, any strides.
+        panels: for each weight (n, k) float32, (m, k) for "rmatmul", with one k for all.
+        pieces: as for :func:`pissa_kernels.ops.matmul`.
+
+    Returns:
+        For each weight (m, k) float32, (n, k) for "rmatmul".
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes, dtypes or devices that do not match.
+    """
+    checks.check_pieces(f"grouped {verb}", pieces)
+    checks.check_group(f"grouped {verb}", weights, panels, axis=-1 if verb == "matmul" else -2)
+    if not weights:
+        return []
     views = [weight if verb == "matmul" else weight.mT for weight in weights]
-    cols = panels[0].shape[1]
-    device = views[0].device
+    dtype, device, cols = views[0].dtype, views[0].device, panels[0].shape[1]
     results = [panel.new_empty(view.shape[0], cols) for view, panel in zip(views, panels, strict=True)]
-    launch = parameters("grouped", device, bytes=views[0].element_size(), columns=cols)
-    table, tiles = [], []
-    for group, (view, panel, result) in enumerate(zip(views, panels, results, strict=True)):
-        table.append((*(t.data_ptr() for t in (view, panel, result)), *view.shape, *view.stride(), *panel.stride()))
-        tiles += [(group, tile) for tile in range(triton.cdiv(view.shape[0], launch["BLOCK_ROWS"]))]
+    launch = parameters("grouped", device, bytes=dtype.itemsize, columns=cols)
+    table = [
+        (*(tensor.data_ptr() for tensor in (view, panel, result)), *view.shape, *view.stride(), *panel.stride())
+        for view, panel, result in zip(views, panels, results, strict=True)
+    ]
+    tiles = [
+        (group, tile)
+        for group, view in enumerate(views)
+        for tile in range(triton.cdiv(view.shape[0], launch["BLOCK_ROWS"]))
+    ]
     if not tiles or cols == 0:
         return results
-    # one copy to the device for both
+    # one copy to the device for both lists
     host = torch.tensor([*(field for row in table for field in row), *(part for tile in tiles for part in tile)])
     arrays = host.to(device)
     split = len(table) * len(FIELDS)
-    # a hint holds for every group, or is not given
-    *numbers, weight_row, weight_inner, panel_inner, panel_col = zip(*table, strict=True)
-    divisible = all(number % 16 == 0 for column in numbers for number in column)
-    strides = [weight_row, weight_inner, panel_inner]
-    divisible &= all(set(column) == {1} or all(stride % 16 == 0 for stride in column) for column in strides)
     with torch.cuda.device_of(views[0]):
         kernel[(len(tiles), triton.cdiv(cols, launch["BLOCK_COLS"]))](
             arrays[:split],
             arrays[split:],
             cols,
-            ELEMENT=ELEMENTS[views[0].dtype],
-            INNER_CONTIGUOUS=set(weight_inner) == {1},
-            ROW_CONTIGUOUS=set(weight_row) == {1},
-            PANEL_CONTIGUOUS=set(panel_col) == {1},
-            ALIGNED=divisible,
+            ELEMENT=ELEMENTS[dtype],
             PIECES=pieces,
-            ARITHMETIC=arithmetic(views[0].dtype),
+            ARITHMETIC=arithmetic(dtype),
+            **_hints(table),
             **launch,
         )
     return results
+
+
+def _hints(table: list[tuple[int, ...]]) -> dict[str, bool]:
+    """The kernel's constants that describe the operands: each holds for all groups, or is False."""
+    *numbers, weight_row, weight_inner, panel_inner, panel_col = zip(*table, strict=True)
+    aligned = all(number % 16 == 0 for column in numbers for number in column)
+    for strides in (weight_row, weight_inner, panel_inner):
+        aligned &= set(strides) == {1} or all(stride % 16 == 0 for stride in strides)
+    return {
+        "INNER_CONTIGUOUS": set(weight_inner) == {1},
+        "ROW_CONTIGUOUS": set(weight_row) == {1},
+        "PANEL_CONTIGUOUS": set(panel_col) == {1},
+        "ALIGNED": aligned,
+    }

@@ -1,8 +1,8 @@
-"""Launch parameters: looked up in the JSON files of launch/, one per device, written by ``python -m bench search``.
+"""Launch parameters, from the JSON files in launch/, one per device, which ``python -m bench search`` writes.
 
-A device without a file takes that of its nearest relative, the longest common beginning of their names, and
-``default.json`` without one. Of a verb's entries the one counts whose features are nearest, as ratios: the bytes of an
-element first, then columns or rank.
+A device without a file uses the file whose name has the most leading words in common with its own, at least two, over
+``default.json``. Among a verb's entries, the one with the nearest features is used: first the bytes of an element, then
+the columns or the rank, by their ratio.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import torch
 
 FOLDER = Path(__file__).parent / "launch"
 DEFAULT = "default"
-# A name must agree with a file's in this many words to be its relative: "nvidia h100".
-RELATED = 2
+# Leading words that the names of two devices must share for one to use the other's file, as in "nvidia h100".
+COMMON_WORDS = 2
 
 Entry = dict[str, dict[str, int]]
 
 
 def slug(name: str) -> str:
-    """The file name of a device, from torch's name for it."""
+    """The stem of a device's file name, from torch's name for the device."""
     return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 @cache
 def table(device_name: str | None) -> dict[str, list[Entry]]:
-    """Every verb's entries for a device: ``{"features": {…}, "parameters": {…}}`` each."""
+    """The entries of every verb for a device: a list of ``{"features": {…}, "parameters": {…}}``."""
     entries: dict[str, list[Entry]] = read(DEFAULT)
     if device_name is not None:
         words = slug(device_name).split("_")
         files = [path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem != DEFAULT]
         nearest = max(files, key=lambda stem: _common(words, stem.split("_")), default=None)
-        if nearest is not None and _common(words, nearest.split("_")) >= RELATED:
+        if nearest is not None and _common(words, nearest.split("_")) >= COMMON_WORDS:
             entries = entries | read(nearest)
     return entries
 
@@ -46,7 +46,7 @@ def parameters(verb: str, device: torch.device, **features: int) -> dict[str, in
     Args:
         verb: "transpose_cast", "subtract_lowrank_", "product" or "grouped".
         device: of the weight.
-        features: what the choice hangs on, each ≥ 1.
+        features: the values of the entries' features, each ≥ 1.
     """
     return _parameters(verb, _name(device), tuple(sorted(features.items())))
 
@@ -54,15 +54,15 @@ def parameters(verb: str, device: torch.device, **features: int) -> dict[str, in
 @cache
 def _parameters(verb: str, device_name: str | None, features: tuple[tuple[str, int], ...]) -> dict[str, int]:
     def distance(entry: Entry) -> tuple[float, float]:
-        apart = {name: abs(math.log2(value / entry["features"][name])) for name, value in features}
-        return apart.pop("bytes"), sum(apart.values())  # another dtype is another kernel: it counts first
+        ratios = {name: abs(math.log2(value / entry["features"][name])) for name, value in features}
+        return ratios.pop("bytes"), sum(ratios.values())  # bytes first, because each dtype has a kernel of its own
 
-    # said aloud, because Triton is about to change its default: without it a float32 product takes twice the operations
+    # explicit, because Triton is about to change the default; without it a float32 product takes twice the operations
     return min(table(device_name)[verb], key=distance)["parameters"] | {"enable_fp_fusion": True}
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; 1 for the interpreter's CPU, where splitting work gains nothing."""
+    """Number of multiprocessors of the device; 1 for a CPU, where the interpreter gains nothing from more programs."""
     return _multiprocessors(device.index or 0) if device.type == "cuda" else 1
 
 
@@ -82,12 +82,13 @@ def _device_name(index: int) -> str:
 
 
 def read(stem: str) -> dict[str, list[Entry]]:
-    """The contents of a file of launch/."""
+    """The entries in a file of launch/, by verb."""
     contents: dict[str, list[Entry]] = json.loads((FOLDER / f"{stem}.json").read_text())
     return contents
 
 
 def _common(first: list[str], second: list[str]) -> int:
+    """Number of leading words that two names share."""
     count = 0
     for one, other in zip(first, second, strict=False):
         if one != other:

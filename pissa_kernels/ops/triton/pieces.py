@@ -1,7 +1,7 @@
-"""float32 on tensor cores: a sum of bf16 pieces, whose products are exact in float32.
+"""float32 on tensor cores: each number is split into bf16 pieces, whose products are exact in float32.
 
-Each piece has 8 significant bits of what the ones before it left over, so three hold all 24 of float32 (Henry, Tang &
-Heinecke 2019, arXiv 1904.06376).
+A piece has the next 8 significant bits of the number, so that three have all 24 (Henry, Tang & Heinecke 2019, arXiv
+1904.06376).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def split(X):
-    """The three bf16 pieces of a float32 tile, the largest first."""
+    """The three bf16 pieces of a float32 tile, largest first."""
     first = X.to(tl.bfloat16)
     rest = X - first.to(tl.float32)
     second = rest.to(tl.bfloat16)
@@ -23,7 +23,7 @@ def split(X):
 
 @triton.jit
 def multiply(W, X, total, PIECES: tl.constexpr, ARITHMETIC: tl.constexpr):
-    """total + W·X, X in the largest ``PIECES`` of its pieces, the smallest first; a float32 W with X as it is."""
+    """total + W·X, with the ``PIECES`` largest pieces of X, smallest first. A float32 W is multiplied by X itself."""
     if W.dtype == tl.float32:
         total = tl.dot(W, X, total, input_precision="ieee")
     else:
@@ -38,7 +38,7 @@ def multiply(W, X, total, PIECES: tl.constexpr, ARITHMETIC: tl.constexpr):
 
 @triton.jit
 def multiply_floats(B, A, total, ARITHMETIC: tl.constexpr):
-    """total + B·A, both float32, in the six products of their pieces that float32 can tell from nothing."""
+    """total + B·A, both float32, by the six products of pieces that are not below the roundoff of float32."""
     B1, B2, B3 = split(B)
     A1, A2, A3 = split(A)
     total = _exact(B2, A2, total, ARITHMETIC)
@@ -58,14 +58,14 @@ def _exact(W, piece, total, ARITHMETIC: tl.constexpr):
     return total
 
 
-INTERPRETED = not isinstance(split, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
+INTERPRETED = not isinstance(split, triton.runtime.JITFunction)  # TRITON_INTERPRET was 1 when triton was imported
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """In which arithmetic pieces meet a weight of ``dtype``; it has to hold both exactly.
+    """The arithmetic, "bf16" or an ``input_precision``, of products of a weight of ``dtype`` and pieces.
 
-    fp16 is not a subset of bf16, but it is one of TF32, and so is bf16. AMD's matrix cores have no TF32, and Triton's
-    interpreter multiplies the bits of bf16 as integers.
+    It must represent both exactly. bf16 does not have all fp16 numbers; TF32 has those of fp16 and of bf16. AMD's
+    matrix cores have no TF32, and Triton's interpreter multiplies the bits of bf16 as integers: both use float32.
     """
     if INTERPRETED:
         return "ieee"

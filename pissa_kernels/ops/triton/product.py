@@ -1,4 +1,4 @@
-"""Skinny products W·X and Wᵀ·Y: W is read once, as it is stored; the float32 panel meets it in bf16 pieces."""
+"""Skinny products W·X and Wᵀ·Y. W is read once, in its own dtype; the float32 panel is split into bf16 pieces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .launch import multiprocessors, parameters
 from .pieces import arithmetic, multiply
 
 
-@triton.jit(do_not_specialize=["splits"])  # one compilation for every way to split
+@triton.jit(do_not_specialize=["splits"])  # one compilation for any number of splits
 def kernel(
     weight,
     panel,
@@ -32,12 +32,12 @@ def kernel(
     BLOCK_INNER: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """result (splits, batch, rows, cols): each program a tile of rows and columns, and its share of the inner sum."""
+    """result (splits, batch, rows, cols). A program computes one split of the inner sum for a tile of the result."""
     down = tl.cdiv(rows, BLOCK_ROWS)
     across = tl.cdiv(cols, BLOCK_COLS)
     program = tl.program_id(0)
-    tile = program % (down * across)  # a weight's tiles are neighbours, and so are those that share its rows
-    share = program // (down * across) % splits
+    tile = program % (down * across)  # consecutive programs share a weight, and its rows, which stay in L2
+    split = program // (down * across) % splits
     batch = (program // (down * across) // splits).to(tl.int64)
     batches = tl.num_programs(0) // (down * across * splits)
     row = (tile // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -45,7 +45,7 @@ def kernel(
     weight += batch * weight_batch
     panel += batch * panel_batch
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for first in range(share * BLOCK_INNER, inner, splits * BLOCK_INNER):
+    for first in range(split * BLOCK_INNER, inner, splits * BLOCK_INNER):
         index = first + tl.arange(0, BLOCK_INNER).to(tl.int64)
         W = tl.load(
             weight + row[:, None] * weight_row + index[None, :] * weight_inner,
@@ -58,15 +58,15 @@ def kernel(
             other=0.0,
         )
         total = multiply(W, X, total, PIECES, ARITHMETIC)
-    result += (share * batches + batch) * rows * cols
+    result += (split * batches + batch) * rows * cols
     tl.store(result + row[:, None] * cols + col[None, :], total, mask=(row[:, None] < rows) & (col[None, :] < cols))
 
 
 def splits(tiles: int, inner: int, block_inner: int, device: torch.device) -> int:
-    """Programs that share one inner sum: a power of two, so that they fill the device some twice over.
+    """Number of programs that share an inner sum: a power of two, for about two programs per multiprocessor.
 
-    Each gets at least four blocks of the sum; the partial sums are added afterwards, in one order, because atomics
-    would make two runs differ.
+    A program has at least four blocks of the sum. The partial sums are added afterwards in a fixed order, because with
+    atomics two runs would differ.
     """
     count = 1
     while count < 16 and tiles * count < 2 * multiprocessors(device) and inner >= 8 * count * block_inner:
@@ -75,41 +75,41 @@ def splits(tiles: int, inner: int, block_inner: int, device: torch.device) -> in
 
 
 def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
-    """W·X; see :func:`pissa_kernels.ops.matmul`."""
+    """W·X. See :func:`pissa_kernels.ops.matmul`."""
     *leading, rows, inner = weight.shape
     cols = X.shape[-1]
-    stack, panels = (weight, X) if leading else (weight[None], X[None])
+    weights, panels = (weight, X) if leading else (weight[None], X[None])
     if weight.numel() == 0 or cols == 0:
         return X.new_zeros(*leading, rows, cols)
     launch = parameters("product", weight.device, bytes=weight.element_size(), columns=cols)
-    tiles = len(stack) * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
-    shares = splits(tiles, inner, launch["BLOCK_INNER"], weight.device)
-    partial = X.new_empty(shares, len(stack), rows, cols)
+    tiles = len(weights) * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
+    count = splits(tiles, inner, launch["BLOCK_INNER"], weight.device)
+    partial = X.new_empty(count, len(weights), rows, cols)
     with torch.cuda.device_of(weight):
-        kernel[(tiles * shares,)](
-            stack,
+        kernel[(tiles * count,)](
+            weights,
             panels,
             partial,
             rows,
             inner,
             cols,
-            *stack.stride(),
+            *weights.stride(),
             *panels.stride(),
-            shares,
+            count,
             PIECES=pieces,
             ARITHMETIC=arithmetic(weight.dtype),
             **launch,
         )
-    total = partial[0] if shares == 1 else partial.sum(0)
+    total = partial[0] if count == 1 else partial.sum(0)
     return total if leading else total[0]
 
 
 def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
-    """Wᵀ·Y; see :func:`pissa_kernels.ops.rmatmul`."""
+    """Wᵀ·Y. See :func:`pissa_kernels.ops.rmatmul`."""
     return matmul(weight.mT, Y, pieces)
 
 
 def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
-    """W·X and Wᵀ·W·X, with two reads of W; see :func:`pissa_kernels.ops.normal`."""
+    """W·X and Wᵀ·W·X, with two reads of W. See :func:`pissa_kernels.ops.normal`."""
     Y = matmul(weight, X, pieces)
     return Y, rmatmul(weight, Y, pieces)

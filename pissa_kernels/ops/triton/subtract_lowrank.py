@@ -1,6 +1,6 @@
-"""W −= s·B·A in place: one read and one write of W, the product never in memory.
+"""W −= s·B·A in place: one read and one write of W; the product B·A is never in memory.
 
-No kernel here is autotuned: a trial run would subtract, too.
+The kernel must not be autotuned, because a trial run would subtract as well.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
 ):
-    """weight (rows, cols) −= scaling·left (rows, rank)·right (rank, cols), a tile to a program."""
+    """weight (rows, cols) −= scaling·left (rows, rank)·right (rank, cols), one tile per program."""
     across = tl.cdiv(cols, BLOCK_COLS)
     tile = tl.program_id(0)
     row = (tile // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -55,8 +55,8 @@ def kernel(
             mask=inside_cols & (index[:, None] < rank),
             other=0.0,
         )
-        # What tensor cores lose in accumulation is far below one rounding of a 16-bit weight, but not below one of a
-        # float32 weight, so that one pays for fused multiply-adds.
+        # tensor cores accumulate with an error far below the rounding of a 16-bit weight, but not below that of a
+        # float32 weight, for which the slower fused multiply-adds are used
         if weight.dtype.element_ty == tl.float32:
             total = tl.dot(B, A, total, input_precision="ieee")
         else:
@@ -70,7 +70,7 @@ def kernel(
 def subtract_lowrank_(
     weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float, fan_in_fan_out: bool = False
 ) -> Tensor:
-    """W −= s·B·A in place; see :func:`pissa_kernels.ops.subtract_lowrank_`."""
+    """W −= s·B·A in place. See :func:`pissa_kernels.ops.subtract_lowrank_`."""
     view, left, right = as_stored(weight, lora_B, lora_A, fan_in_fan_out)
     rows, cols = view.shape
     rank = left.shape[1]
@@ -80,7 +80,7 @@ def subtract_lowrank_(
     tiles = triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
     strides = (*view.stride(), *left.stride(), *right.stride())
     with torch.cuda.device_of(weight):
-        # the pieces of both factors are bf16, whatever the weight is
+        # the pieces of both factors are bf16, whatever the weight's dtype
         kernel[(tiles,)](
             view, left, right, scaling, rows, cols, rank, *strides, ARITHMETIC=arithmetic(torch.bfloat16), **launch
         )

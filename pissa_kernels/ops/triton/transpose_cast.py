@@ -1,4 +1,4 @@
-"""Wᵀ in another dtype: one read of W and one write of the result, both along contiguous memory."""
+"""Wᵀ in another dtype: one read of W and one write of the result, both coalesced."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """result (cols, rows) = source (rows, cols)ᵀ, a tile to a program."""
+    """result (cols, rows) = source (rows, cols)ᵀ, one tile per program."""
     across = tl.cdiv(cols, BLOCK_COLS)
     tile = tl.program_id(0)
-    # 64-bit from here on: a weight may have more than 2³¹ elements, or strides that reach as far
+    # 64-bit offsets, because they exceed 2³¹ in a weight with more elements or with large strides
     row = (tile // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = (tile % across).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside = (col[:, None] < cols) & (row[None, :] < rows)
-    if COLUMN_MAJOR:  # already in the order of the result
-        turned = tl.load(source + col[:, None] * col_stride + row[None, :] * row_stride, mask=inside, other=0.0)
+    if COLUMN_MAJOR:  # the elements are in the order of the result
+        transposed = tl.load(source + col[:, None] * col_stride + row[None, :] * row_stride, mask=inside, other=0.0)
     else:
         mask = (row[:, None] < rows) & (col[None, :] < cols)
-        straight = tl.load(source + row[:, None] * row_stride + col[None, :] * col_stride, mask=mask, other=0.0)
-        turned = tl.trans(straight)
+        block = tl.load(source + row[:, None] * row_stride + col[None, :] * col_stride, mask=mask, other=0.0)
+        transposed = tl.trans(block)
     # by way of float32, so that fp16 to bf16 is rounded in every version of Triton
-    value = turned.to(tl.float32).to(result.dtype.element_ty)
+    value = transposed.to(tl.float32).to(result.dtype.element_ty)
     tl.store(result + col[:, None] * rows + row[None, :], value, mask=inside)
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Wᵀ in ``dtype``; see :func:`pissa_kernels.ops.transpose_cast`."""
+    """Wᵀ in ``dtype``. See :func:`pissa_kernels.ops.transpose_cast`."""
     m, n = weight.shape
     result = weight.new_empty(n, m, dtype=dtype)
     if result.numel() == 0:
