@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_transpose_cast_is_torchs(source: torch.dtype, target: torch.dtype, layout: str, backend: str) -> None:
+def test_transpose_cast_equals_torch(source: torch.dtype, target: torch.dtype, layout: str, backend: str) -> None:
     for shape in shapes(backend, layout):
         W = layouts(randn(*shape).to(source))[layout]
         got = pk.ops.transpose_cast(W, target)
@@ -81,14 +81,14 @@ def test_subtraction_at_high_ranks(dtype: torch.dtype, rank: int, backend: str) 
     dense, B, A = randn(200, 150).to(dtype), randn(200, rank, seed=2), randn(rank, 150, seed=3)
     exact = dense.double() - 1.5 * (B.double() @ A.double())
     got = pk.ops.subtract_lowrank_(dense.clone(), B, A, 1.5)
-    theirs = reference.subtract_lowrank_(dense.clone(), B, A, 1.5)
-    assert (got - exact).norm() <= 1.1 * (theirs - exact).norm()
+    torchs = reference.subtract_lowrank_(dense.clone(), B, A, 1.5)
+    assert (got - exact).norm() <= 1.1 * (torchs - exact).norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["torch", "csrc"])
-def test_squares_are_summed_to_float32(
+def test_sums_of_squares_have_float32_accuracy(
     dtype: torch.dtype, layout: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for shape in SMALL + LARGE:
@@ -103,7 +103,7 @@ def test_squares_are_summed_to_float32(
     shared = randn(130).to(dtype).expand(1, 63, 130)
     for W in (shared, shared.mT):
         torch.testing.assert_close(
-            pk.ops.sum_of_squares(W), W.double().square().sum((1, 2)), rtol=1e-6, atol=0, msg="rows of one memory"
+            pk.ops.sum_of_squares(W), W.double().square().sum((1, 2)), rtol=1e-6, atol=0, msg="rows share memory"
         )
     for bad in (math.nan, math.inf):
         W = layouts(
@@ -115,7 +115,7 @@ def test_squares_are_summed_to_float32(
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_factors_need_no_layout_of_their_own(transposed: bool, backend: str) -> None:
+def test_factors_of_any_layout(transposed: bool, backend: str) -> None:
     W, B, A = randn(40, 30).bfloat16(), randn(5, 40).mT, randn(60, 10)[::2, :5].mT
     got = pk.ops.subtract_lowrank_(W.clone(), B, A, 1.0)
     contiguous = pk.ops.subtract_lowrank_(W.clone(), B.contiguous(), A.contiguous(), 1.0)
@@ -166,10 +166,10 @@ def test_any_shape_is_within_one_rounding(
     assert ((W.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the address space of a CPU, without its memory")
+@pytest.mark.skipif(DEVICE == "cuda", reason="reserves address space without memory, as only a CPU can")
 def test_offsets_beyond_32_bits(backend: str) -> None:
     rows, stride = 3, 3 * 2**29  # the last row begins at element 3·2³⁰
-    noreserve = 0x4000  # Linux's MAP_NORESERVE: addresses, and pages only where they are touched
+    noreserve = 0x4000  # MAP_NORESERVE on Linux: only pages that are written use memory
     size = ((rows - 1) * stride + 64) * 2
     space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve)
     W = torch.frombuffer(space, dtype=torch.bfloat16).as_strided((rows, 40), (stride, 1))

@@ -31,9 +31,9 @@ def test_grouped_products_of_any_shapes(dtype: torch.dtype, verb: str, name: str
         for W, P, got in zip(weights, panels, grouped(verb, weights, panels), strict=True):
             A = W if verb == "matmul" else W.mT
             exact = A.double() @ P.double()
-            own = product_error(A.float(), P, exact) + exact.norm() * 2.0**-24
+            torchs = product_error(A.float(), P, exact) + exact.norm() * 2.0**-24
             assert got.shape == exact.shape
-            assert (got - exact).norm() <= 1.1 * own, (kind, W.shape)
+            assert (got - exact).norm() <= 1.1 * torchs, (kind, W.shape)
     assert grouped(verb, [], []) == []
 
 

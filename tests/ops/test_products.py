@@ -28,17 +28,17 @@ def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str,
             exact = A @ P.double()
             got = getattr(pk.ops, verb)(W, P)
             assert got.is_contiguous()
-            own = (getattr(reference, verb)(W, P) - exact).norm() + exact.norm() * 2.0**-24
-            assert (got - exact).norm() <= 1.1 * own, (verb, shape)
+            torchs = (getattr(reference, verb)(W, P) - exact).norm() + exact.norm() * 2.0**-24
+            assert (got - exact).norm() <= 1.1 * torchs, (verb, shape)
         first, second = pk.ops.normal(W, X)
         assert first.is_contiguous()
         assert second.is_contiguous()
         assert torch.equal(first, pk.ops.matmul(W, X))
-        if backend == "triton":  # csrc sums over the rows of each thread first
+        if backend == "triton":  # csrc adds the sums over each thread's rows
             assert torch.equal(second, pk.ops.rmatmul(W, first))
         exact = dense.double().mT @ first.double()
-        own = (reference.rmatmul(W, first) - exact).norm() + exact.norm() * 2.0**-24
-        assert (second - exact).norm() <= 1.1 * own, shape
+        torchs = (reference.rmatmul(W, first) - exact).norm() + exact.norm() * 2.0**-24
+        assert (second - exact).norm() <= 1.1 * torchs, shape
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +84,7 @@ def test_products_of_any_shape_are_within_their_roundoff(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1500, 2900), (11000, 200), (200, 11000), (40000, 96)])
 @pytest.mark.parametrize("columns", [8, 24, 200])
-def test_csrcs_products_of_long_sums(
+def test_long_sums_in_csrc_are_as_exact_as_the_reference(
     dtype: torch.dtype, transposed: bool, shape: tuple[int, int], columns: int
 ) -> None:
     W = randn(*shape).to(dtype)
@@ -93,16 +93,16 @@ def test_csrcs_products_of_long_sums(
     Y, Z = pk.ops.normal(W, X)
     for verb, A, P, got in (("matmul", W.double(), X, Y), ("rmatmul", W.double().mT, Y, Z)):
         exact = A @ P.double()
-        own = (getattr(reference, verb)(W, P) - exact).norm()
-        assert (got - exact).norm() <= 1.1 * own, verb
-        assert (getattr(pk.ops, verb)(W, P) - exact).norm() <= 1.1 * own, verb
+        torchs = (getattr(reference, verb)(W, P) - exact).norm()
+        assert (got - exact).norm() <= 1.1 * torchs, verb
+        assert (getattr(pk.ops, verb)(W, P) - exact).norm() <= 1.1 * torchs, verb
 
 
 @pytest.mark.usefixtures("csrc_backend")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("where", ["weight", "panel"])
-def test_what_is_not_finite_shows_where_it_does_in_the_reference(transposed: bool, value: float, where: str) -> None:
+def test_inf_and_nan_propagate_as_in_the_reference(transposed: bool, value: float, where: str) -> None:
     W, X = randn(70, 150).bfloat16(), randn(150, 5, seed=2)
     if where == "weight":
         W[65, 149] = value
@@ -127,13 +127,13 @@ def test_every_16_bit_pattern_is_widened_as_torch_widens_it() -> None:
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("pieces", "roundoff"), [(1, 2.0**-9), (2, 2.0**-17)])
-def test_fewer_pieces_keep_their_bound(dtype: torch.dtype, pieces: int, roundoff: float) -> None:
+def test_fewer_pieces_stay_within_their_bound(dtype: torch.dtype, pieces: int, roundoff: float) -> None:
     W, X = randn(200, 300).to(dtype), randn(300, 20, seed=2)
     exact = W.double() @ X.double()
     magnitude = W.double().abs() @ X.double().abs()
     error = (pk.ops.matmul(W, X, pieces=pieces) - exact).abs()
     assert (error <= (roundoff + 300 * 2**-24) * magnitude).all()
-    # and they are what was asked for, not more
+    # and no more pieces than requested are used
     assert error.norm() > 4 * (pk.ops.matmul(W, X, pieces=pieces + 1) - exact).norm()
 
 
