@@ -116,7 +116,7 @@ def test_a_rank_deficient_panel_has_a_tiny_pivot(backend: str) -> None:
     ("panel", "basis", "error", "words"),
     [
         (torch.ones(1, 9, 2).half(), None, TypeError, "the panel must be float32 or float64"),
-        (torch.ones(9, 2), None, ValueError, r"a stack \(batch, n, b\)"),
+        (torch.ones(9, 2), None, ValueError, r"a batch \(batch, n, b\)"),
         (torch.ones(1, 9, 0), None, ValueError, "b ≥ 1"),
         (torch.ones(1, 9, 2), torch.ones(1, 3, 8), ValueError, r"takes a basis \(1, k, 9\), got \(1, 3, 8\)"),
         (torch.ones(1, 9, 2), torch.ones(1, 3, 9).double(), ValueError, "the basis torch.float64"),
