@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,14 +60,13 @@ def refused(
 
 
 def call_after(monkeypatch: pytest.MonkeyPatch, count: int, then: Callable[[], object]) -> None:
-    """Call a function after this number of tensors."""
-    run = Worker.run
-    done: list[object] = []
+    """Call a function once, after this number of tensors, whichever of the workers' threads begins the next one."""
+    run, begun, lock = Worker.run, itertools.count(), threading.Lock()
 
     def counted(self: Any, tensor: Any) -> Any:
-        if len(done) == count:
-            then()
-        done.append(tensor)
+        with lock:
+            if next(begun) == count:
+                then()
         return run(self, tensor)
 
     monkeypatch.setattr(Worker, "run", counted)
