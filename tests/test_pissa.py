@@ -182,6 +182,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
 def test_two_processes_agree_bit_for_bit(init: str) -> None:
     root = str(Path(__file__).parents[1])

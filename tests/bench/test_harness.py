@@ -83,6 +83,7 @@ SMALL_BLOCKS = "blocks = [torch.ones(16 << 10) for _ in range(256)]"
 GROWING_BLOCKS = "for mib in range(8, 17, 2): self.pins.append(torch.ones(1000)); torch.ones(mib << 18)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [SMALL_BLOCKS, GROWING_BLOCKS])
 def test_memory_is_neither_hidden_nor_inflated_by_the_allocator(body):
     child = subprocess.run(
@@ -98,6 +99,7 @@ def test_memory_is_neither_hidden_nor_inflated_by_the_allocator(body):
     assert float(child.stdout) == pytest.approx(16, abs=2)
 
 
+@pytest.mark.slow
 def test_memory_of_a_provider_in_its_own_process():
     weight = Case("x", (1024, 1024), 16).weight()
     peak = memory.peak_extra_mib(PROVIDERS["peft pissa_niter_4"], weight, 16, False)

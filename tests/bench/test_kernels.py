@@ -173,6 +173,7 @@ def test_names_tell_cases_apart() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+@pytest.mark.slow
 def test_memory_of_a_subtraction_is_measured() -> None:
     half, single = (VerbCase("subtract_lowrank_", (2048, 2048), dtype, columns=16) for dtype in ("bf16", "fp32"))
     peak = memory.peak_extra_mib("torch", half)

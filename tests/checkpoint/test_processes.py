@@ -80,6 +80,7 @@ def outcomes(children: list[Child]) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_write_the_bytes_of_one(
     world: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path

@@ -61,6 +61,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     assert not list(out.parent.glob(".out.*")), "no temporary folder is left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_conv1d_model_saved_and_loaded(gpt2: Path, dtype: str, tmp_path: Path) -> None:
     done = run("demo", gpt2, "--rank", 4, "--dtype", dtype, "--no-compare", "--out", tmp_path / "a" / "b")
@@ -95,6 +96,7 @@ def test_a_tokenizer_without_a_padding_token(tmp_path: Path) -> None:
     assert model_inputs(model, loaded)["input_ids"].shape[0] == 1
 
 
+@pytest.mark.slow
 def test_target_modules_and_niter(gpt2: Path) -> None:
     done = run(
         "demo", gpt2, "--target-modules", "c_attn", "--init", "pissa_niter_2", "--rank", 8, "--json", "--no-compare"
@@ -108,6 +110,7 @@ def test_target_modules_and_niter(gpt2: Path) -> None:
     assert len(record["layers"][0]["singular_values"]) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -33,6 +33,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(["--version"], capsys) == f"pissa-kernels {pk.__version__}\n"
 
 
+@pytest.mark.slow
 def test_module_and_command_are_the_same() -> None:
     command = Path(sys.executable).with_name("pissa-kernels")
     runs = [[sys.executable, "-m", "pissa_kernels"], *([[str(command)]] if command.exists() else [])]

@@ -61,6 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 3, 12])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_scalings_and_other_tensors_are_kept(setting: str, rank: int | None, tmp_path: Path) -> None:

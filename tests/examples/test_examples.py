@@ -39,6 +39,7 @@ def recorded(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return results
 
 
+@pytest.mark.slow
 def test_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     results = recorded(plain, monkeypatch)
     assert plain.main(["--steps", "4", "--out", str(tmp_path)]) == 0
@@ -55,6 +56,7 @@ def test_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lora", "residual"]
 
 
+@pytest.mark.slow
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     results = recorded(trainer, monkeypatch)
     for name, smaller in (("TRAINING", 40), ("HELD_OUT", 12), ("BATCH", 8)):

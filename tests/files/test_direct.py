@@ -210,6 +210,7 @@ def test_failed_write_ends_the_run(planned: CheckpointJob, monkeypatch: pytest.M
     assert not verify_checkpoint(planned.checkpoint.folder, planned.out, progress=False)
 
 
+@pytest.mark.slow
 def test_failed_flush_ends_the_run(planned: CheckpointJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux reports a failed write-back once, to the first that syncs."""
 

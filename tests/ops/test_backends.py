@@ -35,6 +35,7 @@ from .test_verbs import layouts
 pytestmark = pytest.mark.usefixtures("poison")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

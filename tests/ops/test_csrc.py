@@ -22,6 +22,7 @@ needs_library = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])

@@ -16,6 +16,7 @@ from .test_verbs import layouts
 pytestmark = pytest.mark.usefixtures("poison")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("columns", [1, 16, 40])
@@ -79,6 +80,7 @@ def test_products_of_any_shape_are_within_their_roundoff(
         assert ((product - exact).abs() <= (left.shape[-1] + 2) * 2.0**-24 * magnitude).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("csrc_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])

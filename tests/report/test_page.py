@@ -109,6 +109,7 @@ def drawn(request: pytest.FixtureRequest) -> tuple[Report, str]:
     return report, render_page(report, (0.5, 0.9), title=HOSTILE)
 
 
+@pytest.mark.slow
 def test_is_well_formed_and_needs_nothing_else(drawn: tuple[Report, str]) -> None:
     page = Page(drawn[1])
     assert len(set(page.ids)) == len(page.ids)

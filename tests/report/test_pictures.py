@@ -128,6 +128,7 @@ def boxes(figure: Any) -> list[tuple[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", [SMALL, LARGE, llama(80)], ids=["2x4", "32x7", "80x7"])
 @pytest.mark.parametrize("make", FIGURES)
 def test_texts_do_not_overlap(make: Any, report: Report) -> None:

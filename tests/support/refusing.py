@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import threading
@@ -60,13 +59,15 @@ def refused(
 
 
 def call_after(monkeypatch: pytest.MonkeyPatch, count: int, then: Callable[[], object]) -> None:
-    """Call a function once, after this number of tensors, whichever of the workers' threads begins the next one."""
-    run, begun, lock = Worker.run, itertools.count(), threading.Lock()
+    """Call a function after this number of tensors: once, or before each further tensor as long as it raises."""
+    run, lock = Worker.run, threading.Lock()
+    begun: list[object] = []
 
     def counted(self: Any, tensor: Any) -> Any:
         with lock:
-            if next(begun) == count:
+            if len(begun) == count:
                 then()
+            begun.append(tensor)
         return run(self, tensor)
 
     monkeypatch.setattr(Worker, "run", counted)

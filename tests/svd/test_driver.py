@@ -35,6 +35,7 @@ def test_real_weights_to_tolerance(name: str, rank: int) -> None:
     assert energy_deficit(W, result.Vh) <= 1e-6, "the default tolerance"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1536, 1536), (3000, 1100), (1100, 3000)])
 def test_krylov_on_realistic_weights(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -45,6 +46,7 @@ def test_krylov_on_realistic_weights(shape: tuple[int, int], dtype: torch.dtype)
     assert energy_deficit(W, result.Vh) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("niter", [0, 1, 2, 4, 16])
 def test_niter_is_no_less_accurate_than_svd_lowrank(niter: int) -> None:
     """On every real weight, and on spectra that favor one method or the other."""

@@ -119,6 +119,7 @@ DECAYING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-7])
 @pytest.mark.parametrize("rank", [4, 16, 64, 128])
 @pytest.mark.parametrize("method", ["krylov", "chebyshev"])
