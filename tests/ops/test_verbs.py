@@ -106,7 +106,7 @@ def test_subtraction_rounds_once(dtype: torch.dtype, fan_in_fan_out: bool, layou
     )
     bound = ROUNDOFF[dtype] * exact.abs() * (1 + ROUNDOFF[dtype]) + (rank + 2) * 2**-24 * magnitude
     assert ((W.double() - exact).abs() <= bound).all()
-    if layout == "strided":  # the neighbours of a slice are not its own
+    if layout == "strided":  # the neighbors of a slice belong to another tensor
         outside[::2, 2:202] = W
         assert torch.equal(whole, outside)
 
