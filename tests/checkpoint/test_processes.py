@@ -107,6 +107,7 @@ def test_torchrun(model: Path, expected: tuple[Path, dict[str, Any]], out: Path)
     assert untimed(out.parent) == expected[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_killed_process_ends_all_and_one_process_resumes(
     killed: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path

@@ -81,6 +81,7 @@ def resume(undisturbed: Undisturbed, **changes: Any) -> CheckpointReport:
     return run_job(plan_checkpoint(undisturbed.model, undisturbed.out, OPTIONS), resume=True, progress=False, **changes)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(undisturbed: Undisturbed) -> None:
     """Each run is killed, resumed and killed again until one ends by itself."""
     draw = random.Random(0)

@@ -47,6 +47,7 @@ def test_transpose_cast_equals_torch(source: torch.dtype, target: torch.dtype, l
         assert torch.equal(got, W.mT.to(target)), shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -179,6 +179,7 @@ def test_is_accessible() -> None:
     assert ("html", {"lang": "en"}) in page.tags
 
 
+@pytest.mark.slow
 def test_layers_that_did_not_converge_are_marked() -> None:
     text = render_page(with_loose(llama(2), 3, 5))
     page = Page(text)
