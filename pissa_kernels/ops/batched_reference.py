@@ -1,0 +1,123 @@
+"""The operations of :mod:`.batched` in plain torch, one matrix after another.
+
+A batched call of BLAS or LAPACK may choose another algorithm for another number of matrices, and its bits with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .batched import Panel, Update, Weights
+
+
+def product(
+    left: Weights | Tensor,
+    right: Panel | Tensor,
+    *,
+    precision: int,
+    update: Update | None = None,
+    values: bool = True,
+    pieces: int = 0,
+) -> Panel:
+    """left·right for each matrix of a batch.
+
+    Args:
+        left: weights (m, n), or float32 matrices (batch, m, n) of any strides.
+        right: (batch, n, k); a panel, or its float32 values. Its pieces are read for bfloat16 weights, else its values.
+        precision: number of pieces of ``right`` that are used, 1, 2 or 3. For the other dtypes 1 allows TF32; 2 and 3
+            are float32.
+        update: what is added up before the result is stored; None for the product itself.
+        values: whether the result has float32 values.
+        pieces: number of pieces of the result, 0 for none.
+
+    Returns:
+        (batch, m, k).
+    """
+    matrices = left.tensors if isinstance(left, Weights) else left.unbind()
+    if isinstance(right, Tensor):
+        panel = right
+    elif right.pieces is not None and matrices[0].dtype == torch.bfloat16:
+        panel = right.pieces[:precision].float().sum(0)
+    else:
+        assert right.values is not None
+        panel = right.values
+    results = []
+    for index, matrix in enumerate(matrices):
+        result = reference.matmul(matrix, panel[index].contiguous())
+        if update is not None:
+            result = update.alpha[index] * result
+            if update.current is not None:
+                result = result.add_(update.current[index], alpha=update.beta)
+            if update.previous is not None:
+                result = result.add_(update.previous[index], alpha=update.gamma)
+        results.append(result)
+    total = torch.stack(results)
+    return Panel(total if values else None, split(total, pieces) if pieces else None)
+
+
+def split(values: Tensor, pieces: int) -> Tensor:
+    """The ``pieces`` largest bfloat16 pieces of float32 values (…), stacked (pieces, …)."""
+    found, rest = [], values
+    for _ in range(pieces):
+        found.append(rest.bfloat16())
+        rest = rest - found[-1].float()
+    return torch.stack(found)
+
+
+def inverse_cholesky(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """For each Gram matrix G = ZᵀZ the upper triangular C with (Z·C)ᵀ(Z·C) ≈ I, by a shifted Cholesky factorization.
+
+    With D = diag(G): D^(−1/2)·G·D^(−1/2) + shift·I = L·Lᵀ and C = D^(−1/2)·L^(−ᵀ). Columns of zeros stay zero.
+
+    Args:
+        gram: (batch, b, b) float32, symmetric.
+        shift: added to the unit diagonal.
+
+    Returns:
+        C (batch, b, b) float32, and the diagonal of L times that of D^(1/2) (batch, b): the diagonal of R in Z = Q·R.
+        NaN in a matrix where the factorization failed.
+    """
+    changes, diagonals = [], []
+    for matrix in gram:
+        norms = matrix.diagonal().clamp(min=0).sqrt()
+        scale = torch.where(norms > 0, norms.reciprocal(), 0.0)
+        scaled = matrix * scale.unsqueeze(-1) * scale
+        scaled.diagonal().fill_(1.0 + shift)
+        factor, info = torch.linalg.cholesky_ex(scaled)
+        factor = torch.where(info == 0, factor, torch.nan)
+        changes.append(torch.linalg.solve_triangular(factor, torch.diag(scale), upper=False).mT)
+        diagonals.append(factor.diagonal() * norms)
+    return torch.stack(changes), torch.stack(diagonals)
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (batch, b), descending, and eigenvectors (batch, b, b) of symmetric matrices (batch, b, b) float32.
+
+    NaN where a matrix is not finite.
+    """
+    finite = torch.isfinite(matrices).all(-1).all(-1)[:, None, None]
+    clean = torch.where(finite, matrices, 0.0)
+    pairs = [torch.linalg.eigh(matrix) for matrix in clean]
+    values = torch.stack([value.flip(-1) for value, _ in pairs])
+    vectors = torch.stack([vector.flip(-1) for _, vector in pairs])
+    return torch.where(finite[..., 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
+
+
+def sum_of_squares(weights: Weights) -> Tensor:
+    """‖W‖_F² of each weight (batch,) float64, NaN or Inf where a weight holds one."""
+    return torch.cat([reference.sum_of_squares(weight.unsqueeze(0)) for weight in weights.tensors])
+
+
+def subtract_lowrank_(weights: Weights, lora_B: Tensor, lora_A: Tensor, scalings: Tensor) -> None:
+    """W −= s·B·A in place, for each weight (out, in) of a batch.
+
+    Args:
+        weights: (out, in) each, any strides.
+        lora_B: (batch, out, r) float32.
+        lora_A: (batch, r, in) float32.
+        scalings: (batch,) float64 on the CPU.
+    """
+    for weight, left, right, scaling in zip(weights.tensors, lora_B, lora_A, scalings.tolist(), strict=True):
+        reference.subtract_lowrank_(weight, left, right, scaling)
