@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -155,52 +156,56 @@ def principal_factors(weight: Tensor, recipe: Recipe, adapter_dtype: torch.dtype
     Raises:
         ValueError: NaN or Inf in the weight; A, B or the residual overflow their dtype.
     """
-    return principal_factors_of_batch(weight.unsqueeze(0), [recipe], adapter_dtype)[0]
+    return principal_factors_of_batch([weight], [recipe], adapter_dtype)[0]
 
 
 def principal_factors_of_batch(
-    weights: Tensor, recipes: list[Recipe], adapter_dtype: torch.dtype | None = None
+    weights: Sequence[Tensor], recipes: Sequence[Recipe], adapter_dtype: torch.dtype | None = None
 ) -> list[Factors]:
-    """:func:`principal_factors` of each weight of a batch (batch, out, in), with shared small problems.
+    """:func:`principal_factors` of each weight of a batch, with the same results.
 
     Args:
-        weights: (batch, out, in).
+        weights: (out, in) each, of one shape, dtype and layout, on one device.
         recipes: one for each weight, equal but for the scaling.
         adapter_dtype: as for one weight.
 
     Raises:
         ValueError: as for one weight.
     """
-    first, dtype = recipes[0], adapter_dtype or weights.dtype
+    first, dtype = recipes[0], adapter_dtype or weights[0].dtype
     svds = solve_batch(weights, first.rank, tol=tolerance(dtype), niter=first.niter, seed=first.seed)
-    return [
-        rounded_factors(weight, svd, recipe.scaling, dtype)
-        for weight, svd, recipe in zip(weights, svds, recipes, strict=True)
-    ]
+    return rounded_factors(weights, svds, [recipe.scaling for recipe in recipes], dtype)
 
 
-def rounded_factors(weight: Tensor, svd: TruncatedSVD, scaling: float, dtype: torch.dtype) -> Factors:
-    """A and B of a weight (out, in) from its triplets, rounded to the dtype that will store them.
+def rounded_factors(
+    weights: Sequence[Tensor], svds: Sequence[TruncatedSVD], scalings: Sequence[float], dtype: torch.dtype
+) -> list[Factors]:
+    """A and B of each weight (out, in) from its triplets, rounded to the dtype that will store them.
 
     Raises:
         ValueError: A or B overflow ``dtype``, or the residual overflows the weight's dtype.
     """
-    with exact_arithmetic(weight.device):
-        root = (svd.S / scaling).sqrt()
-        lora_A = (root[:, None] * svd.Vh).to(dtype).float()
-        lora_B = (svd.U * root).to(dtype).float()
-        if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-            raise ValueError(f"the factors of the weight exceed the range of {dtype}")
-        factors = Factors(lora_A, lora_B, svd.S, svd.certificate)
-        _check_residual_range(weight, factors, scaling)
-    return factors
+    with exact_arithmetic(weights[0].device):
+        S = torch.stack([svd.S for svd in svds])
+        root = torch.stack([svd.S / scaling for svd, scaling in zip(svds, scalings, strict=True)]).sqrt()
+        lora_A = (root[:, :, None] * torch.stack([svd.Vh for svd in svds])).to(dtype).float()
+        lora_B = (torch.stack([svd.U for svd in svds]) * root[:, None, :]).to(dtype).float()
+        finite = torch.isfinite(lora_A).all(-1).all(-1) & torch.isfinite(lora_B).all(-1).all(-1)
+        found = []
+        for index, (in_range, largest) in enumerate(torch.stack([finite, S[:, 0]], dim=-1).tolist()):
+            if not in_range:
+                raise ValueError(f"the factors of the weight exceed the range of {dtype}")
+            factors = Factors(lora_A[index], lora_B[index], S[index], svds[index].certificate)
+            _check_residual_range(weights[index], factors, scalings[index], largest)
+            found.append(factors)
+    return found
 
 
-def _check_residual_range(weight: Tensor, factors: Factors, scaling: float) -> None:
-    """Refuse a residual that overflows the weight's dtype, before it is written."""
+def _check_residual_range(weight: Tensor, factors: Factors, scaling: float, largest: float) -> None:
+    """Refuse a residual that overflows the weight's dtype, before it is written. ``largest`` is σ₁."""
     limit = torch.finfo(weight.dtype).max
     # |R_ij| ≤ |W_ij| + |s·B·A|_ij ≤ max|W| + σ₁ and max|W| ≤ σ₁, which settles nearly every weight
-    if 2.1 * float(factors.singular_values[0]) < limit:
+    if 2.1 * largest < limit:
         return
     left = factors.lora_B
     for start, stop, block in reference.row_blocks(weight, torch.float64):

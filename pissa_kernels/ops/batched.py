@@ -8,15 +8,12 @@ sums depend on the shape alone. The bodies are Triton's (:mod:`.triton.batched`)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .dispatch import VARIABLE, unsupported_reasons
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,20 +86,3 @@ class Update(NamedTuple):
     current: Tensor | None = None
     gamma: float = 0.0
     previous: Tensor | None = None
-
-
-def bodies(weights: Weights) -> Any:
-    """The module whose functions run on these weights: Triton's where it supports them, else torch's.
-
-    Both have ``product``, ``inverse_cholesky``, ``eigh``, ``sum_of_squares`` and ``subtract_lowrank_``.
-    """
-    forced = os.environ.get(VARIABLE)
-    weight = weights.tensors[0]
-    if forced != "torch" and (weight.is_cuda or forced == "triton"):
-        if not unsupported_reasons("matmul", weight)["triton"]:
-            from .triton import batched
-
-            return batched
-    from . import batched_reference
-
-    return batched_reference

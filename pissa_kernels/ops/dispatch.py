@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .batched import Weights
 
 VARIABLE = "PISSA_KERNELS_BACKEND"
 BACKENDS = ("csrc", "triton", "torch")
@@ -97,6 +100,22 @@ def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str
             if name == "torch" or not _reasons(name, verb, weight):
                 return name
     return "torch"
+
+
+def bodies(weights: Weights) -> Any:
+    """The module that has the operations on batches of these weights: Triton's where it supports them, else torch's.
+
+    Both have ``product``, ``split``, ``inverse_cholesky``, ``eigh``, ``sum_of_squares`` and ``subtract_lowrank_``.
+    """
+    weight, forced = weights.tensors[0], os.environ.get(VARIABLE)
+    wanted = weight.is_cuda and forced != "torch" or forced == "triton"
+    if wanted and not _reasons("triton", "matmul", weight):
+        from .triton import batched
+
+        return batched
+    from . import batched_reference
+
+    return batched_reference
 
 
 def _reasons(name: str, verb: str, weight: Tensor) -> list[str]:

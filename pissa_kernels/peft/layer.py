@@ -67,7 +67,7 @@ class LayerJob:
 
     def defer(self) -> LayerJob:
         """The same job for later. B is set to zero, so that the layer computes W·x until the job has run."""
-        self._set_adapter(self._adapter()[0].data, torch.zeros_like(self._adapter()[1]), torch.float32)
+        self.set_adapter(self._adapter()[0].data, torch.zeros_like(self._adapter()[1]), torch.float32)
         return replace(self, deferred=True)
 
     def run(self) -> LayerReport:
@@ -96,7 +96,7 @@ class LayerJob:
         began, weight = time.perf_counter(), self.weight
         for record in reversed(records(self.layer)):
             if self._repeats(record) and matches(record.after, record.report.dtype, weight):
-                self._set_adapter(record.lora_A, record.lora_B)
+                self.set_adapter(record.lora_A, record.lora_B)
                 latest = of_adapter(self.layer, self.adapter)
                 if latest is None or latest.lora_A is not record.lora_A:
                     remember(self.layer, replace(record, adapter=self.adapter, shared=True))
@@ -134,18 +134,27 @@ class LayerJob:
         """
         weight, scaling = self.weight, self.recipe.scaling
         before = fingerprint(weight)
-        with self._restored_on_failure():
-            self._set_adapter(factors.lora_A, factors.lora_B)
+        with self.restored_on_failure():
+            self.set_adapter(factors.lora_A, factors.lora_B)
             if residual is not None:
                 weight.copy_(residual)
             else:
                 with exact_arithmetic(weight.device):
                     ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, scaling, self.transposed)
-        lora_A, lora_B = (
-            factor.to("cpu", dtype or weight.dtype, copy=True) for factor in (factors.lora_A, factors.lora_B)
-        )
-        report = self._report(factors, time.perf_counter() - began)
-        remember(self.layer, InitRecord(self.adapter, lora_A, lora_B, report, before, fingerprint(weight)))
+        kept = replace(factors, lora_A=factors.lora_A.to(dtype or weight.dtype), lora_B=factors.lora_B.to(dtype or weight.dtype))
+        return self.record(kept, before, fingerprint(weight), time.perf_counter() - began)
+
+    def record(self, factors: Factors, before: Tensor, after: Tensor, seconds: float) -> LayerReport:
+        """Record an initialization that has been written.
+
+        Args:
+            factors: A and B in the dtype that stores the adapter.
+            before, after: fingerprints of W and of W_res.
+            seconds: time that the layer has taken.
+        """
+        lora_A, lora_B = (factor.to("cpu", copy=True) for factor in (factors.lora_A, factors.lora_B))
+        report = self._report(factors, seconds)
+        remember(self.layer, InitRecord(self.adapter, lora_A, lora_B, report, before, after))
         return report
 
     def _report(self, factors: Factors, seconds: float) -> LayerReport:
@@ -166,14 +175,14 @@ class LayerJob:
     def _adapter(self) -> tuple[Tensor, Tensor]:
         return self.layer.lora_A[self.adapter].weight, self.layer.lora_B[self.adapter].weight
 
-    def _set_adapter(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype | None = None) -> None:
+    def set_adapter(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype | None = None) -> None:
         for parameter, value in zip(self._adapter(), (lora_A, lora_B), strict=True):
             if not parameter.is_meta:  # a checkpoint will fill it
                 kept = dtype or (parameter.dtype if self.deferred else torch.float32)
                 parameter.data = value.to(self.weight.device, kept, copy=True)
 
     @contextlib.contextmanager
-    def _restored_on_failure(self) -> Iterator[None]:
+    def restored_on_failure(self) -> Iterator[None]:
         before = [parameter.data for parameter in self._adapter()]
         try:
             yield

@@ -7,6 +7,7 @@ compute with W again (a reference policy), to take the same residual at a reload
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,19 @@ class InitRecord:
 
 def fingerprint(weight: Tensor) -> Tensor:
     """Evenly spread elements of a weight (m, n), the same ones for every layout and device: float32 on the CPU."""
-    m, n = weight.shape
-    index = torch.linspace(0, m * n - 1, min(SAMPLES, m * n), dtype=torch.float64).long().to(weight.device)
-    return weight.detach()[index // n, index % n].float().cpu()
+    return sampled(weight).cpu()
+
+
+def sampled(weight: Tensor) -> Tensor:
+    """:func:`fingerprint` on the weight's device, without waiting for it."""
+    rows, columns = _places(*weight.shape, weight.device)
+    return weight.detach()[rows, columns].float()
+
+
+@lru_cache(maxsize=256)
+def _places(m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    index = torch.linspace(0, m * n - 1, min(SAMPLES, m * n), dtype=torch.float64, device="cpu").long()
+    return (index // n).to(device), (index % n).to(device)
 
 
 def matches(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:

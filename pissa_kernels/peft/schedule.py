@@ -76,7 +76,8 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     on_cpu.sort(key=lambda job: -job.weight.numel())  # small ones last, so that no thread is left with a large one
     work = [functools.partial(_run_layer, job, max(1, threads // workers)) for job in on_cpu]
     for device, share in by_device.items():
-        work.append(functools.partial(_run_device, plan_batches(share, device, budgets[device]), device, stop))
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        work.append(functools.partial(_run_device, plan_batches(share, device, budgets[device]), device, stream, stop))
     # the precision of float32 products is a setting of the process, so it is set once for all threads
     with exact_arithmetic(CPU):
         try:
@@ -91,9 +92,14 @@ def _run_layer(job: LayerJob, threads: int, emit: Callable[[Finished], None]) ->
 
 
 def _run_device(
-    batches: Sequence[list[LayerJob]], device: torch.device, stop: threading.Event, emit: Callable[[Finished], None]
+    batches: Sequence[list[LayerJob]],
+    device: torch.device,
+    stream: torch.cuda.Stream | None,
+    stop: threading.Event,
+    emit: Callable[[Finished], None],
 ) -> None:
-    run_batches(batches, device, lambda job, report: emit((job, report)), stop)
+    with torch.cuda.stream(stream):  # of the caller, which selects its device, too; None does nothing
+        run_batches(batches, device, lambda job, report: emit((job, report)), stop)
 
 
 def _workers(jobs: Sequence[LayerJob], budget: int) -> int:

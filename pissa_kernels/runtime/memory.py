@@ -21,7 +21,8 @@ def free(device: torch.device) -> int:
     The memory limit of a container is not considered. Where it is lower, pass a budget.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch allocates from it
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     if MEMINFO.is_file():
         for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""Copies of weights between CPU and GPU memory through pinned buffers."""
+"""Copies between CPU and GPU memory through pinned buffers, on streams of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,57 @@ import torch
 from torch import Tensor
 
 
+# Bytes of each of the two buffers of a HostCopy.
+BUFFER_BYTES = 32 << 20
+
+
+class HostCopy:
+    """Copies of tensors to the CPU, made when the result is asked for, possibly by another thread.
+
+    The copies wait for the work that the current stream of this thread has been given, and for nothing after it.
+
+    Args:
+        tensors: on one device. They are kept until the copies are complete.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.device = self.tensors[0].device
+        self.ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+    def result(self) -> list[Tensor]:
+        """The copies. The tensors on the device are released."""
+        tensors, self.tensors = self.tensors, []
+        if self.ready is None:
+            return [tensor.cpu() for tensor in tensors]
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_event(self.ready)
+        size = min(BUFFER_BYTES, max(tensor.nbytes for tensor in tensors))
+        buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        results = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in tensors]
+        chunks = [
+            (source[start : start + size], target[start : start + size])
+            for source, target in zip(map(_bytes, tensors), map(_bytes, results), strict=True)
+            for start in range(0, len(source), size)
+        ]
+        events: list[torch.cuda.Event] = []
+        with torch.cuda.stream(stream):
+            for number in range(len(chunks) + 1):
+                if number < len(chunks):
+                    source, _ = chunks[number]
+                    buffers[number % 2][: len(source)].copy_(source, non_blocking=True)
+                    events.append(stream.record_event())
+                if number:  # while the next chunk is copied
+                    _, target = chunks[number - 1]
+                    events[number - 1].synchronize()
+                    target.copy_(buffers[(number - 1) % 2][: len(target)])
+        return results
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
 class PinnedTransfer:
     """Copies stacks of tensors of equal shape to a GPU and back, one stack at a time.
 
@@ -16,13 +67,15 @@ class PinnedTransfer:
     one of two pinned buffers while the other is copied on a separate stream.
 
     Args:
-        device: the GPU. For any other device the copies are plain ones.
+        device: the GPU. For any other device the copies are plain ones. The computation is on its current stream at
+            the time of construction, whatever thread copies.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
+        self.caller = torch.cuda.current_stream(device) if self.on_gpu else None
         self._buffers: list[Tensor] = []
         self._copied = [torch.cuda.Event() for _ in range(2)] if self.on_gpu else []  # type: ignore[no-untyped-call]
 
@@ -30,6 +83,8 @@ class PinnedTransfer:
         """Copy weights (m, n) into a stack (batch, m, n) on the device. Returns when the copy is complete."""
         with self._on_stream():
             stack = weights[0].new_empty((len(weights), *weights[0].shape), device=self.device)
+            if self.caller is not None:  # which computes with it: the memory is not reused before
+                stack.record_stream(self.caller)
             for index, weight in enumerate(weights):
                 buffer = self._buffer(index, weight)
                 if self.on_gpu:
@@ -41,7 +96,16 @@ class PinnedTransfer:
         return stack
 
     def to_host(self, stack: Tensor) -> Iterator[Tensor]:
-        """Yield each tensor of a stack in a pinned buffer, valid until the next tensor is requested."""
+        """Yield each tensor of a stack in a pinned buffer, valid until the next tensor is requested.
+
+        The copies wait for the work that the stream of the computation has been given when this is called.
+        """
+        if self.stream is not None and self.caller is not None:
+            self.stream.wait_stream(self.caller)
+            stack.record_stream(self.stream)
+        return self._sent(stack)
+
+    def _sent(self, stack: Tensor) -> Iterator[Tensor]:
         with self._on_stream():
             for index in range(min(2, len(stack))):
                 self._send(index, stack)

@@ -1,4 +1,4 @@
-"""Cost model: the fastest method and its block width for a batch of weights, and its workspace.
+"""Cost model: the fastest method for a weight, its block width, and its workspace.
 
 Times are estimated from a handful of constants per kind of device. They only have to rank methods whose times differ
 by much. The tests fix the choice where it was measured; ``python -m bench engine`` times the chosen method.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ops
+from . import fixed
 from .krylov import steps_for_niter
 from .stopping import GUARD_VECTORS
 
@@ -51,7 +52,8 @@ MACHINES = {
     # measured on two AVX2 cores: products by BLAS, and by csrc
     "cpu": Machine(flops=1.5e11, read=1.5e-10, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11)),
     "cpu csrc": Machine(flops=1.5e11, read=2e-11, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11), overhead=2, min_block=8),
-    # estimated for an H100: float32 without TF32 at 40 TFLOP/s, 2 bytes per element at 2 TB/s, cuSOLVER's syevd
+    # estimated for an H100, for weights that the fixed schedule does not solve: float32 without TF32 at 40 TFLOP/s,
+    # 2 bytes per element at 2 TB/s, cuSOLVER's syevd
     "cuda": Machine(flops=4e13, read=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
 # The upcast block of rows in the plain torch products on the CPU, and its product.
@@ -71,7 +73,7 @@ class SolverPlan:
 
     Attributes:
         method: "krylov", "chebyshev", "gram" or "svd".
-        seconds: estimated time for one weight of the batch.
+        seconds: estimated time.
         block: columns of a block; 0 for the dense methods.
         limit: columns of the largest Krylov basis; 0 for the other methods.
         steps: number of Krylov steps; None to iterate to a tolerance.
@@ -101,17 +103,14 @@ def choose_plan(
     niter: int | None,
     *,
     machine: str = "cpu",
-    batch: int = 1,
     exclude: Collection[str] = (),
 ) -> SolverPlan:
     """The fastest of :func:`candidates` whose method is not in ``exclude``."""
-    plans = candidates(m, n, rank, niter, machine=machine, batch=batch)
+    plans = candidates(m, n, rank, niter, machine=machine)
     return min((plan for plan in plans if plan.method not in exclude), key=lambda plan: plan.seconds)
 
 
-def candidates(
-    m: int, n: int, rank: int, niter: int | None, *, machine: str = "cpu", batch: int = 1
-) -> list[SolverPlan]:
+def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "cpu") -> list[SolverPlan]:
     """Every plan that can run on a tall matrix: the dense methods, and the iterations whose blocks fit into n columns.
 
     Args:
@@ -120,10 +119,9 @@ def candidates(
         rank: r ≤ n.
         niter: rounds of subspace iteration to match; None for a tolerance.
         machine: a key of :data:`MACHINES`; any other device type counts as a GPU.
-        batch: number of weights that share the small operations. The estimate is for one weight.
     """
     constants = MACHINES.get(machine, MACHINES["cuda"])
-    call = constants.call / batch
+    call = constants.call
     gram = 2 * constants.read * m * n + 2 * m * n * n / constants.flops
     # LAPACK's SVD of a tall matrix starts with a QR factorization; the Gram method ends with a small SVD in float64
     full_svd = 2.4 * constants.eigenproblem(n) + (4 * m * n * n / constants.flops if m > n else 0.0)
@@ -134,18 +132,20 @@ def candidates(
     return dense + _krylov_plans(constants, m, n, rank, call) + _chebyshev_plans(constants, m, n, rank, call, gram)
 
 
-def workspace(m: int, n: int, rank: int, niter: int | None, *, machine: str, batch: int = 1) -> int:
+def workspace(m: int, n: int, rank: int, niter: int | None, *, machine: str) -> int:
     """Upper estimate of the bytes that the SVD of one weight takes beyond the weight, factors included.
 
-    The tests compare it with measured peaks.
+    In a batch that goes through the fixed schedule each weight takes as much. The tests compare it with measured peaks.
 
     Args:
         m: rows of the weight.
         n: columns of the weight.
-        rank, niter, machine, batch: as for :func:`candidates`.
+        rank, niter, machine: as for :func:`candidates`.
     """
     m, n = max(m, n), min(m, n)
-    chosen = choose_plan(m, n, rank, niter, machine=machine, batch=batch)
+    if machine in fixed.DEVICES and fixed.schedule(n, rank) is not None:
+        return fixed.workspace(m, n, rank)
+    chosen = choose_plan(m, n, rank, niter, machine=machine)
     panels = 4 * (m + n) * (2 * rank + 4 * chosen.block)
     if chosen.method == "svd":
         matrices = 16 * m * n

@@ -1,20 +1,25 @@
 """Truncated SVD with a certificate.
 
-All methods work on a batch of weights of equal shape; a single weight is a batch of one. They consist of products with
-the weights, orthonormalization and small dense problems, so they run on the weights' device. They take tall matrices; a
-wide weight is transposed (a view). :mod:`pissa_kernels.svd.cost` chooses the method. Every method ends in
-:mod:`pissa_kernels.svd.rayleigh_ritz`, which turns the subspace into triplets and measures their residuals.
+All methods consist of products with the weights, orthonormalization and small dense problems, so they run on the
+weights' device. They take tall matrices; a wide weight is transposed (a view).
+
+On a GPU, weights of equal shape go through the fixed schedule of :mod:`pissa_kernels.svd.fixed` together. On a CPU, and
+where the schedule does not reach the tolerance, each weight is solved alone, by the method that
+:mod:`pissa_kernels.svd.cost` chooses. These methods end in :mod:`pissa_kernels.svd.rayleigh_ritz`, which turns the
+subspace into triplets and measures their residuals.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..checks import check_accuracy, check_rank, check_weight
 from ..numerics import exact_arithmetic
+from . import fixed
 from .chebyshev import chebyshev_subspace
 from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of
 from .krylov import block_krylov
@@ -109,28 +114,61 @@ def truncated_svd(
     check_weight(weight)
     check_rank(rank, weight.shape)
     check_accuracy(tol, niter)
-    return solve_batch(weight.unsqueeze(0), rank, tol=tol, niter=niter, seed=seed)[0]
+    return solve_batch([weight], rank, tol=tol, niter=niter, seed=seed)[0]
 
 
-def solve_batch(weights: Tensor, rank: int, *, tol: float, niter: int | None, seed: int) -> list[TruncatedSVD]:
-    """:func:`truncated_svd` of each weight of a batch, with the small problems solved together. Checks no argument.
+def solve_batch(
+    weights: Sequence[Tensor], rank: int, *, tol: float, niter: int | None, seed: int
+) -> list[TruncatedSVD]:
+    """:func:`truncated_svd` of each weight of a batch. Checks no argument.
 
-    Every weight starts from the same sketch. Its triplets depend on the other weights only by round-off and by the
-    number of steps, which continue until the slowest weight has converged.
+    The triplets of a weight do not depend on the other weights.
 
     Args:
-        weights: (batch, m, n), batch ≥ 1.
+        weights: (m, n) each, of one dtype and one layout, on one device; at least one.
         rank, tol, niter, seed: as for :func:`truncated_svd`.
 
     Raises:
         ValueError: NaN or Inf in a weight.
     """
-    with exact_arithmetic(weights.device):
-        operator = WeightOperator(weights.detach())
-        batch, m, n = operator.shape
+    found: list[TruncatedSVD | None] = [None] * len(weights)
+    if fixed.runs_on(weights[0], rank):
+        found = _by_schedule(weights, rank, tol, seed)
+    return [
+        _alone(weight, rank, tol, niter, seed) if svd is None else svd
+        for weight, svd in zip(weights, found, strict=True)
+    ]
+
+
+def _by_schedule(weights: Sequence[Tensor], rank: int, tol: float, seed: int) -> list[TruncatedSVD | None]:
+    """The triplets of the weights that the fixed schedule solves to the tolerance, None for the others.
+
+    They are more accurate than those of any number of rounds that "pissa_niter_N" is used with.
+    """
+    first = weights[0]
+    wide = first.shape[0] < first.shape[1]
+    with exact_arithmetic(first.device):
+        tall = [weight.detach().mT if wide else weight.detach() for weight in weights]
+        solution = fixed.solve(tall, rank, tol=tol, seed=seed)
+        U, V = (solution.V, solution.U) if wide else (solution.U, solution.V)
+        Vh = V.mT.contiguous()
+    found: list[TruncatedSVD | None] = []
+    for index, figures in enumerate(solution.figures):
+        certificate = figures.certificate(tol)
+        found.append(
+            TruncatedSVD(U[index], solution.S[index], Vh[index], certificate) if certificate.converged else None
+        )
+    return found
+
+
+def _alone(weight: Tensor, rank: int, tol: float, niter: int | None, seed: int) -> TruncatedSVD:
+    """The triplets of one weight by the method that the cost model expects to be the fastest, or by the next one."""
+    with exact_arithmetic(weight.device):
+        operator = WeightOperator(weight.detach().unsqueeze(0))
+        _, m, n = operator.shape
         tried: list[str] = []
         while True:
-            plan = choose_plan(m, n, rank, niter, machine=machine_of(weights), batch=batch, exclude=tried)
+            plan = choose_plan(m, n, rank, niter, machine=machine_of(weight), exclude=tried)
             if plan.method not in ITERATIONS:
                 break
             tried.append(plan.method)
@@ -141,13 +179,13 @@ def solve_batch(weights: Tensor, rank: int, *, tol: float, niter: int | None, se
             # after block Krylov, a dense method follows only where it is fast; after a fixed number of steps, none
             final = plan.steps is not None or (plan.method == "krylov" and n > DENSE_FALLBACK_WIDTH)
             if all(converged) or final:
-                return certified(operator, triplets, converged, plan.method)
+                return certified(operator, triplets, converged, plan.method)[0]
         if plan.method == "svd":
-            return certified(operator, dense_triplets(operator, rank), [True] * batch, "svd")
+            return certified(operator, dense_triplets(operator, rank), [True], "svd")[0]
         triplets = gram_triplets(operator, rank, torch.float32)
         if (triplets.residuals.amax(-1) > GRAM_RESIDUAL * triplets.S[:, 0]).any().item():
             triplets = gram_triplets(operator, rank, torch.float64)
-        return certified(operator, triplets, [True] * batch, "gram")
+        return certified(operator, triplets, [True], "gram")[0]
 
 
 def _iterate(

@@ -42,13 +42,15 @@ def estimated_deficit(ritz_values: Tensor, residuals: Tensor, edge: Tensor) -> T
     Args:
         ritz_values: (batch, r) θᵢ.
         residuals: (batch, r) ‖H·vᵢ − θᵢ·vᵢ‖.
-        edge: (batch,) upper edge of the part of the spectrum that contains the residuals.
+        edge: (batch,) upper edge of the part of the spectrum that contains the residuals; (batch, r) its average for
+            each residual.
 
     Returns:
         (batch,) float64.
     """
     ritz_values, residuals = ritz_values.double(), residuals.double()
-    gaps = (ritz_values - edge.double().unsqueeze(-1)).clamp(min=0) + residuals
+    edge = edge.double() if edge.ndim == 2 else edge.double().unsqueeze(-1)
+    gaps = (ritz_values - edge).clamp(min=0) + residuals
     errors = torch.where(gaps > 0, residuals.square() / gaps, 0.0).sum(-1)
     total = ritz_values.clamp(min=0).sum(-1)
     return torch.where(total > 0, errors / total, 0.0)

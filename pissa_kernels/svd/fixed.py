@@ -1,0 +1,346 @@
+"""Truncated SVD by a fixed schedule, for GPUs: nothing is decided on the host until the certificate.
+
+On a GPU, products with a weight take microseconds, and what costs is everything in between: small dense problems,
+transfers that a decision waits for, launches. So all weights of a batch go through the same steps:
+
+1. a sketch with random signs, and one product with H = AᵀA;
+2. Chebyshev filters of fixed degrees, with an orthonormalization by shifted CholeskyQR [1]_ after each. The panel has
+   at least twice the wanted columns. A filter's edge is read off the diagonal of R in H·X = Q·R;
+3. one Rayleigh–Ritz projection, and a certificate from its residuals.
+
+Panels are rounded to one bfloat16 piece for all products but the last of the last filter: the filters that follow damp
+the rounding errors of earlier products. A weight whose certificate falls short goes through further filters, with two
+pieces. The certificates are the only transfer to the host in a round.
+
+Every step is an operation of :mod:`pissa_kernels.ops.batched`, whose results do not depend on the other members of a
+batch. So neither do the triplets: a weight has the same ones on every process, whatever the free memory.
+
+References:
+    .. [1] T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa: Shifted Cholesky QR for computing the QR
+       factorization of ill-conditioned matrices. SIAM Journal on Scientific Computing 42, 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import dispatch
+from ..ops.batched import Panel, Update, Weights
+from .result import Certificate
+from .stopping import estimated_deficit
+
+
+class Schedule(NamedTuple):
+    """Columns of the panel, and the degree of each filter."""
+
+    width: int
+    degrees: tuple[int, ...]
+
+
+# For ranks up to the key: the cheapest whose energy deficits are near 1e-6 in emulated bfloat16 arithmetic, on spectra of
+# real weights interpolated to n = 4096, with and without outliers. Up to 128 columns cost a GPU no time, because
+# products with so few are limited by the reading of the weight.
+SCHEDULES = {
+    16: Schedule(128, (3, 4)),
+    32: Schedule(128, (2, 3, 3)),
+    64: Schedule(192, (2, 3, 3)),
+    128: Schedule(256, (2, 3, 3)),
+    256: Schedule(448, (2, 3, 3)),
+}
+# Filters of a weight whose certificate falls short: their degree, and how many there are at most.
+FURTHER_DEGREE = 3
+FURTHER_ROUNDS = 4
+# bfloat16 pieces of a panel: for filters, and for their last product and what is measured. Products of panels with
+# panels take three, which is float32.
+ROUGH, FINE, FULL = 1, 2, 3
+# Shifts of the rounds of CholeskyQR, relative to a unit diagonal. The first makes the factorization succeed for any
+# columns, each round reduces the condition number, and the last of a panel that is measured has no shift.
+SHIFTS = (1e-4, 1e-5)
+FINAL_SHIFTS = (1e-4, 1e-5, 0.0)
+EDGE_SHIFT = 1e-6
+# Smallest edge relative to the largest diagonal element of R: T_4 grows to 8·(2/edge)⁴, and its square is summed.
+MIN_EDGE = 2e-4
+# Largest element of |VᵀV − I| that is round-off. A rank-deficient panel has larger ones.
+MAX_NONORTHOGONALITY = 1e-4
+# ‖W‖_F² outside of which float32 squares over- or underflow. The methods that iterate to a tolerance scale such weights.
+ENERGY_RANGE = (1e-8, 1e8)
+# Round-off of a measured residual, relative to σ₁: U in two pieces, and float32 sums.
+MEASUREMENT_ROUNDOFF = 2.0**-16
+# Types of devices whose weights go through the schedule.
+DEVICES: tuple[str, ...] = ("cuda",)
+
+
+class Figures(NamedTuple):
+    """What is measured of one weight.
+
+    Attributes:
+        deficit: estimated energy deficit; NaN where the triplets are unusable.
+        residual: largest ‖Aᵀuᵢ − σᵢvᵢ‖.
+        largest: σ₁.
+        captured: Σσᵢ².
+        energy: ‖A‖_F²; NaN or Inf where the weight holds one.
+        passes: number of products with A or Aᵀ.
+    """
+
+    deficit: float
+    residual: float
+    largest: float
+    captured: float
+    energy: float
+    passes: int
+
+    def certificate(self, tol: float) -> Certificate:
+        """The certificate for a tolerance on the energy deficit."""
+        relative = self.residual / self.largest + MEASUREMENT_ROUNDOFF if self.largest > 0 else 0.0
+        share = min(self.captured / self.energy, 1.0) if self.energy > 0 else 1.0
+        return Certificate(self.passes, share, relative, self.deficit <= tol, "fixed")
+
+
+@dataclass(eq=False)
+class Solution:
+    """Triplets of a batch, and the figures of each member.
+
+    Attributes:
+        U: (batch, m, r) float32.
+        S: (batch, r) float32, descending.
+        V: (batch, n, r) float32.
+        figures: of each member.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    figures: list[Figures]
+
+    def update(self, members: list[int], other: Solution) -> None:
+        """Replace some members by those of another solution."""
+        for place, member in enumerate(members):
+            for mine, theirs in ((self.U, other.U), (self.S, other.S), (self.V, other.V)):
+                mine[member].copy_(theirs[place])
+            self.figures[member] = other.figures[place]
+
+
+def runs_on(weight: Tensor, rank: int) -> bool:
+    """Whether weights like this one, (m, n), go through the schedule."""
+    return weight.device.type in DEVICES and schedule(min(weight.shape), rank) is not None
+
+
+def schedule(n: int, rank: int) -> Schedule | None:
+    """The schedule for weights whose smaller side is n; None where there is none.
+
+    A panel of n or more columns is the identity, without filters: the projection is the eigenproblem of AᵀA.
+    """
+    for largest, found in SCHEDULES.items():
+        if rank <= largest:
+            return found if found.width < n else Schedule(n, ())
+    return None
+
+
+def workspace(m: int, n: int, rank: int) -> int:
+    """Upper estimate of the bytes that the schedule takes for each weight (m, n), m ≥ n, beyond the weight."""
+    found = schedule(n, rank)
+    assert found is not None
+    b = found.width
+    panels = n * b * (6 * 4 + 4 * 2) + m * b * (4 + 2 * 2)
+    measured = rank * (5 * 4 * n + 4 * 4 * m)
+    signs = 8 * m * b  # once for a batch
+    return panels + measured + 8 * 4 * b * b + signs
+
+
+def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Solution:
+    """The leading triplets of each tall weight of a batch.
+
+    Args:
+        weights: (m, n) each, m ≥ n, of one dtype and one layout, on one device.
+        rank: r, for which :func:`schedule` has a schedule.
+        tol: energy deficit above which a weight goes through further filters.
+        seed: seed of the sketch.
+
+    Returns:
+        Triplets of every weight. Those whose ``deficit`` is not at most ``tol`` have not converged.
+    """
+    steps = _Steps(Weights.of(weights), rank)
+    plan = schedule(weights[0].shape[1], rank)
+    assert plan is not None
+    if not plan.degrees:
+        return steps.projected(steps.identity())
+    X = steps.sketch(plan.width, seed)
+    for degree in plan.degrees[:-1]:
+        X = steps.filtered(X, [ROUGH] * degree)
+    X = steps.filtered(X, [ROUGH] * (plan.degrees[-1] - 1) + [FINE], last=True)
+    solution = steps.projected(X)
+    left = list(range(len(weights)))
+    for _ in range(FURTHER_ROUNDS):
+        # NaN, where a panel has lost its rank, is not above the tolerance
+        kept = [place for place, member in enumerate(left) if solution.figures[member].deficit > tol]
+        if not kept:
+            break
+        left = [left[place] for place in kept]
+        steps, X = steps.part(kept), _part(X, kept)
+        X = steps.filtered(X, [FINE] * FURTHER_DEGREE, last=True)
+        solution.update(left, steps.projected(X))
+    return solution
+
+
+class _Steps:
+    """The steps of the schedule for one batch. Panels of bfloat16 weights carry pieces, those of other weights none."""
+
+    def __init__(self, weights: Weights, rank: int, passes: int = 0) -> None:
+        self.weights = weights
+        self.rank = rank
+        self.passes = passes
+        self.body: Any = dispatch.bodies(weights)
+        self.in_pieces = weights.dtype == torch.bfloat16
+
+    def part(self, members: list[int]) -> _Steps:
+        """The steps for some members of the batch."""
+        tensors = [self.weights.tensors[member] for member in members]
+        return _Steps(Weights.of(tensors), self.rank, self.passes)
+
+    def sketch(self, columns: int, seed: int) -> Panel:
+        """Orthonormal basis of the range of H·Aᵀ·G, with G of random signs, the same for every weight and device."""
+        batch, m, _ = self.weights.shape
+        signs = random_signs(m, columns, seed, self.weights.device).expand(batch, m, columns)
+        # one piece of bfloat16 is exact
+        G = Panel(None, signs.bfloat16().unsqueeze(0)) if self.in_pieces else Panel(signs.contiguous(), None)
+        X = self._product(self.weights.mT, G, ROUGH)
+        return self._orthonormalized(self._normal(X, ROUGH), SHIFTS, ROUGH)
+
+    def identity(self) -> Panel:
+        """The identity as a panel."""
+        batch, _, n = self.weights.shape
+        return self._panel(torch.eye(n, device=self.weights.device).expand(batch, n, n).contiguous(), FINE)
+
+    def filtered(self, X: Panel, pieces: list[int], last: bool = False) -> Panel:
+        """Orthonormal basis of T_d(2H/a − 1)·X, with ``pieces[k]`` pieces in the k-th of d products with H.
+
+        The edge a is the smallest diagonal element of R in H·X = Q·R: about the b-th eigenvalue of H.
+        """
+        HX = self._normal(X, pieces[0])
+        _, diagonal = self.body.inverse_cholesky(self._gram(HX), EDGE_SHIFT)
+        edge = torch.maximum(diagonal.amin(-1), MIN_EDGE * diagonal.amax(-1))
+        values = torch.addcmul(-X.values, HX, (2 / edge)[:, None, None])
+        previous, current = X, self._panel(values, pieces[1])
+        for place in range(1, len(pieces)):
+            update = Update(4 / edge, -2.0, current.values, -1.0, previous.values)
+            following = pieces[place + 1] if place + 1 < len(pieces) else 0
+            Y = self._product(self.weights, current, pieces[place])
+            self.passes += 1
+            filtered = self.body.product(
+                self.weights.mT, Y, precision=pieces[place], update=update, pieces=self._stored(following)
+            )
+            previous, current = current, filtered
+        if last:
+            return self._orthonormalized(current.values, FINAL_SHIFTS, FINE)
+        return self._orthonormalized(current.values, SHIFTS, ROUGH)
+
+    def projected(self, X: Panel) -> Solution:
+        """The triplets of the weights on the subspaces spanned by the panels, and their figures: one transfer."""
+        r, body = self.rank, self.body
+        AX = body.product(self.weights, X, precision=FINE).values
+        self.passes += 1
+        values, vectors = body.eigh(self._gram(AX))
+        wanted, leading = values[:, :r], vectors[:, :, :r].contiguous()
+        V = body.product(X.values, leading, precision=FULL).values
+        AV = body.product(AX, leading, precision=FULL).values
+        S = wanted.clamp(min=0).sqrt()
+        U = AV * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :]
+        residuals = body.product(
+            self.weights.mT,
+            self._panel(U, FINE),
+            precision=FINE,
+            update=Update(torch.ones_like(S[:, 0]), -1.0, V * S[:, None, :]),
+        ).values
+        self.passes += 1
+        norms = self._norms(residuals)
+        skew = (self._gram(V) - torch.eye(r, device=V.device)).abs().amax((-2, -1))
+        deficit = self._deficit(wanted, V, residuals)
+        energy = body.sum_of_squares(self.weights)
+        low, high = ENERGY_RANGE
+        usable = (skew <= MAX_NONORTHOGONALITY) & (low < energy) & (energy < high)
+        deficit = torch.where(usable, deficit, torch.nan)
+        captured = S.double().square().sum(-1)
+        figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy], dim=-1).tolist()
+        return Solution(U, S, V, [Figures(*row, self.passes) for row in figures])
+
+    def _deficit(self, values: Tensor, V: Tensor, residuals: Tensor) -> Tensor:
+        """Estimated energy deficit: twice the second-order errors of the Ritz values.
+
+        The part of a residual R of an eigenpair of H that lies in span(V) only mixes wanted vectors. The rest lies in
+        the space that has not been resolved, and the eigenvalue of its components is ‖A·R‖²/‖R‖² on average. The error
+        of the Ritz value θ is about ‖R‖²/(θ − that average).
+
+        Args:
+            values: (batch, r) θᵢ.
+            V: (batch, n, r).
+            residuals: (batch, n, r) Aᵀuᵢ − σᵢvᵢ, which is R/σᵢ.
+        """
+        inside = self.body.product(V.mT, residuals, precision=FULL).values
+        outside = self.body.product(
+            V, inside, precision=FULL, update=Update(-torch.ones_like(values[:, 0]), 1.0, residuals)
+        ).values
+        norms = self._norms(outside)
+        directions = outside * torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None, :]
+        AR = self.body.product(self.weights, self._panel(directions, ROUGH), precision=ROUGH).values
+        self.passes += 1
+        return 2 * estimated_deficit(values, norms * values.clamp(min=0).sqrt(), self._norms(AR).square())
+
+    def _norms(self, Z: Tensor) -> Tensor:
+        """Norm of each column, by an operation whose order of sums does not depend on the batch, as torch's does."""
+        return self._gram(Z).diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+
+    def _orthonormalized(self, Z: Tensor, shifts: tuple[float, ...], pieces: int) -> Panel:
+        """Orthonormal basis of the range of Z, by a round of CholeskyQR for each shift."""
+        for place, shift in enumerate(shifts):
+            change, _ = self.body.inverse_cholesky(self._gram(Z), shift)
+            stored = self._stored(pieces) if place == len(shifts) - 1 else 0
+            panel = self.body.product(Z, change, precision=FULL, pieces=stored)
+            Z = panel.values
+        return panel
+
+    def _gram(self, Z: Tensor) -> Tensor:
+        gram: Tensor = self.body.product(Z.mT, Z, precision=FULL).values
+        return gram
+
+    def _normal(self, X: Panel, precision: int) -> Tensor:
+        """H·X."""
+        Y = self._product(self.weights, X, precision)
+        self.passes += 1
+        HX: Tensor = self.body.product(self.weights.mT, Y, precision=precision).values
+        return HX
+
+    def _product(self, weights: Weights, X: Panel, precision: int) -> Panel:
+        """A product that only another product reads."""
+        self.passes += 1
+        stored = self._stored(precision)
+        product: Panel = self.body.product(weights, X, precision=precision, values=not stored, pieces=stored)
+        return product
+
+    def _panel(self, values: Tensor, pieces: int) -> Panel:
+        return Panel(values, self.body.split(values, pieces) if self.in_pieces else None)
+
+    def _stored(self, pieces: int) -> int:
+        return pieces if self.in_pieces else 0
+
+
+def _part(X: Panel, members: list[int]) -> Panel:
+    """The panels of some members of a batch."""
+    values = torch.stack([X.values[member] for member in members]) if X.values is not None else None
+    pieces = torch.stack([X.pieces[:, member] for member in members], dim=1) if X.pieces is not None else None
+    return Panel(values, pieces)
+
+
+def random_signs(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """Matrix (rows, columns) float32 of random signs, the same on every device: one bit of a drawn byte each."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    count = -(-rows * columns // 8)
+    drawn = torch.randint(256, (count, 1), generator=generator, dtype=torch.uint8, device="cpu")
+    if device.type == "cuda":
+        drawn = drawn.pin_memory()
+    bits = drawn.to(device, non_blocking=True) >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+    return bits.flatten()[: rows * columns].view(rows, columns).float().mul_(2).sub_(1)
