@@ -1,9 +1,10 @@
-"""Operations on a batch of weights of one shape, for the GPU engine (:mod:`pissa_kernels.svd.fixed`).
+"""Batches of weights of one shape and of panels, as the operations of the GPU engine take them.
 
-The weights stay where they are: a batch is a list of tensors and a table of their addresses. Panels are stacked. Nothing
-is transferred to the host, and no result depends on the other members of its batch: a kernel's tiles and the order of its
-sums depend on the shape alone. The bodies are Triton's (:mod:`.triton.batched`) and plain torch's
-(:mod:`.batched_reference`), with the same signatures.
+The operations are those that :mod:`pissa_kernels.svd.fixed` is made of. The weights stay where they are: a batch is a
+list of tensors and a table of their addresses. Panels are stacked. Nothing is transferred to the host, and no result
+depends on the other members of its batch: a kernel's tiles and the order of its sums depend on the shape alone. The
+bodies are Triton's (:mod:`.triton.batched`) and plain torch's (:mod:`.batched_reference`), with the same signatures;
+:func:`.dispatch.bodies` chooses.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ class Panel(NamedTuple):
 
     values: Tensor | None
     pieces: Tensor | None
+
+    @property
+    def full(self) -> Tensor:
+        """The values of a panel that has them."""
+        assert self.values is not None
+        return self.values
 
 
 class Update(NamedTuple):

@@ -108,7 +108,7 @@ def bodies(weights: Weights) -> Any:
     Both have ``product``, ``split``, ``inverse_cholesky``, ``eigh``, ``sum_of_squares`` and ``subtract_lowrank_``.
     """
     weight, forced = weights.tensors[0], os.environ.get(VARIABLE)
-    wanted = weight.is_cuda and forced != "torch" or forced == "triton"
+    wanted = (weight.is_cuda and forced != "torch") or forced == "triton"
     if wanted and not _reasons("triton", "matmul", weight):
         from .triton import batched
 

@@ -141,7 +141,9 @@ class LayerJob:
             else:
                 with exact_arithmetic(weight.device):
                     ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, scaling, self.transposed)
-        kept = replace(factors, lora_A=factors.lora_A.to(dtype or weight.dtype), lora_B=factors.lora_B.to(dtype or weight.dtype))
+        kept = replace(
+            factors, lora_A=factors.lora_A.to(dtype or weight.dtype), lora_B=factors.lora_B.to(dtype or weight.dtype)
+        )
         return self.record(kept, before, fingerprint(weight), time.perf_counter() - began)
 
     def record(self, factors: Factors, before: Tensor, after: Tensor, seconds: float) -> LayerReport:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-
 # Bytes of each of the two buffers of a HostCopy.
 BUFFER_BYTES = 32 << 20
 

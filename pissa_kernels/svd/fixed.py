@@ -42,8 +42,8 @@ class Schedule(NamedTuple):
     degrees: tuple[int, ...]
 
 
-# For ranks up to the key: the cheapest whose energy deficits are near 1e-6 in emulated bfloat16 arithmetic, on spectra of
-# real weights interpolated to n = 4096, with and without outliers. Up to 128 columns cost a GPU no time, because
+# For ranks up to the key: the cheapest whose energy deficits are near 1e-6 in emulated bfloat16 arithmetic, on spectra
+# of real weights interpolated to n = 4096, with and without outliers. Up to 128 columns cost a GPU no time, because
 # products with so few are limited by the reading of the weight.
 SCHEDULES = {
     16: Schedule(128, (3, 4)),
@@ -67,7 +67,7 @@ EDGE_SHIFT = 1e-6
 MIN_EDGE = 2e-4
 # Largest element of |VᵀV − I| that is round-off. A rank-deficient panel has larger ones.
 MAX_NONORTHOGONALITY = 1e-4
-# ‖W‖_F² outside of which float32 squares over- or underflow. The methods that iterate to a tolerance scale such weights.
+# ‖W‖_F² outside of which squares in float32 may over- or underflow. Such weights go to the methods that scale them.
 ENERGY_RANGE = (1e-8, 1e8)
 # Round-off of a measured residual, relative to σ₁: U in two pieces, and float32 sums.
 MEASUREMENT_ROUNDOFF = 2.0**-16
@@ -224,10 +224,10 @@ class _Steps:
         HX = self._normal(X, pieces[0])
         _, diagonal = self.body.inverse_cholesky(self._gram(HX), EDGE_SHIFT)
         edge = torch.maximum(diagonal.amin(-1), MIN_EDGE * diagonal.amax(-1))
-        values = torch.addcmul(-X.values, HX, (2 / edge)[:, None, None])
+        values = torch.addcmul(-X.full, HX, (2 / edge)[:, None, None])
         previous, current = X, self._panel(values, pieces[1])
         for place in range(1, len(pieces)):
-            update = Update(4 / edge, -2.0, current.values, -1.0, previous.values)
+            update = Update(4 / edge, -2.0, current.full, -1.0, previous.full)
             following = pieces[place + 1] if place + 1 < len(pieces) else 0
             Y = self._product(self.weights, current, pieces[place])
             self.passes += 1
@@ -236,8 +236,8 @@ class _Steps:
             )
             previous, current = current, filtered
         if last:
-            return self._orthonormalized(current.values, FINAL_SHIFTS, FINE)
-        return self._orthonormalized(current.values, SHIFTS, ROUGH)
+            return self._orthonormalized(current.full, FINAL_SHIFTS, FINE)
+        return self._orthonormalized(current.full, SHIFTS, ROUGH)
 
     def projected(self, X: Panel) -> Solution:
         """The triplets of the weights on the subspaces spanned by the panels, and their figures: one transfer."""
@@ -246,7 +246,7 @@ class _Steps:
         self.passes += 1
         values, vectors = body.eigh(self._gram(AX))
         wanted, leading = values[:, :r], vectors[:, :, :r].contiguous()
-        V = body.product(X.values, leading, precision=FULL).values
+        V = body.product(X.full, leading, precision=FULL).values
         AV = body.product(AX, leading, precision=FULL).values
         S = wanted.clamp(min=0).sqrt()
         U = AV * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :]
@@ -266,7 +266,7 @@ class _Steps:
         deficit = torch.where(usable, deficit, torch.nan)
         captured = S.double().square().sum(-1)
         figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy], dim=-1).tolist()
-        return Solution(U, S, V, [Figures(*row, self.passes) for row in figures])
+        return Solution(U, S, V, [Figures(*measured, self.passes) for measured in figures])
 
     def _deficit(self, values: Tensor, V: Tensor, residuals: Tensor) -> Tensor:
         """Estimated energy deficit: twice the second-order errors of the Ritz values.
@@ -294,14 +294,14 @@ class _Steps:
         """Norm of each column, by an operation whose order of sums does not depend on the batch, as torch's does."""
         return self._gram(Z).diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
-    def _orthonormalized(self, Z: Tensor, shifts: tuple[float, ...], pieces: int) -> Panel:
+    def _orthonormalized(self, Z: Tensor, shifts: Sequence[float], pieces: int) -> Panel:
         """Orthonormal basis of the range of Z, by a round of CholeskyQR for each shift."""
         for place, shift in enumerate(shifts):
             change, _ = self.body.inverse_cholesky(self._gram(Z), shift)
             stored = self._stored(pieces) if place == len(shifts) - 1 else 0
             panel = self.body.product(Z, change, precision=FULL, pieces=stored)
             Z = panel.values
-        return panel
+        return panel  # type: ignore[no-any-return]
 
     def _gram(self, Z: Tensor) -> Tensor:
         gram: Tensor = self.body.product(Z.mT, Z, precision=FULL).values

@@ -37,9 +37,9 @@ def mixed_net(dtype: torch.dtype = torch.float32) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("way", [batches._resident, "streamed"])
+@pytest.mark.parametrize("way", ["resident", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batches_are_accurate(way: Any, dtype: torch.dtype) -> None:
+def test_batches_are_accurate(way: str, dtype: torch.dtype) -> None:
     net = mixed_net(dtype)
     weights = {name: layer.weight.detach().clone() for name, layer in net.named_children()}  # type: ignore[operator, union-attr]
     jobs = jobs_of(net)
@@ -47,11 +47,7 @@ def test_batches_are_accurate(way: Any, dtype: torch.dtype) -> None:
     assert sorted(len(batch) for batch in planned) == [1, 2, 3]
     emitted: list[str | None] = []
     emit = lambda job, report: emitted.append(job.name)  # noqa: E731
-    if way == "streamed":
-        batches._streamed(planned, CPU, emit, threading.Event())
-    else:
-        for batch in planned:
-            way(batch, emit)
+    run(planned, way, emit)
     assert sorted(emitted, key=str) == sorted(weights)
     assert_accurate(jobs, weights)
 
@@ -92,11 +88,15 @@ def test_halving_a_streamed_batch_does_not_affect_its_neighbors(fails: int, monk
     assert_accurate(jobs, weights)
 
 
-def run_batch(jobs: list[LayerJob], way: str) -> None:
+def run(planned: list[list[LayerJob]], way: str, emit: batches.Emit = lambda job, report: None) -> None:
     if way == "streamed":
-        batches._streamed([jobs], CPU, lambda job, report: None, threading.Event())
+        batches._streamed(planned, CPU, emit, threading.Event())
     else:
-        batches._resident(jobs, lambda job, report: None)
+        batches.run_batches(planned, CPU, emit, threading.Event())
+
+
+def run_batch(jobs: list[LayerJob], way: str) -> None:
+    run([jobs], way)
 
 
 @pytest.mark.parametrize("way", ["resident", "streamed"])
