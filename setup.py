@@ -26,7 +26,9 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 # kernels.cpp is compiled for each; the library chooses at run time.
 INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-mavx2", "-mfma", "-mf16c"]} if X86 else {})}
+# In pissa_kernels/ops/csrc.py, too, which refuses devices that the library has neither code nor PTX for.
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
+CUDA_PTX = "90"
 
 
 def log(message: str) -> None:
@@ -98,7 +100,7 @@ class BuildLibraries(build_ext):
 
     def cuda_objects(self) -> list[str]:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
-        targets.append("-gencode=arch=compute_90,code=compute_90")  # PTX, for architectures that are not in the list
+        targets.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")  # for newer architectures
         flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *targets]
         return [self.compile(source, flags, compiler="nvcc") for source in sorted((CSRC / "cuda").glob("*.cu"))]
 

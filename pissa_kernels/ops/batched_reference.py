@@ -115,9 +115,10 @@ def subtract_lowrank_(weights: Weights, lora_B: Tensor, lora_A: Tensor, scalings
 
     Args:
         weights: (out, in) each, any strides.
-        lora_B: (batch, out, r) float32.
-        lora_A: (batch, r, in) float32.
+        lora_B: (batch, out, r) float32, float16 or bfloat16. 16-bit factors take one product on tensor cores.
+        lora_A: (batch, r, in), as ``lora_B``.
         scalings: (batch,) float64 on the CPU.
     """
-    for weight, left, right, scaling in zip(weights.tensors, lora_B, lora_A, scalings.tolist(), strict=True):
-        reference.subtract_lowrank_(weight, left, right, scaling)
+    numbers = scalings.tolist()
+    for weight, left, right, scaling in zip(weights.tensors, lora_B, lora_A, numbers, strict=True):
+        reference.subtract_lowrank_(weight, left.float(), right.float(), scaling)

@@ -9,6 +9,7 @@ product is faster and has shorter sums.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ VERBS["cpu"] = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt",
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
 OLDEST_TORCH = (2, 10)
+# What setup.py compiles the CUDA library to. Code for a compute capability runs on devices of its major version, from
+# its minor version on; PTX is compiled by the driver for every device that is not older.
+CUDA_CODE = ((8, 0), (9, 0), (10, 0), (12, 0))
+CUDA_PTX = (9, 0)
 # Columns up to which Gram–Schmidt runs here. Wider panels run in torch, where fewer and larger calls handle them.
 MAX_COLUMNS = 8
 # For each device, why its library cannot be loaded; None if it was loaded.
@@ -39,9 +44,24 @@ def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
     if device not in LIBRARIES:
         return [f"it has no body for {device} tensors"]
     reasons = [_failure("cpu"), _failure(device) if device != "cpu" else None]
+    if device == "cuda" and not any(reasons):
+        reasons.append(_capability_reason(weight.device.index or 0))
     if 1 not in weight.stride()[-2:] and weight.numel() > 1:
         reasons.append(f"neither dimension of the weight is contiguous (strides {weight.stride()})")
     return [reason for reason in reasons if reason]
+
+
+@cache
+def _capability_reason(index: int) -> str | None:
+    """Why the CUDA library cannot run on this device, or None."""
+    major, minor = capability = torch.cuda.get_device_capability(index)
+    if capability >= CUDA_PTX or any(code[0] == major and code[1] <= minor for code in CUDA_CODE):
+        return None
+    held = ", ".join(f"{code[0]}.{code[1]}" for code in CUDA_CODE)
+    return (
+        f"the device's compute capability is {major}.{minor}; the library has code for {held} and PTX for "
+        f"{CUDA_PTX[0]}.{CUDA_PTX[1]}"
+    )
 
 
 def _failure(device: str) -> str | None:

@@ -22,15 +22,16 @@ BACKENDS = ("csrc", "triton", "torch")
 
 MEMORY_BOUND = ("transpose_cast", "subtract_lowrank_")
 PRODUCTS = ("matmul", "rmatmul", "normal")
-CPU_ONLY = ("sum_of_squares", "gram_schmidt")
+OTHERS = ("sum_of_squares", "gram_schmidt")
 CSRC_OR_TORCH: tuple[str, ...] = ("csrc", "torch")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     # csrc takes 0.5 to 1.1 of the time of torch's body, and 0.3 to 1.0 for products. Triton's interpreter is for tests,
     # so Triton is never chosen on the CPU.
-    "cpu": dict.fromkeys((*MEMORY_BOUND, *PRODUCTS, *CPU_ONLY), CSRC_OR_TORCH),
+    "cpu": dict.fromkeys((*MEMORY_BOUND, *PRODUCTS, *OTHERS), CSRC_OR_TORCH),
     # Estimated, not measured: one read and one write of W where torch needs three or more. csrc comes first because it
     # compiles nothing at the first call, and an initializer calls each verb once per weight.
-    "cuda": dict.fromkeys(MEMORY_BOUND, ("csrc", "triton", "torch")) | dict.fromkeys(PRODUCTS, ("triton", "torch")),
+    "cuda": dict.fromkeys(MEMORY_BOUND, ("csrc", "triton", "torch"))
+    | dict.fromkeys((*PRODUCTS, "sum_of_squares"), ("triton", "torch")),
 }
 
 

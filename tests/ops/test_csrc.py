@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pissa_kernels as pk
-from pissa_kernels.ops import csrc
+from pissa_kernels.ops import csrc, dispatch
 
 ROOT = Path(__file__).parents[2]
 REASON = csrc._failure("cpu")
@@ -166,6 +168,74 @@ def test_every_instruction_set_was_built() -> None:
     code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
     assert code.count("vfmadd") > 30
     assert "mulps  %xmm" in code
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((7, 5), False),
+        ((8, 0), True),
+        ((8, 6), True),
+        ((8, 9), True),
+        ((9, 0), True),
+        ((10, 0), True),
+        ((10, 3), True),
+        ((11, 0), True),  # by its PTX
+        ((12, 1), True),
+    ],
+)
+def test_a_device_needs_code_or_ptx(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch, no_cached_capability: None
+) -> None:
+    monkeypatch.setattr(csrc, "_FAILURES", {"cpu": None, "cuda": None})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    with FakeTensorMode():
+        W = torch.empty(8, 8, device="cuda")
+    reasons = pk.ops.unsupported_reasons("subtract_lowrank_", W)["csrc"]
+    if runs:
+        assert reasons == []
+        assert pk.ops.backend("subtract_lowrank_", W) == "csrc"
+    else:
+        assert reasons == [
+            "the device's compute capability is 7.5; the library has code for 8.0, 9.0, 10.0, 12.0 and PTX for 9.0"
+        ]
+        assert pk.ops.backend("subtract_lowrank_", W) == "torch"
+        monkeypatch.setenv(dispatch.VARIABLE, "csrc")
+        with pytest.raises(RuntimeError, match=r"csrc cannot run on a \(8, 8\) float32 weight on cuda:0: .* 7\.5"):
+            pk.ops.backend("subtract_lowrank_", W)
+
+
+def test_a_library_without_code_for_a_newer_device_is_refused(
+    monkeypatch: pytest.MonkeyPatch, no_cached_capability: None
+) -> None:
+    monkeypatch.setattr(csrc, "CUDA_CODE", ((8, 6),))
+    monkeypatch.setattr(csrc, "CUDA_PTX", (12, 0))
+    for capability, runs in (((8, 0), False), ((8, 9), True), ((9, 0), False), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        csrc._capability_reason.cache_clear()
+        assert (csrc._capability_reason(0) is None) == runs, capability
+
+
+@pytest.fixture
+def no_cached_capability() -> Iterator[None]:
+    cached = [csrc._capability_reason]
+    if importlib.util.find_spec("triton"):
+        from pissa_kernels.ops.triton import _device_reason
+
+        cached.append(_device_reason)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def test_the_build_has_the_code_that_the_backend_expects() -> None:
+    text = (ROOT / "setup.py").read_text()
+    built = re.findall(r'"(\d+)"', re.search(r"CUDA_ARCHITECTURES = (.*)", text)[1])  # type: ignore[index]
+    assert tuple(divmod(int(name), 10) for name in built) == csrc.CUDA_CODE
+    assert divmod(int(re.search(r'CUDA_PTX = "(\d+)"', text)[1]), 10) == csrc.CUDA_PTX  # type: ignore[index]
 
 
 def build(folder: Path, choice: str, **changes: str) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .pieces import INTERPRETED
 from .product import matmul, normal, rmatmul
 from .subtract_lowrank import subtract_lowrank_
+from .sum_of_squares import sum_of_squares
 from .transpose_cast import transpose_cast
 
 __all__ = [
@@ -24,12 +25,13 @@ __all__ = [
     "normal",
     "rmatmul",
     "subtract_lowrank_",
+    "sum_of_squares",
     "transpose_cast",
     "unsupported_reasons",
     "verbs",
 ]
 
-VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_")
+VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares")
 OLDEST_CAPABILITY = (8, 0)
 
 

@@ -44,7 +44,7 @@ def parameters(verb: str, device: torch.device, **features: int) -> dict[str, in
     """Block sizes, warps and stages for a launch.
 
     Args:
-        verb: "transpose_cast", "subtract_lowrank_", "product" or "grouped".
+        verb: "transpose_cast", "subtract_lowrank_", "sum_of_squares", "product" or "grouped".
         device: of the weight.
         features: the values of the entries' features, each ≥ 1.
     """
