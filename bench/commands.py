@@ -36,7 +36,9 @@ TOOLS = {
     "table": Command("tools.table", "print rows as a table"),
     "plot": Command("tools.plot", "plot accuracy against time"),
     "split": Command("tools.split", "split the time of truncated_svd into its parts"),
-    "compiled": Command("tools.compiled", "compile every GPU kernel without a GPU: registers, spills, wide accesses"),
+    "compiled": Command(
+        "tools.compiled", "compile every GPU kernel without a GPU and check registers, spills and instructions"
+    ),
     "search": Command("tools.search", "search launch parameters of the Triton kernels for this GPU"),
 }
 COMMANDS = BENCHMARKS | TOOLS

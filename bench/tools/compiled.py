@@ -1,8 +1,8 @@
-"""Compile every GPU kernel for every target, without a GPU, and print a table of the results.
+"""Compile every GPU kernel for every target, without a GPU, print a table of the results and check them.
 
-Registers, spills and shared memory are those that the assembler reports; 16-byte accesses of global memory are counted
-in the PTX, in SASS, or in AMD's assembly. Triton's kernels are compiled with each of the default launch parameters, for
-contiguous, aligned tensors; the CUDA files of csrc/ with nvcc if it is on the PATH.
+Registers, spills and instructions are those of the SASS, or of AMD's assembly; layout conversions those of Triton's
+GPU IR. Triton's kernels are compiled with each of the default launch parameters, for contiguous, aligned tensors, and
+must meet their line in :mod:`.gates`; the CUDA files of csrc/ with nvcc if it is on the PATH, and must not spill.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import triton
 from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from pissa_kernels.ops.triton.grouped import ELEMENTS_BY_NAME
@@ -31,15 +30,22 @@ from pissa_kernels.ops.triton.grouped import kernel as grouped_kernel
 from pissa_kernels.ops.triton.launch import DEFAULT, read
 from pissa_kernels.ops.triton.product import kernel as product_kernel
 from pissa_kernels.ops.triton.subtract_lowrank import kernel as subtract_kernel
+from pissa_kernels.ops.triton.sum_of_squares import BLOCK_SUMS
+from pissa_kernels.ops.triton.sum_of_squares import add as add_kernel
+from pissa_kernels.ops.triton.sum_of_squares import kernel as squares_kernel
 from pissa_kernels.ops.triton.transpose_cast import kernel as transpose_kernel
 
 from .. import commands
 from ..harness.paths import ROOT
+from . import gates, sass
 
 NVIDIA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
 AMD = {architecture: GPUTarget("hip", architecture, 64) for architecture in ("gfx942", "gfx950")}
 TARGETS = NVIDIA | AMD
 BYTES = {2: "bf16", 4: "fp32"}
+# dtypes by the bytes of both: of a weight and its transpose, of a weight and its factors
+PAIRS = {4: ("bf16", "bf16"), 6: ("bf16", "fp32"), 8: ("fp32", "fp32")}
+CUDA_WARPS = 4  # of csrc's kernels
 
 
 @dataclass(frozen=True)
@@ -61,31 +67,61 @@ class Variant:
     options: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """Figures of one compiled kernel; -1 where the compiler does not report one."""
+    """Figures of one compiled kernel, columns of the table. MMA instructions, conversions and barriers are in loops."""
 
-    kernel: str
-    target: str
+    kernel: str = field(kw_only=False)
+    target: str = field(kw_only=False)
     registers: int
     spills: int
     shared_bytes: int
+    mma: int | None = None
+    warpgroup_mma: int | None = None
+    conversions: int
+    barriers: int | None = None
     wide_loads: int
     wide_stores: int
+    blocks: int | None = None
     seconds: float
+
+
+HEADERS = (
+    "kernel",
+    "target",
+    "registers",
+    "spilled bytes",
+    "shared bytes",
+    "MMA",
+    "of warpgroups",
+    "conversions",
+    "barriers",
+    "16-byte loads",
+    "stores",
+    "blocks per SM",
+    "seconds",
+)
 
 
 def variants() -> Iterator[Variant]:
     """Every kernel with every entry of the default launch parameters."""
     for entry in read(DEFAULT)["transpose_cast"]:
-        source, target = {4: ("bf16", "bf16"), 6: ("bf16", "fp32"), 8: ("fp32", "fp32")}[entry["features"]["bytes"]]
+        source, target = PAIRS[entry["features"]["bytes"]]
         yield _variant(f"transpose_cast {source} {target}", transpose_kernel, entry, source, COLUMN_MAJOR=False,
                        result=f"*{target}", col_stride=1)  # fmt: skip
     for entry in read(DEFAULT)["subtract_lowrank_"]:
+        dtype, factor = PAIRS[entry["features"]["bytes"]]
+        fixed = {"scaling": "fp32", "left": f"*{factor}", "right": f"*{factor}", "weight": "*i64", "weight_col": 1,
+                 "ELEMENT": ELEMENTS_BY_NAME[dtype], "ALIGNED": True, "EQUAL": True, "ARITHMETIC": "bf16"}  # fmt: skip
+        name = f"subtract_lowrank_ {dtype} {factor} r{entry['features']['rank']}"
+        yield _variant(name, subtract_kernel, entry, dtype, left_rank=1, right_col=1, **fixed)
+        yield _variant(f"{name} transposed", subtract_kernel, entry, dtype, left_row=1, right_rank=1, **fixed)
+    for entry in read(DEFAULT)["sum_of_squares"]:
         dtype = BYTES[entry["features"]["bytes"]]
-        name = f"subtract_lowrank_ {dtype} r{entry['features']['rank']}"
-        yield _variant(name, subtract_kernel, entry, dtype, scaling="fp32", ARITHMETIC="bf16",
-                       weight_col=1, left_rank=1, right_col=1)  # fmt: skip
+        yield _variant(f"sum_of_squares {dtype}", squares_kernel, entry, dtype, weight="*i64", sums="*fp64",
+                       weight_col=1, ELEMENT=ELEMENTS_BY_NAME[dtype])  # fmt: skip
+    alone = {"parameters": {"num_warps": 4, "num_stages": 1}}
+    yield _variant("sum_of_squares sums", add_kernel, alone, "", sums="*fp64", result="*fp64", BLOCK=BLOCK_SUMS)
     for entry in read(DEFAULT)["product"]:
         dtypes = ("bf16", "fp16") if entry["features"]["bytes"] == 2 else ("fp32",)
         for dtype in dtypes:
@@ -132,35 +168,50 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=variant.options)
 
 
-def report(variant: Variant, target_name: str) -> Report:
+def report(variant: Variant, target: str) -> Report:
     began = time.perf_counter()
-    kernel = compiled(variant, TARGETS[target_name])
+    kernel = compiled(variant, TARGETS[target])
     seconds = time.perf_counter() - began
+    conversions = sass.looped_conversions(kernel.asm["ttgir"])
     shared = kernel.metadata.shared
-    if target_name in AMD:
+    if target in AMD:
         text = kernel.asm["amdgcn"]
-        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)
-        loads = len(re.findall(r"(?:global|buffer)_load_dwordx4|(?:global|buffer)_load_b128", text))
-        stores = len(re.findall(r"(?:global|buffer)_store_dwordx4|(?:global|buffer)_store_b128", text))
-        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
-        return Report(variant.name, target_name, registers, spills, shared, loads, stores, seconds)
-    text = kernel.asm["ptx"]
-    loads = len(re.findall(r"ld\.global[\w.:]*\.v4\.[bf]32|cp\.async\.cg\.shared\.global[^;]*?, 0x10|ld\.global[\w.:]*\.v8\.b32", text))  # fmt: skip  # noqa: E501
-    stores = len(re.findall(r"st\.global[\w.:]*\.v4\.[bf]32|st\.global[\w.:]*\.v8\.b32", text))
-    registers, spills = _assembled(text)
-    return Report(variant.name, target_name, registers, spills, shared, loads, stores, seconds)
-
-
-def _assembled(ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes of a kernel, from the assembler in Triton's package."""
-    architecture = _word(r"\.target (\w+)", ptx)
-    assembler = get_ptxas(int(re.sub(r"\D", "", architecture)))
+        return Report(
+            variant.name,
+            target,
+            registers=_number(r"\.vgpr_count:\s+(\d+)", text),
+            spills=sum(_number(rf"\.{kind}_spill_count:\s+(\d+)", text) for kind in ("vgpr", "sgpr")),
+            shared_bytes=shared,
+            conversions=conversions,
+            wide_loads=len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text)),
+            wide_stores=len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", text)),
+            seconds=seconds,
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [assembler.path, "-v", f"--gpu-name={architecture}", str(path)]
-        done = subprocess.run([*command, "-o", str(path) + ".o"], capture_output=True, text=True, check=True)
-    return _number(r"Used (\d+) registers", done.stderr), _spills(done.stderr)
+        cubin = Path(temporary) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        ((_, code),) = sass.kernels(cubin)
+    return _report(variant.name, target, code, shared, variant.options["num_warps"], conversions, seconds)
+
+
+def _report(
+    name: str, target: str, code: sass.Code, shared: int, warps: int, conversions: int, seconds: float
+) -> Report:
+    return Report(
+        name,
+        target,
+        registers=code.registers,
+        spills=code.stack_bytes,
+        shared_bytes=shared,
+        mma=code.mma,
+        warpgroup_mma=code.warpgroup_mma,
+        conversions=conversions,
+        barriers=code.barriers,
+        wide_loads=code.wide_loads,
+        wide_stores=code.wide_stores,
+        blocks=sass.blocks_per_multiprocessor(target, code.registers, shared, warps),
+        seconds=seconds,
+    )
 
 
 def cuda_reports(job: tuple[Path, str]) -> list[Report]:
@@ -172,30 +223,13 @@ def cuda_reports(job: tuple[Path, str]) -> list[Report]:
         out = Path(temporary) / "kernel.cubin"
         command = ["nvcc", "-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         command += [f"-I{path}" for path in include_paths()]
-        command += [f"-arch={target}", "-cubin", "-Xptxas", "-v", str(source), "-o", str(out)]
         began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        subprocess.run([*command, f"-arch={target}", "-cubin", str(source), "-o", str(out)], check=True)
         seconds = time.perf_counter() - began
-        disassembler = triton.knobs.nvidia.cuobjdump.path  # part of Triton's package
-        sass = subprocess.run([disassembler, "-sass", str(out)], capture_output=True, text=True, check=True)
-    return list(_cuda_report(source.name, target, done.stderr, sass.stdout, seconds))
-
-
-def _cuda_report(file: str, target: str, log: str, sass: str, seconds: float) -> Iterator[Report]:
-    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.DOTALL))
-    for block in re.split(r"(?=Compiling entry function)", log)[1:]:
-        name = _word(r"entry function '(\w+)'", block)
-        code = functions.get(name, "")
-        yield Report(
-            f"{file} {_readable(name)}",
-            target,
-            _number(r"Used (\d+) registers", block),
-            _spills(block),
-            _number(r"(\d+) bytes smem", block, missing=0),
-            len(re.findall(r"LDG\.E[\w.]*\.128|LDGSTS[\w.]*\.128", code)),
-            len(re.findall(r"STG\.E[\w.]*\.128", code)),
-            seconds,
-        )
+        return [
+            _report(f"{source.name} {_readable(name)}", target, code, code.shared_bytes, CUDA_WARPS, 0, seconds)
+            for name, code in sass.kernels(out)
+        ]
 
 
 def _readable(mangled: str) -> str:
@@ -204,29 +238,22 @@ def _readable(mangled: str) -> str:
     return re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "").replace("void ", "")).split("::")[-1]
 
 
-def _spills(log: str) -> int:
-    stores, loads = (_number(rf"(\d+) bytes spill {what}", log, missing=0) for what in ("stores", "loads"))
-    return stores + loads
-
-
-def _number(pattern: str, text: str, missing: int = -1) -> int:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else missing
-
-
-def _word(pattern: str, text: str) -> str:
+def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     assert found is not None, f"no {pattern} in the compiler's output"
-    return found[1]
+    return int(found[1])
 
 
-def _report_job(job: tuple[int, str]) -> Report:
+def _report_job(job: tuple[int, str]) -> tuple[Report, list[str]]:
+    """The report of one kernel, and in what it does not meet its gate."""
     index, target = job  # kernels cannot be pickled
-    return report(list(variants())[index], target)
+    variant = list(variants())[index]
+    found = report(variant, target)
+    return found, gates.failures(found, variant.constants, variant.options["num_warps"])
 
 
 def main(name: str, argv: Sequence[str]) -> int:
-    parser = commands.parser(name, "The exit status is 1 if a kernel spills or does not compile.")
+    parser = commands.parser(name, "The exit status is 1 if a kernel does not compile, spills, or fails its gate.")
     parser.add_argument(
         "--targets",
         nargs="+",
@@ -248,11 +275,15 @@ def main(name: str, argv: Sequence[str]) -> int:
         files = []
         print("nvcc is not on the PATH: csrc/cuda is not compiled", file=sys.stderr)
     cuda_jobs = [(file, target) for file in files for target in arguments.targets if target in NVIDIA]
+    began = time.perf_counter()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         triton_reports, cuda = pool.map(_report_job, jobs), pool.map(cuda_reports, cuda_jobs)
-        found = [report for group in cuda for report in group]
-        reports = [*triton_reports, *(report for report in found if re.search(arguments.only, report.kernel))]
-    headers = ("kernel", "target", "registers", "spilled bytes", "shared bytes", "16-byte loads", "stores", "seconds")
-    lines = [tuple(vars(report).values()) for report in reports]
-    print(tabulate(lines, headers, floatfmt=".1f"))
-    return 1 if any(report.spills for report in reports) else 0
+        checked = list(triton_reports)
+        found = [report for group in cuda for report in group if re.search(arguments.only, report.kernel)]
+    checked.extend((report, ["registers are spilled"] if report.spills else []) for report in found)
+    print(tabulate([tuple(vars(report).values()) for report, _ in checked], HEADERS, floatfmt=".1f"))
+    print(f"\n{len(checked)} kernels in {time.perf_counter() - began:.0f} s, by triton {triton.__version__}")
+    failed = [f"{report.kernel} for {report.target}: {'; '.join(messages)}" for report, messages in checked if messages]
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0

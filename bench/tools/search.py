@@ -27,10 +27,12 @@ from ..kernels.run import VerbSubject
 
 SHAPE = (4096, 4096)
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-TRANSPOSE_TYPES = {4: (torch.bfloat16, torch.bfloat16), 6: (torch.bfloat16, torch.float32), 8: (torch.float32,) * 2}
+# dtypes by the bytes of both: of a weight and its transpose, of a weight and its factors
+PAIRS = {4: (torch.bfloat16, torch.bfloat16), 6: (torch.bfloat16, torch.float32), 8: (torch.float32,) * 2}
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "transpose_cast": {"BLOCK_ROWS": (32, 64, 128), "BLOCK_COLS": (64, 128), "num_warps": (4, 8)},
     "subtract_lowrank_": {"BLOCK_ROWS": (32, 64, 128), "BLOCK_COLS": (64, 128), "num_warps": (4, 8)},
+    "sum_of_squares": {"BLOCK_ROWS": (4, 8, 16), "BLOCK_COLS": (512, 1024), "num_warps": (4, 8)},
     "product": {"BLOCK_ROWS": (64, 128), "BLOCK_INNER": (32, 64, 128), "num_stages": (3, 4)},
 }
 # Largest error relative to the reference verb's: tensor cores round differently.
@@ -56,13 +58,24 @@ def call(verb: str, features: dict[str, int], device: str) -> tuple[Tensor, Call
         return torch.randn(shape, generator=generator).to(device)
 
     if verb == "transpose_cast":
-        source, target = TRANSPOSE_TYPES[features["bytes"]]
+        source, target = PAIRS[features["bytes"]]
         weight = randn(*SHAPE).to(source)
         return weight, lambda W: ops.transpose_cast(W, target), weight.double().mT
-    weight = randn(*SHAPE).to(DTYPES[features["bytes"]])
+    if verb == "sum_of_squares":
+        weight = randn(1, *SHAPE).to(DTYPES[features["bytes"]])
+        return weight, ops.sum_of_squares, weight.double().square().sum((1, 2))
     if verb == "subtract_lowrank_":
-        B, A = randn(SHAPE[0], features["rank"]), randn(features["rank"], SHAPE[1])
-        return weight, lambda W: ops.subtract_lowrank_(W, B, A, 1.0), weight.double() - B.double() @ A.double()
+        dtype, factor = PAIRS[features["bytes"]]
+        weight = randn(*SHAPE).to(dtype)
+        B, A = randn(SHAPE[0], features["rank"]).to(factor), randn(features["rank"], SHAPE[1]).to(factor)
+
+        def subtract(W: Tensor) -> Any:
+            # only Triton has bodies for 16-bit factors, which the public verb does not take
+            factors = (B, A) if ops.dispatch.select(verb, W) == "triton" else (B.float(), A.float())
+            return ops.dispatch.bind(verb, W)(W, *factors, 1.0)
+
+        return weight, subtract, weight.double() - B.double() @ A.double()
+    weight = randn(*SHAPE).to(DTYPES[features["bytes"]])
     X = randn(SHAPE[1], features["columns"])
     return weight, lambda W: ops.matmul(W, X), weight.double() @ X.double()
 

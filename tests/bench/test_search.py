@@ -33,7 +33,7 @@ def test_launch_parameters_are_those_of_the_nearest_device_and_size(
         launch.table.cache_clear()
     cpu = torch.device("cpu")
     assert launch.parameters("product", cpu, bytes=2, columns=17)["BLOCK_COLS"] == 16
-    assert launch.parameters("product", cpu, bytes=2, columns=500)["BLOCK_COLS"] == 128
+    assert launch.parameters("product", cpu, bytes=2, columns=500)["BLOCK_COLS"] == 64
     assert launch.parameters("product", cpu, bytes=4, columns=500)["BLOCK_COLS"] == 64
 
 
@@ -44,6 +44,18 @@ def test_the_search_tries_a_dozen_and_the_default_first(verb: str) -> None:
         assert tried[0] == entry["parameters"]
         assert 2 <= len(tried) <= 13
         assert len({json.dumps(candidate, sort_keys=True) for candidate in tried}) == len(tried)
+
+
+@pytest.mark.parametrize("verb", ["subtract_lowrank_", "sum_of_squares"])
+def test_the_search_calls_each_entry(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ops.unsupported_reasons("matmul", torch.ones(2, 2))["triton"]:
+        pytest.skip("needs Triton's interpreter")
+    monkeypatch.setattr(search, "SHAPE", (64, 48))
+    for entry in launch.read(launch.DEFAULT)[verb]:
+        weight, run, exact = search.call(verb, entry["features"], "cpu")
+        for backend in ("torch", "triton"):
+            monkeypatch.setenv(ops.dispatch.VARIABLE, backend)
+            assert (run(weight.clone()) - exact).norm() <= 2.0**-8 * exact.norm(), (entry, backend)
 
 
 def test_the_search_keeps_what_is_correct(monkeypatch: pytest.MonkeyPatch) -> None:

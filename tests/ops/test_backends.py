@@ -89,11 +89,11 @@ def test_subtraction_at_high_ranks(dtype: torch.dtype, rank: int, backend: str) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["torch", "csrc"])
+@pytest.mark.parametrize("name", ["torch", "csrc", "triton"])
 def test_sums_of_squares_have_float32_accuracy(
     dtype: torch.dtype, layout: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for shape in SMALL + LARGE:
+    for shape in SMALL if name == "triton" and DEVICE == "cpu" else SMALL + LARGE:
         W = layouts(randn(*shape).to(dtype))[layout][None].expand(2, -1, -1)
         reasons = pk.ops.unsupported_reasons("sum_of_squares", W)[name]
         if reasons:

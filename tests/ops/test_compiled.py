@@ -1,4 +1,4 @@
-"""Every GPU kernel compiles for every target, without a GPU: no spills, wide accesses, 64-bit offsets."""
+"""Every GPU kernel compiles for every target, without a GPU, to code that meets its gate; and the gates can fail."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton")
+
+from bench.tools import gates, sass
+from bench.tools.compiled import HEADERS, Report
 
 # Compiled outside: this process may have imported triton with its interpreter.
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}
@@ -21,29 +25,98 @@ for variant in variants():
         print("KERNEL", variant.name)
         print(compiled(variant, TARGETS["sm_90"]).asm["ttir"])
 """
+# The tile of 64 rows and 8 warps that Triton gives two layouts of the accumulator.
+DEFECT = """
+from dataclasses import replace
+from bench.tools import gates
+from bench.tools.compiled import report, variants
+variant = next(variant for variant in variants() if variant.name == "subtract_lowrank_ bf16 fp32 r16")
+tile = {"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_RANK": 32}
+variant = replace(variant, constants=variant.constants | tile, options=variant.options | {"num_warps": 8})
+print(gates.failures(report(variant, "sm_90"), variant.constants, 8))
+"""
+CODE = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_0:
+        /*0020*/              @!P1 HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64] ;
+        /*0040*/               @P0 BRA `(.L_x_0) ;
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0060*/                   BRA `(.L_x_1) ;
+        /*0070*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+.L_x_2:
+        /*0080*/                   BRA `(.L_x_2);
+"""
+TTGIR = """
+#loc = loc("kernel.py":1:0)
+  tt.func @kernel(%a: !tt.ptr<bf16> {tt.divisibility = 16 : i32}) attributes {noinline = false} {
+    %0 = ttg.convert_layout %x : tensor<1xf32, #a> -> tensor<1xf32, #b> loc(#loc)
+    %1 = scf.for %i = %c0 to %n step %c1 iter_args(%t = %z) -> (tensor<1xf32>) : i32 {
+      %2 = ttg.convert_layout %t : tensor<1xf32, #a> -> tensor<1xf32, #b> loc("x"({not a block})))
+      %3 = scf.if %p -> (tensor<1xf32>) {
+        %4 = ttg.convert_layout %2 : tensor<1xf32, #b> -> tensor<1xf32, #a>
+        scf.yield %4 : tensor<1xf32>
+      } else {
+        scf.yield %2 : tensor<1xf32>
+      }
+      scf.yield %3 : tensor<1xf32>
+    } {tt.num_stages = 2 : i32}
+    %5 = ttg.convert_layout %1 : tensor<1xf32, #a> -> tensor<1xf32, #b>
+    tt.return
+  }
+"""
+
+
+def compiled(*arguments: str) -> list[dict[str, str]]:
+    """The table that the command prints, which must succeed."""
+    command = [sys.executable, "-m", "bench", "compiled", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table, _, total = done.stdout.rpartition("\n\n")
+    rule = table.splitlines()[1]
+    columns = [match.span() for match in re.finditer("-+", rule)]
+    rows = [[line[start:stop].strip() for start, stop in columns] for line in table.splitlines()[2:]]
+    assert total.startswith(f"{len(rows)} kernels in ")
+    return [dict(zip(HEADERS, row, strict=True)) for row in rows]
 
 
 @pytest.mark.slow
-def test_the_table_of_every_kernel_and_target() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "compiled"], capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()[2:]]
-    targets = {row[1] for row in rows}
-    assert targets == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}
-    for name, target, registers, spilled, _, loads, stores, _ in rows:
-        assert int(spilled) == 0, (name, target)
-        assert 0 < int(registers) <= 512, (name, target)
-        if target.startswith("sm_") and ".cu" not in name:
-            assert int(loads) > 0, (name, target)
-            assert int(stores) > 0, (name, target)
+def test_every_kernel_meets_its_gate_on_two_targets() -> None:
+    rows = compiled("--targets", "sm_80", "sm_90")
+    for row in rows:
+        assert int(row["spilled bytes"]) == 0, row
+        assert 0 < int(row["registers"]) <= 255, row
+        assert int(row["blocks per SM"]) >= 1, row
     if shutil.which("nvcc"):
         # a file has kernels for unaligned weights, too
-        wide = {(row[0].split()[0], row[1]) for row in rows if ".cu" in row[0] and int(row[5]) and int(row[6])}
-        files = ("transpose_cast.cu", "subtract_lowrank.cu")
-        assert wide == {(file, target) for file in files for target in targets if target.startswith("sm_")}
+        files = [row for row in rows if ".cu" in row["kernel"]]
+        wide = {
+            (row["kernel"].split()[0], row["target"])
+            for row in files
+            if int(row["16-byte loads"]) and int(row["stores"])
+        }
+        names = ("transpose_cast.cu", "subtract_lowrank.cu")
+        assert wide == {(name, target) for name in names for target in ("sm_80", "sm_90")}
+
+
+@pytest.mark.slow
+def test_some_kernels_meet_their_gates_on_every_target() -> None:
+    kernels = (
+        r"^(transpose_cast bf16 fp32|subtract_lowrank_ bf16 (bf16 r128|fp32 r16)|sum_of_squares bf16|matmul bf16 16)$"
+    )
+    rows = compiled("--only", kernels)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}
+    assert all(int(row["spilled bytes"]) == 0 and int(row["registers"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_gate_catches_a_tile_with_two_layouts() -> None:
+    done = subprocess.run([sys.executable, "-c", DEFECT], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert "layout conversions in loops" in done.stdout
+    assert "MMA instructions in loops, 12 expected" in done.stdout
 
 
 @pytest.mark.slow
@@ -59,3 +132,70 @@ def test_offsets_into_a_weight_are_64_bit() -> None:
             assert offsets, name
             # in a group, the offset along the inner dimension is below 2³¹ where it is contiguous
             assert offsets[0] == "i64" if "grouped" in name else set(offsets) == {"i64"}, (name, offsets)
+
+
+def test_instructions_are_counted_in_loops() -> None:
+    code = sass.count(CODE.splitlines(), registers=40, stack_bytes=0, shared_bytes=0)
+    # the outer loop has both MMA instructions; the endless branch at the end is no loop
+    assert (code.mma, code.warpgroup_mma, code.barriers) == (2, 1, 1)
+    assert (code.wide_loads, code.wide_stores) == (2, 1)
+    assert [len(loop) for loop in sass.loops(CODE.splitlines())] == [4, 8]
+
+
+def test_conversions_are_counted_in_loops() -> None:
+    assert sass.looped_conversions(TTGIR) == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared_bytes", "warps", "blocks"),
+    [
+        ("sm_90", 80, 36864, 8, 3),  # by registers
+        ("sm_90", 81, 0, 8, 2),  # 88 are allocated
+        ("sm_80", 32, 55 << 10, 4, 2),  # by shared memory, of which each block needs 1 KiB more
+        ("sm_120", 32, 0, 8, 6),  # by threads
+        ("sm_90", 16, 0, 1, 32),
+    ],
+)
+def test_blocks_per_multiprocessor(target: str, registers: int, shared_bytes: int, warps: int, blocks: int) -> None:
+    assert sass.blocks_per_multiprocessor(target, registers, shared_bytes, warps) == blocks
+
+
+TILE = {"BLOCK_ROWS": 128, "BLOCK_COLS": 64, "BLOCK_RANK": 32}
+GOOD = Report(
+    "subtract_lowrank_ bf16 bf16 r128",
+    "sm_90",
+    registers=80,
+    spills=0,
+    shared_bytes=36864,
+    mma=2,
+    warpgroup_mma=2,
+    conversions=0,
+    barriers=2,
+    wide_loads=13,
+    wide_stores=4,
+    blocks=3,
+    seconds=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spills": 8}, "8 bytes are spilled"),
+        ({"mma": 3, "warpgroup_mma": 3}, "3 MMA instructions in loops, 2 expected"),
+        ({"mma": 16, "warpgroup_mma": 0}, "16 MMA instructions are not a warpgroup's"),
+        ({"target": "sm_80", "mma": 8}, "8 MMA instructions in loops, 16 expected"),
+        ({"conversions": 1}, "1 layout conversions in loops, at most 0 expected"),
+        ({"wide_loads": 0}, "0 loads and 4 stores of 16 bytes"),
+        ({"blocks": 1}, "1 blocks per multiprocessor, at least 2 expected"),
+        ({"target": "gfx942", "spills": 4}, "4 bytes are spilled"),
+    ],
+)
+def test_a_report_that_misses_its_gate_says_in_what(changes: dict[str, object], words: str) -> None:
+    assert gates.failures(GOOD, TILE, 8) == []
+    assert words in gates.failures(replace(GOOD, **changes), TILE, 8)  # type: ignore[arg-type]
+
+
+def test_a_kernel_without_a_gate_is_an_error() -> None:
+    with pytest.raises(LookupError, match="0 lines of GATES match the kernel 'new kernel'"):
+        gates.gate_of("new kernel")
