@@ -262,7 +262,9 @@ def main(name: str, argv: Sequence[str]) -> int:
         metavar="TARGET",
         help=f"targets (default: {' '.join(TARGETS)})",
     )
-    parser.add_argument("--only", default="", metavar="REGEX", help="compile only kernels whose name matches REGEX")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="compile only kernels, and files of csrc, whose name matches REGEX"
+    )
     arguments = parser.parse_args(argv)
     jobs = [
         (index, target)
@@ -270,7 +272,7 @@ def main(name: str, argv: Sequence[str]) -> int:
         if re.search(arguments.only, variant.name)
         for target in arguments.targets
     ]
-    files = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    files = [file for file in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if re.search(arguments.only, file.name)]
     if not shutil.which("nvcc"):
         files = []
         print("nvcc is not on the PATH: csrc/cuda is not compiled", file=sys.stderr)
@@ -279,7 +281,7 @@ def main(name: str, argv: Sequence[str]) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         triton_reports, cuda = pool.map(_report_job, jobs), pool.map(cuda_reports, cuda_jobs)
         checked = list(triton_reports)
-        found = [report for group in cuda for report in group if re.search(arguments.only, report.kernel)]
+        found = [report for group in cuda for report in group]
     checked.extend((report, ["registers are spilled"] if report.spills else []) for report in found)
     print(tabulate([tuple(vars(report).values()) for report, _ in checked], HEADERS, floatfmt=".1f"))
     print(f"\n{len(checked)} kernels in {time.perf_counter() - began:.0f} s, by triton {triton.__version__}")
