@@ -30,7 +30,7 @@ BENCHMARKS = {
     "model": Command("models.run", "whole models: get_peft_model on a Llama-shaped model"),
     "checkpoint": Command("checkpoints.run", "whole checkpoints: pissa-kernels init on a Llama-shaped checkpoint"),
     "cold-start": Command("kernels.cold_start", "first kernel calls of a fresh process"),
-    "gpu": Command("tools.gpu", "tests and benchmarks that need a GPU, in less than eight minutes"),
+    "gpu": Command("gpu.run", "what a GPU can show, in order of worth, within some minutes"),
 }
 TOOLS = {
     "table": Command("tools.table", "print rows as a table"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,7 +31,7 @@ def about(device: str) -> Row:
 
 
 def machine(device: str) -> dict[str, str | int | float | None]:
-    """CPU model, number of torch's threads, load average of the last minute, RAM in GiB, name of the GPU."""
+    """CPU model, number of torch's threads, load average of the last minute, RAM in GiB; GPU, its driver, CUDA."""
     try:
         ram = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
@@ -41,6 +42,8 @@ def machine(device: str) -> dict[str, str | int | float | None]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "ram_gib": ram,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "driver": _driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
     }
 
 
@@ -80,3 +83,15 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.machine()
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        if found:
+            return found[1]
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -66,6 +66,8 @@ def _finite(value: Any) -> Any:
     # JSON has no NaN: a figure that is not finite becomes null
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -52,12 +52,17 @@ class Injection:
         base: base model.
         provider: key of :data:`PROVIDERS`.
         device: device to measure.
+
+    Attributes:
+        method: how it injects the adapter.
+        report: report of the last run; None without ``patch_peft``.
     """
 
     def __init__(self, base: Base, provider: str, device: str = "cpu") -> None:
         self.base = base
         self.method = PROVIDERS[provider]
         self.device = device
+        self.report: pk.Report | None = None
 
     def restore(self) -> None:
         self.base.restore("cpu" if self.method.on_cpu else self.device)
@@ -71,5 +76,5 @@ class Injection:
         config = peft.LoraConfig(
             r=rank, lora_alpha=rank, init_lora_weights=self.method.init, target_modules=sorted(SPECTRA)
         )
-        with contextlib.nullcontext() if settings is None else pk.patch_peft(**settings):
+        with contextlib.nullcontext() if settings is None else pk.patch_peft(**settings) as self.report:
             self.base.adapted = peft.get_peft_model(self.base.model, config)
