@@ -61,14 +61,14 @@ def cases(settings: Settings) -> Iterator[BatchedCase]:
     """Products with weights and panels of a model, other reads of the weights, and small problems."""
     width, inner, most = settings.width, settings.inner, min(256, settings.width)
     batch = 8 if settings.device == "cuda" else 2
-    for columns in (64, 128, most):
+    for columns in (128, 192, most):
         for precision in (1, 2, 3):
             for transposed in (False, True):
                 yield Product(width, width, "bf16", batch, columns, precision, transposed)
     yield Product(inner, width, "bf16", batch, most, 1)
     yield Product(inner, width, "bf16", batch, most, 1, transposed=True)
-    for precision in (1, 3):
-        yield Product(most, width, batch=batch, columns=most, precision=precision, stacked=True)
+    yield Product(most, width, batch=batch, columns=most, kind="gram")
+    yield Product(width, most, batch=batch, columns=most, kind="change")
     yield SumOfSquares(width, width, "bf16", batch)
     yield from (Subtraction(width, width, "bf16", batch, rank) for rank in settings.ranks)
     full = settings.device == "cuda"
@@ -137,7 +137,7 @@ CUBLAS, LINALG = "cuBLAS bf16", "torch.linalg"
 
 def equivalents(case: BatchedCase, inputs: Any) -> dict[str, Call]:
     """Torch's own way to do the same, by name; for products one bf16 product for each weight."""
-    if isinstance(case, Product) and not case.stacked:
+    if isinstance(case, Product) and case.kind == "product":
         weights, panel, _ = inputs
         pairs = [(weight.mT if case.transposed else weight, X) for weight, X in zip(weights, panel.values, strict=True)]
         return {CUBLAS: lambda: [weight @ X.bfloat16() for weight, X in pairs]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..__main__ import main as bench
 from ..harness.paths import ROOT
 from .record import Recorder
@@ -56,9 +58,18 @@ def tests(recorder: Recorder) -> None:
 
 
 def search(recorder: Recorder) -> None:
-    """``bench search``, into the folder of the run."""
+    """The search of ``bench search``, products first; the file is complete after each entry, in case it is stopped."""
     if recorder.settings.device != "cuda":
         recorder.row("bench search", "step", skipped="needs a GPU")
         return
-    status = bench(["search", "--out", str(recorder.settings.folder)])
-    recorder.row("bench search", "step", reason=f"exit status {status}" if status else None)
+    from pissa_kernels.ops.triton import launch
+
+    from ..tools import search as tool
+
+    found = launch.read(launch.DEFAULT)
+    path = recorder.settings.folder / f"{launch.slug(torch.cuda.get_device_name())}.json"
+    for verb in sorted(tool.GRIDS, key=lambda verb: verb != "product"):
+        for entry in found[verb]:
+            entry["parameters"] = tool.best(verb, entry, "cuda")
+            path.write_text(tool.written(found), encoding="utf-8")
+        recorder.row(verb, "search", entries=len(found[verb]))

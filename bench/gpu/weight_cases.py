@@ -23,27 +23,28 @@ QUARTER = 2.0**-26
 
 @dataclass(frozen=True)
 class Product(BatchedCase):
-    """A product of weights, or of float32 matrices that are no weights (``stacked``), with panels.
+    """A product of weights with panels, or of float32 matrices.
 
     Attributes:
         columns: k.
         precision: 1, 2 or 3.
         transposed: whether the left side is Wᵀ.
         update: whether α·W·X + β·current + γ·previous is stored.
-        stacked: whether the left side is a stack of transposed panels, as in a Gram matrix ZᵀZ.
         shared: whether all weights have the same panel, as a sketch.
+        kind: "product" of weights W (m, n) with panels; "gram" for ZᵀZ (k, k) of panels Z (n, k), where m = k; "change"
+            for Z·C of panels Z (m, n) with C (n, k).
     """
 
     columns: int = 24
     precision: int = 3
     transposed: bool = False
     update: bool = False
-    stacked: bool = False
     shared: bool = False
+    kind: str = "product"
 
     @property
     def function(self) -> str:
-        return "gram" if self.stacked else "product"
+        return self.kind
 
     @property
     def name(self) -> str:
@@ -66,9 +67,11 @@ class Product(BatchedCase):
         def randn(*shape: int) -> Tensor:
             return torch.randn(self.batch, *shape, generator=generator, device=device)
 
-        if self.stacked:
+        if self.kind == "gram":
             Z = randn(inner, self.columns)
             return Z.mT, Panel(Z, None), None
+        if self.kind == "change":
+            return randn(rows, inner), Panel(randn(inner, self.columns), None), None
         weights, values = self.weights(device), randn(inner, self.columns)
         if self.shared:
             values = values[:1].expand(self.batch, -1, -1)
@@ -84,7 +87,7 @@ class Product(BatchedCase):
 
     def call(self, body: Any, inputs: Any, count: int) -> tuple[Tensor, ...]:
         left, panel, update = _first(inputs, count)
-        if not self.stacked:
+        if self.kind == "product":
             left = Weights.of(left)
             left = left.mT if self.transposed else left
             if self.dtype == "bf16":
@@ -117,7 +120,7 @@ class Product(BatchedCase):
     @property
     def flops(self) -> int:
         """Operations of one product, 2·m·n·k for each matrix."""
-        return 2 * self.batch * (self.columns if self.stacked else self.m) * self.n * self.columns
+        return 2 * self.batch * self.m * self.n * self.columns
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Search launch parameters of the Triton kernels for this GPU and write them to ops/triton/launch.
 
 About a dozen candidates are tried for each entry of the defaults. Each is compared with the reference verb before it is
-timed, on copies of the weight. The fastest of each entry goes to a file with the device's name, verb by verb, so that a
-search that is stopped keeps what it found.
+timed, on copies of the weight. The fastest of each entry goes to a file with the device's name.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -117,15 +115,15 @@ def best(verb: str, entry: launch.Entry, device: str) -> dict[str, int]:
     return winner
 
 
-def search(device: str) -> Iterator[dict[str, list[launch.Entry]]]:
-    """The best entries of the verbs so far, after each verb; grouped products get those of single products."""
+def search(device: str) -> dict[str, list[launch.Entry]]:
+    """The best entries of every verb; grouped products get those of single products."""
     found: dict[str, list[launch.Entry]] = {}
     for verb in GRIDS:
         found[verb] = [
             {"features": entry["features"], "parameters": best(verb, entry, device)}
             for entry in launch.read(launch.DEFAULT)[verb]
         ]
-        yield found | ({"grouped": found["product"]} if "product" in found else {})
+    return found | {"grouped": found["product"]}
 
 
 def written(entries: dict[str, list[launch.Entry]]) -> str:
@@ -138,20 +136,11 @@ def written(entries: dict[str, list[launch.Entry]]) -> str:
 
 
 def main(name: str, argv: Sequence[str]) -> int:
-    parser = commands.parser(name, "They are written verb by verb.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=launch.FOLDER,
-        metavar="DIR",
-        help="folder of the file, which has the GPU's name (default: pissa_kernels/ops/triton/launch)",
-    )
-    arguments = parser.parse_args(argv)
+    commands.parser(name, "They are written to pissa_kernels/ops/triton/launch.").parse_args(argv)
     if not torch.cuda.is_available():
         print(f"bench {name}: torch finds no CUDA device", file=sys.stderr)
         return 2
-    path = arguments.out / f"{launch.slug(torch.cuda.get_device_name())}.json"
-    for entries in search("cuda"):
-        path.write_text(written(entries))
+    path = launch.FOLDER / f"{launch.slug(torch.cuda.get_device_name())}.json"
+    path.write_text(written(search("cuda")))
     print(f"written to {path.name}")
     return 0

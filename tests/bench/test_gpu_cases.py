@@ -31,7 +31,8 @@ CASES = (
     Product(33, 70, "bf16", columns=5, precision=2, transposed=True, update=True),
     Product(33, 70, "bf16", columns=5, precision=3, shared=True),
     Product(33, 70, "fp16", columns=5, precision=1),
-    Product(5, 70, columns=5, stacked=True),
+    Product(5, 70, columns=5, kind="gram"),
+    Product(70, 6, columns=5, kind="change"),
     SumOfSquares(33, 70, "fp16"),
     Subtraction(33, 70, "bf16", rank=4),
     Subtraction(33, 70, "fp32", rank=4, transposed=True),
@@ -98,7 +99,7 @@ def test_every_operation_verb_dtype_and_precision_is_in_the_smoke_test() -> None
     assert len({case.name for case in cases}) == len(cases)
     products = {(case.dtype, case.precision, case.transposed) for case in cases if case.function == "product"}
     assert products >= {("bf16", precision, way) for precision in (1, 2, 3) for way in (False, True)}
-    functions = {"product", "gram", "inverse_cholesky", "eigh", "sum_of_squares", "subtract_lowrank_"}
+    functions = {"product", "gram", "change", "inverse_cholesky", "eigh", "sum_of_squares", "subtract_lowrank_"}
     assert {case.function for case in cases} == functions
     verbs = {case.verb for case in smoke.verb_cases(settings)}
     assert verbs == {"matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_"}
