@@ -35,8 +35,9 @@ def subspace_step(weights: list[Tensor], rank: int) -> None:
     batch = Weights.of(weights)
     body = batched.bodies(batch)
     rows = weights[0].shape[0]
-    sketch = torch.randn(rows, rank).pin_memory().to(batch.device, non_blocking=True).expand(len(weights), -1, -1)
-    X = body.product(batch.mT, Panel(None, body.split(sketch, 1)), precision=1).values
+    sketch = torch.randn(rows, rank).pin_memory().to(batch.device, non_blocking=True)
+    pieces = body.split(sketch, 1)[:, None].expand(-1, len(weights), -1, -1)
+    X = body.product(batch.mT, Panel(None, pieces), precision=1).values
     update = Update(torch.ones(len(weights), device=batch.device), 0.5, X)
     X = body.product(batch.mT, body.product(batch, X, precision=2), precision=2, update=update, pieces=2).values
     change, diagonal = body.inverse_cholesky(body.product(X.mT, X, precision=3).values, 1e-6)
