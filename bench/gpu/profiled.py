@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from ..harness.rows import Row
@@ -59,9 +60,14 @@ def profile_injection(recorder: Recorder) -> None:
             layers=base.case.layers,
             seconds=plain,
             profiled_s=seconds,
-            device_s=sum(event.self_device_time_total for event in events) / 1e6,
+            device_s=device_seconds(events),
             **counts(events),
         )
+
+
+def device_seconds(events: Iterable[Any]) -> float:
+    """Seconds in which the GPU was busy; events on the CPU repeat the times of the kernels that they launch."""
+    return sum(float(event.self_device_time_total) for event in events if event.device_type != DeviceType.CPU) / 1e6
 
 
 def counts(events: Iterable[Any]) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -106,6 +107,7 @@ def _steps(text: str) -> list[str]:
 def in_workers(names: Sequence[str], settings: Settings) -> dict[str, float]:
     """Run steps, each in its own process; the seconds of each."""
     spent: dict[str, float] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the workers are killed as well
     waiting = Worker()
     try:
         for name in names:

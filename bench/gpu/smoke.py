@@ -88,7 +88,7 @@ def check_verb(case: VerbCase, recorder: Recorder) -> None:
         with trial.attempt():
             seconds[name] = _timed(partial(trial.call, weight.clone()), device)
     check_all(case, trials, calls["ours torch"], weight, case.exact(weight, left, right))
-    _raise_if_broken(device)
+    _synchronize(device)
     for name, trial in trials.items():
         units = trial.error / OURS_LIMIT[weight.device.type]
         recorder.row(
@@ -107,12 +107,14 @@ def check_batched(case: BatchedCase, recorder: Recorder) -> None:
             body = body_of(name)
             began = time.perf_counter()
             results = case.call(body, inputs, case.batch)
+            _synchronize(device)
+            first = time.perf_counter() - began
             found = case.errors(inputs, results)
             units = case.units(found, own)
-            figures = {"in_units": units, "errors": found, "torch_errors": own, "first_s": time.perf_counter() - began}
+            figures = {"in_units": units, "errors": found, "torch_errors": own, "first_s": first}
             trial.reason = rejection(case, body, inputs, results, units)
         recorder.row(case.name, name, reason=trial.reason, **figures)
-        _raise_if_broken(device)
+        _synchronize(device)
 
 
 def rejection(
@@ -167,12 +169,11 @@ def _first_matrices(
 def _timed(call: Callable[[], object], device: str) -> float:
     began = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    _synchronize(device)
     return time.perf_counter() - began
 
 
-def _raise_if_broken(device: str) -> None:
-    """Raise if an error has spoilt the CUDA context, so that nothing else can run in this process."""
+def _synchronize(device: str) -> None:
+    """Wait for the GPU; raises if an error has spoilt the CUDA context, so that nothing else can run in the process."""
     if device == "cuda":
         torch.cuda.synchronize()

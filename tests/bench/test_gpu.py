@@ -142,7 +142,7 @@ def worker(code: str) -> Worker:
 @pytest.mark.parametrize(
     ("code", "limit", "failure"),
     [
-        ("time.sleep(60)", 3, "stopped after 3 s"),
+        ("time.sleep(60)", 2, "stopped after 2 s"),
         ("os.kill(os.getpid(), 11)", 60, "killed by SIGSEGV"),
         ("sys.exit(3)", 60, "exit status 3"),
         ("pass", 60, None),
@@ -181,6 +181,25 @@ def test_the_log_names_no_host_and_no_path(monkeypatch: pytest.MonkeyPatch) -> N
     for part in (line[:12], line[12:], "\n"):
         stream.write(part)
     assert (terminal.getvalue(), file.getvalue()) == (line + "\n", expected + "\n")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated_leaves_no_worker(tmp_path: Path) -> None:
+    code = "import sys; from bench.gpu import run, worker; COMMAND; sys.exit(run.main('gpu', sys.argv[1:]))"
+    sleeper = "[sys.executable, '-uc', 'import os, time; print(os.getpid()); time.sleep(60)']"
+    code = code.replace("COMMAND", f"run.Worker = lambda: worker.Worker({sleeper})")
+    command = [sys.executable, "-uc", code, *SMALL, "--steps", "smoke", "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        sleeping = next(int(line) for line in program.stdout if line.strip().isdigit())
+        program.terminate()
+        assert program.wait(timeout=20) == 143
+    for _ in range(100):
+        if not Path(f"/proc/{sleeping}").exists():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the worker is still there")
 
 
 def test_events_of_a_profile_are_counted_once() -> None:

@@ -112,10 +112,10 @@ def test_a_kernel_that_is_wrong_is_not_timed(recorder: Recorder, monkeypatch: py
     monkeypatch.setattr(kernels, "available", lambda device: ["other", "torch"])
     kernels.measure(Eigh(12, 12), 1e9, recorder)
     rows = {row["provider"]: row for row in read_rows(recorder.settings.folder / ROWS)}
-    assert set(rows) == {"other", "torch", kernels.LINALG}
+    assert set(rows) == {"other", kernels.LINALG}
     assert not rows["other"]["ok"]
     assert "min_ms" not in rows["other"]
-    assert rows["torch"]["speedup"] == pytest.approx(rows[kernels.LINALG]["min_ms"] / rows["torch"]["min_ms"])
+    assert rows[kernels.LINALG]["min_ms"] > 0
 
 
 def test_rates_of_a_product() -> None:
@@ -124,6 +124,8 @@ def test_rates_of_a_product() -> None:
     assert row["tflops"] == pytest.approx(2 * 4 * 100 * 200 * 10 * 2 / 0.5e-3 / 1e12)
     assert row["of_cublas"] == pytest.approx(2 * 0.2 / 0.5)
     assert row["of_copy"] == pytest.approx(4 * 100 * 200 * 2 / 0.5e-3 / 1e9)
+    row = kernels.rates(Eigh(12, 12), "triton", {"triton": 0.5, kernels.LINALG: 2.0}, rate=1e9)
+    assert row == {"min_ms": 0.5, "speedup": 4.0}
 
 
 def test_weights_have_spikes_over_a_bulk() -> None:
