@@ -25,7 +25,7 @@ from ..kernels.gate import OURS_LIMIT, VerbTrial, check_all
 from .case import BatchedCase
 from .dense_cases import Eigh, InverseCholesky
 from .record import Recorder, Settings
-from .weight_cases import Product, Subtraction, SumOfSquares
+from .weight_cases import Product, Split, Subtraction, SumOfSquares
 
 RAGGED = (129, 257)
 BODIES = {"triton": "pissa_kernels.ops.triton.batched", "torch": "pissa_kernels.ops.batched_reference"}
@@ -68,6 +68,7 @@ def batched_cases(settings: Settings) -> Iterator[BatchedCase]:
     for precision in (1, 2, 3):
         yield Product(24, 257, columns=24, precision=precision, kind="gram")
         yield Product(257, 24, columns=24, precision=precision, kind="change")
+    yield Split(257, 24)
     yield Product(128, width, columns=128, kind="gram")
     yield Product(width, 128, columns=128, kind="change")
     yield SumOfSquares(inner, width, "bf16")

@@ -124,6 +124,29 @@ class Product(BatchedCase):
 
 
 @dataclass(frozen=True)
+class Split(BatchedCase):
+    """The three bfloat16 pieces of m×n panels, bit by bit."""
+
+    @property
+    def function(self) -> str:
+        return "split"
+
+    @property
+    def limits(self) -> Mapping[str, Limit]:
+        return {"other_bits": Limit(0, 0.5, 0.5)}  # of a number of elements
+
+    def inputs(self, device: str) -> Tensor:
+        return torch.stack(self.weights(device))
+
+    def call(self, body: Any, inputs: Any, count: int) -> tuple[Tensor, ...]:
+        return (body.split(inputs[:count], 3),)
+
+    def errors(self, inputs: Any, results: tuple[Tensor, ...]) -> Errors:
+        exact = split(inputs[: results[0].shape[1]], 3)
+        return {"other_bits": float((results[0] != exact).sum())}
+
+
+@dataclass(frozen=True)
 class SumOfSquares(BatchedCase):
     """‖W‖_F²."""
 

@@ -19,7 +19,7 @@ from bench.gpu.model import DeviceModel, accuracy, spiked_weight
 from bench.gpu.record import ROWS, Recorder, Settings
 from bench.gpu.resident import ModelTrial, niter_rejection
 from bench.gpu.streamed import PinnedCopies
-from bench.gpu.weight_cases import Product, Subtraction, SumOfSquares
+from bench.gpu.weight_cases import Product, Split, Subtraction, SumOfSquares
 from bench.harness.rows import read_rows
 from bench.models.injection import OURS, Injection
 from bench.models.llama import ModelCase
@@ -33,6 +33,7 @@ CASES = (
     Product(33, 70, "fp16", columns=5, precision=1),
     Product(5, 70, columns=5, kind="gram"),
     Product(70, 6, columns=5, kind="change"),
+    Split(33, 5),
     SumOfSquares(33, 70, "fp16"),
     Subtraction(33, 70, "bf16", rank=4),
     Subtraction(33, 70, "fp32", rank=4, transposed=True),
@@ -62,7 +63,7 @@ def test_an_error_of_any_kind_is_above_what_is_allowed(case: BatchedCase) -> Non
 def body(**functions: Any) -> ModuleType:
     """The reference module with some functions replaced."""
     module = ModuleType("tests.body")
-    names = ("product", "inverse_cholesky", "eigh", "sum_of_squares", "subtract_lowrank_")
+    names = ("product", "split", "inverse_cholesky", "eigh", "sum_of_squares", "subtract_lowrank_")
     vars(module).update({name: getattr(batched_reference, name) for name in names} | functions)
     return module
 
@@ -99,7 +100,16 @@ def test_every_operation_verb_dtype_and_precision_is_in_the_smoke_test() -> None
     assert len({case.name for case in cases}) == len(cases)
     products = {(case.dtype, case.precision, case.transposed) for case in cases if case.function == "product"}
     assert products >= {("bf16", precision, way) for precision in (1, 2, 3) for way in (False, True)}
-    functions = {"product", "gram", "change", "inverse_cholesky", "eigh", "sum_of_squares", "subtract_lowrank_"}
+    functions = {
+        "product",
+        "gram",
+        "change",
+        "split",
+        "inverse_cholesky",
+        "eigh",
+        "sum_of_squares",
+        "subtract_lowrank_",
+    }
     assert {case.function for case in cases} == functions
     verbs = {case.verb for case in smoke.verb_cases(settings)}
     assert verbs == {"matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_"}
