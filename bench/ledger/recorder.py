@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from pissa_kernels.ops import batched, batched_reference
+from pissa_kernels.ops import batched, batched_reference, dispatch
 
 from ..kernels.cases import forced
 from .costs import COSTS
@@ -165,7 +165,7 @@ def recording(sizes: Sizes) -> Iterator[Recording]:
     with (
         warnings.catch_warnings(),
         forced("torch"),
-        mock.patch.object(batched, "bodies", return_value=recorder.body),
+        mock.patch.object(dispatch, "bodies", return_value=recorder.body),
         Devices(recorder),
         recorder,
     ):

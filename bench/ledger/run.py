@@ -11,7 +11,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from pissa_kernels.ops import batched
+from pissa_kernels.ops import dispatch
+from pissa_kernels.ops.batched import Weights
 from pissa_kernels.pissa import Recipe, principal_factors_of_batch
 
 from .. import commands
@@ -34,11 +35,11 @@ DETAILS = (
 
 def initialize(weights: list[Tensor], rank: int) -> None:
     """What an initializer does with a batch: its factors, and the residuals in place."""
-    factors = principal_factors_of_batch(torch.stack(weights), [Recipe(rank)] * len(weights))
-    batch = batched.Weights.of(weights)
-    B, A = (torch.stack([getattr(each, name) for each in factors]) for name in ("lora_B", "lora_A"))
+    factors = principal_factors_of_batch(weights, [Recipe(rank)] * len(weights))
+    batch, dtype = Weights.of(weights), weights[0].dtype
+    B, A = (torch.stack([getattr(each, name) for each in factors]).to(dtype) for name in ("lora_B", "lora_A"))
     scalings = torch.ones(len(weights), dtype=torch.float64)
-    batched.bodies(batch).subtract_lowrank_(batch, B, A, scalings)
+    dispatch.bodies(batch).subtract_lowrank_(batch, B, A, scalings)
 
 
 def stand_ins(sizes: Sizes) -> list[StandIn]:

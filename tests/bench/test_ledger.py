@@ -17,7 +17,7 @@ from bench.ledger.models import MODELS
 from bench.ledger.recorder import OTHER, recording
 from bench.ledger.roofline import H100, Roofline
 from bench.ledger.standin import StandIn
-from pissa_kernels.ops import batched
+from pissa_kernels.ops import batched, dispatch
 from pissa_kernels.ops.batched import Panel, Update, Weights
 
 SIZES = Sizes(batch=5, m=149, n=131)
@@ -33,7 +33,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def subspace_step(weights: list[Tensor], rank: int) -> None:
     """One step of subspace iteration with an orthonormalization, and a subtraction."""
     batch = Weights.of(weights)
-    body = batched.bodies(batch)
+    body = dispatch.bodies(batch)
     rows = weights[0].shape[0]
     sketch = torch.randn(rows, rank).pin_memory().to(batch.device, non_blocking=True)
     pieces = body.split(sketch, 1)[:, None].expand(-1, len(weights), -1, -1)
