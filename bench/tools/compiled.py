@@ -7,6 +7,7 @@ must meet their line in :mod:`.gates`; the CUDA files of csrc/ with nvcc if it i
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -21,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pissa_kernels.ops.triton.grouped import ELEMENTS_BY_NAME
-from pissa_kernels.ops.triton.grouped import kernel as grouped_kernel
 from pissa_kernels.ops.triton.launch import DEFAULT, read
 from pissa_kernels.ops.triton.product import kernel as product_kernel
+from pissa_kernels.ops.triton.split import kernel as split_kernel
 from pissa_kernels.ops.triton.subtract_lowrank import kernel as subtract_kernel
 from pissa_kernels.ops.triton.sum_of_squares import BLOCK_SUMS
 from pissa_kernels.ops.triton.sum_of_squares import add as add_kernel
@@ -122,34 +123,40 @@ def variants() -> Iterator[Variant]:
                        weight_col=1, ELEMENT=ELEMENTS_BY_NAME[dtype])  # fmt: skip
     alone = {"parameters": {"num_warps": 4, "num_stages": 1}}
     yield _variant("sum_of_squares sums", add_kernel, alone, "", sums="*fp64", result="*fp64", BLOCK=BLOCK_SUMS)
-    for entry in read(DEFAULT)["product"]:
-        dtypes = ("bf16", "fp16") if entry["features"]["bytes"] == 2 else ("fp32",)
-        for dtype in dtypes:
-            fixed = {"PIECES": 3, "ARITHMETIC": "tf32" if dtype == "fp16" else "bf16", "panel_col": 1}
-            columns = entry["features"]["columns"]
-            yield _variant(f"matmul {dtype} {columns}", product_kernel, entry, dtype, weight_inner=1, **fixed)
-            yield _variant(f"rmatmul {dtype} {columns}", product_kernel, entry, dtype, weight_row=1, **fixed)
-    for entry in read(DEFAULT)["grouped"]:
-        dtype = BYTES[entry["features"]["bytes"]]
-        fixed = {
-            "PIECES": 3,
-            "ARITHMETIC": "bf16",
-            "ALIGNED": True,
-            "PANEL_CONTIGUOUS": True,
-            "ELEMENT": ELEMENTS_BY_NAME[dtype],
-        }
-        for verb in ("matmul", "rmatmul"):
-            name = f"grouped_{verb} {dtype} {entry['features']['columns']}"
-            yield _variant(name, grouped_kernel, entry, dtype, table="*i64", tiles="*i64",
-                           INNER_CONTIGUOUS=verb == "matmul", ROW_CONTIGUOUS=verb == "rmatmul", **fixed)  # fmt: skip
+    for entry in read(DEFAULT)["split"]:
+        yield _variant("split", split_kernel, entry, "bf16", values="*fp32", pieces="*bf16", PIECES=2)
+    yield from _products()
+
+
+def _products() -> Iterator[Variant]:
+    """Products of weights by panels, with the recurrence and every output, and of float32 matrices, with neither."""
+    update = {"alpha": "*fp32", "current": "*fp32", "previous": "*fp32", "beta": "fp32", "gamma": "fp32"}
+    none: dict[str, Any] = {"alpha": None, "current": None, "previous": None, "beta": 0.0, "gamma": 0.0}
+    orders = {"matmul": "left_inner", "rmatmul": "left_row"}
+    for entry, (verb, contiguous) in itertools.product(read(DEFAULT)["product"], orders.items()):
+        columns, precision = entry["features"]["columns"], entry["features"]["pieces"]
+        if entry["features"]["bytes"] == 2:
+            for pieces in (precision,) if precision == 1 else (2, 3):
+                yield _variant(f"{verb} bf16 {columns} x{pieces}", product_kernel, entry, "bf16", left="*i64",
+                               right="*bf16", values="*fp32", pieces="*bf16", ELEMENT=tl.bfloat16, ALIGNED=True,
+                               PRECISION=pieces, PIECES=2, ARITHMETIC="bf16",
+                               **{contiguous: 1}, **update)  # fmt: skip
+            continue
+        yield _variant(f"{verb} fp16 {columns}", product_kernel, entry, "fp16", left="*i64", values="*fp32",
+                       pieces=None, ELEMENT=tl.float16, ALIGNED=True, PRECISION=1, PIECES=0, ARITHMETIC="tf32x3",
+                       **{contiguous: 1}, **update)  # fmt: skip
+        for arithmetic in ("tf32", "tf32x3"):
+            yield _variant(f"{verb} fp32 {columns} {arithmetic}", product_kernel, entry, "fp32", left="*fp32",
+                           values="*fp32", pieces="*bf16", ELEMENT=None, ALIGNED=False, PRECISION=1, PIECES=2,
+                           ARITHMETIC=arithmetic, **{contiguous: 1}, **none)  # fmt: skip
 
 
 def _variant(name: str, kernel: Any, entry: dict[str, dict[str, int]], dtype: str, **given: Any) -> Variant:
     launch = dict(entry["parameters"])
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     types = {"source": f"*{dtype}", "weight": f"*{dtype}", "left": "*fp32", "right": "*fp32", "panel": "*fp32"}
-    types |= {"result": "*fp32"} | {key: value for key, value in given.items() if key.islower() and value != 1}
-    constants = launch | {key: value for key, value in given.items() if key.isupper() or value == 1}
+    types |= {"result": "*fp32"} | {key: value for key, value in given.items() if isinstance(value, str) and key.islower()}
+    constants = launch | {key: value for key, value in given.items() if key.isupper() or not isinstance(value, str)}
     names = [parameter for parameter in kernel.arg_names if parameter not in constants]
     return Variant(name, kernel, {key: types.get(key, "i32") for key in names}, constants, options)
 
@@ -157,11 +164,10 @@ def _variant(name: str, kernel: Any, entry: dict[str, dict[str, int]], dtype: st
 def compiled(variant: Variant, target: GPUTarget) -> Any:
     """The compiled kernel, for pointers and sizes divisible by 16, as in torch's allocations and models."""
     constants = dict(variant.constants)
-    if target.backend == "hip" and constants.get("ARITHMETIC") == "tf32":
+    if target.backend == "hip" and constants.get("ARITHMETIC") in ("tf32", "tf32x3"):
         constants["ARITHMETIC"] = "ieee"
     positions = {name: index for index, name in enumerate(variant.kernel.arg_names)}
-    specialized = set(variant.types) - {"splits"}
-    aligned = [name for name in specialized if variant.types[name].startswith("*") or variant.types[name] == "i32"]
+    aligned = [name for name in variant.types if variant.types[name].startswith("*") or variant.types[name] == "i32"]
     attributes = {(positions[name],): [["tt.divisibility", 16]] for name in sorted(aligned)}
     signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)

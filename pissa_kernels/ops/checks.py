@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -92,20 +90,3 @@ def check_subtraction(weight: Tensor, lora_B: Tensor, lora_A: Tensor, fan_in_fan
         raise ValueError(
             f"subtract_lowrank_: elements of the weight share memory (strides {weight.stride()}); clone it first"
         )
-
-
-def check_group(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], axis: int) -> None:
-    """Check weights that are multiplied in one launch, each with the rows of its panel along ``axis``."""
-    if len(weights) != len(panels):
-        raise ValueError(f"{verb}: {len(weights)} weights and {len(panels)} panels")
-    for index, (weight, panel) in enumerate(zip(weights, panels, strict=True)):
-        check_weight(verb, weight)
-        check_panel(verb, weight, panel, axis)
-        if panel.dtype != torch.float32:
-            raise TypeError(f"{verb}: the panels must be float32, got {panel.dtype} for weight {index}")
-        first = (weights[0].dtype, weights[0].device, panels[0].shape[1])
-        if (weight.dtype, weight.device, panel.shape[1]) != first:
-            raise ValueError(
-                f"{verb}: weight {index} is {weight.dtype} on {weight.device} with a panel of {panel.shape[1]} "
-                f"columns; the first is {first[0]} on {first[1]} with a panel of {first[2]}"
-            )

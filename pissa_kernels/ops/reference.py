@@ -15,7 +15,7 @@ weight; the last column is the time of upcasting it once, which the others inclu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -146,12 +146,6 @@ def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
             Y.copy_(block @ X)
         total.add(block, Y)
     return out, total.result()
-
-
-def grouped(verb: str, weights: Sequence[Tensor], panels: Sequence[Tensor], pieces: int = 3) -> list[Tensor]:
-    """:func:`matmul` or :func:`rmatmul` of each weight and its panel, one after the other."""
-    product = {"matmul": matmul, "rmatmul": rmatmul}[verb]
-    return [product(weight, panel) for weight, panel in zip(weights, panels, strict=True)]
 
 
 def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

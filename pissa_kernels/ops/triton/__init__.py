@@ -1,8 +1,8 @@
 """The verbs as Triton kernels, for CUDA devices from sm_80 on and for AMD's, which torch calls "cuda", too.
 
 CPU tensors run under Triton's interpreter, for tests. Each file has one kernel and its launch. Triton compiles a kernel
-at the first call with a combination of dtypes and layouts, and caches the result on disk. :mod:`.grouped`, products of
-weights of different shapes in one launch, is not a verb.
+at the first call with a combination of dtypes and layouts, and caches the result on disk. :mod:`.batched` has the
+operations on batches of weights, which are not verbs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .matmul import matmul, normal, rmatmul
 from .pieces import INTERPRETED
-from .product import matmul, normal, rmatmul
 from .subtract_lowrank import subtract_lowrank_
 from .sum_of_squares import sum_of_squares
 from .transpose_cast import transpose_cast

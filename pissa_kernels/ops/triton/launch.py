@@ -44,7 +44,7 @@ def parameters(verb: str, device: torch.device, **features: int) -> dict[str, in
     """Block sizes, warps and stages for a launch.
 
     Args:
-        verb: "transpose_cast", "subtract_lowrank_", "sum_of_squares", "product" or "grouped".
+        verb: "transpose_cast", "subtract_lowrank_", "sum_of_squares", "product" or "split".
         device: of the weight.
         features: the values of the entries' features, each ≥ 1.
     """
@@ -59,17 +59,6 @@ def _parameters(verb: str, device_name: str | None, features: tuple[tuple[str, i
 
     # explicit, because Triton is about to change the default; without it a float32 product takes twice the operations
     return min(table(device_name)[verb], key=distance)["parameters"] | {"enable_fp_fusion": True}
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of the device; 1 for a CPU, where the interpreter gains nothing from more programs."""
-    return _multiprocessors(device.index or 0) if device.type == "cuda" else 1
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count
 
 
 def _name(device: torch.device) -> str | None:

@@ -22,21 +22,6 @@ def split(X):
 
 
 @triton.jit
-def multiply(W, X, total, PIECES: tl.constexpr, ARITHMETIC: tl.constexpr):
-    """total + W·X, with the ``PIECES`` largest pieces of X, smallest first. A float32 W is multiplied by X itself."""
-    if W.dtype == tl.float32:
-        total = tl.dot(W, X, total, input_precision="ieee")
-    else:
-        first, second, third = split(X)
-        if PIECES == 3:
-            total = _exact(W, third, total, ARITHMETIC)
-        if PIECES >= 2:
-            total = _exact(W, second, total, ARITHMETIC)
-        total = _exact(W, first, total, ARITHMETIC)
-    return total
-
-
-@triton.jit
 def multiply_floats(B, A, total, ARITHMETIC: tl.constexpr):
     """total + B·A, both float32, by the six products of pieces that are not below the roundoff of float32."""
     B1, B2, B3 = split(B)
@@ -61,14 +46,17 @@ def _exact(W, piece, total, ARITHMETIC: tl.constexpr):
 INTERPRETED = not isinstance(split, triton.runtime.JITFunction)  # TRITON_INTERPRET was 1 when triton was imported
 
 
-def arithmetic(dtype: torch.dtype) -> str:
-    """The arithmetic, "bf16" or an ``input_precision``, of products of a weight of ``dtype`` and pieces.
+def arithmetic(dtype: torch.dtype, precision: int = 1) -> str:
+    """The arithmetic, "bf16" or an ``input_precision``, of products of a weight of ``dtype``.
 
-    It must represent both exactly. bf16 does not have all fp16 numbers; TF32 has those of fp16 and of bf16. AMD's
-    matrix cores have no TF32, and Triton's interpreter multiplies the bits of bf16 as integers: both use float32.
+    bf16 weights are multiplied by bf16 pieces. The others take TF32, which has all fp16 numbers: once for a precision
+    of 1, else three times, for the products of an upper and a lower part that matter in float32. AMD's matrix cores
+    have no TF32, and Triton's interpreter multiplies the bits of bf16 as integers: both use float32.
     """
     if INTERPRETED:
         return "ieee"
-    if dtype == torch.float16:
-        return "ieee" if torch.version.hip else "tf32"
-    return "bf16"
+    if dtype == torch.bfloat16:
+        return "bf16"
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if precision == 1 else "tf32x3"

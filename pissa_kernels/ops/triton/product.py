@@ -1,4 +1,13 @@
-"""Skinny products W·X and Wᵀ·Y. W is read once, in its own dtype; the float32 panel is split into bf16 pieces."""
+"""Products of a batch: weights, or float32 matrices, by panels of few columns.
+
+bfloat16 weights are multiplied by bf16 pieces of the panel (:mod:`.pieces`). Both go from global memory to the tensor
+cores by way of shared memory alone, which is what a pipeline of asynchronous copies needs. The other dtypes are
+multiplied in TF32: by one product, or by three of a split in two ("tf32x3"), which have the accuracy of float32.
+
+Tensor cores truncate when they accumulate: over 4096 elements the error is 1.8e-5 and biased. So a product of more than
+one piece starts a new accumulator for each ``BLOCK_INNER`` elements of the inner sum, and adds it to the total in
+float32; a product of one piece is no more accurate than 2⁻⁹, and accumulates all the way.
+"""
 
 from __future__ import annotations
 
@@ -7,109 +16,219 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import multiprocessors, parameters
-from .pieces import arithmetic, multiply
+from ..batched import Panel, Update, Weights
+from .launch import parameters
+from .pieces import arithmetic
+from .split import split
+
+ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# Columns of the result that are stored at a time: all at once would take more registers than the main loop.
+STORED = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["splits"])  # one compilation for any number of splits
+@triton.jit
 def kernel(
-    weight,
-    panel,
-    result,
+    left,
+    right,
+    alpha,
+    current,
+    previous,
+    values,
+    pieces,
+    beta,
+    gamma,
     rows,
     inner,
     cols,
-    weight_batch,
-    weight_row,
-    weight_inner,
-    panel_batch,
-    panel_inner,
-    panel_col,
-    splits,
+    left_batch,
+    left_row,
+    left_inner,
+    right_piece,
+    right_batch,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
 ):
-    """result (splits, batch, rows, cols). A program computes one split of the inner sum for a tile of the result."""
-    down = tl.cdiv(rows, BLOCK_ROWS)
-    across = tl.cdiv(cols, BLOCK_COLS)
-    program = tl.program_id(0)
-    tile = program % (down * across)  # consecutive programs share a weight, and its rows, which stay in L2
-    split = program // (down * across) % splits
-    batch = (program // (down * across) // splits).to(tl.int64)
-    batches = tl.num_programs(0) // (down * across * splits)
-    row = (tile // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = (tile % across).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    weight += batch * weight_batch
-    panel += batch * panel_batch
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for first in range(split * BLOCK_INNER, inner, splits * BLOCK_INNER):
-        index = first + tl.arange(0, BLOCK_INNER).to(tl.int64)
-        W = tl.load(
-            weight + row[:, None] * weight_row + index[None, :] * weight_inner,
-            mask=(row[:, None] < rows) & (index[None, :] < inner),
-            other=0.0,
-        )
-        X = tl.load(
-            panel + index[:, None] * panel_inner + col[None, :] * panel_col,
-            mask=(index[:, None] < inner) & (col[None, :] < cols),
-            other=0.0,
-        )
-        total = multiply(W, X, total, PIECES, ARITHMETIC)
-    result += (split * batches + batch) * rows * cols
-    tl.store(result + row[:, None] * cols + col[None, :], total, mask=(row[:, None] < rows) & (col[None, :] < cols))
+    """values, pieces (batch, rows, cols) = alpha·left·right + beta·current + gamma·previous, one tile per program.
 
-
-def splits(tiles: int, inner: int, block_inner: int, device: torch.device) -> int:
-    """Number of programs that share an inner sum: a power of two, for about two programs per multiprocessor.
-
-    A program has at least four blocks of the sum. The partial sums are added afterwards in a fixed order, because with
-    atomics two runs would differ.
+    A tile has ``BLOCK_COLS + BLOCK_MORE`` columns, so that 128 + 64 are possible, too. ``left`` are addresses of
+    elements of type ``ELEMENT``, or the elements themselves where that is None.
     """
-    count = 1
-    while count < 16 and tiles * count < 2 * multiprocessors(device) and inner >= 8 * count * block_inner:
-        count *= 2
-    return count
+    across = tl.cdiv(cols, BLOCK_COLS + BLOCK_MORE)
+    tiles = tl.cdiv(rows, BLOCK_ROWS) * across
+    tile = tl.program_id(0) % tiles  # consecutive programs share a weight, and its rows, which stay in L2
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tile // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_col = tile % across * (BLOCK_COLS + BLOCK_MORE)
+    index = tl.arange(0, BLOCK_INNER)
+
+    if ELEMENT is None:
+        left += batch * left_batch
+    else:
+        left = tl.load(left + batch).to(tl.pointer_type(ELEMENT))
+        if ALIGNED:  # a launch derives this hint from its arguments, but not from a table
+            left = tl.multiple_of(left, 16)
+    left += row[:, None] * left_row + index[None, :].to(tl.int64) * left_inner
+    left_step = tl.cast(left_inner, tl.int64) * BLOCK_INNER
+    right += batch * right_batch + first_col
+    right_step = tl.cast(cols, tl.int64) * BLOCK_INNER
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    if BLOCK_MORE:
+        more_col = BLOCK_COLS + tl.arange(0, BLOCK_MORE)[None, :]
+        more = tl.zeros((BLOCK_ROWS, BLOCK_MORE), dtype=tl.float32)
+
+    for first in range(0, inner, BLOCK_INNER):
+        W = tl.load(left, mask=(row[:, None] < rows) & (index[None, :] < inner - first), other=0.0)
+        offset = index[:, None] * cols + col
+        inside = (index[:, None] < inner - first) & (first_col + col < cols)
+        total = _multiply(W, right + offset, inside, right_piece, total, PRECISION, ARITHMETIC)
+        if BLOCK_MORE:
+            offset = index[:, None] * cols + more_col
+            inside = (index[:, None] < inner - first) & (first_col + more_col < cols)
+            more = _multiply(W, right + offset, inside, right_piece, more, PRECISION, ARITHMETIC)
+        left += left_step
+        right += right_step
+
+    matrix = batch * rows * cols
+    if alpha is not None:
+        alpha += batch
+    if current is not None:
+        current += matrix
+    if previous is not None:
+        previous += matrix
+    if values is not None:
+        values += matrix
+    if pieces is not None:
+        pieces += matrix
+    piece = (tl.num_programs(0) // tiles).to(tl.int64) * rows * cols
+    _store(total, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
+    if BLOCK_MORE:
+        first_col += BLOCK_COLS
+        _store(more, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
 
 
-def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
-    """W·X. See :func:`pissa_kernels.ops.matmul`."""
-    *leading, rows, inner = weight.shape
-    cols = X.shape[-1]
-    weights, panels = (weight, X) if leading else (weight[None], X[None])
-    if weight.numel() == 0 or cols == 0:
-        return X.new_zeros(*leading, rows, cols)
-    launch = parameters("product", weight.device, bytes=weight.element_size(), columns=cols)
-    tiles = len(weights) * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
-    count = splits(tiles, inner, launch["BLOCK_INNER"], weight.device)
-    partial = X.new_empty(count, len(weights), rows, cols)
-    with torch.cuda.device_of(weight):
-        kernel[(tiles * count,)](
-            weights,
-            panels,
-            partial,
-            rows,
-            inner,
-            cols,
-            *weights.stride(),
-            *panels.stride(),
-            count,
-            PIECES=pieces,
-            ARITHMETIC=arithmetic(weight.dtype),
-            **launch,
-        )
-    total = partial[0] if count == 1 else partial.sum(0)
-    return total if leading else total[0]
+@triton.jit
+def _multiply(W, right, inside, right_piece, total, PRECISION: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """total + W·X, where ``right`` points to the largest piece of X, or to its float32 values."""
+    if right.dtype.element_ty == tl.float32:
+        A, X = W.to(tl.float32), tl.load(right, mask=inside, other=0.0)
+        if ARITHMETIC == "tf32":
+            X = _rounded(X)
+            if W.dtype == tl.float32:
+                A = _rounded(A)
+        # "tf32x3" adds its three products to the total in float32
+        total += tl.dot(A, X, input_precision=ARITHMETIC)
+    elif PRECISION == 1:
+        total = _exact(W, tl.load(right, mask=inside, other=0.0), total, ARITHMETIC)
+    else:
+        part = tl.zeros(total.shape, dtype=tl.float32)
+        for piece in tl.static_range(PRECISION - 1, -1, -1):  # smallest first
+            part = _exact(W, tl.load(right + piece * right_piece, mask=inside, other=0.0), part, ARITHMETIC)
+        total += part
+    return total
 
 
-def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
-    """Wᵀ·Y. See :func:`pissa_kernels.ops.rmatmul`."""
-    return matmul(weight.mT, Y, pieces)
+@triton.jit
+def _exact(W, X, total, ARITHMETIC: tl.constexpr):
+    if ARITHMETIC == "bf16":
+        total = tl.dot(W, X, total)
+    else:
+        total = tl.dot(W.to(tl.float32), X.to(tl.float32), total, input_precision=ARITHMETIC)
+    return total
 
 
-def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
-    """W·X and Wᵀ·W·X, with two reads of W. See :func:`pissa_kernels.ops.normal`."""
-    Y = matmul(weight, X, pieces)
-    return Y, rmatmul(weight, Y, pieces)
+@triton.jit
+def _rounded(X):
+    """X rounded to TF32, which a tensor core would truncate."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [X], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _store(
+    total, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES: tl.constexpr
+):
+    """Finish and store columns of a tile, ``STORED`` at a time."""
+    width: tl.constexpr = total.shape[1]
+    if width > STORED:
+        low, high = tl.split(tl.permute(tl.reshape(total, (total.shape[0], 2, width // 2)), (0, 2, 1)))
+        _store(low, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
+        first_col += width // 2
+        _store(high, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
+    else:
+        col = first_col + tl.arange(0, width)
+        inside = (row[:, None] < rows) & (col[None, :] < cols)
+        offset = row[:, None] * cols + col[None, :]
+        if alpha is not None:
+            total *= tl.load(alpha)
+        if current is not None:
+            total += beta * tl.load(current + offset, mask=inside, other=0.0)
+        if previous is not None:
+            total += gamma * tl.load(previous + offset, mask=inside, other=0.0)
+        if values is not None:
+            tl.store(values + offset, total, mask=inside)
+        for _ in tl.static_range(PIECES):
+            rounded = total.to(tl.bfloat16)
+            tl.store(pieces + offset, rounded, mask=inside)
+            total -= rounded.to(tl.float32)
+            pieces += piece
+
+
+def product(
+    left: Weights | Tensor,
+    right: Panel | Tensor,
+    *,
+    precision: int,
+    update: Update | None = None,
+    values: bool = True,
+    pieces: int = 0,
+) -> Panel:
+    """left·right for each matrix of a batch. See :func:`pissa_kernels.ops.batched_reference.product`.
+
+    ``left`` may also be a stack of weights of any dtype. A result does not depend on the other members of its batch.
+    """
+    batch, rows, inner = left.shape
+    table: dict[str, object] = {"ELEMENT": None, "ALIGNED": False}
+    if isinstance(left, Weights):
+        source, strides = left.addresses, (0, *left.tensors[0].stride())
+        aligned = all(weight.data_ptr() % 16 == 0 for weight in left.tensors)
+        table = {"ELEMENT": ELEMENTS[left.dtype], "ALIGNED": aligned}
+    else:
+        source, strides = left, left.stride()
+    panel = _operand(right, left.dtype, precision)
+    cols = panel.shape[-1]
+    found = source.new_empty(batch, rows, cols, dtype=torch.float32) if values else None
+    found_pieces = source.new_empty(pieces, batch, rows, cols, dtype=torch.bfloat16) if pieces else None
+    launch = parameters("product", left.device, bytes=panel.element_size(), columns=max(cols, 1), pieces=precision)
+    across = triton.cdiv(cols, launch["BLOCK_COLS"] + launch["BLOCK_MORE"])
+    programs = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * across
+    if programs:
+        alpha, beta, current, gamma, previous = update or (None, 0.0, None, 0.0, None)
+        arguments = (source, panel, alpha, current, previous, found, found_pieces, beta, gamma, rows, inner, cols)
+        with torch.cuda.device_of(source):
+            kernel[(programs,)](
+                *arguments,
+                *strides,
+                *panel.stride()[:2],
+                PRECISION=len(panel),
+                PIECES=pieces,
+                ARITHMETIC=arithmetic(left.dtype, precision),
+                **table,
+                **launch,
+            )
+    return Panel(found, found_pieces)
+
+
+def _operand(right: Panel | Tensor, dtype: torch.dtype, precision: int) -> Tensor:
+    """The panel as it is multiplied: (pieces, batch, inner, cols), bfloat16, or one "piece" in float32."""
+    given, pieces = right if isinstance(right, Panel) else (right, None)
+    if dtype == torch.bfloat16 and pieces is not None:
+        return pieces[:precision]
+    assert given is not None
+    return split(given, precision) if dtype == torch.bfloat16 else given.contiguous()[None]
