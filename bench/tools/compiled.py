@@ -8,6 +8,7 @@ must meet their line in :mod:`.gates`; the CUDA files of csrc/ with nvcc if it i
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -133,30 +134,33 @@ def _products() -> Iterator[Variant]:
     update = {"alpha": "*fp32", "current": "*fp32", "previous": "*fp32", "beta": "fp32", "gamma": "fp32"}
     none: dict[str, Any] = {"alpha": None, "current": None, "previous": None, "beta": 0.0, "gamma": 0.0}
     orders = {"matmul": "left_inner", "rmatmul": "left_row"}
-    for entry, (verb, contiguous) in itertools.product(read(DEFAULT)["product"], orders.items()):
+    entries = {json.dumps([entry["parameters"], entry["features"]["pieces"]]): entry
+               for entry in reversed(read(DEFAULT)["product"])}  # fmt: skip
+    for entry, (verb, contiguous) in itertools.product(reversed(entries.values()), orders.items()):
         columns, precision = entry["features"]["columns"], entry["features"]["pieces"]
         if entry["features"]["bytes"] == 2:
             for pieces in (precision,) if precision == 1 else (2, 3):
                 yield _variant(f"{verb} bf16 {columns} x{pieces}", product_kernel, entry, "bf16", left="*i64",
                                right="*bf16", values="*fp32", pieces="*bf16", ELEMENT=tl.bfloat16, ALIGNED=True,
-                               PRECISION=pieces, PIECES=2, ARITHMETIC="bf16",
+                               WHOLE=columns != 128, PRECISION=pieces, PIECES=2, ARITHMETIC="bf16",
                                **{contiguous: 1}, **update)  # fmt: skip
             continue
         yield _variant(f"{verb} fp16 {columns}", product_kernel, entry, "fp16", left="*i64", values="*fp32",
-                       pieces=None, ELEMENT=tl.float16, ALIGNED=True, PRECISION=1, PIECES=0, ARITHMETIC="tf32x3",
-                       **{contiguous: 1}, **update)  # fmt: skip
+                       pieces=None, ELEMENT=tl.float16, ALIGNED=True, WHOLE=False, PRECISION=1, PIECES=0,
+                       ARITHMETIC="tf32x3", **{contiguous: 1}, **update)  # fmt: skip
         for arithmetic in ("tf32", "tf32x3"):
             yield _variant(f"{verb} fp32 {columns} {arithmetic}", product_kernel, entry, "fp32", left="*fp32",
-                           values="*fp32", pieces="*bf16", ELEMENT=None, ALIGNED=False, PRECISION=1, PIECES=2,
-                           ARITHMETIC=arithmetic, **{contiguous: 1}, **none)  # fmt: skip
+                           values="*fp32", pieces="*bf16", ELEMENT=None, ALIGNED=False, WHOLE=True, PRECISION=1,
+                           PIECES=2, ARITHMETIC=arithmetic, **{contiguous: 1}, **none)  # fmt: skip
 
 
 def _variant(name: str, kernel: Any, entry: dict[str, dict[str, int]], dtype: str, **given: Any) -> Variant:
     launch = dict(entry["parameters"])
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     types = {"source": f"*{dtype}", "weight": f"*{dtype}", "left": "*fp32", "right": "*fp32", "panel": "*fp32"}
-    types |= {"result": "*fp32"} | {key: value for key, value in given.items() if isinstance(value, str) and key.islower()}
-    constants = launch | {key: value for key, value in given.items() if key.isupper() or not isinstance(value, str)}
+    given_types = {key: value for key, value in given.items() if key.islower() and isinstance(value, str)}
+    types |= {"result": "*fp32"} | given_types
+    constants = launch | {key: value for key, value in given.items() if key not in given_types}
     names = [parameter for parameter in kernel.arg_names if parameter not in constants]
     return Variant(name, kernel, {key: types.get(key, "i32") for key in names}, constants, options)
 

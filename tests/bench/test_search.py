@@ -32,9 +32,15 @@ def test_launch_parameters_are_those_of_the_nearest_device_and_size(
     finally:
         launch.table.cache_clear()
     cpu = torch.device("cpu")
-    assert launch.parameters("product", cpu, bytes=2, columns=17)["BLOCK_COLS"] == 16
-    assert launch.parameters("product", cpu, bytes=2, columns=500)["BLOCK_COLS"] == 64
-    assert launch.parameters("product", cpu, bytes=4, columns=500)["BLOCK_COLS"] == 64
+
+    def tile(size: int, columns: int, pieces: int) -> int:
+        found = launch.parameters("product", cpu, bytes=size, columns=columns, pieces=pieces)
+        return found["BLOCK_COLS"] + found["BLOCK_MORE"]
+
+    assert [tile(2, columns, 1) for columns in (17, 64, 100, 160, 192, 256, 500)] == [16, 64, 128, 160, 192, 256, 256]
+    for pieces in (2, 3):  # two accumulators of more than 64 columns do not fit in registers
+        assert [tile(2, columns, pieces) for columns in (17, 64, 100, 192, 320, 448, 4000)] == [16, *[64] * 6]
+    assert [tile(4, columns, pieces) for columns in (8, 192, 500) for pieces in (1, 3)] == [16, 16, 64, 64, 64, 64]
 
 
 @pytest.mark.parametrize("verb", sorted(search.GRIDS))
@@ -63,7 +69,7 @@ def test_the_search_keeps_what_is_correct(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip("needs Triton's interpreter")
     monkeypatch.setattr(search, "SHAPE", (64, 48))
     monkeypatch.setattr(search, "REPEATS", 1)
-    monkeypatch.setitem(search.GRIDS, "product", {"BLOCK_ROWS": (32,)})
+    monkeypatch.setitem(search.GRIDS, "product", {"BLOCK_INNER": (32,)})
     entry = launch.read(launch.DEFAULT)["product"][0]
     winner = search.best("product", entry, "cpu")
     assert winner in list(search.candidates("product", entry["parameters"]))

@@ -189,6 +189,10 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
     assert torch.equal(pk.ops.rmatmul(W, Y), pk.ops.rmatmul(dense, Y))
     assert torch.equal(pk.ops.normal(W, X)[1], pk.ops.normal(dense, X)[1])
     if backend == "triton":
-        from pissa_kernels.ops.triton.grouped import grouped
+        from pissa_kernels.ops.batched import Weights
+        from pissa_kernels.ops.triton.batched import product
 
-        assert torch.equal(grouped("matmul", [W], [X])[0], pk.ops.matmul(dense, X))
+        for view, P in ((W, X), (W.mT, Y)):
+            got = product(Weights.of([view]), P[None], precision=3).values
+            assert got is not None
+            assert torch.equal(got[0], pk.ops.matmul(view, P))

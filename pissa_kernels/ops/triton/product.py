@@ -47,6 +47,7 @@ def kernel(
     right_batch,
     ELEMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
     ARITHMETIC: tl.constexpr,
@@ -58,7 +59,8 @@ def kernel(
     """values, pieces (batch, rows, cols) = alpha·left·right + beta·current + gamma·previous, one tile per program.
 
     A tile has ``BLOCK_COLS + BLOCK_MORE`` columns, so that 128 + 64 are possible, too. ``left`` are addresses of
-    elements of type ``ELEMENT``, or the elements themselves where that is None.
+    elements of type ``ELEMENT``, or the elements themselves where that is None. The inner sum has ``WHOLE`` blocks, or
+    is masked.
     """
     across = tl.cdiv(cols, BLOCK_COLS + BLOCK_MORE)
     tiles = tl.cdiv(rows, BLOCK_ROWS) * across
@@ -85,33 +87,28 @@ def kernel(
         more = tl.zeros((BLOCK_ROWS, BLOCK_MORE), dtype=tl.float32)
 
     for first in range(0, inner, BLOCK_INNER):
-        W = tl.load(left, mask=(row[:, None] < rows) & (index[None, :] < inner - first), other=0.0)
-        offset = index[:, None] * cols + col
-        inside = (index[:, None] < inner - first) & (first_col + col < cols)
-        total = _multiply(W, right + offset, inside, right_piece, total, PRECISION, ARITHMETIC)
+        inside = row[:, None] < rows
+        if not WHOLE:
+            inside &= index[None, :] < inner - first
+        W = tl.load(left, mask=inside, other=0.0)
+        inside = first_col + col < cols
+        if not WHOLE:
+            inside &= index[:, None] < inner - first
+        total = _multiply(W, right + index[:, None] * cols + col, inside, right_piece, total, PRECISION, ARITHMETIC)
         if BLOCK_MORE:
-            offset = index[:, None] * cols + more_col
-            inside = (index[:, None] < inner - first) & (first_col + more_col < cols)
-            more = _multiply(W, right + offset, inside, right_piece, more, PRECISION, ARITHMETIC)
+            inside = first_col + more_col < cols
+            if not WHOLE:
+                inside &= index[:, None] < inner - first
+            X = right + index[:, None] * cols + more_col
+            more = _multiply(W, X, inside, right_piece, more, PRECISION, ARITHMETIC)
         left += left_step
         right += right_step
 
-    matrix = batch * rows * cols
-    if alpha is not None:
-        alpha += batch
-    if current is not None:
-        current += matrix
-    if previous is not None:
-        previous += matrix
-    if values is not None:
-        values += matrix
-    if pieces is not None:
-        pieces += matrix
-    piece = (tl.num_programs(0) // tiles).to(tl.int64) * rows * cols
-    _store(total, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
+    size = (tl.num_programs(0) // tiles).to(tl.int64) * rows * cols
+    terms = alpha, beta, current, gamma, previous
+    _store(total, batch, row, first_col, rows, cols, size, terms, values, pieces, PIECES)
     if BLOCK_MORE:
-        first_col += BLOCK_COLS
-        _store(more, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
+        _store(more, batch, row, first_col + BLOCK_COLS, rows, cols, size, terms, values, pieces, PIECES)
 
 
 @triton.jit
@@ -151,33 +148,30 @@ def _rounded(X):
 
 
 @triton.jit
-def _store(
-    total, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES: tl.constexpr
-):
-    """Finish and store columns of a tile, ``STORED`` at a time."""
+def _store(total, batch, row, first_col, rows, cols, size, terms, values, pieces, PIECES: tl.constexpr):
+    """Add the terms of the update to columns of a tile and store them, ``STORED`` at a time."""
     width: tl.constexpr = total.shape[1]
     if width > STORED:
         low, high = tl.split(tl.permute(tl.reshape(total, (total.shape[0], 2, width // 2)), (0, 2, 1)))
-        _store(low, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
-        first_col += width // 2
-        _store(high, alpha, current, previous, values, pieces, beta, gamma, row, first_col, rows, cols, piece, PIECES)
+        _store(low, batch, row, first_col, rows, cols, size, terms, values, pieces, PIECES)
+        _store(high, batch, row, first_col + width // 2, rows, cols, size, terms, values, pieces, PIECES)
     else:
+        alpha, beta, current, gamma, previous = terms
         col = first_col + tl.arange(0, width)
         inside = (row[:, None] < rows) & (col[None, :] < cols)
-        offset = row[:, None] * cols + col[None, :]
+        offset = (batch * rows + row[:, None]) * cols + col[None, :]
         if alpha is not None:
-            total *= tl.load(alpha)
+            total *= tl.load(alpha + batch)
         if current is not None:
             total += beta * tl.load(current + offset, mask=inside, other=0.0)
         if previous is not None:
             total += gamma * tl.load(previous + offset, mask=inside, other=0.0)
         if values is not None:
             tl.store(values + offset, total, mask=inside)
-        for _ in tl.static_range(PIECES):
+        for piece in tl.static_range(PIECES):
             rounded = total.to(tl.bfloat16)
-            tl.store(pieces + offset, rounded, mask=inside)
+            tl.store(pieces + piece * size + offset, rounded, mask=inside)
             total -= rounded.to(tl.float32)
-            pieces += piece
 
 
 def product(
@@ -216,6 +210,7 @@ def product(
                 *arguments,
                 *strides,
                 *panel.stride()[:2],
+                WHOLE=inner % launch["BLOCK_INNER"] == 0,
                 PRECISION=len(panel),
                 PIECES=pieces,
                 ARITHMETIC=arithmetic(left.dtype, precision),
