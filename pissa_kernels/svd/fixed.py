@@ -265,8 +265,8 @@ class _Steps:
         usable = (skew <= MAX_NONORTHOGONALITY) & (low < energy) & (energy < high)
         deficit = torch.where(usable, deficit, torch.nan)
         captured = S.double().square().sum(-1)
-        figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy], dim=-1).tolist()
-        return Solution(U, S, V, [Figures(*measured, self.passes) for measured in figures])
+        figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy]).tolist()
+        return Solution(U, S, V, list(map(Figures, *figures, [self.passes] * len(U))))
 
     def _deficit(self, values: Tensor, V: Tensor, residuals: Tensor) -> Tensor:
         """Estimated energy deficit: twice the second-order errors of the Ritz values.

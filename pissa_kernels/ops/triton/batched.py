@@ -1,9 +1,11 @@
-"""The operations of :mod:`pissa_kernels.ops.batched` as Triton kernels."""
+"""The operations on batches (:mod:`pissa_kernels.ops.batched`) as Triton kernels."""
 
 from __future__ import annotations
 
-from ..batched_reference import eigh, inverse_cholesky, subtract_lowrank_, sum_of_squares
+from ..batched_reference import eigh, inverse_cholesky
 from .product import product
 from .split import split
+from .subtract_lowrank import subtract_lowrank_batched_ as subtract_lowrank_
+from .sum_of_squares import sum_of_squares_batched as sum_of_squares
 
 __all__ = ["eigh", "inverse_cholesky", "product", "split", "subtract_lowrank_", "sum_of_squares"]
