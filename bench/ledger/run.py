@@ -24,7 +24,7 @@ from .standin import StandIn
 
 # Primes above every panel's width, so that a size that is a multiple of one of them is a weight's.
 SMALL, LARGE = 521, 577
-BATCHES = (5, 7)
+BATCHES = (11, 13)
 Work = Callable[[list[Tensor], int], None]
 DETAILS = (
     "Counts come from running the code on small stand-ins for weights on a GPU and are evaluated for a model's shapes. "

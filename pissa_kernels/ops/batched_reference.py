@@ -93,15 +93,20 @@ def inverse_cholesky(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (batch, b), descending, and eigenvectors (batch, b, b) of symmetric matrices (batch, b, b) float32.
+    """Eigenvalues and eigenvectors of symmetric matrices, accurate relative to √(a_ii·a_jj) if these are semidefinite.
 
-    NaN where a matrix is not finite.
+    In float64, because LAPACK's methods are accurate relative to the norm only.
+
+    Args:
+        matrices: (batch, b, b) float32.
+
+    Returns:
+        Eigenvalues (batch, b), descending, and eigenvectors (batch, b, b); NaN where a matrix is not finite.
     """
     finite = torch.isfinite(matrices).all(-1).all(-1)[:, None, None]
-    clean = torch.where(finite, matrices, 0.0)
-    pairs = [torch.linalg.eigh(matrix) for matrix in clean]
-    values = torch.stack([value.flip(-1) for value, _ in pairs])
-    vectors = torch.stack([vector.flip(-1) for _, vector in pairs])
+    pairs = [torch.linalg.eigh(matrix) for matrix in torch.where(finite, matrices, 0.0).double()]
+    values = torch.stack([value.flip(-1) for value, _ in pairs]).float()
+    vectors = torch.stack([vector.flip(-1) for _, vector in pairs]).float()
     return torch.where(finite[..., 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
 
 

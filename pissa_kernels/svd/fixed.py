@@ -65,8 +65,9 @@ FINAL_SHIFTS = (1e-4, 1e-5, 0.0)
 EDGE_SHIFT = 1e-6
 # Smallest edge relative to the largest diagonal element of R: T_4 grows to 8·(2/edge)⁴, and its square is summed.
 MIN_EDGE = 2e-4
-# Largest element of |VᵀV − I| that is round-off. A rank-deficient panel has larger ones.
-MAX_NONORTHOGONALITY = 1e-4
+# Largest element of |UᵀU − I| and |VᵀV − I| that is round-off. Rank-deficient panels have larger ones, and so have
+# singular values that are small relative to σ₁.
+MAX_SKEW = 1e-5
 # ‖W‖_F² outside of which squares in float32 may over- or underflow. Such weights go to the methods that scale them.
 ENERGY_RANGE = (1e-8, 1e8)
 # Round-off of a measured residual, relative to σ₁: U in two pieces, and float32 sums.
@@ -147,7 +148,7 @@ def workspace(m: int, n: int, rank: int) -> int:
     assert found is not None
     b = found.width
     panels = n * b * (6 * 4 + 4 * 2) + m * b * (4 + 2 * 2)
-    measured = rank * (5 * 4 * n + 4 * 4 * m)
+    measured = rank * (6 * 4 * n + 6 * 4 * m)
     signs = 8 * m * b  # once for a batch
     return panels + measured + 8 * 4 * b * b + signs
 
@@ -242,13 +243,16 @@ class _Steps:
     def projected(self, X: Panel) -> Solution:
         """The triplets of the weights on the subspaces spanned by the panels, and their figures: one transfer."""
         r, body = self.rank, self.body
-        AX = body.product(self.weights, X, precision=FINE).values
+        V, AV = X.full, body.product(self.weights, X, precision=FINE).values
         self.passes += 1
-        values, vectors = body.eigh(self._gram(AX))
-        wanted, leading = values[:, :r], vectors[:, :, :r].contiguous()
-        V = body.product(X.full, leading, precision=FULL).values
-        AV = body.product(AX, leading, precision=FULL).values
-        S = wanted.clamp(min=0).sqrt()
+        # The second time, the columns of A·V are orthogonal up to round-off relative to the first, and their products
+        # are accurate relative to both columns.
+        for _ in range(2):
+            values, vectors = body.eigh(self._gram(AV))
+            leading = vectors[:, :, :r].contiguous()
+            V = body.product(V, leading, precision=FULL).values
+            AV = body.product(AV, leading, precision=FULL).values
+        S = values.clamp(min=0).sqrt()
         U = AV * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :]
         residuals = body.product(
             self.weights.mT,
@@ -258,11 +262,12 @@ class _Steps:
         ).values
         self.passes += 1
         norms = self._norms(residuals)
-        skew = (self._gram(V) - torch.eye(r, device=V.device)).abs().amax((-2, -1))
-        deficit = self._deficit(wanted, V, residuals)
+        identity = torch.eye(r, device=V.device)
+        skew = torch.stack([self._gram(U) - identity, self._gram(V) - identity]).abs().amax((0, -2, -1))
+        deficit = self._deficit(values, V, residuals)
         energy = body.sum_of_squares(self.weights)
         low, high = ENERGY_RANGE
-        usable = (skew <= MAX_NONORTHOGONALITY) & (low < energy) & (energy < high)
+        usable = (skew <= MAX_SKEW) & (low < energy) & (energy < high)
         deficit = torch.where(usable, deficit, torch.nan)
         captured = S.double().square().sum(-1)
         figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy]).tolist()
