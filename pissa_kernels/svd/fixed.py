@@ -32,7 +32,7 @@ from torch import Tensor
 from ..ops import dispatch
 from ..ops.batched import Panel, Update, Weights
 from .result import Certificate
-from .stopping import estimated_deficit
+from .stopping import CLUSTER_GAP, GUARD_VECTORS, estimated_deficit
 
 
 class Schedule(NamedTuple):
@@ -245,13 +245,9 @@ class _Steps:
         r, body = self.rank, self.body
         V, AV = X.full, body.product(self.weights, X, precision=FINE).values
         self.passes += 1
-        # The second time, the columns of A·V are orthogonal up to round-off relative to the first, and their products
-        # are accurate relative to both columns.
-        for _ in range(2):
-            values, vectors = body.eigh(self._gram(AV))
-            leading = vectors[:, :, :r].contiguous()
-            V = body.product(V, leading, precision=FULL).values
-            AV = body.product(AV, leading, precision=FULL).values
+        # the second time, the columns of A·V are nearly orthogonal, and their products accurate relative to both columns
+        all_values, V, AV = self._rotated(V, AV)
+        values, V, AV = self._rotated(V, AV)
         S = values.clamp(min=0).sqrt()
         U = AV * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :]
         residuals = body.product(
@@ -264,7 +260,7 @@ class _Steps:
         norms = self._norms(residuals)
         identity = torch.eye(r, device=V.device)
         skew = torch.stack([self._gram(U) - identity, self._gram(V) - identity]).abs().amax((0, -2, -1))
-        deficit = self._deficit(values, V, residuals)
+        deficit = self._deficit(values, V, residuals, self._guard(all_values))
         energy = body.sum_of_squares(self.weights)
         low, high = ENERGY_RANGE
         usable = (skew <= MAX_SKEW) & (low < energy) & (energy < high)
@@ -273,17 +269,33 @@ class _Steps:
         figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy]).tolist()
         return Solution(U, S, V, list(map(Figures, *figures, [self.passes] * len(U))))
 
-    def _deficit(self, values: Tensor, V: Tensor, residuals: Tensor) -> Tensor:
+    def _rotated(self, V: Tensor, AV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every Ritz value on span(V), and the leading Ritz vectors V with A·V."""
+        values, vectors = self.body.eigh(self._gram(AV))
+        leading = vectors[:, :, : self.rank].contiguous()
+        V, AV = (self.body.product(panel, leading, precision=FULL).values for panel in (V, AV))
+        return values, V, AV
+
+    def _guard(self, values: Tensor) -> Tensor:
+        """The Ritz value GUARD_VECTORS places after the last wanted one, 0 where there is nothing outside the panel."""
+        place = self.rank + GUARD_VECTORS
+        if place >= values.shape[1] == self.weights.shape[2]:
+            return torch.zeros_like(values[:, 0])
+        return values[:, place]
+
+    def _deficit(self, values: Tensor, V: Tensor, residuals: Tensor, guard: Tensor) -> Tensor:
         """Estimated energy deficit: twice the second-order errors of the Ritz values.
 
         The part of a residual R of an eigenpair of H that lies in span(V) only mixes wanted vectors. The rest lies in
         the space that has not been resolved, and the eigenvalue of its components is ‖A·R‖²/‖R‖² on average. The error
-        of the Ritz value θ is about ‖R‖²/(θ − that average).
+        of the Ritz value θ is about ‖R‖²/(θ − that average). In a cluster the components near θ count, however small
+        they are, and the gap to a guard vector takes the place of that to the average.
 
         Args:
             values: (batch, r) θᵢ.
             V: (batch, n, r).
             residuals: (batch, n, r) Aᵀuᵢ − σᵢvᵢ, which is R/σᵢ.
+            guard: (batch,) Ritz value of the guard vector.
         """
         inside = self.body.product(V.mT, residuals, precision=FULL).values
         outside = self.body.product(
@@ -293,7 +305,11 @@ class _Steps:
         directions = outside * torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None, :]
         AR = self.body.product(self.weights, self._panel(directions, ROUGH), precision=ROUGH).values
         self.passes += 1
-        return 2 * estimated_deficit(values, norms * values.clamp(min=0).sqrt(), self._norms(AR).square())
+        norms = norms * values.clamp(min=0).sqrt()
+        estimate = 2 * estimated_deficit(values, norms, self._norms(AR).square())
+        last = values[:, -1]
+        cautious = torch.maximum(estimate, 2 * estimated_deficit(values, norms, guard))
+        return torch.where(last - guard < CLUSTER_GAP * last, cautious, estimate)
 
     def _norms(self, Z: Tensor) -> Tensor:
         """Norm of each column, by an operation whose order of sums does not depend on the batch, as torch's does."""
