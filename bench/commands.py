@@ -39,6 +39,7 @@ TOOLS = {
     "compiled": Command(
         "tools.compiled", "compile every GPU kernel without a GPU and check registers, spills and instructions"
     ),
+    "schedule": Command("tools.schedule", "energy deficits of the GPU's schedule on known spectra, without a GPU"),
     "ledger": Command("ledger.run", "count launches, waits, bytes and operations of the GPU path, without a GPU"),
     "search": Command("tools.search", "search launch parameters of the Triton kernels for this GPU"),
 }

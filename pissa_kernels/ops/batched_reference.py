@@ -43,18 +43,19 @@ def product(
     else:
         assert right.values is not None
         panel = right.values
-    results = []
-    for index, matrix in enumerate(matrices):
-        result = reference.matmul(matrix, panel[index].contiguous())
-        if update is not None:
-            result = update.alpha[index] * result
-            if update.current is not None:
-                result = result.add_(update.current[index], alpha=update.beta)
-            if update.previous is not None:
-                result = result.add_(update.previous[index], alpha=update.gamma)
-        results.append(result)
-    total = torch.stack(results)
-    return Panel(total if values else None, split(total, pieces) if pieces else None)
+    products = [reference.matmul(matrix, panel[index].contiguous()) for index, matrix in enumerate(matrices)]
+    return finished(torch.stack(products), update=update, values=values, pieces=pieces)
+
+
+def finished(products: Tensor, *, update: Update | None = None, values: bool = True, pieces: int = 0) -> Panel:
+    """The result of :func:`product` from left·right (batch, m, k), which may be overwritten."""
+    if update is not None:
+        products = products.mul_(update.alpha[:, None, None])
+        if update.current is not None:
+            products = products.add_(update.current, alpha=update.beta)
+        if update.previous is not None:
+            products = products.add_(update.previous, alpha=update.gamma)
+    return Panel(products if values else None, split(products, pieces) if pieces else None)
 
 
 def split(values: Tensor, pieces: int) -> Tensor:

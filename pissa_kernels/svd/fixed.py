@@ -245,7 +245,7 @@ class _Steps:
         r, body = self.rank, self.body
         V, AV = X.full, body.product(self.weights, X, precision=FINE).values
         self.passes += 1
-        # the second time, the columns of A·V are nearly orthogonal, and their products accurate relative to both columns
+        # the second time, the columns of A·V are nearly orthogonal: their products are accurate relative to both
         all_values, V, AV = self._rotated(V, AV)
         values, V, AV = self._rotated(V, AV)
         S = values.clamp(min=0).sqrt()

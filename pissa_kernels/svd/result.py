@@ -21,7 +21,7 @@ class Certificate:
             the dense methods. Where singular values cluster around index r, the true deficit can be two or three times
             the estimate, and ten times at tolerances between 1e-5 and 1e-3; half a dozen singular values within 1 % are
             enough for that.
-        method: "krylov" or "chebyshev", or one of the dense methods "gram" and "svd".
+        method: "krylov" or "chebyshev"; "fixed", the schedule for GPUs; or one of the dense methods "gram" and "svd".
 
     Examples:
         >>> import torch

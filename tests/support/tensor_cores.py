@@ -31,19 +31,12 @@ def product(left: Weights | Tensor, right: Panel | Tensor, **options: Any) -> Pa
     if not (isinstance(left, Weights) and left.dtype == torch.bfloat16 and isinstance(right, Panel)):
         return batched_reference.product(left, right, **options)
     assert right.pieces is not None
-    precision, update = options["precision"], options.get("update")
+    precision = options.pop("precision")
     totals = [
         truncated(weight.double(), right.pieces[:precision, index].double())
         for index, weight in enumerate(left.tensors)
     ]
-    values = torch.stack(totals)
-    if update is not None:
-        values = update.alpha[:, None, None] * values
-        for factor, term in ((update.beta, update.current), (update.gamma, update.previous)):
-            if term is not None:
-                values = values.add_(term, alpha=factor)
-    pieces = options.get("pieces", 0)
-    return Panel(values, batched_reference.split(values, pieces) if pieces else None)
+    return batched_reference.finished(torch.stack(totals), **options)
 
 
 def truncated(weight: Tensor, pieces: Tensor) -> Tensor:
