@@ -28,9 +28,12 @@ from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pissa_kernels.ops.triton.cholesky import kernel as cholesky_kernel
+from pissa_kernels.ops.triton.jacobi import update
 from pissa_kernels.ops.triton.launch import DEFAULT, read
 from pissa_kernels.ops.triton.product import kernel as product_kernel
 from pissa_kernels.ops.triton.split import kernel as split_kernel
+from pissa_kernels.ops.triton.subproblem import diagonalize
 from pissa_kernels.ops.triton.subtract_lowrank import kernel as subtract_kernel
 from pissa_kernels.ops.triton.sum_of_squares import BLOCK_SUMS
 from pissa_kernels.ops.triton.sum_of_squares import add as add_kernel
@@ -48,6 +51,9 @@ BYTES = {2: "bf16", 4: "fp32"}
 # dtypes by the bytes of both: of a weight and its transpose, of a weight and its factors
 PAIRS = {4: ("bf16", "bf16"), 6: ("bf16", "fp32"), 8: ("fp32", "fp32")}
 CUDA_WARPS = 4  # of csrc's kernels
+# Types of the arguments of the small dense problems.
+SMALL_DENSE = dict.fromkeys(("gram", "change", "diagonal", "matrices", "vectors", "turns", "norms"), "*fp32")
+SMALL_DENSE |= {"busy": "*i32", "unfinished": "*i32", "shift": "fp32", "tolerance": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,15 @@ def variants() -> Iterator[Variant]:
     yield _variant("sum_of_squares sums", add_kernel, alone, "", sums="*fp64", result="*fp64", BLOCK=BLOCK_SUMS)
     for entry in read(DEFAULT)["split"]:
         yield _variant("split", split_kernel, entry, "bf16", values="*fp32", pieces="*bf16", PIECES=2)
+    for entry in read(DEFAULT)["inverse_cholesky"]:
+        yield _variant("inverse_cholesky", cholesky_kernel, entry, "fp32", **SMALL_DENSE)
+    for entry in read(DEFAULT)["eigh.diagonalize"]:
+        rows, sweeps = entry["features"]["rows"], entry["features"]["sweeps"]
+        name = f"eigh.diagonalize {rows} {sweeps}"
+        yield _variant(name, diagonalize, entry, "fp32", SIZE=rows, LIMIT=sweeps, **SMALL_DENSE)
+    for entry in read(DEFAULT)["eigh.update"]:
+        rows = entry["features"]["rows"]
+        yield _variant(f"eigh.update {rows}", update, entry, "fp32", SIZE=rows, **SMALL_DENSE)
     yield from _products()
 
 
@@ -171,7 +186,9 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     if target.backend == "hip" and constants.get("ARITHMETIC") in ("tf32", "tf32x3"):
         constants["ARITHMETIC"] = "ieee"
     positions = {name: index for index, name in enumerate(variant.kernel.arg_names)}
-    aligned = [name for name in variant.types if variant.types[name].startswith("*") or variant.types[name] == "i32"]
+    unspecialized = {parameter.name for parameter in variant.kernel.params if parameter.do_not_specialize}
+    specialized = set(variant.types) - unspecialized
+    aligned = [name for name in specialized if variant.types[name].startswith("*") or variant.types[name] == "i32"]
     attributes = {(positions[name],): [["tt.divisibility", 16]] for name in sorted(aligned)}
     signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -44,7 +44,7 @@ def parameters(verb: str, device: torch.device, **features: int) -> dict[str, in
     """Block sizes, warps and stages for a launch.
 
     Args:
-        verb: "transpose_cast", "subtract_lowrank_", "sum_of_squares", "product" or "split".
+        verb: a key of the files, as "product".
         device: of the weight.
         features: the values of the entries' features, each ≥ 1.
     """
