@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..batched_reference import eigh, inverse_cholesky
+from .cholesky import inverse_cholesky
+from .jacobi import eigh
 from .product import product
 from .split import split
 from .subtract_lowrank import subtract_lowrank_batched_ as subtract_lowrank_
