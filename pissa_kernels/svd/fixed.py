@@ -206,9 +206,11 @@ class _Steps:
     def sketch(self, columns: int, seed: int) -> Panel:
         """Orthonormal basis of the range of H·Aᵀ·G, with G of random signs, the same for every weight and device."""
         batch, m, _ = self.weights.shape
-        signs = random_signs(m, columns, seed, self.weights.device).expand(batch, m, columns)
-        # one piece of bfloat16 is exact
-        G = Panel(None, signs.bfloat16().unsqueeze(0)) if self.in_pieces else Panel(signs.contiguous(), None)
+        signs = random_signs(m, columns, seed, self.weights.device)
+        if self.in_pieces:  # one piece is exact
+            G = Panel(None, signs.bfloat16().expand(1, batch, m, columns))
+        else:
+            G = Panel(signs.expand(batch, m, columns).contiguous(), None)
         X = self._product(self.weights.mT, G, ROUGH)
         return self._orthonormalized(self._normal(X, ROUGH), SHIFTS, ROUGH)
 
