@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import defaultdict
@@ -14,17 +15,27 @@ from torch import Tensor
 
 from ..checks import layer_context
 from ..numerics import exact_arithmetic
-from ..ops import dispatch
+from ..ops import batched_reference, dispatch
 from ..ops.batched import Weights
 from ..pissa import Factors, principal_factors_of_batch
 from ..report import LayerReport
 from ..runtime.transfer import HostCopy, PinnedTransfer
+from ..runtime.workers import InOrder
+from ..svd.result import Certificate
 from .layer import LayerJob
-from .record import sampled
+from .record import places_on, sample_
 
 Emit = Callable[[LayerJob, LayerReport], None]
 # Stacks of streamed weights that exist at once: one arrives, one is decomposed, one leaves.
 IN_FLIGHT = 3
+# Failures after which a batch is halved: a half needs less memory, and a refused weight is found.
+HALVED = (torch.OutOfMemoryError, ValueError)
+
+
+def needed_bytes(job: LayerJob, device: torch.device) -> int:
+    """Bytes on ``device`` for each layer of a batch: its workspace, and its part of the stacks that are in flight."""
+    streamed = 0 if job.weight.device == device else IN_FLIGHT * job.weight.nbytes
+    return job.workspace(device) + streamed
 
 
 def plan_batches(jobs: Sequence[LayerJob], device: torch.device, budget: int) -> list[list[LayerJob]]:
@@ -42,9 +53,7 @@ def plan_batches(jobs: Sequence[LayerJob], device: torch.device, budget: int) ->
         kinds[weight.device, weight.shape, weight.stride(), weight.dtype, job.transposed, accuracy].append(job)
     batches = []
     for alike in kinds.values():
-        first = alike[0]
-        streamed = 0 if first.weight.device == device else IN_FLIGHT * first.weight.nbytes
-        most = max(1, budget // (first.workspace(device) + streamed))
+        most = max(1, budget // needed_bytes(alike[0], device))
         count = -(-len(alike) // most)
         batches += [alike[index * len(alike) // count : (index + 1) * len(alike) // count] for index in range(count)]
     return batches
@@ -54,73 +63,61 @@ def run_batches(batches: Sequence[list[LayerJob]], device: torch.device, emit: E
     """Initialize batches one after another, until ``stop`` is set.
 
     A batch that runs out of memory, or has a weight that is refused, is halved until the layer that fails is alone; the
-    error names it. Batches whose weights have been changed are recorded and emitted in any case.
+    error names it. Layers whose weights have been changed are recorded and emitted in any case, each of them once.
     """
     moved = []
-    with _Leaving() as leaving:
+    with InOrder("leaving") as leaving:
         for batch in batches:
             if stop.is_set():
                 return
-            if batch[0].weight.device == device:
-                _in_halves(batch, lambda part: _resident(part, emit, leaving))
-            else:
+            if batch[0].weight.device != device:
                 moved.append(batch)
-    _streamed([batch for batch in (_without_reused(batch, emit) for batch in moved) if batch], device, emit, stop)
+            elif batch := _without_reused(batch, emit):
+                _in_halves(batch, lambda part: _resident(part, emit, leaving), leaving)
+    left = [_without_reused(batch, emit) for batch in moved if not stop.is_set()]
+    _streamed([batch for batch in left if batch], device, emit, stop)
 
 
-class _Leaving:
-    """A thread in which the results of one batch leave the device while the next batch is decomposed."""
+def _resident(batch: list[LayerJob], emit: Emit, leaving: InOrder) -> None:
+    """Initialize layers whose weights are on the device.
 
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="pissa_kernels-leaving")
-        self.last: Future[None] | None = None
-
-    def __enter__(self) -> _Leaving:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self.wait()
-        finally:
-            self.pool.shutdown()
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Start ``work`` when the batch before it has left."""
-        self.wait()
-        self.last = self.pool.submit(work)
-
-    def wait(self) -> None:
-        """Wait for the batch that is leaving, and raise what its work has raised."""
-        last, self.last = self.last, None
-        if last is not None:
-            last.result()
-
-
-def _resident(batch: list[LayerJob], emit: Emit, leaving: _Leaving) -> None:
-    """Initialize layers whose weights are on the device."""
+    After an error each layer is either initialized and will be recorded, or unchanged. So what takes memory comes
+    before the first change.
+    """
     began = time.perf_counter()
-    batch = _without_reused(batch, emit)
-    if not batch:
-        return
     weights = [job.weight for job in batch]
     found = principal_factors_of_batch([job.view for job in batch], [job.recipe for job in batch])
-    before = torch.stack([sampled(weight) for weight in weights])
-    with contextlib.ExitStack() as stack:
-        for job, factors in zip(batch, found, strict=True):
-            stack.enter_context(job.restored_on_failure())
-            job.set_adapter(factors.lora_A, factors.lora_B)
-        _subtract(batch, weights, found)
-    after = torch.stack([sampled(weight) for weight in weights])
-    read = HostCopy([*_stored(found, weights[0].dtype), before, after])
-    seconds = (time.perf_counter() - began) / len(batch)
+    (A, B, S), certificates = _stored(found, weights[0].dtype)
+    del found
+    places = places_on(weights[0])
+    before, after = weights[0].new_empty(2, len(batch), len(places))
+    sample_(before, weights, places)
+    changed = 0
+    try:
+        for members in _launches(batch, weights):
+            with contextlib.ExitStack() as stack:
+                if len(batch[members]) == 1:
+                    stack.enter_context(layer_context(batch[members][0].label))
+                for job, lora_A, lora_B in zip(batch[members], A[members], B[members], strict=True):
+                    stack.enter_context(job.restored_on_failure())
+                    job.set_adapter(lora_A, lora_B)
+                _subtract(batch[members], weights[members], A[members], B[members])
+            changed = members.stop
+            sample_(after[members], weights[members], places)
+    finally:
+        if changed:
+            read = HostCopy([tensor[:changed] for tensor in (A, B, S, before, after)])
+            seconds = (time.perf_counter() - began) / len(batch)
+            leaving.submit(functools.partial(_record, batch[:changed], certificates[:changed], read, seconds, emit))
 
-    def record() -> None:
-        *stored, prints_before, prints_after = read.result()
-        kept = _unstacked(found, *stored)
-        for job, factors, first, second in zip(batch, kept, prints_before, prints_after, strict=True):
-            emit(job, job.record(factors, first.clone(), second.clone(), seconds))
 
-    leaving.submit(record)
+def _record(batch: list[LayerJob], certificates: list[Certificate], read: HostCopy, seconds: float, emit: Emit) -> None:
+    """Record layers that have been initialized on the device, and emit them."""
+    *stored, before, after = read.result()
+    kept = _unstacked(stored, certificates)
+    for job, factors, first, second in zip(batch, kept, before, after, strict=True):
+        first, second = (elements.to(torch.float32, copy=True) for elements in (first, second))
+        emit(job, job.record(factors, first, second, seconds))
 
 
 def _streamed(batches: Sequence[list[LayerJob]], device: torch.device, emit: Emit, stop: threading.Event) -> None:
@@ -128,80 +125,103 @@ def _streamed(batches: Sequence[list[LayerJob]], device: torch.device, emit: Emi
     if not batches:
         return
     arriving, returning = PinnedTransfer(device), PinnedTransfer(device)
+    with ThreadPoolExecutor(1, thread_name_prefix="pissa_kernels-arriving") as arrivals, InOrder("leaving") as leaving:
 
-    def alone(batch: list[LayerJob]) -> None:
-        transfer = PinnedTransfer(device)  # the buffers of the others are in use by the neighboring batches
-        stack = transfer.to_device([job.weight for job in batch])
-        _decomposed(batch, stack, transfer, emit)()
+        def arrival(index: int) -> Future[Tensor] | None:
+            weights = [[job.weight for job in batch] for batch in batches[index : index + 1]]
+            return arrivals.submit(arriving.to_device, weights[0]) if weights else None
 
-    with ThreadPoolExecutor(1, thread_name_prefix="pissa_kernels-arriving") as arrivals, _Leaving() as leaving:
-        coming: list[Future[Tensor]] = []
-        for index in range(len(batches) + 1):
+        def alone(batch: list[LayerJob]) -> None:
+            transfer = PinnedTransfer(device)  # the buffers of the others are in use by the neighboring batches
+            stack = transfer.to_device([job.weight for job in batch])
+            leaving.submit(_decomposed(batch, stack, transfer, emit))
+
+        coming = arrival(0)
+        for index, batch in enumerate(batches):
+            assert coming is not None
+            stack = _unless_halved(coming)
+            coming = None  # whose error, if it has failed, refers to its stack
             if stop.is_set():
                 break
-            arrived = [future.result() if not future.exception() else None for future in coming]
-            coming = [
-                arrivals.submit(arriving.to_device, [job.weight for job in batch])
-                for batch in batches[index : index + 1]
-            ]
-            if not arrived:
-                continue
-            batch, stack, leave = batches[index - 1], arrived.pop(), None
+            leaving.wait(most=1)  # its stack makes room for the next one
+            coming = arrival(index + 1)
+            leave = None
             if stack is not None:
-                with contextlib.suppress(torch.OutOfMemoryError, ValueError):  # is raised again for the layer alone
-                    leave = _decomposed(batch, stack, returning, emit, leaving)
+                with contextlib.suppress(*HALVED):  # is raised again for the layer alone
+                    leave = _decomposed(batch, stack, returning, emit)
             del stack
-            if leave is None:
-                _in_halves(batch, alone)
-            else:
+            if leave is not None:
                 leaving.submit(leave)
+            else:
+                _in_halves(batch, alone, leaving, failed=True)
 
 
-def _decomposed(
-    batch: list[LayerJob], stack: Tensor, transfer: PinnedTransfer, emit: Emit, leaving: _Leaving | None = None
-) -> Callable[[], None]:
+def _unless_halved(arrival: Future[Tensor]) -> Tensor | None:
+    """The stack that has arrived; None after a failure for which the batch is halved."""
+    error = arrival.exception()
+    if error is None:
+        return arrival.result()
+    if not isinstance(error, HALVED):
+        raise error
+    return None
+
+
+def _decomposed(batch: list[LayerJob], stack: Tensor, transfer: PinnedTransfer, emit: Emit) -> Callable[[], None]:
     """Replace the weights in ``stack`` by residuals; the function returned writes what has been found to the layers."""
     began = time.perf_counter()
     weights = list(stack)
-    views = [weight.mT if job.transposed else weight for job, weight in zip(batch, weights, strict=True)]
-    found = principal_factors_of_batch(views, [job.recipe for job in batch])
-    _subtract(batch, weights, found)
-    if leaving is not None:
-        leaving.wait()  # its buffers are used again
-    read, residuals = HostCopy(_stored(found, stack.dtype)), transfer.to_host(stack)
+    found = principal_factors_of_batch(_views(batch, weights), [job.recipe for job in batch])
+    stored, certificates = _stored(found, stack.dtype)
+    del found
+    _subtract(batch, weights, *stored[:2])
+    read, residuals = HostCopy(stored), transfer.to_host(stack)
     seconds = (time.perf_counter() - began) / len(batch)
 
     def leave() -> None:
-        kept = _unstacked(found, *read.result())
+        kept = _unstacked(read.result(), certificates)
         for job, factors, residual in zip(batch, kept, residuals, strict=True):
-            emit(job, job.write(factors, time.perf_counter() - seconds, residual=residual))
+            with layer_context(job.label):
+                emit(job, job.write(factors, time.perf_counter() - seconds, residual=residual))
 
     return leave
 
 
-def _subtract(batch: list[LayerJob], weights: list[Tensor], found: list[Factors]) -> None:
+def _launches(batch: list[LayerJob], weights: list[Tensor]) -> list[slice]:
+    """The members whose weights change together: all of them by a kernel, one by one in plain torch.
+
+    A kernel is launched or not; a loop in plain torch may fail after some of the weights.
+    """
+    if dispatch.bodies(Weights.of(_views(batch, weights))) is not batched_reference:
+        return [slice(0, len(batch))]
+    return [slice(index, index + 1) for index in range(len(batch))]
+
+
+def _subtract(batch: list[LayerJob], weights: list[Tensor], A: Tensor, B: Tensor) -> None:
     """W −= s·B·A for every layer, in one launch where there is a kernel."""
-    views = [weight.mT if job.transposed else weight for job, weight in zip(batch, weights, strict=True)]
-    dtype = weights[0].dtype
-    scalings = torch.tensor([job.recipe.scaling for job in batch], dtype=torch.float64)
+    scalings = torch.tensor([job.recipe.scaling for job in batch], dtype=torch.float64, device="cpu")
     with exact_arithmetic(weights[0].device):
-        group = Weights.of(views)
-        B, A = (torch.stack([getattr(factors, name) for factors in found]).to(dtype) for name in ("lora_B", "lora_A"))
+        group = Weights.of(_views(batch, weights))
         dispatch.bodies(group).subtract_lowrank_(group, B, A, scalings)
 
 
-def _stored(found: list[Factors], dtype: torch.dtype) -> list[Tensor]:
-    """A, B and the singular values of a batch, A and B in the dtype that stores the adapter."""
+def _views(batch: list[LayerJob], weights: list[Tensor]) -> list[Tensor]:
+    """The weights as (out, in)."""
+    return [weight.mT if job.transposed else weight for job, weight in zip(batch, weights, strict=True)]
+
+
+def _stored(found: list[Factors], dtype: torch.dtype) -> tuple[list[Tensor], list[Certificate]]:
+    """A, B and the singular values of a batch, stacked, A and B in the dtype that stores the adapter."""
     A = torch.stack([factors.lora_A for factors in found]).to(dtype)
     B = torch.stack([factors.lora_B for factors in found]).to(dtype)
-    return [A, B, torch.stack([factors.singular_values for factors in found])]
+    S = torch.stack([factors.singular_values for factors in found])
+    return [A, B, S], [factors.certificate for factors in found]
 
 
-def _unstacked(found: list[Factors], A: Tensor, B: Tensor, S: Tensor) -> list[Factors]:
-    """The factors of each layer on the CPU, in memory of their own."""
+def _unstacked(stored: list[Tensor], certificates: list[Certificate]) -> list[Factors]:
+    """The factors of each layer, on the CPU, in memory of their own."""
     return [
-        Factors(A[index].clone(), B[index].clone(), S[index].clone(), factors.certificate)
-        for index, factors in enumerate(found)
+        Factors(A.clone(), B.clone(), S.clone(), certificate)
+        for A, B, S, certificate in zip(*stored, certificates, strict=True)
     ]
 
 
@@ -218,18 +238,27 @@ def _without_reused(batch: list[LayerJob], emit: Emit) -> list[LayerJob]:
     return left
 
 
-def _in_halves(batch: list[LayerJob], work: Callable[[list[LayerJob]], None]) -> None:
-    """``work`` on a batch; after a failure on each half of it.
+def _in_halves(
+    batch: list[LayerJob], work: Callable[[list[LayerJob]], None], leaving: InOrder, *, failed: bool = False
+) -> None:
+    """``work`` on a batch; after a failure on each half of it, unless the error names a layer.
 
-    The retry is outside of the handler: the traceback of the failure refers to the tensors that filled the memory.
+    Args:
+        batch: the layers.
+        work: submits to ``leaving``.
+        leaving: what other batches have submitted. Their errors are raised before ``work`` starts.
+        failed: whether the batch has failed already.
     """
-    try:
-        with layer_context(batch[0].label) if len(batch) == 1 else contextlib.nullcontext():
-            return work(batch)
-    except (torch.OutOfMemoryError, ValueError):
-        if len(batch) == 1:
-            raise
+    leaving.wait(most=1)
+    if len(batch) == 1 or not failed:
+        try:
+            with layer_context(batch[0].label) if len(batch) == 1 else contextlib.nullcontext():
+                return work(batch)
+        except HALVED as error:
+            if hasattr(error, "layer"):
+                raise
+    # outside of the handler: the traceback of the failure refers to the tensors that filled the memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    _in_halves(batch[: len(batch) // 2], work)
-    _in_halves(batch[len(batch) // 2 :], work)
+    _in_halves(batch[: len(batch) // 2], work, leaving)
+    _in_halves(batch[len(batch) // 2 :], work, leaving)

@@ -132,8 +132,11 @@ class LayerJob:
             dtype: of the adapter; by default the weight's.
             residual: W_res as the weight is stored, where another device has computed it.
         """
-        weight, scaling = self.weight, self.recipe.scaling
+        weight, scaling, stored = self.weight, self.recipe.scaling, dtype or self.weight.dtype
         before = fingerprint(weight)
+        # copies on the CPU, which need memory: before the weight is changed
+        lora_A, lora_B = (factor.to("cpu", stored, copy=True) for factor in (factors.lora_A, factors.lora_B))
+        kept = replace(factors, lora_A=lora_A, lora_B=lora_B, singular_values=factors.singular_values.cpu())
         with self.restored_on_failure():
             self.set_adapter(factors.lora_A, factors.lora_B)
             if residual is not None:
@@ -141,22 +144,18 @@ class LayerJob:
             else:
                 with exact_arithmetic(weight.device):
                     ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, scaling, self.transposed)
-        kept = replace(
-            factors, lora_A=factors.lora_A.to(dtype or weight.dtype), lora_B=factors.lora_B.to(dtype or weight.dtype)
-        )
         return self.record(kept, before, fingerprint(weight), time.perf_counter() - began)
 
     def record(self, factors: Factors, before: Tensor, after: Tensor, seconds: float) -> LayerReport:
         """Record an initialization that has been written.
 
         Args:
-            factors: A and B in the dtype that stores the adapter.
+            factors: on the CPU, in memory of their own: A and B in the dtype that stores the adapter.
             before, after: fingerprints of W and of W_res.
             seconds: time that the layer has taken.
         """
-        lora_A, lora_B = (factor.to("cpu", copy=True) for factor in (factors.lora_A, factors.lora_B))
         report = self._report(factors, seconds)
-        remember(self.layer, InitRecord(self.adapter, lora_A, lora_B, report, before, after))
+        remember(self.layer, InitRecord(self.adapter, factors.lora_A, factors.lora_B, report, before, after))
         return report
 
     def _report(self, factors: Factors, seconds: float) -> LayerReport:
@@ -167,7 +166,7 @@ class LayerJob:
             rank=self.recipe.rank,
             certificate=factors.certificate,
             seconds=seconds,
-            singular_values=factors.singular_values.cpu(),
+            singular_values=factors.singular_values,
             dtype=self.weight.dtype,
             scaling=self.recipe.scaling,
             init=self.recipe.init,
@@ -178,13 +177,18 @@ class LayerJob:
         return self.layer.lora_A[self.adapter].weight, self.layer.lora_B[self.adapter].weight
 
     def set_adapter(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Write copies of A and B, in ``dtype``, to the adapter. An exception leaves both unchanged."""
+        copies = []
         for parameter, value in zip(self._adapter(), (lora_A, lora_B), strict=True):
             if not parameter.is_meta:  # a checkpoint will fill it
                 kept = dtype or (parameter.dtype if self.deferred else torch.float32)
-                parameter.data = value.to(self.weight.device, kept, copy=True)
+                copies.append((parameter, value.to(self.weight.device, kept, copy=True)))
+        for parameter, copied in copies:
+            parameter.data = copied
 
     @contextlib.contextmanager
     def restored_on_failure(self) -> Iterator[None]:
+        """Context that restores A and B after an exception."""
         before = [parameter.data for parameter in self._adapter()]
         try:
             yield

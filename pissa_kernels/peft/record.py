@@ -6,6 +6,7 @@ compute with W again (a reference policy), to take the same residual at a reload
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,19 +46,32 @@ class InitRecord:
 
 def fingerprint(weight: Tensor) -> Tensor:
     """Evenly spread elements of a weight (m, n), the same ones for every layout and device: float32 on the CPU."""
-    return sampled(weight).cpu()
+    return torch.take(weight.detach(), places_on(weight)).float().cpu()
 
 
-def sampled(weight: Tensor) -> Tensor:
-    """:func:`fingerprint` on the weight's device, without waiting for it."""
-    rows, columns = _places(*weight.shape, weight.device)
-    return weight.detach()[rows, columns].float()
+def sample_(out: Tensor, weights: Sequence[Tensor], places: Tensor) -> None:
+    """The elements of :func:`fingerprint` of weights of one shape. Allocates nothing, and does not wait for a GPU.
+
+    Args:
+        out: (batch, k) of the weights' dtype, on their device; overwritten.
+        weights: (m, n) each.
+        places: result of :func:`places_on`.
+    """
+    for row, weight in zip(out, weights, strict=True):
+        torch.take(weight.detach(), places, out=row)
+
+
+def places_on(weight: Tensor) -> Tensor:
+    """Places (k,) of the elements of a fingerprint in a weight (m, n) read by rows, on its device."""
+    places = _places(weight.numel())
+    if weight.is_cuda:
+        places = places.pin_memory()
+    return places.to(weight.device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
-def _places(m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    index = torch.linspace(0, m * n - 1, min(SAMPLES, m * n), dtype=torch.float64, device="cpu").long()
-    return (index // n).to(device), (index % n).to(device)
+def _places(elements: int) -> Tensor:
+    return torch.linspace(0, elements - 1, min(SAMPLES, elements), dtype=torch.float64, device="cpu").long()
 
 
 def matches(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:

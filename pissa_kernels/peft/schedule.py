@@ -21,7 +21,7 @@ from ..numerics import exact_arithmetic
 from ..report import LayerReport
 from ..runtime import memory
 from ..runtime.workers import run_jobs
-from .batches import Emit, plan_batches, run_batches
+from .batches import Emit, needed_bytes, plan_batches, run_batches
 from .layer import LayerJob
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def _workers(jobs: Sequence[LayerJob], budget: int) -> int:
 
 def _check_budget(jobs: Sequence[LayerJob], device: torch.device, budget: int) -> None:
     for job in jobs:
-        needed = job.workspace(device) + (job.weight.nbytes if device != job.weight.device else 0)
+        needed = needed_bytes(job, device)
         if needed > budget:
             with layer_context(job.label):
                 raise ValueError(

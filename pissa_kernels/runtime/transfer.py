@@ -18,11 +18,11 @@ class HostCopy:
     The copies wait for the work that the current stream of this thread has been given, and for nothing after it.
 
     Args:
-        tensors: on one device. They are kept until the copies are complete.
+        tensors: on one device. They are kept until the copies are complete, and must not be changed before.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = list(tensors)
+        self.tensors = [tensor.contiguous() for tensor in tensors]
         self.device = self.tensors[0].device
         self.ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
@@ -33,30 +33,49 @@ class HostCopy:
             return [tensor.cpu() for tensor in tensors]
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_event(self.ready)
-        size = min(BUFFER_BYTES, max(tensor.nbytes for tensor in tensors))
-        buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         results = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in tensors]
-        chunks = [
-            (source[start : start + size], target[start : start + size])
-            for source, target in zip(map(_bytes, tensors), map(_bytes, results), strict=True)
-            for start in range(0, len(source), size)
-        ]
-        events: list[torch.cuda.Event] = []
         with torch.cuda.stream(stream):
-            for number in range(len(chunks) + 1):
-                if number < len(chunks):
-                    source, _ = chunks[number]
-                    buffers[number % 2][: len(source)].copy_(source, non_blocking=True)
-                    events.append(stream.record_event())
-                if number:  # while the next chunk is copied
-                    _, target = chunks[number - 1]
-                    events[number - 1].synchronize()
-                    target.copy_(buffers[(number - 1) % 2][: len(target)])
+            buffers = _pinned(min(BUFFER_BYTES, max(tensor.nbytes for tensor in tensors)))
+            if buffers:
+                _copy_through(buffers, tensors, results, stream)
+            else:
+                for source, target in zip(tensors, results, strict=True):
+                    target.copy_(source)
         return results
 
 
+def _pinned(size: int) -> list[Tensor]:
+    """Two pinned buffers; none where the system has no memory that it can pin, so that copies block."""
+    try:
+        return [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
+    except RuntimeError:
+        return []
+
+
+def _copy_through(
+    buffers: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor], stream: torch.cuda.Stream
+) -> None:
+    """Copy tensors to the CPU: the GPU fills one buffer while the CPU empties the other."""
+    size = len(buffers[0])
+    chunks = [
+        (source[start : start + size], target[start : start + size])
+        for source, target in zip(map(_bytes, tensors), map(_bytes, results), strict=True)
+        for start in range(0, len(source), size)
+    ]
+    events: list[torch.cuda.Event] = []
+    for number in range(len(chunks) + 1):
+        if number < len(chunks):
+            source, _ = chunks[number]
+            buffers[number % 2][: len(source)].copy_(source, non_blocking=True)
+            events.append(stream.record_event())
+        if number:  # while the next chunk is copied
+            _, target = chunks[number - 1]
+            events[number - 1].synchronize()
+            target.copy_(buffers[(number - 1) % 2][: len(target)])
+
+
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.flatten().view(torch.uint8)
 
 
 class PinnedTransfer:
@@ -97,27 +116,31 @@ class PinnedTransfer:
     def to_host(self, stack: Tensor) -> Iterator[Tensor]:
         """Yield each tensor of a stack in a pinned buffer, valid until the next tensor is requested.
 
-        The copies wait for the work that the stream of the computation has been given when this is called.
+        The copies wait for the work that the stream of the computation has been given when this is called, and for
+        nothing after it.
         """
+        ready = None
         if self.stream is not None and self.caller is not None:
-            self.stream.wait_stream(self.caller)
+            ready = self.caller.record_event()
             stack.record_stream(self.stream)
-        return self._sent(stack)
+        return self._sent(stack, ready)
 
-    def _sent(self, stack: Tensor) -> Iterator[Tensor]:
-        with self._on_stream():
-            for index in range(min(2, len(stack))):
-                self._send(index, stack)
-            for index in range(len(stack)):
-                if self.on_gpu:
-                    self._copied[index % 2].synchronize()
-                yield self._buffers[index % 2]
-                if index + 2 < len(stack):
-                    self._send(index + 2, stack)
+    def _sent(self, stack: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
+        if self.stream is not None and ready is not None:
+            self.stream.wait_event(ready)
+        for index in range(min(2, len(stack))):
+            self._send(index, stack)
+        for index in range(len(stack)):
+            if self.on_gpu:
+                self._copied[index % 2].synchronize()
+            yield self._buffers[index % 2]
+            if index + 2 < len(stack):
+                self._send(index + 2, stack)
 
     def _send(self, index: int, stack: Tensor) -> None:
-        self._buffer(index, stack[index]).copy_(stack[index], non_blocking=True)
-        self._record(index)
+        with self._on_stream():  # not around a yield, after which another thread may end the iteration
+            self._buffer(index, stack[index]).copy_(stack[index], non_blocking=True)
+            self._record(index)
 
     def _buffer(self, index: int, like: Tensor) -> Tensor:
         if len(self._buffers) < 2 or (self._buffers[0].shape, self._buffers[0].dtype) != (like.shape, like.dtype):

@@ -36,11 +36,10 @@ def run_jobs(
         finished.put((value,))
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="pissa_kernels") as pool:
-        futures = [pool.submit(job, emit) for job in jobs]
-        for future in futures:
-            future.add_done_callback(finished.put)
-        left = len(futures)
         try:
+            for job in jobs:
+                pool.submit(job, emit).add_done_callback(finished.put)
+            left = len(jobs)
             while left:
                 item = finished.get()
                 if isinstance(item, Future):
@@ -57,3 +56,34 @@ def run_jobs(
                     with contextlib.suppress(Exception):
                         done(*item)
             raise
+
+
+class InOrder:
+    """Context with a thread that runs functions one after another, all of them, whatever one of them raises.
+
+    Args:
+        name: of the thread.
+
+    Raises:
+        BaseException: at the end of the context, the first that a function has raised.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"pissa_kernels-{name}")
+        self.pending: list[Future[None]] = []
+
+    def __enter__(self) -> InOrder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()
+        self.wait()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run ``work`` after all that was submitted before. Raises nothing that earlier work has raised."""
+        self.pending.append(self.pool.submit(work))
+
+    def wait(self, most: int = 0) -> None:
+        """Wait until at most ``most`` functions are left, and raise what one of the others has raised."""
+        while len(self.pending) > most:
+            self.pending.pop(0).result()
