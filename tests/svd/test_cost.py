@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pissa_kernels.svd import cost
+from pissa_kernels.svd import cost, fixed
 from pissa_kernels.svd.krylov import steps_for_niter
 from pissa_kernels.svd.stopping import GUARD_VECTORS
+
+from ..support.live import live_bytes
 
 MEASURED = Path(__file__).parents[2] / "bench" / "results" / "init-cpu.jsonl"
 
@@ -51,12 +55,6 @@ def test_a_gpu_takes_the_method_with_small_eigenproblems() -> None:
     assert cost.choose_plan(4096, 4096, 128, None, machine="cpu").method == "krylov"
 
 
-def test_a_batch_shares_the_small_operations() -> None:
-    for plan in (plan for plan in cost.candidates(384, 384, 16, None, batch=24) if plan.method != "svd"):
-        alone = [p for p in cost.candidates(384, 384, 16, None) if (p.method, p.block) == (plan.method, plan.block)]
-        assert plan.seconds < max(p.seconds for p in alone)
-
-
 def test_excluded_methods_are_not_chosen() -> None:
     assert cost.choose_plan(4096, 4096, 16, None, exclude=["krylov"]).method == "chebyshev"
     assert cost.choose_plan(4096, 4096, 16, None, exclude=["krylov", "chebyshev"]).method == "gram"
@@ -69,11 +67,10 @@ def test_excluded_methods_are_not_chosen() -> None:
     fraction=st.floats(0, 1),
     niter=st.sampled_from([None, 0, 1, 4, 16]),
     machine=st.sampled_from(["cpu", "cpu csrc", "cuda", "mps"]),
-    batch=st.sampled_from([1, 16]),
 )
-def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | None, machine: str, batch: int) -> None:
+def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | None, machine: str) -> None:
     rank = 1 + int(fraction * (n - 1))
-    plans = cost.candidates(n + extra, n, rank, niter, machine=machine, batch=batch)
+    plans = cost.candidates(n + extra, n, rank, niter, machine=machine)
     assert {"gram", "svd"} & {plan.method for plan in plans}, "a dense method always fits"
     for plan in plans:
         assert plan.seconds > 0
@@ -99,3 +96,24 @@ def test_the_workspace_is_an_upper_estimate_of_measured_peaks() -> None:
     for row in measured:
         estimate = cost.workspace(*row["shape"], row["rank"], None, machine="cpu") / 2**20
         assert row["peak_extra_mib"] <= estimate <= 2 * row["peak_extra_mib"] + 10, row["case"]
+
+
+@pytest.mark.parametrize("further_rounds", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(300, 280), (640, 200)])
+def test_the_workspace_of_the_fixed_schedule_is_an_upper_estimate(
+    shape: tuple[int, int], dtype: torch.dtype, further_rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tensors that exist at once, in a batch; the same for each of its weights."""
+    monkeypatch.setattr(fixed, "FURTHER_ROUNDS", further_rounds)
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(2)]
+    for rank in (1, 17, 128):
+        estimate = len(weights) * fixed.workspace(*shape, rank)
+        with live_bytes(*weights) as live:
+            solution = fixed.solve(weights, rank, tol=0.0, seed=0)
+        assert live.peak <= estimate, rank
+        if fixed.schedule(shape[1], rank).degrees and further_rounds:  # type: ignore[union-attr]
+            assert estimate <= (2.5 if dtype == torch.bfloat16 else 3) * live.peak, rank
+        del solution
+        gc.collect()
+        assert live.now <= 0, "a tensor of the solution is kept"

@@ -197,10 +197,10 @@ def test_a_batch_gives_the_results_of_its_weights_one_by_one(
     for W, result in zip(weights, together, strict=True):
         alone = pk.truncated_svd(W, 8, niter=niter)
         assert result.certificate.method == alone.certificate.method == method
-        assert result.certificate.converged >= alone.certificate.converged
         check_triplets(W, 8, result)
-        if W.any():
-            assert energy_deficit(W, result.Vh) <= energy_deficit(W, alone.Vh) + 1e-6
+        for name in ("U", "S", "Vh"):
+            assert torch.equal(getattr(result, name), getattr(alone, name)), name
+        assert result.certificate == alone.certificate
 
 
 def test_truncated_svd_takes_a_single_weight() -> None:
