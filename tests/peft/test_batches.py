@@ -21,11 +21,12 @@ from .test_schedule import CPU, Net, jobs_of, on_call
 
 def assert_accurate(jobs: list[LayerJob], weights: dict[str, torch.Tensor]) -> None:
     for job in jobs:
-        W = weights[job.name or ""].double()
+        stored = weights[job.name or ""].double()
+        W = stored.mT if job.transposed else stored
         A, B = (factor["default"].weight.detach() for factor in (job.layer.lora_A, job.layer.lora_B))
         u = ROUNDOFF[job.weight.dtype]
         assert energy_deficit(W, A) <= 1e-6 + u**2  # the elements of A are rounded to u
-        error = (W - job.weight.double() - job.recipe.scaling * B.double() @ A.double()).norm()
+        error = (W - job.view.double() - job.recipe.scaling * B.double() @ A.double()).norm()
         assert error <= (u + 2e-7) * W.norm()
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 import pissa_kernels as pk
+from pissa_kernels.peft import batches, schedule
 from pissa_kernels.peft import layer as layer_module
-from pissa_kernels.peft import schedule
 from pissa_kernels.peft.initialize import prepare
 from pissa_kernels.peft.layer import LayerJob
 
 from ..support.models import build, linear_weights
 from ..support.reference import energy_deficit, realistic
+from ..support.streams import DEVICE, Stream, Streams
 from .test_models import config, lora_layers, moved
 
 CPU = torch.device("cpu")
@@ -206,6 +207,25 @@ def jobs_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[LayerJob
     return [job for job in jobs if job is not None]
 
 
+# The caller's stream
+
+
+def test_work_on_a_gpu_runs_on_the_stream_of_the_caller(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In threads of its own, whose current stream would be the default one."""
+    seen: list[tuple[bool, Stream]] = []
+
+    def run_batches(batches: list[list[LayerJob]], device: torch.device, emit: Any, stop: threading.Event) -> None:
+        seen.append((threading.current_thread() is threading.main_thread(), streams.current(device)))
+
+    monkeypatch.setattr(schedule, "run_batches", run_batches)
+    caller = Stream(name="caller")
+    resources = schedule.Resources(DEVICE, memory_budget=1 << 30)
+    for stream in (caller, streams.default):
+        with streams.use(stream):
+            schedule.run(jobs_of(Net()), resources, lambda job, report: None)
+    assert seen == [(False, caller), (False, streams.default)]
+
+
 # Budgets
 
 
@@ -216,6 +236,15 @@ def test_a_budget_too_small_is_refused_before_anything_is_written() -> None:
         inject(net)
     x = torch.eye(48)
     assert torch.equal(original(x), net(x))
+
+
+def test_a_layer_that_is_streamed_needs_room_for_the_stacks_in_flight() -> None:
+    job, device = jobs_of(Net())[0], torch.device("meta")
+    needed = job.workspace(device) + batches.IN_FLIGHT * job.weight.nbytes
+    schedule._check_budget([job], device, needed)
+    with pytest.raises(ValueError, match=f"pass a memory_budget of at least {needed:,}"):
+        schedule._check_budget([job], device, needed - 1)
+    schedule._check_budget([job], CPU, job.workspace(CPU))
 
 
 def test_the_budget_bounds_the_number_of_layers_at_once(two_threads: None) -> None:

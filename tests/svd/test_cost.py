@@ -98,16 +98,22 @@ def test_the_workspace_is_an_upper_estimate_of_measured_peaks() -> None:
         assert row["peak_extra_mib"] <= estimate <= 2 * row["peak_extra_mib"] + 10, row["case"]
 
 
-@pytest.mark.parametrize("further_rounds", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(300, 280), (640, 200)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "further_rounds"),
+    [
+        ((300, 280), torch.bfloat16, 0),
+        ((300, 280), torch.bfloat16, 1),
+        ((300, 280), torch.float32, 1),
+        ((640, 200), torch.bfloat16, 1),
+    ],
+)
 def test_the_workspace_of_the_fixed_schedule_is_an_upper_estimate(
     shape: tuple[int, int], dtype: torch.dtype, further_rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the tensors that exist at once, in a batch; the same for each of its weights."""
     monkeypatch.setattr(fixed, "FURTHER_ROUNDS", further_rounds)
     weights = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(2)]
-    for rank in (1, 17, 128):
+    for rank in (1, 128):
         estimate = len(weights) * fixed.workspace(*shape, rank)
         with live_bytes(*weights) as live:
             solution = fixed.solve(weights, rank, tol=0.0, seed=0)
