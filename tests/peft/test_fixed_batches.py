@@ -28,7 +28,10 @@ from ..support.reference import realistic
 from .test_batches import CPU, assert_accurate, run
 from .test_schedule import assert_same, state
 
-pytestmark = pytest.mark.usefixtures("fixed_schedule")
+pytestmark = [
+    pytest.mark.usefixtures("fixed_schedule"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 WAYS = pytest.mark.parametrize("way", ["resident", "streamed"])
 RANK = 4
