@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from pissa_kernels.ops import batched_reference
 from pissa_kernels.peft import batches, record
 from pissa_kernels.peft.layer import LayerJob
 from pissa_kernels.runtime.transfer import HostCopy, PinnedTransfer
+from pissa_kernels.runtime.workers import InOrder
 
 from .test_batches import CPU, Net, assert_accurate, jobs_of, on_call, run
 
@@ -102,17 +104,24 @@ def test_the_stack_that_could_not_be_filled_is_gone_before_the_next_one_arrives(
 ) -> None:
     jobs, weights = layers
     stacks: list[weakref.ref[torch.Tensor]] = []
-    real = PinnedTransfer.to_device
+    arrive, wait = PinnedTransfer.to_device, InOrder.wait
 
     def failing(self: PinnedTransfer, tensors: list[torch.Tensor]) -> torch.Tensor:
-        stack = real(self, tensors)
+        stack = arrive(self, tensors)
         if not stacks:
             stacks.append(weakref.ref(stack))
             raise exhausted()
-        assert stacks[0]() is None
         return stack
 
+    def checked(self: InOrder, most: int = 0) -> None:
+        """Called before the next arrival."""
+        deadline = time.perf_counter() + 1  # the other thread may still be about to drop the error
+        while stacks[0]() is not None:
+            assert time.perf_counter() < deadline, "held by the error of the arrival"
+        wait(self, most)
+
     monkeypatch.setattr(PinnedTransfer, "to_device", failing)
+    monkeypatch.setattr(InOrder, "wait", checked)
     with without_gc():
         run(in_fours(jobs), "streamed")
     assert_accurate(jobs, weights)
