@@ -32,7 +32,7 @@ class Weights:
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Weights:
         """The batch of ``tensors``; one copy of their addresses to the device, which does not block."""
-        table = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+        table = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
         if tensors[0].is_cuda:
             table = table.pin_memory()
         return cls(tuple(tensors), table.to(tensors[0].device, non_blocking=True))

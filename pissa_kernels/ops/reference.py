@@ -23,7 +23,7 @@ from torch import Tensor
 
 VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt")
 # Elements of the buffer. On a CPU 4 MiB of float32 stay in a slice of L3; a GPU is faster with few, large launches.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Elements of the rows that are transposed at a time on a CPU.
 TRANSPOSE_ELEMENTS = 1 << 17
 # Rows of Wᵀ·Y per thread, below which a product for each thread costs more than it saves.

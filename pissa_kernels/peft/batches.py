@@ -6,6 +6,7 @@ import contextlib
 import functools
 import threading
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,10 +33,10 @@ IN_FLIGHT = 3
 HALVED = (torch.OutOfMemoryError, ValueError)
 
 
-def needed_bytes(job: LayerJob, device: torch.device) -> int:
-    """Bytes on ``device`` for each layer of a batch: its workspace, and its part of the stacks that are in flight."""
+def needed_bytes(job: LayerJob, device: torch.device, batch: int = 1) -> int:
+    """Bytes on ``device`` for a batch of layers like this one: their workspace, and the stacks that are in flight."""
     streamed = 0 if job.weight.device == device else IN_FLIGHT * job.weight.nbytes
-    return job.workspace(device) + streamed
+    return job.workspace(device, batch) + batch * streamed
 
 
 def plan_batches(jobs: Sequence[LayerJob], device: torch.device, budget: int) -> list[list[LayerJob]]:
@@ -53,7 +54,8 @@ def plan_batches(jobs: Sequence[LayerJob], device: torch.device, budget: int) ->
         kinds[weight.device, weight.shape, weight.stride(), weight.dtype, job.transposed, accuracy].append(job)
     batches = []
     for alike in kinds.values():
-        most = max(1, budget // needed_bytes(alike[0], device))
+        sizes = range(1, len(alike) + 1)
+        most = max(1, bisect_right(sizes, budget, key=functools.partial(needed_bytes, alike[0], device)))
         count = -(-len(alike) // most)
         batches += [alike[index * len(alike) // count : (index + 1) * len(alike) // count] for index in range(count)]
     return batches

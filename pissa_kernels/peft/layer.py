@@ -59,11 +59,11 @@ class LayerJob:
         name = f"layer {self.name!r}" if self.name else f"a {type(self.layer.get_base_layer()).__name__} layer"
         return f"{name}, weight {tuple(self.weight.shape)}"
 
-    def workspace(self, device: torch.device) -> int:
-        """Bytes beyond the weight that its SVD takes on ``device``."""
+    def workspace(self, device: torch.device, batch: int = 1) -> int:
+        """Bytes beyond the weights that the SVDs of ``batch`` layers like this one take on ``device``."""
         m, n = self.weight.shape
         machine = machine_of(self.weight) if device == self.weight.device else device.type
-        return workspace(m, n, self.recipe.rank, self.recipe.niter, machine=machine)
+        return workspace(m, n, self.recipe.rank, self.recipe.niter, machine=machine, batch=batch)
 
     def defer(self) -> LayerJob:
         """The same job for later. B is set to zero, so that the layer computes W·x until the job has run."""

@@ -56,8 +56,8 @@ MACHINES = {
     # 2 bytes per element at 2 TB/s, cuSOLVER's syevd
     "cuda": Machine(flops=4e13, read=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
-# The upcast block of rows in the plain torch products on the CPU, and its product.
-ROW_BLOCK_BYTES = 8 << 20
+# The upcast block of rows in plain torch, and on a CPU its product.
+ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cpu csrc": 8 << 20, "cuda": 64 << 20}
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
 PANEL_CALLS = 50
 ROUND_CALLS = 20
@@ -132,19 +132,26 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "
     return dense + _krylov_plans(constants, m, n, rank, call) + _chebyshev_plans(constants, m, n, rank, call, gram)
 
 
-def workspace(m: int, n: int, rank: int, niter: int | None, *, machine: str) -> int:
-    """Upper estimate of the bytes that the SVD of one weight takes beyond the weight, factors included.
+def workspace(m: int, n: int, rank: int, niter: int | None, *, machine: str, batch: int = 1) -> int:
+    """Upper estimate of the bytes that the SVDs of a batch of weights take beyond the weights, factors included.
 
-    In a batch that goes through the fixed schedule each weight takes as much. The tests compare it with measured peaks.
+    The tests compare it with measured peaks.
 
     Args:
-        m: rows of the weight.
-        n: columns of the weight.
+        m: rows of a weight.
+        n: columns of a weight.
         rank, niter, machine: as for :func:`candidates`.
+        batch: number of weights.
     """
     m, n = max(m, n), min(m, n)
-    if machine in fixed.DEVICES and fixed.schedule(n, rank) is not None:
-        return fixed.workspace(m, n, rank)
+    # weights that the schedule does not solve are solved one by one, while the triplets of all are kept and rounded
+    alone = _workspace_alone(m, n, rank, niter, machine) + (batch - 1) * 16 * rank * (m + n)
+    if machine not in fixed.DEVICES or fixed.schedule(n, rank) is None:
+        return alone
+    return max(batch * fixed.workspace(m, n, rank), alone)
+
+
+def _workspace_alone(m: int, n: int, rank: int, niter: int | None, machine: str) -> int:
     chosen = choose_plan(m, n, rank, niter, machine=machine)
     panels = 4 * (m + n) * (2 * rank + 4 * chosen.block)
     if chosen.method == "svd":
@@ -155,7 +162,7 @@ def workspace(m: int, n: int, rank: int, niter: int | None, *, machine: str) -> 
         matrices = 4 * ((m + n) * chosen.limit + 4 * chosen.limit**2)
     else:
         matrices = 4 * (4 * n * chosen.block + (2 * n * n if chosen.through_gram else 0))
-    return panels + matrices + (ROW_BLOCK_BYTES if machine in MACHINES and machine != "cuda" else 0)
+    return panels + matrices + ROW_BLOCK_BYTES.get(machine, ROW_BLOCK_BYTES["cuda"])
 
 
 def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:

@@ -17,7 +17,7 @@ from bench.ledger.models import MODELS
 from bench.ledger.recorder import OTHER, recording
 from bench.ledger.roofline import H100, Roofline
 from bench.ledger.standin import StandIn
-from pissa_kernels.ops import batched, dispatch
+from pissa_kernels.ops import dispatch
 from pissa_kernels.ops.batched import Panel, Update, Weights
 
 SIZES = Sizes(batch=5, m=149, n=131)

@@ -81,6 +81,8 @@ def compiled(*arguments: str) -> list[dict[str, str]]:
     rows = [[line[start:stop].strip() for start, stop in columns] for line in table.splitlines()[2:]]
     assert total.startswith(f"{len(rows)} kernels in ")
     return [dict(zip(HEADERS, row, strict=True)) for row in rows]
+
+
 PRODUCTS = """
 from bench.tools.compiled import TARGETS, compiled, variants
 for variant in variants():

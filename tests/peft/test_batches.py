@@ -130,7 +130,7 @@ def test_batches_hold_every_layer_once_and_fit_the_budget(shapes: list[tuple[int
     assert sorted(id(job) for batch in planned for job in batch) == sorted(map(id, jobs))
     for batch in planned:
         assert len({job.weight.shape for job in batch}) == 1
-        assert len(batch) == 1 or len(batch) * batch[0].workspace(CPU) <= budget
+        assert len(batch) == 1 or batch[0].workspace(CPU, len(batch)) <= budget
 
 
 class FakeJob:
