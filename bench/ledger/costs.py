@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from pissa_kernels.ops.batched import Panel, Update, Weights
+from pissa_kernels.ops.triton import jacobi
 
 from .events import Dim, Event, Operand
 
 if TYPE_CHECKING:
     from .recorder import Recording
 
-# Operations of a Jacobi eigensolver per n³: ten sweeps of n²/2 rotations, each of two rows, two columns and two
+# Operations of a Jacobi eigensolver per n³: eight sweeps of n²/2 rotations, each of two rows, two columns and two
 # eigenvectors, with six operations for a pair of elements.
-EIGH_FLOPS = 90
+EIGH_FLOPS = 72
+# Sweeps until random matrices have converged. The launches of the others return at once.
+EIGH_SWEEPS = 8
+# Steps of a round: the rotations of a subproblem, and what reads and writes it.
+ROUND_STEPS = jacobi.SMALL + 8
 # Factorization and inverse, a third of n³ each, multiplications and additions.
 CHOLESKY_FLOPS = 2
 Costs = Callable[..., Iterator[Event]]
@@ -67,15 +72,27 @@ def split_event(record: Recording, values: Tensor, pieces: int) -> Event:
 
 
 def inverse_cholesky(record: Recording, results: tuple[Tensor, Tensor], gram: Tensor, shift: float) -> Iterator[Event]:
+    """One kernel, in which each column waits for the one before, and each block column for its products."""
     batch, size, _ = record.shape(gram)
     flops = (("fp32", (batch, size, size, size, Dim(CHOLESKY_FLOPS))),)
-    yield Event("inverse_cholesky", "inverse_cholesky", tuple(map(record.operand, (gram, *results))), flops)
+    operands = tuple(map(record.operand, (gram, *results)))
+    yield Event("inverse_cholesky", "inverse_cholesky", operands, flops, steps=2 * gram.shape[-1])
 
 
 def eigh(record: Recording, results: tuple[Tensor, Tensor], matrices: Tensor) -> Iterator[Event]:
+    """Two kernels for each round of a sweep (:mod:`pissa_kernels.ops.triton.jacobi`)."""
     batch, size, _ = record.shape(matrices)
     flops = (("fp32", (batch, size, size, size, Dim(EIGH_FLOPS))),)
-    yield Event("eigh", "eigh", tuple(map(record.operand, (matrices, *results))), flops)
+    rounds = 2 * -(-matrices.shape[-1] // jacobi.SMALL) - 1
+    returning = 2 * rounds * (jacobi.SWEEPS - EIGH_SWEEPS)
+    yield Event(
+        "eigh",
+        "eigh",
+        tuple(map(record.operand, (matrices, *results))),
+        flops,
+        launches=2 * rounds * jacobi.SWEEPS,
+        steps=rounds * EIGH_SWEEPS * ROUND_STEPS + returning,
+    )
 
 
 def sum_of_squares(record: Recording, results: Tensor, weights: Weights) -> Iterator[Event]:

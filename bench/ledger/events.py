@@ -82,6 +82,7 @@ class Event:
         operands: tensors that are read or written.
         flops: unit, and factors whose product is the number of operations.
         launches: number of kernels.
+        steps: number of steps that wait for one another, within kernels and between them.
         waits: whether the host waits for the GPU.
         transfer: whether the operands cross the bus.
     """
@@ -91,6 +92,7 @@ class Event:
     operands: tuple[Operand, ...] = ()
     flops: tuple[tuple[str, Shape], ...] = ()
     launches: int = 1
+    steps: int = 5
     waits: bool = False
     transfer: bool = False
 

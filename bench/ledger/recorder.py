@@ -31,6 +31,8 @@ aten: Any = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.unique_dim}
 # Operations that only allocate.
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+# Operations that copy a list of tensors.
+GATHERED = {aten.stack, aten.cat}
 # Positions of the two factors of a product.
 FACTORS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
 OTHER, COPIES = "other operations of torch", "copies to and from the host"
@@ -120,7 +122,9 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _event(self, packet: Any, func: Any, args: Any, standins: list[StandIn], results: Any) -> Event:
         written = [leaf for leaf in tree_flatten(results)[0] if isinstance(leaf, StandIn)]
-        operands = tuple(self.operand(tensor) for tensor in (*standins, *written))
+        # as one operand, because a list of the weights' tensors is another event for each length
+        read = written if packet in GATHERED else standins
+        operands = tuple(self.operand(tensor) for tensor in (*read, *written))
         flops: tuple[tuple[str, Shape], ...] = ()
         if packet in FACTORS:
             left, right = args[FACTORS[packet]], args[FACTORS[packet] + 1]

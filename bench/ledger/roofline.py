@@ -18,6 +18,8 @@ class Roofline:
         memory: bytes per second of its memory.
         flops: operations per second by unit.
         launch: seconds of the host per kernel.
+        step: seconds of a step that waits for the one before: some hundred dependent instructions, a synchronization.
+            The shortest kernel takes five.
         bus: bytes per second between host and device, in each direction.
     """
 
@@ -25,6 +27,7 @@ class Roofline:
     memory: float
     flops: Mapping[str, float] = field(hash=False)
     launch: float
+    step: float
     bus: float
 
     def line(self, event: Event, times: float, sizes: Mapping[str, int]) -> Line:
@@ -34,13 +37,14 @@ class Roofline:
         for unit, factors in event.flops:
             flops[unit] += math.prod(factor.value(sizes) for factor in factors)
         busy = sum(count / self.flops[unit] for unit, count in flops.items())
+        waiting = self.step * event.steps
         return Line(
             launches=times * event.launches,
             waits=times * event.waits,
             bytes=0.0 if event.transfer else times * size,
             transferred=times * size if event.transfer else 0.0,
             flops={unit: times * count for unit, count in flops.items()},
-            seconds=times * (size / self.bus if event.transfer else max(size / self.memory, busy)),
+            seconds=times * (size / self.bus if event.transfer else max(size / self.memory, busy, waiting)),
         )
 
 
@@ -49,6 +53,7 @@ H100 = Roofline(
     "H100 SXM",
     memory=0.9 * 3.35e12,
     flops={"bf16": 600e12, "tf32": 300e12, "fp32": 40e12},
-    launch=5e-6,
+    launch=10e-6,  # of Triton, from Python
+    step=6e-7,
     bus=50e9,
 )

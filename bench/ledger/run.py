@@ -28,8 +28,8 @@ BATCHES = (11, 13)
 Work = Callable[[list[Tensor], int], None]
 DETAILS = (
     "Counts come from running the code on small stand-ins for weights on a GPU and are evaluated for a model's shapes. "
-    "Each operation takes the longer of its memory traffic and its arithmetic; the host launches one kernel after "
-    "another at the same time. Nothing is measured: the prediction is a lower bound that one run can refute."
+    "Each operation takes the longest of its memory traffic, its arithmetic, and its steps that wait for one another; "
+    "the host launches one kernel after another at the same time. Nothing is measured: a run can refute the prediction."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,15 @@ def test_a_size_is_recognized_by_its_prime_factor() -> None:
     )
 
 
-def test_an_operation_takes_the_longer_of_memory_and_arithmetic() -> None:
-    roofline = Roofline("toy", memory=100.0, flops={"bf16": 10.0, "tf32": 5.0, "fp32": 1.0}, launch=1.0, bus=2.0)
+def test_an_operation_takes_the_longest_of_memory_arithmetic_and_steps() -> None:
+    flops = {"bf16": 10.0, "tf32": 5.0, "fp32": 1.0}
+    roofline = Roofline("toy", memory=100.0, flops=flops, launch=1.0, step=0.1, bus=2.0)
     operand = Operand((Dim(1, "m"), Dim(3)), 2)
     event = Event("p", "x", (operand,), (("bf16", (Dim(1, "n"), Dim(4))),))
     assert operand.bytes({"m": 50}) == 300
     assert roofline.line(event, 2, {"m": 50, "n": 5}).seconds == 2 * 3
     assert roofline.line(event, 2, {"m": 50, "n": 50}).seconds == 2 * 20
+    assert roofline.line(replace(event, steps=70), 2, {"m": 50, "n": 5}).seconds == 2 * 7
     assert roofline.line(Event("p", "copy", (operand,), transfer=True), 1, {"m": 50}).seconds == 150
 
 
