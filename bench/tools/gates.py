@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from . import sass
-
 
 @dataclass(frozen=True)
 class Gate:
@@ -25,7 +23,9 @@ class Gate:
         depth: inner dimension of one MMA instruction: 16 for 16-bit operands, 8 for TF32.
         conversions: layout conversions in loops.
         wide: whether global memory is read and written by 16 bytes.
-        blocks: blocks per multiprocessor, at least.
+        blocks: blocks per multiprocessor, at least: one computes while another waits.
+        stack: bytes of the stack that do not count as spilled.
+        alone: targets on which one block is enough if it has ``ALONE_WARPS`` warps.
     """
 
     products: int = 0
@@ -35,23 +35,46 @@ class Gate:
     conversions: int = 0
     wide: bool = True
     blocks: int = 2
+    stack: int = 0
+    alone: tuple[str, ...] = ()
 
 
+# Warps that a block needs to be alone on a multiprocessor: two for each of the four schedulers.
+ALONE_WARPS = 8
 # Targets whose MMA instructions are counted. On sm_100 some are issued ahead of the loop.
 COUNTED = ("sm_80", "sm_90", "sm_120")
 
+# Widths of a tile of a panel.
+TILES = ("BLOCK_COLS", "BLOCK_MORE")
 GATES = {
     "transpose_cast .*": Gate(),
     "subtract_lowrank_ (bf16 bf16|fp16 fp16) .*": Gate(products=1, step="BLOCK_RANK"),
     "subtract_lowrank_ bf16 fp32 .*": Gate(products=6, step="BLOCK_RANK"),
     "subtract_lowrank_ fp32 fp32 .*": Gate(),
     "sum_of_squares .*": Gate(wide=False),  # it stores one number
-    "r?matmul bf16 .*": Gate(products=3),
-    "r?matmul fp16 .*": Gate(products=3, depth=8),
-    "r?matmul fp32 .*": Gate(),
-    "grouped_r?matmul bf16 .*": Gate(products=3),
-    "grouped_r?matmul fp32 .*": Gate(),
+    "split": Gate(),
+    # Their products are float32's, without tensor cores. Reductions and transposes in the loops are conversions. On the
+    # stack are the calls for the rare cases of exact division and square root, and at most a dozen registers.
+    "inverse_cholesky": Gate(conversions=5, wide=False, stack=64),
+    "eigh.diagonalize 32 .*": Gate(conversions=3, wide=False, blocks=4, stack=16),
+    "eigh.diagonalize 64 .*": Gate(conversions=3, wide=False, blocks=1),
+    "eigh.update .*": Gate(stack=16),
+    "r?matmul bf16 (16|32|64) x1.*": Gate(products=1, columns=TILES),
+    # A tile of more columns is there to read W once. Its accumulators, up to 128 registers, leave room for one block,
+    # whose two warps per scheduler and stages of asynchronous copies do for a second one. Where MMA instructions take
+    # their operands from registers, this begins with 128 columns.
+    "r?matmul bf16 128 x1.*": Gate(products=1, columns=TILES, alone=("sm_80", "sm_120")),
+    "r?matmul bf16 (160|192|256) x1": Gate(products=1, columns=TILES, blocks=1),
+    # A step waits for its products, to add them to the total, so that another block has to fill the tensor cores. Alone
+    # is a block on sm_120, which has less than half of the shared memory of the others, and one of three products on
+    # sm_100, where the sum of a step comes from tensor memory to registers beside the total.
+    "r?matmul bf16 .* x2.*": Gate(products=2, columns=TILES, alone=("sm_120",)),
+    "r?matmul bf16 .* x3.*": Gate(products=3, columns=TILES, alone=("sm_100", "sm_120")),
+    "r?matmul (fp16|fp32) .* tf32( masked)?": Gate(products=1, columns=TILES, depth=8),
+    "r?matmul (fp16|fp32) .* tf32x3( masked)?": Gate(products=3, columns=TILES, depth=8),
 }
+# Shared memory of a block on AMD's targets, from the CDNA 3 and CDNA 4 instruction set manuals.
+SHARED_BYTES = {"gfx942": 64 << 10, "gfx950": 160 << 10}
 
 
 def gate_of(kernel: str) -> Gate:
@@ -77,15 +100,18 @@ def mma_instructions(gate: Gate, target: str, constants: dict[str, Any], warps: 
 def failures(report: Any, constants: dict[str, Any], warps: int) -> list[str]:
     """In what the report of a compiled Triton kernel does not meet its gate."""
     gate = gate_of(report.kernel)
-    found = [f"{report.spills} bytes are spilled"] if report.spills else []
-    if report.target not in sass.MULTIPROCESSORS:
+    found = [f"{report.spills} bytes are spilled"] if report.spills > gate.stack else []
+    if report.target in SHARED_BYTES:
+        if report.shared_bytes > SHARED_BYTES[report.target]:
+            found.append(f"{report.shared_bytes} bytes of shared memory, {SHARED_BYTES[report.target]} at most")
         return found
     if report.conversions > gate.conversions:
         found.append(f"{report.conversions} layout conversions in loops, at most {gate.conversions} expected")
     if gate.wide and not (report.wide_loads and report.wide_stores):
         found.append(f"{report.wide_loads} loads and {report.wide_stores} stores of 16 bytes")
-    if report.blocks < gate.blocks:
-        found.append(f"{report.blocks} blocks per multiprocessor, at least {gate.blocks} expected")
+    blocks = 1 if report.target in gate.alone and warps >= ALONE_WARPS else gate.blocks
+    if report.blocks < blocks:
+        found.append(f"{report.blocks} blocks per multiprocessor, at least {blocks} expected")
     expected = mma_instructions(gate, report.target, constants, warps)
     if report.target in COUNTED and report.mma != expected:
         found.append(f"{report.mma} MMA instructions in loops, {expected} expected")

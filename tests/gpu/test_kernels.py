@@ -10,7 +10,6 @@ import torch
 
 import pissa_kernels as pk
 from pissa_kernels.ops import dispatch, reference
-from pissa_kernels.ops.batched import Weights
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -57,34 +56,6 @@ def test_products(dtype: torch.dtype, shape: tuple[int, int], columns: int, monk
         one = getattr(pk.ops, verb)(W, P, pieces=1).double()
         assert ((one - exact).abs() <= 2 * 2.0**-9 * (A.double().abs() @ P.double().abs())).all()
         assert torch.equal(getattr(pk.ops, verb)(W, P), getattr(pk.ops, verb)(W, P)), "two runs agree"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [64, 160, 192, 256, 448])
-def test_products_of_weights_by_address(dtype: torch.dtype, columns: int) -> None:
-    product = pytest.importorskip("pissa_kernels.ops.triton.batched").product
-    tensors = [torch.randn(4096, 11008, device="cuda").to(dtype) for _ in range(3)]
-    for weights in (Weights.of(tensors), Weights.of(tensors).mT):
-        panel = torch.randn(3, weights.shape[2], columns, device="cuda")
-        got = product(weights, panel, precision=3, pieces=2)
-        for index, W in enumerate(weights.tensors):
-            exact = W.double() @ panel[index].double()
-            theirs = (reference.matmul(W, panel[index]).double() - exact).norm()
-            assert (got.values[index].double() - exact).norm() <= 2 * theirs
-            alone = product(Weights.of([W]), panel[index : index + 1], precision=3, pieces=2)
-            assert torch.equal(alone.values[0], got.values[index])
-            assert torch.equal(alone.pieces[:, 0], got.pieces[:, index])
-
-
-@pytest.mark.parametrize("columns", [64, 192, 448])
-def test_gram_matrices(columns: int) -> None:
-    product = pytest.importorskip("pissa_kernels.ops.triton.batched").product
-    Z = torch.randn(3, 11008, columns, device="cuda")
-    exact = Z.double().mT @ Z.double()
-    theirs = torch.stack([panel.mT @ panel for panel in Z]).double() - exact
-    assert (product(Z.mT, Z, precision=3).values.double() - exact).norm() <= 2 * theirs.norm()
-    one = product(Z.mT, Z, precision=1).values.double()
-    assert ((one - exact).abs() <= 2 * 2.0**-9 * (Z.double().abs().mT @ Z.double().abs())).all()
 
 
 def test_the_current_stream_is_used(backend: str) -> None:

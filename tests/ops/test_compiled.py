@@ -19,9 +19,10 @@ from bench.tools.compiled import HEADERS, Report
 # Compiled outside: this process may have imported triton with its interpreter.
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}
 OFFSETS = """
-from bench.tools.compiled import TARGETS, compiled, variants
+from bench.tools.compiled import TARGETS, compiled
+from bench.tools.variants import variants
 for variant in variants():
-    if "16" in variant.name:
+    if "bf16" in variant.name:
         print("KERNEL", variant.name)
         print(compiled(variant, TARGETS["sm_90"]).asm["ttir"])
 """
@@ -29,11 +30,20 @@ for variant in variants():
 DEFECT = """
 from dataclasses import replace
 from bench.tools import gates
-from bench.tools.compiled import report, variants
+from bench.tools.compiled import report
+from bench.tools.variants import variants
 variant = next(variant for variant in variants() if variant.name == "subtract_lowrank_ bf16 fp32 r16")
 tile = {"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_RANK": 32}
 variant = replace(variant, constants=variant.constants | tile, options=variant.options | {"num_warps": 8})
 print(gates.failures(report(variant, "sm_90"), variant.constants, 8))
+"""
+PRODUCTS = """
+from bench.tools.compiled import TARGETS, compiled
+from bench.tools.variants import variants
+for variant in variants():
+    if "matmul" in variant.name and ("192" in variant.name or " 64 " in variant.name):
+        print("KERNEL", variant.name)
+        print(compiled(variant, TARGETS["sm_90"]).asm["ttgir"])
 """
 CODE = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
@@ -83,15 +93,6 @@ def compiled(*arguments: str) -> list[dict[str, str]]:
     return [dict(zip(HEADERS, row, strict=True)) for row in rows]
 
 
-PRODUCTS = """
-from bench.tools.compiled import TARGETS, compiled, variants
-for variant in variants():
-    if "matmul" in variant.name and ("192" in variant.name or " 64 " in variant.name):
-        print("KERNEL", variant.name)
-        print(compiled(variant, TARGETS["sm_90"]).asm["ttgir"])
-"""
-
-
 @pytest.mark.slow
 def test_every_kernel_meets_its_gate_on_two_targets() -> None:
     rows = compiled("--targets", "sm_80", "sm_90")
@@ -114,7 +115,8 @@ def test_every_kernel_meets_its_gate_on_two_targets() -> None:
 @pytest.mark.slow
 def test_some_kernels_meet_their_gates_on_every_target() -> None:
     kernels = (
-        r"^(transpose_cast bf16 fp32|subtract_lowrank_ bf16 (bf16 r128|fp32 r16)|sum_of_squares bf16|matmul bf16 16)$"
+        r"^(transpose_cast bf16 fp32|subtract_lowrank_ bf16 (bf16 r128|fp32 r16)|sum_of_squares bf16"
+        r"|matmul bf16 16 x1|rmatmul bf16 192 x1|matmul bf16 64 x3 masked|matmul fp32 64 tf32|split)$"
     )
     rows = compiled("--only", kernels)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}
@@ -135,13 +137,12 @@ def test_offsets_into_a_weight_are_64_bit() -> None:
     assert len(kernels) > 8
     for text in kernels:
         name = text.splitlines()[0]
-        if "bf16" in name:
-            # arithmetic on tensors of pointers to the weight's type
-            found = re.findall(r"tt\.addptr .*: tensor<(\w+)x!tt\.ptr<bf16>>, tensor<\w+x(i\d+)>", text)
-            # in a panel, offsets are those within a block of rows, which is not as high as a block of the weight
-            offsets = [size for shape, size in found if "matmul" not in name or shape.startswith("128x")]
-            assert offsets, name
-            assert set(offsets) == {"i64"}, (name, offsets)
+        # arithmetic on tensors of pointers to the weight's type
+        found = re.findall(r"tt\.addptr .*: tensor<(\w+)x!tt\.ptr<bf16>>, tensor<\w+x(i\d+)>", text)
+        # in a panel, offsets are those within a block of rows, which is not as high as a block of the weight
+        offsets = [size for shape, size in found if "matmul" not in name or shape.startswith("128x")]
+        assert offsets, name
+        assert set(offsets) == {"i64"}, (name, offsets)
 
 
 def test_instructions_are_counted_in_loops() -> None:
@@ -199,11 +200,56 @@ GOOD = Report(
         ({"wide_loads": 0}, "0 loads and 4 stores of 16 bytes"),
         ({"blocks": 1}, "1 blocks per multiprocessor, at least 2 expected"),
         ({"target": "gfx942", "spills": 4}, "4 bytes are spilled"),
+        ({"target": "gfx942", "shared_bytes": 81920}, "81920 bytes of shared memory, 65536 at most"),
     ],
 )
 def test_a_report_that_misses_its_gate_says_in_what(changes: dict[str, object], words: str) -> None:
     assert gates.failures(GOOD, TILE, 8) == []
     assert words in gates.failures(replace(GOOD, **changes), TILE, 8)  # type: ignore[arg-type]
+
+
+PRODUCT = {"BLOCK_ROWS": 128, "BLOCK_INNER": 64, "BLOCK_COLS": 128, "BLOCK_MORE": 64}
+FLOATS = {"BLOCK_ROWS": 64, "BLOCK_INNER": 32, "BLOCK_COLS": 64, "BLOCK_MORE": 0}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "constants", "warps", "instructions"),
+    [
+        ("matmul bf16 192 x1", "sm_90", {}, 8, 8),  # of 64 rows and a warpgroup, for two tiles of columns
+        ("rmatmul bf16 192 x1", "sm_80", {}, 8, 96),
+        ("matmul bf16 64 x1", "sm_90", {"BLOCK_COLS": 64, "BLOCK_MORE": 0}, 4, 8),
+        ("matmul bf16 64 x2 masked", "sm_90", {"BLOCK_COLS": 64, "BLOCK_MORE": 0}, 8, 8),
+        ("matmul bf16 64 x3", "sm_120", {"BLOCK_INNER": 32, "BLOCK_COLS": 64, "BLOCK_MORE": 0}, 8, 48),
+        ("matmul fp16 64 tf32", "sm_90", FLOATS, 4, 4),
+        ("rmatmul fp32 16 tf32x3 masked", "sm_80", FLOATS | {"BLOCK_COLS": 16}, 4, 24),
+    ],
+)
+def test_instructions_follow_from_the_tile(
+    kernel: str, target: str, constants: dict[str, int], warps: int, instructions: int
+) -> None:
+    tile = PRODUCT | constants
+    assert gates.mma_instructions(gates.gate_of(kernel), target, tile, warps) == instructions
+    warpgroup = instructions if target == "sm_90" else 0
+    good = replace(GOOD, kernel=kernel, target=target, mma=instructions, warpgroup_mma=warpgroup)
+    assert gates.failures(good, tile, warps) == []
+    assert gates.failures(replace(good, mma=instructions + 1, warpgroup_mma=warpgroup + 1), tile, warps) != []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "warps", "enough"),
+    [
+        ("matmul bf16 192 x1", "sm_90", 8, 1),
+        ("matmul bf16 128 x1", "sm_80", 8, 1),
+        ("matmul bf16 128 x1", "sm_90", 8, 2),
+        ("matmul bf16 64 x2", "sm_90", 8, 2),
+        ("matmul bf16 64 x2", "sm_120", 8, 1),
+        ("matmul bf16 32 x2", "sm_120", 4, 2),
+    ],
+)
+def test_blocks_that_the_design_needs(kernel: str, target: str, warps: int, enough: int) -> None:
+    for blocks in range(3):
+        found = gates.failures(replace(GOOD, kernel=kernel, target=target, blocks=blocks), PRODUCT, warps)
+        assert any("blocks per multiprocessor" in message for message in found) == (blocks < enough)
 
 
 def test_a_kernel_without_a_gate_is_an_error() -> None:
@@ -221,7 +267,7 @@ def test_accumulators_of_exact_products_are_restarted() -> None:
         loop = re.search(r"scf\.for .*?scf\.yield", text, re.DOTALL)
         assert loop is not None, name
         panels = 2 if " 192 " in name else 1  # of 128 and of 64 columns
-        passes = {"x1": 1, "tf32": 1, "x2": 2, "x3": 3}.get(name.split()[-1], 3)
+        passes = {"x1": 1, "tf32": 1, "x2": 2, "x3": 3, "tf32x3": 3}[name.split()[3]]
         carried = re.findall(r"%(\w+) = %cst\w*", loop[0].splitlines()[0])  # the totals, which begin with zero
         products = re.findall(r"ttng\.warp_group_dot \S+ \S+ %(\w+)", loop[0])
         additions = re.findall(r"arith\.addf .*tensor<128x|arith\.addf .*tensor<64x", loop[0])

@@ -137,7 +137,7 @@ def test_nothing_to_subtract(bodies: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sums_of_squares_of_a_batch(dtype: torch.dtype, layout: str, bodies: Any) -> None:
-    for m, n in ((1, 1), (20, 530), (30, 33)):
+    for m, n in ((1, 1), (530, 20) if layout == "column" else (20, 530), (30, 33)):
         dense = randn(3, m, n).to(dtype)
         got = bodies.sum_of_squares(Weights.of(stored(dense.unbind(), layout)))
         exact = dense.double().square().sum((1, 2))

@@ -17,13 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..batched import Panel, Update, Weights
+from .elements import ELEMENTS
 from .launch import parameters
 from .pieces import arithmetic
 from .split import split
 
-ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Columns of the result that are stored at a time: all at once would take more registers than the main loop.
 STORED = tl.constexpr(16)
+# Columns of a tile, at most, where the inner dimension is masked: the masks take registers, too.
+MASKED_COLUMNS = 128
 
 
 @triton.jit
@@ -59,9 +61,10 @@ def kernel(
     """values, pieces (batch, rows, cols) = alpha·left·right + beta·current + gamma·previous, one tile per program.
 
     A tile has ``BLOCK_COLS + BLOCK_MORE`` columns, so that 128 + 64 are possible, too. ``left`` are addresses of
-    elements of type ``ELEMENT``, or the elements themselves where that is None. The inner sum has ``WHOLE`` blocks, or
-    is masked.
+    elements of type ``ELEMENT``, or the elements themselves where that is None. The inner sum has ``WHOLE`` blocks, as
+    it must with ``BLOCK_MORE``, or is masked.
     """
+    tl.static_assert(WHOLE or BLOCK_MORE == 0)
     across = tl.cdiv(cols, BLOCK_COLS + BLOCK_MORE)
     tiles = tl.cdiv(rows, BLOCK_ROWS) * across
     tile = tl.program_id(0) % tiles  # consecutive programs share a weight, and its rows, which stay in L2
@@ -96,11 +99,8 @@ def kernel(
             inside &= index[:, None] < inner - first
         total = _multiply(W, right + index[:, None] * cols + col, inside, right_piece, total, PRECISION, ARITHMETIC)
         if BLOCK_MORE:
-            inside = first_col + more_col < cols
-            if not WHOLE:
-                inside &= index[:, None] < inner - first
             X = right + index[:, None] * cols + more_col
-            more = _multiply(W, X, inside, right_piece, more, PRECISION, ARITHMETIC)
+            more = _multiply(W, X, first_col + more_col < cols, right_piece, more, PRECISION, ARITHMETIC)
         left += left_step
         right += right_step
 
@@ -199,7 +199,7 @@ def product(
     cols = panel.shape[-1]
     found = source.new_empty(batch, rows, cols, dtype=torch.float32) if values else None
     found_pieces = source.new_empty(pieces, batch, rows, cols, dtype=torch.bfloat16) if pieces else None
-    launch = parameters("product", left.device, bytes=panel.element_size(), columns=max(cols, 1), pieces=precision)
+    launch = _parameters(left.device, panel.element_size(), inner, cols, precision)
     across = triton.cdiv(cols, launch["BLOCK_COLS"] + launch["BLOCK_MORE"])
     programs = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * across
     if programs:
@@ -218,6 +218,14 @@ def product(
                 **launch,
             )
     return Panel(found, found_pieces)
+
+
+def _parameters(device: torch.device, size: int, inner: int, cols: int, precision: int) -> dict[str, int]:
+    """Launch parameters for the bytes of an element of the panel, the dimensions and the precision."""
+    launch = parameters("product", device, bytes=size, columns=max(cols, 1), pieces=precision)
+    if inner % launch["BLOCK_INNER"] and cols > MASKED_COLUMNS:
+        return parameters("product", device, bytes=size, columns=MASKED_COLUMNS, pieces=precision)
+    return launch
 
 
 def _operand(right: Panel | Tensor, dtype: torch.dtype, precision: int) -> Tensor:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..batched import Weights
 from ..reference import as_stored, is_column_major
+from .elements import ELEMENTS
 from .launch import parameters
 from .pieces import arithmetic, multiply_floats
-
-ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..batched import Weights
 from ..reference import is_column_major
+from .elements import ELEMENTS
 from .launch import parameters
 
-ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Sums that a program of the second kernel adds at a time.
 BLOCK_SUMS = 1024
 
