@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pissa_kernels.ops import batched_reference
-
 from ..support.backends import DEVICE, randn
 from ..support.block_jacobi import UNIT_ROUNDOFF
 from ..support.block_jacobi import block_jacobi as transcribed
