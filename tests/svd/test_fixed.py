@@ -217,20 +217,17 @@ def test_every_round_has_one_transfer_to_the_host(on_cpu: None, monkeypatch: pyt
 
 def test_the_schedule_in_triton_kernels(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of its steps on the interpreter; tests/ops compares each kernel with float64."""
-    weights = [synthetic_weight((140, 132), "power", seed=seed).bfloat16() for seed in range(2)]
+    weights = [realistic(80, 72, seed=seed).bfloat16() for seed in range(2)]
     reasons = pk.ops.unsupported_reasons("matmul", weights[0])["triton"]
     if reasons:
         pytest.skip(f"triton: {'; '.join(reasons)}")
-    monkeypatch.setattr(fixed, "SCHEDULES", {4: fixed.Schedule(16, (2, 2))})
+    monkeypatch.setattr(fixed, "SCHEDULES", {4: fixed.Schedule(16, (3,))})
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     ours = fixed.solve(weights, 4, tol=1.0, seed=0)
-    alone = fixed.solve(weights[1:], 4, tol=1.0, seed=0)
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
     theirs = fixed.solve(weights, 4, tol=1.0, seed=0)
-    assert torch.equal(ours.U[1], alone.U[0])
-    assert torch.equal(ours.V[1], alone.V[0])
     for W, mine, other, V in zip(weights, ours.figures, theirs.figures, ours.V, strict=True):
-        assert mine.deficit == pytest.approx(other.deficit, rel=0.5)
+        assert mine.deficit == pytest.approx(other.deficit, rel=0.1)
         assert mine.largest == pytest.approx(other.largest, rel=1e-5)
         assert energy_deficit(W, V.mT) <= mine.deficit
 
