@@ -23,9 +23,9 @@ from .launch import parameters
 from .subproblem import diagonalize, members
 
 UNIT_ROUNDOFF = 2.0**-24
-# Random matrices of 64 to 448 rows take 6 to 10 sweeps, nearly diagonal ones 3 or 4, the last without a rotation. Two
+# Random matrices of 64 to 512 rows take 6 to 10 sweeps, nearly diagonal ones 3 or 4, the last without a rotation. Two
 # clusters of 224 eigenvalues leave a residual of 10·n·u after 10 sweeps and of 0.4·n·u after 12. Dense matrices with a
-# condition number beyond 1/u have one of 0.2·n·u by then, but no end of rotations between eigenvalues that are round-off.
+# condition number beyond 1/u leave 0.2·n·u by then, but no end of rotations between eigenvalues that are round-off.
 SWEEPS = 12
 # Rows of a subproblem. One of 64 rows costs twice as much per element, but a matrix that it holds takes one launch.
 SMALL, LARGE = 32, 64

@@ -25,10 +25,15 @@ def members(step, pair, pairs, SIZE: tl.constexpr):
 
 
 @triton.jit
+def roots_of(diagonal):
+    """√|a_ii| with the sign of a_ii."""
+    return tl.where(diagonal < 0.0, -1.0, 1.0) * tl.sqrt(tl.abs(diagonal))
+
+
+@triton.jit
 def threshold(product, norm, tolerance):
-    """The largest |a_ij| that needs no rotation, for a_ii·a_jj; relative to the norm unless that is positive."""
-    positive = product > 0.0
-    return tolerance * tl.where(positive, tl.sqrt(tl.where(positive, product, 1.0)), norm)
+    """The largest |a_ij| that needs no rotation, for the product of two roots; relative to the norm unless positive."""
+    return tolerance * tl.where(product > 0.0, product, norm)
 
 
 @triton.jit
@@ -44,12 +49,14 @@ def rotations(diagonal, off, index, partner, norm, tolerance):
     """
     other = tl.gather(diagonal, partner, 0)
     off = 0.5 * (off + tl.gather(off, partner, 0))  # the same bits for both partners, or columns lose orthogonality
-    needed = tl.abs(off) > threshold(diagonal * other, norm, tolerance)
+    needed = tl.abs(off) > threshold(roots_of(diagonal) * roots_of(other), norm, tolerance)
     first = index < partner
     theta = 0.5 * (other - diagonal) / tl.where(needed, off, 1.0)
     sign = tl.where((theta > 0.0) | ((theta == 0.0) & first), 1.0, -1.0)
     tangent = tl.where(needed, sign / (tl.abs(theta) + tl.sqrt(1.0 + theta * theta)), 0.0)
-    cosine = tl.div_rn(1.0, tl.sqrt_rn(1.0 + tangent * tangent))
+    square = 1.0 + tangent * tangent
+    cosine = tl.rsqrt(square)
+    cosine *= 1.5 - 0.5 * square * cosine * cosine  # the hardware's two roundoffs, all of one sign, would add up
     sine = tangent * cosine
     mine = diagonal - tangent * off
     theirs = other + tangent * off
@@ -70,10 +77,11 @@ def rotated(rows, partner, sine, half, SIZE: tl.constexpr):
 
 
 @triton.jit
-def violations(A, diagonal, different, norm, tolerance):
-    """Number of off-diagonal elements that need a rotation."""
-    above = tl.abs(A) > threshold(diagonal[:, None] * diagonal[None, :], norm, tolerance)
-    return tl.sum(tl.sum(tl.where(above & different, 1, 0), 1), 0)
+def largest_needed(A, diagonal, different, norm, tolerance):
+    """The largest off-diagonal element above its threshold, 0 if none needs a rotation."""
+    roots = roots_of(diagonal)
+    needed = different & (tl.abs(A) > threshold(roots[:, None] * roots[None, :], norm, tolerance))
+    return tl.max(tl.max(tl.where(needed, tl.abs(A), 0.0), 1), 0)
 
 
 @triton.jit
@@ -125,18 +133,18 @@ def diagonalize(
         A = tl.load(tile)
         different = index[:, None] != index[None, :]
         diagonal = tl.sum(tl.where(different, 0.0, A), 1)
-        count = violations(A, diagonal, different, norm, tolerance)
-        tl.store(busy + tl.program_id(0), tl.minimum(count, 1))
-        if count > 0:
+        largest = largest_needed(A, diagonal, different, norm, tolerance)
+        tl.store(busy + tl.program_id(0), tl.where(largest > 0.0, 1, 0))
+        if largest > 0.0:
             tl.store(unfinished + (sweep + 1) * batch + matrix, 1)
             Qt = tl.where(different, 0.0, 1.0)
             if LIMIT == 1:
                 A, diagonal, Qt = swept(A, diagonal, Qt, index, norm, tolerance, SIZE)
             else:
                 done = 0
-                while (count > 0) & (done < LIMIT):
+                while (largest > 0.0) & (done < LIMIT):
                     A, diagonal, Qt = swept(A, diagonal, Qt, index, norm, tolerance, SIZE)
-                    count = violations(A, diagonal, different, norm, tolerance)
+                    largest = largest_needed(A, diagonal, different, norm, tolerance)
                     done += 1
             tl.store(tile, tl.where(different, A, diagonal[:, None]))
             turn = turns + tl.program_id(0).to(tl.int64) * SIZE * SIZE
