@@ -67,7 +67,7 @@ EDGE_SHIFT = 1e-6
 MIN_EDGE = 2e-4
 # Largest element of |UᵀU − I| and |VᵀV − I| that is round-off. Rank-deficient panels have larger ones, and so have
 # singular values that are small relative to σ₁.
-MAX_SKEW = 1e-5
+MAX_SKEW = 3e-5
 # ‖W‖_F² outside of which squares in float32 may over- or underflow. Such weights go to the methods that scale them.
 ENERGY_RANGE = (1e-8, 1e8)
 # Round-off of a measured residual, relative to σ₁: U in two pieces, and float32 sums.
