@@ -62,11 +62,11 @@ GATES = {
     # their operands from registers, this begins with 128 columns.
     "r?matmul bf16 128 x1.*": Gate(products=1, columns=TILES, alone=("sm_80", "sm_120")),
     "r?matmul bf16 (160|192|256) x1": Gate(products=1, columns=TILES, blocks=1),
-    # A step waits for its products, to add them to the total, so that another block has to fill the tensor cores. Alone
-    # is a block on sm_120, which has less than half of the shared memory of the others, and one of three products on
-    # sm_100, where the sum of a step comes from tensor memory to registers beside the total.
-    "r?matmul bf16 .* x2.*": Gate(products=2, columns=TILES, alone=("sm_120",)),
-    "r?matmul bf16 .* x3.*": Gate(products=3, columns=TILES, alone=("sm_100", "sm_120")),
+    # A step waits for its products, to add them to the total, so that another block has to fill the tensor cores. A
+    # block is alone on sm_120, which has less than half of the shared memory of the others, and on sm_100, where the
+    # sum of a step comes from tensor memory to registers beside the total.
+    "r?matmul bf16 .* x2.*": Gate(products=2, columns=TILES, alone=("sm_100", "sm_120")),
+    "r?matmul bf16 .* x3.*": Gate(products=3, columns=TILES),
     "r?matmul (fp16|fp32) .* tf32( masked)?": Gate(products=1, columns=TILES, depth=8),
     "r?matmul (fp16|fp32) .* tf32x3( masked)?": Gate(products=3, columns=TILES, depth=8),
 }

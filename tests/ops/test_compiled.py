@@ -219,7 +219,7 @@ FLOATS = {"BLOCK_ROWS": 64, "BLOCK_INNER": 32, "BLOCK_COLS": 64, "BLOCK_MORE": 0
         ("rmatmul bf16 192 x1", "sm_80", {}, 8, 96),
         ("matmul bf16 64 x1", "sm_90", {"BLOCK_COLS": 64, "BLOCK_MORE": 0}, 4, 8),
         ("matmul bf16 64 x2 masked", "sm_90", {"BLOCK_COLS": 64, "BLOCK_MORE": 0}, 8, 8),
-        ("matmul bf16 64 x3", "sm_120", {"BLOCK_INNER": 32, "BLOCK_COLS": 64, "BLOCK_MORE": 0}, 8, 48),
+        ("matmul bf16 64 x3", "sm_120", {"BLOCK_INNER": 32, "BLOCK_COLS": 64, "BLOCK_MORE": 0}, 4, 96),
         ("matmul fp16 64 tf32", "sm_90", FLOATS, 4, 4),
         ("rmatmul fp32 16 tf32x3 masked", "sm_80", FLOATS | {"BLOCK_COLS": 16}, 4, 24),
     ],
