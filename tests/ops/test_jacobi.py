@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,8 +100,8 @@ def test_pairs_of_blocks_and_the_transcription(kind: str, poison: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [40, 65, 96])
+@pytest.mark.parametrize("kind", ["gram", "clustered", "nearly diagonal"])
+@pytest.mark.parametrize("size", [40, 65])
 def test_many_blocks(kind: str, size: int) -> None:
     matrix = symmetric(kind, size)
     values, vectors = eigh(matrix[None])
@@ -107,8 +109,13 @@ def test_many_blocks(kind: str, size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gram", "indefinite", "conditioned", "clustered", "nearly diagonal"])
-@pytest.mark.parametrize("size", [64, 128, 256, 448])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        *itertools.product(["gram", "indefinite", "conditioned", "clustered", "nearly diagonal"], [128, 256]),
+        ("clustered", 448),
+    ],
+)
 def test_sweeps_of_real_sizes(kind: str, size: int) -> None:
     matrix = symmetric(kind, size).cpu()
     values, vectors, sweeps = transcribed(matrix, SMALL, SWEEPS)
