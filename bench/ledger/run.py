@@ -14,6 +14,7 @@ from torch import Tensor
 from pissa_kernels.ops import dispatch
 from pissa_kernels.ops.batched import Weights
 from pissa_kernels.pissa import Recipe, principal_factors_of_batch
+from pissa_kernels.svd import fixed
 
 from .. import commands
 from .events import UNITS, Event, Line, Sizes, linear
@@ -123,6 +124,9 @@ def main(name: str, argv: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="weights at a time (default: 32)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the predictions, as JSON lines")
     arguments = parser.parse_args(argv)
+    for rank in arguments.ranks:
+        if not 1 <= rank <= max(fixed.SCHEDULES):
+            parser.error(f"rank {rank} has no fixed schedule, whose counts do not depend on values; ranks are 1 to 256")
     print(f"{H100.name}: {H100.memory / 1e12:.2f} TB/s, ", end="")
     print(", ".join(f"{unit} {rate / 1e12:.0f}" for unit, rate in H100.flops.items()), "TFLOP/s,", end=" ")
     print(f"{H100.launch * 1e6:.0f} µs a launch, bus {H100.bus / 1e9:.0f} GB/s; {arguments.batch} weights at a time")

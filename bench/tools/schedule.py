@@ -151,9 +151,9 @@ def main(name: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     wrong = 0
     for rank in arguments.ranks:
-        plan = fixed.schedule(arguments.size, rank)
+        plan = fixed.schedule(arguments.size, rank) if 1 <= rank <= arguments.size else None
         if plan is None:
-            parser.error(f"there is no schedule for rank {rank}")
+            parser.error(f"there is no schedule for rank {rank}; ranks are 1 to {max(fixed.SCHEDULES)}")
         rows = []
         for spectrum, sigma in spectra(arguments.size):
             found = outcome(sigma, rank)
