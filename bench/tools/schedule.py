@@ -106,8 +106,9 @@ class Outcome(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """Whether both estimates are upper ones, and the certificate is not wrong."""
-        return self.first <= self.estimate + ROUNDOFF and not (self.converged and self.deficit > TOL)
+        """Whether the estimate is an upper one, or denies its triplets as NaN, and the certificate is not wrong."""
+        estimated = math.isnan(self.estimate) or self.first <= self.estimate + ROUNDOFF
+        return estimated and not (self.converged and self.deficit > TOL)
 
 
 def outcome(sigma: Tensor, rank: int) -> Outcome:

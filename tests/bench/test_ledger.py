@@ -184,13 +184,3 @@ def test_a_ledger_of_a_model(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
     assert "products with weights" in text
     # 128, 64 and 32 weights of each shape, 32 at a time, and the copies of each weight
     assert total.launches == pytest.approx((4 + 2 + 1) * (3 + 5 + 1 + 1 + 3) + 224)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "seconds"), [(16, 0.15), (128, 0.25)])
-def test_what_the_ledger_predicts_for_the_gpu_path(rank: int, seconds: float) -> None:
-    model = MODELS["llama-2-7b"]
-    lines = run.ledger(run.initialize, model, rank, 128, H100)
-    assert run.prediction(lines, model, H100)["resident"] <= seconds
-    # three batches, one for each shape
-    assert sum(line.waits for line in lines.values()) <= 3 * 3

@@ -1,4 +1,4 @@
-"""The command that runs the GPU's schedule on known spectra."""
+"""The GPU's schedule on known spectra, and what the ledger predicts for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.ledger import run
+from bench.ledger.models import MODELS
+from bench.ledger.roofline import H100
 from bench.tools import schedule
 from pissa_kernels.svd import fixed
 
@@ -28,7 +31,7 @@ def test_every_spectrum_is_printed_and_right(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_wrong_certificate_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fixed, "SCHEDULES", {8: fixed.Schedule(16, (2,))})
+    monkeypatch.setattr(fixed, "SCHEDULES", {8: fixed.Schedule(32, (2,))})
     monkeypatch.setattr(fixed._Steps, "_deficit", lambda self, values, *_: torch.zeros(len(values)).double())
     assert main(["schedule", "--size", "320", "--ranks", "8"]) == 1
 
@@ -39,3 +42,13 @@ def test_ranks_without_a_schedule_are_refused(rank: str, capsys: pytest.CaptureF
         with pytest.raises(SystemExit):
             main(command)
         assert f"rank {rank}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "seconds"), [(16, 0.15), (128, 0.25)])
+def test_what_the_ledger_predicts(rank: int, seconds: float) -> None:
+    model = MODELS["llama-2-7b"]
+    lines = run.ledger(run.initialize, model, rank, 128, H100)
+    assert run.prediction(lines, model, H100)["resident"] <= seconds
+    # three batches, one for each shape
+    assert sum(line.waits for line in lines.values()) <= 3 * 3
