@@ -76,6 +76,12 @@ class Panel(NamedTuple):
         assert self.values is not None
         return self.values
 
+    def part(self, members: Sequence[int]) -> Panel:
+        """The panels of some members of the batch."""
+        values = None if self.values is None else torch.stack([self.values[member] for member in members])
+        pieces = None if self.pieces is None else torch.stack([self.pieces[:, member] for member in members], dim=1)
+        return Panel(values, pieces)
+
 
 class Update(NamedTuple):
     """What a product adds up before it is stored: α·(left·right) + β·current + γ·previous.

@@ -23,7 +23,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +30,8 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.batched import Panel, Update, Weights
-from .result import Certificate
+from .operators import random_signs
+from .solution import Figures, Solution
 from .stopping import CLUSTER_GAP, GUARD_VECTORS, estimated_deficit
 
 
@@ -70,60 +70,8 @@ MIN_EDGE = 2e-4
 MAX_SKEW = 3e-5
 # ‖W‖_F² outside of which squares in float32 may over- or underflow. Such weights go to the methods that scale them.
 ENERGY_RANGE = (1e-8, 1e8)
-# Round-off of a measured residual, relative to σ₁: U in two pieces, and float32 sums.
-MEASUREMENT_ROUNDOFF = 2.0**-16
 # Types of devices whose weights go through the schedule.
 DEVICES: tuple[str, ...] = ("cuda",)
-
-
-class Figures(NamedTuple):
-    """What is measured of one weight.
-
-    Attributes:
-        deficit: estimated energy deficit; NaN where the triplets are unusable.
-        residual: largest ‖Aᵀuᵢ − σᵢvᵢ‖.
-        largest: σ₁.
-        captured: Σσᵢ².
-        energy: ‖A‖_F²; NaN or Inf where the weight holds one.
-        passes: number of products with A or Aᵀ.
-    """
-
-    deficit: float
-    residual: float
-    largest: float
-    captured: float
-    energy: float
-    passes: int
-
-    def certificate(self, tol: float) -> Certificate:
-        """The certificate for a tolerance on the energy deficit."""
-        relative = self.residual / self.largest + MEASUREMENT_ROUNDOFF if self.largest > 0 else 0.0
-        share = min(self.captured / self.energy, 1.0) if self.energy > 0 else 1.0
-        return Certificate(self.passes, share, relative, self.deficit <= tol, "fixed")
-
-
-@dataclass(eq=False)
-class Solution:
-    """Triplets of a batch, and the figures of each member.
-
-    Attributes:
-        U: (batch, m, r) float32.
-        S: (batch, r) float32, descending.
-        V: (batch, n, r) float32.
-        figures: of each member.
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-    figures: list[Figures]
-
-    def update(self, members: list[int], other: Solution) -> None:
-        """Replace some members by those of another solution."""
-        for place, member in enumerate(members):
-            for mine, theirs in ((self.U, other.U), (self.S, other.S), (self.V, other.V)):
-                mine[member].copy_(theirs[place])
-            self.figures[member] = other.figures[place]
 
 
 def runs_on(weight: Tensor, rank: int) -> bool:
@@ -182,7 +130,7 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
         if not kept:
             break
         left = [left[place] for place in kept]
-        steps, X = steps.part(kept), _part(X, kept)
+        steps, X = steps.part(kept), X.part(kept)
         X = steps.filtered(X, [FINE] * FURTHER_DEGREE, last=True)
         solution.update(left, steps.projected(X))
     return solution
@@ -238,9 +186,8 @@ class _Steps:
                 self.weights.mT, Y, precision=pieces[place], update=update, pieces=self._stored(following)
             )
             previous, current = current, filtered
-        if last:
-            return self._orthonormalized(current.full, FINAL_SHIFTS, FINE)
-        return self._orthonormalized(current.full, SHIFTS, ROUGH)
+        shifts, stored = (FINAL_SHIFTS, FINE) if last else (SHIFTS, ROUGH)
+        return self._orthonormalized(current.full, shifts, stored)
 
     def projected(self, X: Panel) -> Solution:
         """The triplets of the weights on the subspaces spanned by the panels, and their figures: one transfer."""
@@ -349,21 +296,3 @@ class _Steps:
 
     def _stored(self, pieces: int) -> int:
         return pieces if self.in_pieces else 0
-
-
-def _part(X: Panel, members: list[int]) -> Panel:
-    """The panels of some members of a batch."""
-    values = torch.stack([X.values[member] for member in members]) if X.values is not None else None
-    pieces = torch.stack([X.pieces[:, member] for member in members], dim=1) if X.pieces is not None else None
-    return Panel(values, pieces)
-
-
-def random_signs(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """Matrix (rows, columns) float32 of random signs, the same on every device: one bit of a drawn byte each."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    count = -(-rows * columns // 8)
-    drawn = torch.randint(256, (count, 1), generator=generator, dtype=torch.uint8, device="cpu")
-    if device.type == "cuda":
-        drawn = drawn.pin_memory()
-    bits = drawn.to(device, non_blocking=True) >> torch.arange(8, dtype=torch.uint8, device=device) & 1
-    return bits.flatten()[: rows * columns].view(rows, columns).float().mul_(2).sub_(1)

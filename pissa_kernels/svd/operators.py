@@ -223,3 +223,14 @@ def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor
     """Gaussian matrix (1, rows, columns) float32, the same on every device, from a generator of its own."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return torch.randn(1, rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+
+def random_signs(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """Matrix (rows, columns) float32 of random signs, the same on every device: one bit of a drawn byte each."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    count = -(-rows * columns // 8)
+    drawn = torch.randint(256, (count, 1), generator=generator, dtype=torch.uint8, device="cpu")
+    if device.type == "cuda":
+        drawn = drawn.pin_memory()
+    bits = drawn.to(device, non_blocking=True) >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+    return bits.flatten()[: rows * columns].view(rows, columns).float().mul_(2).sub_(1)
