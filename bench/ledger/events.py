@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
 UNITS = ("bf16", "tf32", "fp32")
 
 
@@ -26,6 +28,22 @@ class Dim(NamedTuple):
 
 
 Shape = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that is read or written once.
+
+    Attributes:
+        shape: its sizes; a dimension of stride 0 has size 1.
+        itemsize: bytes of an element.
+    """
+
+    shape: Shape
+    itemsize: int
+
+    def bytes(self, sizes: Mapping[str, int]) -> int:
+        return self.itemsize * math.prod(dim.value(sizes) for dim in self.shape)
 
 
 @dataclass(frozen=True)
@@ -55,21 +73,10 @@ class Sizes:
     def shape(self, sizes: Sequence[int]) -> Shape:
         return tuple(self.named(size) for size in sizes)
 
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor that is read or written once.
-
-    Attributes:
-        shape: its sizes; a dimension of stride 0 has size 1.
-        itemsize: bytes of an element.
-    """
-
-    shape: Shape
-    itemsize: int
-
-    def bytes(self, sizes: Mapping[str, int]) -> int:
-        return self.itemsize * math.prod(dim.value(sizes) for dim in self.shape)
+    def operand(self, tensor: Tensor) -> Operand:
+        """A tensor of the batch, read or written once."""
+        sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        return Operand(self.shape(sizes), tensor.element_size())
 
 
 @dataclass(frozen=True)

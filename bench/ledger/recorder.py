@@ -23,7 +23,7 @@ from pissa_kernels.ops import batched, batched_reference, dispatch
 
 from ..kernels.cases import forced
 from .costs import COSTS
-from .events import Event, Operand, Shape, Sizes
+from .events import Event, Shape, Sizes
 from .standin import Devices, StandIn, is_gpu, to_standins, to_values
 
 aten: Any = torch.ops.aten
@@ -58,15 +58,6 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What takes the place of a module with the operations on batches."""
         return SimpleNamespace(**{name: self._recorded(name) for name in COSTS})
 
-    def operand(self, tensor: Tensor) -> Operand:
-        """A tensor of the batch, read or written once."""
-        strides = tensor.stride()
-        sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, strides, strict=True)]
-        return Operand(self.sizes.shape(sizes), tensor.element_size())
-
-    def shape(self, tensor: Tensor) -> Shape:
-        return self.sizes.shape(tensor.shape)
-
     def _recorded(self, name: str) -> Callable[..., Any]:
         function = getattr(batched_reference, name)
 
@@ -75,7 +66,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with torch.utils._python_dispatch._disable_current_modes():
                 results = function(*_unwrapped(args), **_unwrapped(kwargs))
             results = to_standins(results)
-            for event in COSTS[name](self, results, *args, **kwargs):
+            for event in COSTS[name](self.sizes, results, *args, **kwargs):
                 self.events[event] += 1
             return results
 
@@ -85,15 +76,15 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The GPU fills a new tensor."""
         name = function.__name__
         if not name.startswith(("empty", "new_empty")):
-            self.events[Event(OTHER, name, (self.operand(tensor),))] += 1
+            self.events[Event(OTHER, name, (self.sizes.operand(tensor),))] += 1
 
     def on_copy(self, tensor: Tensor) -> None:
         """The host copies a tensor to the GPU."""
-        self.events[Event(COPIES, "copy to the GPU", (self.operand(tensor),), launches=0, transfer=True)] += 1
+        self.events[Event(COPIES, "copy to the GPU", (self.sizes.operand(tensor),), launches=0, transfer=True)] += 1
 
     def on_read(self, tensor: Tensor) -> None:
         """The host reads a tensor of the GPU, and waits for it."""
-        operand = (self.operand(tensor),)
+        operand = (self.sizes.operand(tensor),)
         self.events[Event(COPIES, "read", operand, launches=0, waits=True, transfer=True)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,12 +115,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = [leaf for leaf in tree_flatten(results)[0] if isinstance(leaf, StandIn)]
         # as one operand, because a list of the weights' tensors is another event for each length
         read = written if packet in GATHERED else standins
-        operands = tuple(self.operand(tensor) for tensor in (*read, *written))
+        operands = tuple(self.sizes.operand(tensor) for tensor in (*read, *written))
         flops: tuple[tuple[str, Shape], ...] = ()
         if packet in FACTORS:
             left, right = args[FACTORS[packet]], args[FACTORS[packet] + 1]
             unit = "bf16" if left.dtype in (torch.bfloat16, torch.float16) else "fp32"
-            flops = ((unit, (*self.shape(left), self.sizes.named(right.shape[-1]), self.sizes.named(2))),)
+            flops = ((unit, (*self.sizes.shape(left.shape), self.sizes.named(right.shape[-1]), self.sizes.named(2))),)
         return Event(OTHER, str(packet).removeprefix("aten."), operands, flops)
 
     def _wrapped(self, results: Any, inputs: list[Tensor]) -> Any:

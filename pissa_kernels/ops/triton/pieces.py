@@ -26,16 +26,17 @@ def multiply_floats(B, A, total, ARITHMETIC: tl.constexpr):
     """total + B·A, both float32, by the six products of pieces that are not below the roundoff of float32."""
     B1, B2, B3 = split(B)
     A1, A2, A3 = split(A)
-    total = _exact(B2, A2, total, ARITHMETIC)
-    total = _exact(B1, A3, total, ARITHMETIC)
-    total = _exact(B3, A1, total, ARITHMETIC)
-    total = _exact(B1, A2, total, ARITHMETIC)
-    total = _exact(B2, A1, total, ARITHMETIC)
-    return _exact(B1, A1, total, ARITHMETIC)
+    total = exact(B2, A2, total, ARITHMETIC)
+    total = exact(B1, A3, total, ARITHMETIC)
+    total = exact(B3, A1, total, ARITHMETIC)
+    total = exact(B1, A2, total, ARITHMETIC)
+    total = exact(B2, A1, total, ARITHMETIC)
+    return exact(B1, A1, total, ARITHMETIC)
 
 
 @triton.jit
-def _exact(W, piece, total, ARITHMETIC: tl.constexpr):
+def exact(W, piece, total, ARITHMETIC: tl.constexpr):
+    """total + W·piece, of numbers whose products are exact in float32."""
     if ARITHMETIC == "bf16":
         total = tl.dot(W, piece, total)
     else:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..batched import Panel, Update, Weights
 from .elements import ELEMENTS
 from .launch import parameters
-from .pieces import arithmetic
+from .pieces import arithmetic, exact
 from .split import split
 
 # Columns of the result that are stored at a time: all at once would take more registers than the main loop.
@@ -123,21 +123,12 @@ def _multiply(W, right, inside, right_piece, total, PRECISION: tl.constexpr, ARI
         # "tf32x3" adds its three products to the total in float32
         total += tl.dot(A, X, input_precision=ARITHMETIC)
     elif PRECISION == 1:
-        total = _exact(W, tl.load(right, mask=inside, other=0.0), total, ARITHMETIC)
+        total = exact(W, tl.load(right, mask=inside, other=0.0), total, ARITHMETIC)
     else:
         part = tl.zeros(total.shape, dtype=tl.float32)
         for piece in tl.static_range(PRECISION - 1, -1, -1):  # smallest first
-            part = _exact(W, tl.load(right + piece * right_piece, mask=inside, other=0.0), part, ARITHMETIC)
+            part = exact(W, tl.load(right + piece * right_piece, mask=inside, other=0.0), part, ARITHMETIC)
         total += part
-    return total
-
-
-@triton.jit
-def _exact(W, X, total, ARITHMETIC: tl.constexpr):
-    if ARITHMETIC == "bf16":
-        total = tl.dot(W, X, total)
-    else:
-        total = tl.dot(W.to(tl.float32), X.to(tl.float32), total, input_precision=ARITHMETIC)
     return total
 
 
