@@ -82,8 +82,15 @@ def check_weight(weight: Tensor) -> None:
 
     Raises:
         TypeError: quantized storage, a tensor subclass, or a dtype other than float32, float16 and bfloat16.
-        ValueError: empty, on the meta device, or not 2-D.
+        ValueError: sharded, fake, empty, on the meta device, or not 2-D.
     """
+    if (kind := type(weight.data).__name__) == "DTensor":
+        raise ValueError(
+            "the weight is sharded (DTensor): fully_shard or tensor parallelism has been applied to the model. "
+            "Initialize PiSSA first, and shard the model afterwards"
+        )
+    if kind == "FakeTensor":
+        raise ValueError("the weight is a FakeTensor and has no values. Initialize PiSSA outside of FakeTensorMode")
     if scheme := quantization_of(weight):
         raise TypeError(
             f"{DTYPE_SENTENCE} the weight is quantized ({scheme}) and its storage is packed, so it cannot be "
@@ -100,7 +107,8 @@ def check_weight(weight: Tensor) -> None:
             "(deepspeed.zero.GatheredParameters) while it is initialized"
         )
     if weight.ndim != 2:
-        raise ValueError(f"the weight must be 2-D, got shape {tuple(weight.shape)}")
+        flat = ", as FSDP leaves it: initialize PiSSA before the model is wrapped" if weight.ndim == 1 else ""
+        raise ValueError(f"the weight must be 2-D, got shape {tuple(weight.shape)}{flat}")
     if weight.is_meta:
         raise ValueError("the weight is on the meta device and has no values to decompose")
 

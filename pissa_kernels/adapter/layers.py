@@ -22,9 +22,9 @@ def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
 def in_scope(layer: Any, target: nn.Module | None = None) -> bool:
     """Whether ``pissa_init`` handles a LoRA layer. PEFT's own initializer, or a previous patch, gets all others.
 
-    In scope is a 2-D weight that one module owns. Out of scope are ``target_parameters`` and fused experts,
-    tensor-parallel layers, sharded (DTensor) weights, and the output projection of an ``nn.MultiheadAttention``, which
-    PEFT wraps before it wraps the attention itself.
+    In scope is a weight that one module owns; those that are not plain matrices are refused with a reason. Out of scope
+    are ``target_parameters`` and fused experts, Megatron's tensor-parallel layers, and the output projection of an
+    ``nn.MultiheadAttention``, which PEFT wraps before it wraps the attention itself.
 
     Args:
         layer: a ``LoraLayer``.
@@ -33,10 +33,5 @@ def in_scope(layer: Any, target: nn.Module | None = None) -> bool:
     from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
     from peft.tuners.lora.tp_layer import LoraParallelLinear
 
-    if isinstance(layer, (MultiheadAttention, ParamWrapper, LoraParallelLinear)):
-        return False
-    if isinstance(target, nn.MultiheadAttention):
-        return False
-    weight = layer.get_base_layer().weight
-    # an empty ZeRO-3 partition and a packed 4-bit weight are not 2-D either; check_weight refuses them with a reason
-    return type(weight.data).__name__ != "DTensor" and (weight.ndim == 2 or weight.numel() == 0)
+    foreign = isinstance(layer, (MultiheadAttention, ParamWrapper, LoraParallelLinear))
+    return not foreign and not isinstance(target, nn.MultiheadAttention)

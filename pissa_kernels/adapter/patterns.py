@@ -49,6 +49,17 @@ def same(scaling: float, other: float) -> bool:
     return math.isclose(scaling, other, rel_tol=TOLERANCE, abs_tol=0.0)
 
 
+def with_rank(config: Config, name: str, rank: int) -> dict[str, Any]:
+    """A copy of the config in which one layer, which its patterns name first, has this rank and keeps its scaling."""
+    alpha = _alpha(scaling_of(config, name), _divisor(config, rank))
+    key = f"^{re.escape(name)}"
+    return {
+        **config,
+        "rank_pattern": {key: rank, **(config.get("rank_pattern") or {})},
+        "alpha_pattern": {key: alpha, **(config.get("alpha_pattern") or {})},
+    }
+
+
 def with_ranks(config: Config, ranks: Mapping[str, int]) -> dict[str, Any]:
     """A copy of the config in which the layers have these ranks and keep their scalings.
 

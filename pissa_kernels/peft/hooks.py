@@ -8,6 +8,7 @@ apply to the thread.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,9 +17,13 @@ from torch import nn
 
 from ..adapter.layers import in_scope
 from .load import Source, loading
+from .offload import resident
+from .replicated import follow, split
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
+from .targets import is_pissa
 from .ties import Ties
+from .wrapping import injected, wrapping
 
 Function = Callable[..., Any]
 
@@ -91,7 +96,7 @@ def wrap_pissa_init(session: Session, previous: Function) -> Function:
 
 
 def wrap_create_and_replace(session: Session, previous: Function) -> Function:
-    """Set the name and the module of the layer that PEFT creates, for messages and the report."""
+    """Check the module that PEFT wraps, and set its name for messages and the report."""
 
     def create_and_replace(
         self: Any,
@@ -104,7 +109,12 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        with setting(replacing, ReplacedModule(current_key, target)):
+        injection, parameter = injecting.get(), kwargs.get("parameter_name")
+        nested = replacing.get().module is target  # of nested patches, one checks
+        with contextlib.ExitStack() as stack:
+            if injection is not None and not nested and session.applies() and is_pissa(lora_config):
+                stack.enter_context(wrapping(injection, self.model, lora_config, current_key, target, parameter))
+            stack.enter_context(setting(replacing, ReplacedModule(current_key, target)))
             previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
 
     return create_and_replace
@@ -113,16 +123,22 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
 def wrap_inject_adapter(session: Session, previous: Function) -> Function:
     """Collect the layers of a model, and initialize them together at the end."""
 
-    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # of nested patches, the innermost collects
         if not session.applies() or injecting.get() is not None:
-            previous(self, model, *args, **kwargs)
+            previous(self, model, adapter_name, *args, **kwargs)
             return
-        injection = Injection(Ties(model))
-        with setting(injecting, injection):
-            previous(self, model, *args, **kwargs)
-        if injection.jobs:
-            session.run(injection.jobs)
+        configs = self.peft_config
+        replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
+        injection = Injection(Ties(model, replicated=replicated))
+        with resident(model, adapter_name):
+            with injected(injection, configs[adapter_name], model, adapter_name):
+                with setting(injecting, injection):
+                    previous(self, model, adapter_name, *args, **kwargs)
+                jobs, copies = split(injection.jobs, injection.ties)
+            if jobs:
+                session.run(jobs)
+            session.layers += [follow(job, first) for job, first in copies]
 
     return inject_adapter
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from .. import ops
 from ..checks import check_rank, check_scaling, check_weight, layer_context
 from ..pissa import Recipe
 from .layer import LayerJob
+from .notices import Notices
+from .offload import is_offloaded
 from .record import InitRecord
 from .ties import Ties
 
@@ -21,8 +22,8 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
 
     Has the signature and the contract of PEFT's ``LoraLayer.pissa_init``. Afterwards ``lora_A`` holds √(S/s)·Vᵀ (r, in)
     and ``lora_B`` U·√(S/s) (out, r), in float32 on the weight's device, rounded to the weight's dtype because PEFT
-    stores them in it. The weight holds W − s·B·A in its own storage, layout and dtype. If the adapter is on the meta
-    device, a checkpoint will fill it, and nothing is changed.
+    stores them in it. The weight holds W − s·B·A in its own storage, layout and dtype. If the weight or the adapter is
+    on the meta device, a checkpoint will fill it: nothing is changed, and a warning says so.
 
     Args:
         self: a LoRA layer with ``get_base_layer()``, ``r``, ``scaling``, ``lora_A``, ``lora_B``, ``fan_in_fan_out``.
@@ -32,7 +33,7 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
     Raises:
         TypeError: a quantized weight, or a dtype other than float32, float16 and bfloat16.
         ValueError: an unknown ``init_lora_weights``; a rank, scaling or shape out of range; NaN, Inf or an empty
-            weight. Nothing has been written then.
+            weight; a weight that is sharded, offloaded, or used in a second place. Nothing has been written then.
 
     Examples:
         >>> import peft, torch
@@ -60,6 +61,7 @@ def prepare(
     name: str | None = None,
     ties: Ties | None = None,
     given: InitRecord | None = None,
+    notices: Notices | None = None,
 ) -> LayerJob | None:
     """Run all checks that need no arithmetic. The arguments of a caller are checked here, and nowhere below.
 
@@ -69,6 +71,7 @@ def prepare(
         name: name of the layer in its model, for messages and the report.
         ties: parameters of the model that share memory. With it, a weight that the model uses twice is refused.
         given: initial factors that a trained adapter was saved with.
+        notices: collects what the caller warns of; without it, the warning is given here.
 
     Returns:
         The job; None where the layer is left as it is.
@@ -81,15 +84,20 @@ def prepare(
     recipe = Recipe(int(layer.r[adapter_name]), float(layer.scaling[adapter_name]), init, seed)
     job = LayerJob(layer, adapter_name, recipe, bool(layer.fan_in_fan_out), name, given)
     base, weight = layer.get_base_layer(), layer.get_base_layer().weight
-    if weight.is_meta:
-        return None
     with layer_context(job.label):
-        if layer.lora_A[adapter_name].weight.is_meta and given is None:
-            _warn_left_alone(job.label)
+        _check_not_offloaded(base)
+        if weight.is_meta or (layer.lora_A[adapter_name].weight.is_meta and given is None):
+            told = Notices() if notices is None else notices
+            told.left_alone.append(job.label)
+            if notices is None:
+                told.warn()
             return None
         check_weight(weight)
-        if is_parametrized(base, "weight"):
-            raise ValueError("the weight is computed by a parametrization and cannot hold a residual")
+        if is_parametrized(base, "weight") or "weight" not in base._parameters:
+            raise ValueError(
+                "the weight is computed from other parameters (a parametrization, weight_norm, a flat parameter of FSDP) "
+                "and cannot hold a residual"
+            )
         if ops.has_overlap(weight):
             raise ValueError(f"elements of the weight share memory (strides {weight.stride()}); clone it first")
         _check_unshared(base, ties)
@@ -99,12 +107,14 @@ def prepare(
     return job
 
 
-def _warn_left_alone(label: str) -> None:
-    warnings.warn(
-        f"{label}: the adapter is on the meta device (low_cpu_mem_usage=True), so PiSSA leaves the weight as it is. "
-        "Unless the loaded weight is the residual already, load the adapter without low_cpu_mem_usage.",
-        stacklevel=4,
-    )
+def _check_not_offloaded(base: nn.Module) -> None:
+    """Refuse a weight whose values accelerate keeps where they cannot be changed."""
+    if base.weight.is_meta and is_offloaded(base):
+        raise ValueError(
+            "the weight is offloaded to disk, where PiSSA writes nothing. Load the model without disk offload "
+            "(device_map with 'cpu', or one device), or offload a residual model that is saved already "
+            "(save_pissa, pissa-kernels init)"
+        )
 
 
 def _check_adapter(job: LayerJob) -> None:
@@ -120,7 +130,8 @@ def _check_adapter(job: LayerJob) -> None:
 
 def _check_unshared(base: nn.Module, ties: Ties | None) -> None:
     """Refuse a weight that the model uses a second time, where the residual would be missing its adapter."""
-    other = ties.of(base) if ties is not None else None
+    # replicated layers are compared when all of them are known
+    other = ties.of(base) if ties is not None and not ties.replicated else None
     if other is not None:
         weight: Tensor = base.weight  # type: ignore[assignment]
         raise ValueError(

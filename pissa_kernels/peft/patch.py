@@ -182,11 +182,11 @@ class PatchedPeft(Report):
         """Initialize one layer: at once, or at the end of the injection."""
         injection, source, name = injecting.get(), loading.get(), replacing.get().name
         given = source.initial(name, adapter_name) if source is not None else None
-        ties = injection.ties if injection is not None else None
-        job = prepare(layer, adapter_name, init, seed=self.seed, name=name, ties=ties, given=given)
+        ties, notices = (injection.ties, injection.notices) if injection is not None else (None, None)
+        job = prepare(layer, adapter_name, init, seed=self.seed, name=name, ties=ties, given=given, notices=notices)
         if job is None:
             return
-        if injection is not None and self.batch and can_be_deferred(layer, adapter_name):
+        if injection is not None and can_be_deferred(layer, adapter_name) and (self.batch or injection.ties.replicated):
             injection.jobs.append(job.defer())
             return
         report = job.run()

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..report import LayerReport
 from .layer import LayerJob
+from .notices import Notices
+from .record import records
 from .ties import Ties
 
 T = TypeVar("T")
@@ -57,10 +59,15 @@ class Injection:
     Attributes:
         ties: parameters of the model that share memory.
         jobs: layers to initialize when the call ends.
+        notices: what the user is told when all layers are known.
+        wrapped: the LoRA layers that PEFT has put into the model, each with the module that it adapts and every place
+            where the model had that: another module and its attribute.
     """
 
     ties: Ties
     jobs: list[LayerJob] = field(default_factory=list)
+    notices: Notices = field(default_factory=Notices)
+    wrapped: list[tuple[list[tuple[nn.Module, str]], nn.Module, nn.Module]] = field(default_factory=list)
 
 
 # The replacement and the injection that run in this thread.
@@ -81,9 +88,10 @@ def setting(variable: ContextVar[T], value: T) -> Iterator[None]:
 def can_be_deferred(layer: Any, adapter_name: str) -> bool:
     """Whether PEFT reads neither the weight nor A nor B of a layer before its injection ends.
 
-    PEFT does read them for variants (DoRA computes its magnitudes), where the weight is gathered from ZeRO-3 partitions
-    for the duration of the call, and where the adapter is a view of another one (tied embeddings).
+    PEFT does read them where the weight is gathered from ZeRO-3 partitions for the duration of the call, where the
+    adapter is a view of another one (tied embeddings), and for variants: DoRA computes its magnitudes from W + s·B·A.
+    That is W all the same, as B is zero until then, unless the weight is a residual.
     """
-    if adapter_name in layer.lora_variant or hasattr(layer.get_base_layer().weight, "ds_id"):
+    if hasattr(layer.get_base_layer().weight, "ds_id") or (adapter_name in layer.lora_variant and records(layer)):
         return False
     return not any(factor[adapter_name].weight._is_view() for factor in (layer.lora_A, layer.lora_B))

@@ -1,41 +1,57 @@
-"""Parameters of a model that share memory."""
+"""Parameters of a model that share memory, and modules that it holds in several places."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 
 class Ties:
-    """An index of a model's parameters by their memory, built once for all layers.
+    """An index of a model's parameters by their memory, built for the first module that is asked for.
 
-    A weight that a model uses in two places must not become a residual: the second place has no adapter. Parameters
+    A weight that a model uses in two modules must not become a residual: the second module has no adapter. Parameters
     share memory if they are the same object (transformers' tied embeddings, also while DeepSpeed ZeRO-3 keeps an empty
     partition), or if their bytes overlap.
 
     Args:
-        model: the model, indexed in its current state. A module that is registered twice counts twice.
+        model: the model, indexed in its state at that time.
+        replicated: whether the model repeats layers that share their weights (``layer_replication``).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, replicated: bool = False) -> None:
+        self.replicated = replicated
+        self._model: nn.Module | None = model
         # by parameter id: all parameters connected to it through shared memory, in the model's order
         self._groups: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+        # by module id: every module that holds it, and the attribute
+        self._holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
         # keeps the parameters alive, so that no id is reused while the index exists
         self._parameters: list[Tensor] = []
+
+    def _build(self) -> None:
+        # PEFT prepares a model, and replicates its layers, before it asks for the first one
+        if self._model is None:
+            return
         extents: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in self._model.named_modules():
+            for attribute, child in module._modules.items():
+                if child is not None:
+                    self._holders[id(child)].append((module, attribute))
             for key, parameter in module._parameters.items():
                 if parameter is None or parameter.is_meta:
                     continue
                 if id(parameter) not in self._groups:
                     self._parameters.append(parameter)
-                    if parameter.numel() and parameter.layout == torch.strided:
+                    plain = type(parameter.data) is Tensor and parameter.layout == torch.strided
+                    if plain and parameter.numel():
                         extents[parameter.device].append((*extent(parameter), id(parameter)))
                 self._groups[id(parameter)].append((module, key, name))
         for spans in extents.values():
             self._join_overlapping(sorted(spans))
+        self._model = None
 
     def _join_overlapping(self, spans: list[tuple[int, int, int]]) -> None:
         reached, last = 0, 0
@@ -50,13 +66,22 @@ class Ties:
 
     def of(self, module: nn.Module, key: str = "weight") -> str | None:
         """Name of another parameter that shares memory with ``module``'s, or None."""
-        own = True
+        return next((name for _, name in self.others(module, key)), None)
+
+    def others(self, module: nn.Module, key: str = "weight") -> Iterator[tuple[nn.Module, str]]:
+        """The other parameters that share memory with ``module``'s: the module of each, and its name.
+
+        A module that the model holds in several places is one module.
+        """
+        self._build()
         for other, other_key, name in self._groups.get(id(getattr(module, key)), ()):
-            if own and other is module and other_key == key:
-                own = False  # a second entry is the same module under another name
-            else:
-                return f"{name}.{other_key}"
-        return None
+            if other is not module or other_key != key:
+                yield other, f"{name}.{other_key}"
+
+    def holders(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Every module that holds ``module`` as a child, and the attribute."""
+        self._build()
+        return self._holders.get(id(module), [])
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

@@ -1,0 +1,75 @@
+"""Layers that share one weight (``layer_replication``): the residual is taken once, and each layer has its adapter.
+
+Layers of equal settings get equal initial factors, so W_res + s·B₀·A₀ is W for each of them. PEFT does not merge such
+a model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+
+from ..checks import layer_context
+from ..report import LayerReport
+from .layer import LayerJob
+from .record import InitRecord, of_adapter, remember
+from .ties import Ties
+
+
+def split(jobs: list[LayerJob], ties: Ties) -> tuple[list[LayerJob], list[tuple[LayerJob, LayerJob]]]:
+    """The layers to initialize, and those that follow one of them because they have its weight.
+
+    Args:
+        jobs: the layers of an injection.
+        ties: parameters of the model that share memory.
+
+    Raises:
+        ValueError: a weight is shared with a module that has no adapter, or the settings of its layers differ. Nothing
+            has been written.
+    """
+    if not ties.replicated:
+        return jobs, []
+    sharing: dict[int, list[LayerJob]] = defaultdict(list)
+    for job in jobs:
+        sharing[id(job.layer.get_base_layer().weight)].append(job)
+    adapted = {id(job.layer.get_base_layer()) for job in jobs}
+    for first, *others in sharing.values():
+        for other, name in ties.others(first.layer.get_base_layer()):
+            if id(other) not in adapted:
+                with layer_context(first.label):
+                    raise ValueError(
+                        f"the weight is tied to {name}, which would change with it. Adapt every copy of a replicated "
+                        "layer, or leave this layer out of target_modules"
+                    )
+        for job in others:
+            if not _agree(first, job):
+                with layer_context(job.label):
+                    raise ValueError(
+                        f"the layer shares its weight with {first.name!r} (layer_replication) but not its rank, alpha "
+                        "or initial factors, and one weight holds one residual. Give the copies equal settings"
+                    )
+    return [jobs[0] for jobs in sharing.values()], [
+        (job, first) for first, *others in sharing.values() for job in others
+    ]
+
+
+def _agree(one: LayerJob, other: LayerJob) -> bool:
+    if one.recipe != other.recipe or one.transposed != other.transposed:
+        return False
+    if one.given is None or other.given is None:
+        return one.given is other.given
+    return all(torch.equal(getattr(one.given, factor), getattr(other.given, factor)) for factor in ("lora_A", "lora_B"))
+
+
+def follow(job: LayerJob, first: LayerJob) -> LayerReport:
+    """Give a layer the initial factors of the layer that has its weight, once that is initialized."""
+    found = of_adapter(first.layer, first.adapter)
+    assert found is not None
+    report = replace(found.report, name=job.name or found.report.name, seconds=0.0)
+    job.set_adapter(found.lora_A, found.lora_B)
+    latest: InitRecord | None = of_adapter(job.layer, job.adapter)
+    if latest is None or latest.lora_A is not found.lora_A:
+        remember(job.layer, replace(found, report=report))
+    return report

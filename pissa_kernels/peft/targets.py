@@ -1,0 +1,115 @@
+"""What a PiSSA adapter cannot be created for: checked before PEFT wraps a module, with what to do instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from ..adapter.readers import reader_of
+from ..checks import layer_context
+from .notices import Notices
+from .offload import is_offloaded, loads_children
+
+# Variants of LoRA under which W_res + s·B·A computes what W does.
+KEEPING = frozenset(("use_dora", "velora_config"))
+# Variants of versions of PEFT that do not mark them.
+VARIANTS = frozenset(("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora"))
+
+
+def is_pissa(config: Any) -> bool:
+    """Whether a ``LoraConfig`` asks for PiSSA."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.startswith("pissa")
+
+
+def check_options(config: Any) -> None:
+    """Refuse a variant of LoRA that does not compute W·x at the start.
+
+    Raises:
+        ValueError: with the name of the option.
+    """
+    for option in dataclasses.fields(config):
+        is_variant = option.metadata.get("is_lora_variant") or option.name in VARIANTS
+        if is_variant and option.name not in KEEPING and getattr(config, option.name):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} cannot be combined with {option.name}: the layer "
+                "would compute with the residual instead of the weight. Leave the option out, or use "
+                "init_lora_weights=True"
+            )
+
+
+def check_target(
+    model: nn.Module, config: Any, name: str, target: nn.Module, parameter: str | None, notices: Notices
+) -> None:
+    """Refuse a module whose adapter would not be part of what the model computes.
+
+    Args:
+        model: the model that PEFT adapts.
+        config: the ``LoraConfig``.
+        name: name of the module in the model, with the parameter's where one is targeted.
+        target: the module, or the LoRA layer that gets another adapter.
+        parameter: name of a parameter of the module (``target_parameters``); None for the module.
+        notices: collects what is only warned of.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
+    base: Any = base_of(target)
+    with layer_context(f"layer {name!r}"):
+        if parameter is not None:
+            shape = tuple(getattr(base, parameter).shape)
+            raise ValueError(
+                f"PiSSA does not initialize parameters, here {parameter!r} {shape} of {type(base).__name__}. Target "
+                "the other layers by name, such as target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], without "
+                "target_parameters (PEFT sets them for some models with fused experts), or use init_lora_weights=True"
+            )
+        if isinstance(base, nn.MultiheadAttention):
+            raise ValueError(
+                "nn.MultiheadAttention computes with its weights and not with its layers, so PiSSA does not initialize "
+                f"it. Leave it out, as with exclude_modules=[{name!r}]"
+            )
+        weight = getattr(base, "weight", None)
+        if isinstance(base, nn.Embedding):
+            notices.plain.append(f"layer {name!r}, weight {tuple(base.weight.shape)}")
+            return
+        _check_readers(model, name, notices)
+        _check_offload(model, name, base, config)
+        if weight is None:
+            raise ValueError(f"{type(base).__name__} has no weight that PiSSA could initialize; leave it out")
+
+
+def base_of(target: Any) -> nn.Module:
+    """The module that holds the weight."""
+    return target.get_base_layer() if hasattr(target, "get_base_layer") else target  # type: ignore[no-any-return]
+
+
+def _check_readers(model: nn.Module, name: str, notices: Notices) -> None:
+    reader = reader_of(model, name)
+    if reader is None:
+        return
+    owner = f"{reader.kind} {reader.name!r}" if reader.name else f"the model ({reader.kind})"
+    if not reader.always:
+        notices.read_elsewhere.append(f"layer {name!r} (read by {owner})")
+        return
+    raise ValueError(
+        f"{owner} reads the weight of this layer without calling the layer, so it would compute with the residual and "
+        f"without the adapter. Leave the layer out, as with exclude_modules=[{name!r}]"
+    )
+
+
+def _check_offload(model: nn.Module, name: str, base: nn.Module, config: Any) -> None:
+    module = model
+    for part in name.split(".")[:-1]:
+        if loads_children(module):
+            raise ValueError(
+                "accelerate loads the weight together with the module around it (preload_module_classes), which finds "
+                "no weight under the names that PEFT gives. Initialize first, and offload the model afterwards"
+            )
+        module = getattr(module, part, module)
+    if config.use_dora and is_offloaded(base):
+        raise ValueError(
+            "DoRA reads the weight in its own forward pass, while accelerate has it offloaded. Leave out use_dora, or "
+            "load the model without offload"
+        )
