@@ -95,7 +95,7 @@ def prepare(
         check_weight(weight)
         if is_parametrized(base, "weight") or "weight" not in base._parameters:
             raise ValueError(
-                "the weight is computed from other parameters (a parametrization, weight_norm, a flat parameter of FSDP) "
+                "the weight is computed from other parameters (a parametrization, weight_norm, FSDP's flat parameter) "
                 "and cannot hold a residual"
             )
         if ops.has_overlap(weight):

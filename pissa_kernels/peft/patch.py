@@ -4,8 +4,8 @@
 code has wrapped them since: those stay and pass calls through.
 
 Layers are collected while ``inject_adapter`` runs and initialized together before it returns, so ``get_peft_model``,
-``add_adapter`` and ``from_pretrained`` return finished layers. A layer that PEFT itself reads before that (a DoRA
-magnitude, a gathered ZeRO-3 partition, a tied adapter) is initialized at once.
+``add_adapter`` and ``from_pretrained`` return finished layers. A layer that PEFT itself reads before that (a gathered
+ZeRO-3 partition, a tied adapter, a DoRA magnitude of a residual) is initialized at once.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def patch_peft(
     Called as a function, it applies to every thread until :func:`unpatch_peft`. As a context manager
     (``with patch_peft() as report:``) it applies to the thread that entered it, until the block ends. Patches nest, and
     the innermost one does the work. When a patch ends, the methods that it replaced are restored, PEFT's own or those
-    of other code. Layers that this package does not handle (3-D expert weights, ``nn.MultiheadAttention``,
-    tensor-parallel layers) go to the method that was there.
+    of other code. Layers whose weight the model reads without calling them (``nn.MultiheadAttention``), expert weights
+    and sharded weights are refused, before the model has been changed; Megatron's tensor-parallel layers go to the
+    method that was there. A rank above a layer's width is limited to it, with a warning.
 
     Args:
         seed: seed of every layer's sketch.

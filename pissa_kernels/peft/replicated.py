@@ -14,7 +14,7 @@ import torch
 from ..checks import layer_context
 from ..report import LayerReport
 from .layer import LayerJob
-from .record import InitRecord, of_adapter, remember
+from .record import InitRecord, of_adapter, records, remember
 from .ties import Ties
 
 
@@ -69,7 +69,16 @@ def follow(job: LayerJob, first: LayerJob) -> LayerReport:
     assert found is not None
     report = replace(found.report, name=job.name or found.report.name, seconds=0.0)
     job.set_adapter(found.lora_A, found.lora_B)
-    latest: InitRecord | None = of_adapter(job.layer, job.adapter)
-    if latest is None or latest.lora_A is not found.lora_A:
-        remember(job.layer, replace(found, report=report))
+    same = next((record for record in records(job.layer) if _equal(record, found)), None)
+    kept = same or found
+    tensors = {name: getattr(kept, name) for name in ("lora_A", "lora_B", "before", "after")}
+    if same is None:  # tensors that share memory cannot be saved together
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    latest = of_adapter(job.layer, job.adapter)
+    if latest is None or latest.lora_A is not tensors["lora_A"]:
+        remember(job.layer, replace(found, report=report, **tensors))
     return report
+
+
+def _equal(one: InitRecord, other: InitRecord) -> bool:
+    return torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B)

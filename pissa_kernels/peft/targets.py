@@ -75,7 +75,7 @@ def check_target(
             notices.plain.append(f"layer {name!r}, weight {tuple(base.weight.shape)}")
             return
         _check_readers(model, name, notices)
-        _check_offload(model, name, base, config)
+        _check_place(model, name, base, config)
         if weight is None:
             raise ValueError(f"{type(base).__name__} has no weight that PiSSA could initialize; leave it out")
 
@@ -99,15 +99,21 @@ def _check_readers(model: nn.Module, name: str, notices: Notices) -> None:
     )
 
 
-def _check_offload(model: nn.Module, name: str, base: nn.Module, config: Any) -> None:
+def _check_place(model: nn.Module, name: str, base: nn.Module, config: Any) -> None:
+    """Refuse a weight that something around the layer moves in and out of it."""
     module = model
-    for part in name.split(".")[:-1]:
+    for part in name.split("."):
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel, which keeps the weight in a flat parameter. "
+                "Initialize PiSSA first, and wrap the model afterwards"
+            )
         if loads_children(module):
             raise ValueError(
                 "accelerate loads the weight together with the module around it (preload_module_classes), which finds "
-                "no weight under the names that PEFT gives. Initialize first, and offload the model afterwards"
+                "no weight under the names that PEFT gives. Initialize PiSSA first, and offload the model afterwards"
             )
-        module = getattr(module, part, module)
+        module = module._modules.get(part) or module
     if config.use_dora and is_offloaded(base):
         raise ValueError(
             "DoRA reads the weight in its own forward pass, while accelerate has it offloaded. Leave out use_dora, or "
