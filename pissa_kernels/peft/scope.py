@@ -62,12 +62,14 @@ class Injection:
         notices: what the user is told when all layers are known.
         wrapped: the LoRA layers that PEFT has put into the model, each with the module that it adapts and every place
             where the model had that: another module and its attribute.
+        ranks: ranks and alphas in the config before a layer needed others; None before the first layer.
     """
 
     ties: Ties
     jobs: list[LayerJob] = field(default_factory=list)
     notices: Notices = field(default_factory=Notices)
     wrapped: list[tuple[list[tuple[nn.Module, str]], nn.Module, nn.Module]] = field(default_factory=list)
+    ranks: dict[str, Any] | None = None
 
 
 # The replacement and the injection that run in this thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,8 @@ def wrapping(
         ValueError: an option or a module that PiSSA is not right for. Nothing has been changed.
     """
     check_options(config)
+    if injection.ranks is None:  # PEFT has prepared the config by now
+        injection.ranks = settings_of(config)
     check_target(model, config, name, target, parameter, injection.notices)
     if not isinstance(base_of(target), nn.Embedding):
         limit_rank(config, name, target, injection.notices)
@@ -64,18 +67,18 @@ def injected(injection: Injection, config: Any, model: nn.Module, adapter: str) 
         model: the model that PEFT adapts.
         adapter: name of the adapter.
     """
-    before = settings_of(config)
     try:
         yield
-        settle_ranks(config, before, model, adapter)
+        if injection.ranks is not None:
+            settle_ranks(config, injection.ranks, model, adapter)
     except BaseException:
         if not any(records(layer) for _, layer, _ in injection.wrapped):
             for holders, layer, target in reversed(injection.wrapped):
                 for holder, attribute in holders:
                     if holder._modules[attribute] is layer:
                         holder._modules[attribute] = target
-        for name, value in before.items():
-            setattr(config, name, value)
+        if injection.ranks is not None:
+            _set(config, injection.ranks)
         raise
     injection.notices.warn()
 
@@ -102,8 +105,8 @@ def limit_rank(config: Any, name: str, target: nn.Module, notices: Notices) -> N
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Ranks and alphas of a ``LoraConfig``; empty for another config."""
-    return {name: getattr(config, name) for name in PATTERNS if hasattr(config, name)}
+    """A copy of the ranks and alphas of a ``LoraConfig``."""
+    return {name: copy.copy(getattr(config, name)) for name in PATTERNS}
 
 
 def settle_ranks(config: Any, before: dict[str, Any], model: nn.Module, adapter: str) -> None:
@@ -115,7 +118,7 @@ def settle_ranks(config: Any, before: dict[str, Any], model: nn.Module, adapter:
         model: the model with the adapter.
         adapter: name of the adapter.
     """
-    if settings_of(config) == before or not (before.get("rank_pattern") or before.get("alpha_pattern")):
+    if settings_of(config) == before or not (before["rank_pattern"] or before["alpha_pattern"]):
         return
     ranks = {name: layer.r[adapter] for name, layer in lora_layers(model) if adapter in layer.r}
     _set(config, with_ranks(settings_of(config), ranks))
