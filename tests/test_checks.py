@@ -131,7 +131,7 @@ def test_check_weight_accepts_any_layout(dtype: torch.dtype) -> None:
         (torch.ones(4, 5, dtype=torch.complex64), TypeError, r"torch\.complex64"),
         (torch.ones(0, 5), ValueError, r"empty \(shape \(0, 5\)\).*ZeRO-3.*gathered"),
         (torch.ones(0), ValueError, r"empty \(shape \(0,\)\)"),
-        (torch.ones(5), ValueError, r"must be 2-D, got shape \(5,\)"),
+        (torch.ones(5), ValueError, r"must be 2-D, got shape \(5,\), as FSDP leaves it: initialize PiSSA before"),
         (torch.ones(2, 4, 5), ValueError, r"must be 2-D, got shape \(2, 4, 5\)"),
         (torch.ones(4, 5, device="meta"), ValueError, "on the meta device and has no values"),
     ],
@@ -180,6 +180,16 @@ def test_a_tensor_subclass_is_quantized() -> None:
 @pytest.mark.parametrize("weight", [torch.ones(4, 5), nn.Parameter(torch.ones(4, 5)), torch.ones(4, 5).mT])
 def test_a_plain_tensor_is_not_quantized(weight: torch.Tensor) -> None:
     assert quantization_of(weight) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("DTensor", r"sharded \(DTensor\).*Initialize PiSSA first"), ("FakeTensor", "has no values")]
+)
+def test_tensors_without_their_values_are_refused(kind: str, words: str) -> None:
+    """Stand for torch's classes, which are recognized by their names."""
+    weight = torch.ones(4, 5).as_subclass(type(kind, (torch.Tensor,), {}))
+    with pytest.raises(ValueError, match=words):
+        check_weight(weight)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
