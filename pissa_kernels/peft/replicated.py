@@ -10,7 +10,9 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from ..adapter.layers import lora_layers
 from ..checks import layer_context
 from ..report import LayerReport
 from .layer import LayerJob
@@ -53,6 +55,28 @@ def split(jobs: list[LayerJob], ties: Ties) -> tuple[list[LayerJob], list[tuple[
     return [jobs[0] for jobs in sharing.values()], [
         (job, first) for first, *others in sharing.values() for job in others
     ]
+
+
+def check_separate(model: nn.Module) -> None:
+    """Refuse to merge or unload the adapters of a model in which layers with initial factors share a weight.
+
+    Each of the layers would change the weight of the others. PEFT does not merge them either.
+
+    Raises:
+        ValueError: with the name of a layer.
+    """
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    for name, layer in lora_layers(model):
+        base = layer.get_base_layer()
+        if not records(layer):
+            continue
+        first, owner = owners.setdefault(id(base.weight), (name, base))
+        if owner is not base:
+            with layer_context(f"layer {name!r}"):
+                raise ValueError(
+                    f"it shares its weight with {first!r} (layer_replication), and each has an adapter of its own, so "
+                    "that the weight can neither take their changes nor be restored. Keep the adapters"
+                )
 
 
 def _agree(one: LayerJob, other: LayerJob) -> bool:

@@ -127,3 +127,19 @@ def settle_ranks(config: Any, before: dict[str, Any], model: nn.Module, adapter:
 def _set(config: Any, settings: dict[str, Any]) -> None:
     for name in PATTERNS:
         setattr(config, name, settings[name])
+
+
+def unwrap_aliases(model: nn.Module) -> None:
+    """Put the adapted module itself in every place where a model still holds its LoRA layer.
+
+    PEFT unloads a layer under the first of its names only.
+
+    Args:
+        model: the model that PEFT has unloaded.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in list(model.modules()):
+        for attribute, child in module._modules.items():
+            if isinstance(child, LoraLayer):
+                module._modules[attribute] = child.get_base_layer()

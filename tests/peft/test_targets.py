@@ -13,6 +13,8 @@ import transformers as t
 from torch import nn
 
 import pissa_kernels as pk
+from pissa_kernels.peft.replicated import check_separate
+from pissa_kernels.peft.wrapping import unwrap_aliases
 
 from ..support.models import TARGETS, build, output
 from ..support.reference import energy_deficit, realistic
@@ -364,6 +366,19 @@ def test_a_module_with_several_names_is_initialized_once(tmp_path: Path) -> None
     assert torch.equal(loaded(ROWS), trained)
 
 
+def test_the_module_comes_back_under_every_name() -> None:
+    net = seeded(Shared)
+    first = net.first
+    with pk.patch_peft():
+        model = peft.get_peft_model(net, config(["first"]))
+    train(model)
+    trained = model(ROWS).detach()
+    merged = model.merge_and_unload()
+    unwrap_aliases(merged)
+    assert merged.first is merged.alias is merged.listed[0] is first
+    assert difference(merged(ROWS).detach(), trained) <= 1e-6
+
+
 def test_a_refusal_takes_back_every_name() -> None:
     class Attending(Shared):
         def __init__(self) -> None:
@@ -433,6 +448,16 @@ def test_replicated_layers_are_trained_saved_and_loaded(tmp_path: Path) -> None:
         loaded = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
     assert len(report.layers) == 3 * 7
     assert torch.equal(output(loaded), trained)
+
+
+def test_replicated_layers_are_not_merged() -> None:
+    with pk.patch_peft():
+        model = peft.get_peft_model(build("llama"), replicated())
+    with pytest.raises(ValueError, match=r"^layer 'model\.layers\.2\..*shares its weight with 'model\.layers\.1\."):
+        check_separate(model)
+    with pk.patch_peft():
+        check_separate(peft.get_peft_model(build("llama"), config(TARGETS["llama"])))
+        check_separate(peft.get_peft_model(seeded(Shared), config(["first"])))
 
 
 @pytest.mark.parametrize(
