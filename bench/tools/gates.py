@@ -67,6 +67,7 @@ GATES = {
     # sum of a step comes from tensor memory to registers beside the total.
     "r?matmul bf16 .* x2.*": Gate(products=2, columns=TILES, alone=("sm_100", "sm_120")),
     "r?matmul bf16 .* x3.*": Gate(products=3, columns=TILES),
+    "(gram|change) .* x3.*": Gate(products=6, alone=("sm_80", "sm_100", "sm_120")),
     "r?matmul (fp16|fp32) .* tf32( masked)?": Gate(products=1, columns=TILES, depth=8),
     "r?matmul (fp16|fp32) .* tf32x3( masked)?": Gate(products=3, columns=TILES, depth=8),
 }

@@ -56,7 +56,7 @@ SCHEDULES = {
 FURTHER_DEGREE = 3
 FURTHER_ROUNDS = 4
 # bfloat16 pieces of a panel: for filters, and for their last product and what is measured. Products of panels with
-# panels take three, which is float32.
+# panels take three of each, which is float32.
 ROUGH, FINE, FULL = 1, 2, 3
 # Shifts of the rounds of CholeskyQR, relative to a unit diagonal. The first makes the factorization succeed for any
 # columns, each round reduces the condition number, and the last of a panel that is measured has no shift.
@@ -95,8 +95,8 @@ def workspace(m: int, n: int, rank: int) -> int:
     found = schedule(n, rank)
     assert found is not None
     b = found.width
-    panels = n * b * (6 * 4 + 4 * 2) + m * b * (4 + 2 * 2)
-    measured = rank * (6 * 4 * n + 6 * 4 * m)
+    panels = n * b * (5 * 4 + 9 * 2) + m * b * (4 + 3 * 2)
+    measured = rank * (5 * 4 + 4 * 6) * (n + m)
     signs = 8 * m * b  # once for a batch
     return panels + measured + 8 * 4 * b * b + signs
 
@@ -137,7 +137,11 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
 
 
 class _Steps:
-    """The steps of the schedule for one batch. Panels of bfloat16 weights carry pieces, those of other weights none."""
+    """The steps of the schedule for one batch.
+
+    Products write their results as the next ones read them: as pieces for panels and bfloat16 weights, as values for
+    other weights and for sums.
+    """
 
     def __init__(self, weights: Weights, rank: int, passes: int = 0) -> None:
         self.weights = weights
@@ -160,12 +164,12 @@ class _Steps:
         else:
             G = Panel(signs.expand(batch, m, columns).contiguous(), None)
         X = self._product(self.weights.mT, G, ROUGH)
-        return self._orthonormalized(self._normal(X, ROUGH), SHIFTS, ROUGH)
+        return self._orthonormalized(self._normal(X, ROUGH, values=False), SHIFTS)
 
     def identity(self) -> Panel:
         """The identity as a panel."""
         batch, _, n = self.weights.shape
-        return self._panel(torch.eye(n, device=self.weights.device).expand(batch, n, n).contiguous(), FINE)
+        return self._split(torch.eye(n, device=self.weights.device).expand(batch, n, n).contiguous())
 
     def filtered(self, X: Panel, pieces: list[int], last: bool = False) -> Panel:
         """Orthonormal basis of T_d(2H/a − 1)·X, with ``pieces[k]`` pieces in the k-th of d products with H.
@@ -175,7 +179,7 @@ class _Steps:
         HX = self._normal(X, pieces[0])
         _, diagonal = self.body.inverse_cholesky(self._gram(HX), EDGE_SHIFT)
         edge = torch.maximum(diagonal.amin(-1), MIN_EDGE * diagonal.amax(-1))
-        values = torch.addcmul(-X.full, HX, (2 / edge)[:, None, None])
+        values = torch.addcmul(-X.full, HX.full, (2 / edge)[:, None, None])
         previous, current = X, self._panel(values, pieces[1])
         for place in range(1, len(pieces)):
             update = Update(4 / edge, -2.0, current.full, -1.0, previous.full)
@@ -183,31 +187,31 @@ class _Steps:
             Y = self._product(self.weights, current, pieces[place])
             self.passes += 1
             filtered = self.body.product(
-                self.weights.mT, Y, precision=pieces[place], update=update, pieces=self._stored(following)
+                self.weights.mT,
+                Y,
+                precision=pieces[place],
+                update=update,
+                values=following > 0,
+                pieces=self._stored(following) if following else FULL,
             )
             previous, current = current, filtered
-        shifts, stored = (FINAL_SHIFTS, FINE) if last else (SHIFTS, ROUGH)
-        return self._orthonormalized(current.full, shifts, stored)
+        return self._orthonormalized(current, FINAL_SHIFTS if last else SHIFTS)
 
     def projected(self, X: Panel) -> Solution:
         """The triplets of the weights on the subspaces spanned by the panels, and their figures: one transfer."""
         r, body = self.rank, self.body
-        V, AV = X.full, body.product(self.weights, X, precision=FINE).values
+        AX = body.product(self.weights, X, precision=FINE, values=False, pieces=FULL)
         self.passes += 1
         # the second time, the columns of A·V are nearly orthogonal: their products are accurate relative to both
-        all_values, V, AV = self._rotated(V, AV)
+        all_values, V, AV = self._rotated(X, AX)
         values, V, AV = self._rotated(V, AV)
         S = values.clamp(min=0).sqrt()
-        U = AV * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :]
-        residuals = body.product(
-            self.weights.mT,
-            self._panel(U, FINE),
-            precision=FINE,
-            update=Update(torch.ones_like(S[:, 0]), -1.0, V * S[:, None, :]),
-        ).values
+        U = self._split(AV.full * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :])
+        update = Update(torch.ones_like(S[:, 0]), -1.0, V.full * S[:, None, :])
+        residuals = body.product(self.weights.mT, U, precision=FINE, update=update, pieces=FULL)
         self.passes += 1
         norms = self._norms(residuals)
-        identity = torch.eye(r, device=V.device)
+        identity = torch.eye(r, device=S.device)
         skew = torch.stack([self._gram(U) - identity, self._gram(V) - identity]).abs().amax((0, -2, -1))
         deficit = self._deficit(values, V, residuals, self._guard(all_values))
         energy = body.sum_of_squares(self.weights)
@@ -216,13 +220,13 @@ class _Steps:
         deficit = torch.where(usable, deficit, torch.nan)
         captured = S.double().square().sum(-1)
         figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy]).tolist()
-        return Solution(U, S, V, list(map(Figures, *figures, [self.passes] * len(U))))
+        return Solution(U.full, S, V.full, list(map(Figures, *figures, [self.passes] * len(S))))
 
-    def _rotated(self, V: Tensor, AV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated(self, V: Panel, AV: Panel) -> tuple[Tensor, Panel, Panel]:
         """Every Ritz value on span(V), and the leading Ritz vectors V with A·V."""
         values, vectors = self.body.eigh(self._gram(AV))
-        leading = vectors[:, :, : self.rank].contiguous()
-        V, AV = (self.body.product(panel, leading, precision=FULL).values for panel in (V, AV))
+        leading = self._split(vectors[:, :, : self.rank].contiguous())
+        V, AV = (self.body.product(panel, leading, precision=FULL, pieces=FULL) for panel in (V, AV))
         return values, V, AV
 
     def _guard(self, values: Tensor) -> Tensor:
@@ -232,7 +236,7 @@ class _Steps:
             return torch.zeros_like(values[:, 0])
         return values[:, place]
 
-    def _deficit(self, values: Tensor, V: Tensor, residuals: Tensor, guard: Tensor) -> Tensor:
+    def _deficit(self, values: Tensor, V: Panel, residuals: Panel, guard: Tensor) -> Tensor:
         """Estimated energy deficit: twice the second-order errors of the Ritz values.
 
         The part of a residual R of an eigenpair of H that lies in span(V) only mixes wanted vectors. The rest lies in
@@ -246,13 +250,12 @@ class _Steps:
             residuals: (batch, n, r) Aᵀuᵢ − σᵢvᵢ, which is R/σᵢ.
             guard: (batch,) Ritz value of the guard vector.
         """
-        inside = self.body.product(V.mT, residuals, precision=FULL).values
-        outside = self.body.product(
-            V, inside, precision=FULL, update=Update(-torch.ones_like(values[:, 0]), 1.0, residuals)
-        ).values
+        inside = self.body.product(V.mT, residuals, precision=FULL, values=False, pieces=FULL)
+        update = Update(-torch.ones_like(values[:, 0]), 1.0, residuals.full)
+        outside = self.body.product(V, inside, precision=FULL, update=update, pieces=FULL)
         norms = self._norms(outside)
-        directions = outside * torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None, :]
-        AR = self.body.product(self.weights, self._panel(directions, ROUGH), precision=ROUGH).values
+        directions = self._panel(outside.full * torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None, :], ROUGH)
+        AR = self.body.product(self.weights, directions, precision=ROUGH, values=False, pieces=FULL)
         self.passes += 1
         norms = norms * values.clamp(min=0).sqrt()
         estimate = 2 * estimated_deficit(values, norms, self._norms(AR).square())
@@ -260,28 +263,26 @@ class _Steps:
         cautious = torch.maximum(estimate, 2 * estimated_deficit(values, norms, guard))
         return torch.where(last - guard < CLUSTER_GAP * last, cautious, estimate)
 
-    def _norms(self, Z: Tensor) -> Tensor:
+    def _norms(self, Z: Panel) -> Tensor:
         """Norm of each column, by an operation whose order of sums does not depend on the batch, as torch's does."""
         return self._gram(Z).diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
-    def _orthonormalized(self, Z: Tensor, shifts: Sequence[float], pieces: int) -> Panel:
+    def _orthonormalized(self, Z: Panel, shifts: Sequence[float]) -> Panel:
         """Orthonormal basis of the range of Z, by a round of CholeskyQR for each shift."""
         for place, shift in enumerate(shifts):
             change, _ = self.body.inverse_cholesky(self._gram(Z), shift)
-            stored = self._stored(pieces) if place == len(shifts) - 1 else 0
-            panel = self.body.product(Z, change, precision=FULL, pieces=stored)
-            Z = panel.values
-        return panel  # type: ignore[no-any-return]
+            Z = self.body.product(Z, change, precision=FULL, values=place == len(shifts) - 1, pieces=FULL)
+        return Z
 
-    def _gram(self, Z: Tensor) -> Tensor:
+    def _gram(self, Z: Panel) -> Tensor:
         gram: Tensor = self.body.product(Z.mT, Z, precision=FULL).values
         return gram
 
-    def _normal(self, X: Panel, precision: int) -> Tensor:
-        """H·X."""
+    def _normal(self, X: Panel, precision: int, values: bool = True) -> Panel:
+        """H·X, in pieces and in values as well."""
         Y = self._product(self.weights, X, precision)
         self.passes += 1
-        HX: Tensor = self.body.product(self.weights.mT, Y, precision=precision).values
+        HX: Panel = self.body.product(self.weights.mT, Y, precision=precision, values=values, pieces=FULL)
         return HX
 
     def _product(self, weights: Weights, X: Panel, precision: int) -> Panel:
@@ -291,7 +292,12 @@ class _Steps:
         product: Panel = self.body.product(weights, X, precision=precision, values=not stored, pieces=stored)
         return product
 
+    def _split(self, values: Tensor) -> Panel:
+        """A panel for products with weights and with panels."""
+        return Panel(values, self.body.split(values, FULL))
+
     def _panel(self, values: Tensor, pieces: int) -> Panel:
+        """A panel for products with weights only."""
         return Panel(values, self.body.split(values, pieces) if self.in_pieces else None)
 
     def _stored(self, pieces: int) -> int:

@@ -51,7 +51,7 @@ def eliminate(M, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kernel(gram, change, diagonal, size, shift, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def inverse_cholesky_kernel(gram, change, diagonal, size, shift, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """change (batch, size, size), diagonal (batch, size) of gram (batch, size, size): a matrix per program.
 
     ``size`` is a multiple of ``BLOCK``, the width of a block column, of which ``ROWS`` rows are computed at a time. A
@@ -123,5 +123,5 @@ def inverse_cholesky(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     change = torch.empty_like(padded)
     diagonal = gram.new_empty(padded.shape[:2])
     with torch.cuda.device_of(gram):
-        kernel[(batch,)](padded, change, diagonal, padded.shape[1], shift, **launch)
+        inverse_cholesky_kernel[(batch,)](padded, change, diagonal, padded.shape[1], shift, **launch)
     return (change[:, :size, :size].contiguous(), diagonal[:, :size].contiguous()) if padding else (change, diagonal)

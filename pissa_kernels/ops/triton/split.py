@@ -11,7 +11,7 @@ from .launch import parameters
 
 
 @triton.jit
-def kernel(values, pieces, size, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+def split_kernel(values, pieces, size, PIECES: tl.constexpr, BLOCK: tl.constexpr):
     """pieces (PIECES, size), largest first: their sum is values (size), up to the next piece."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rest = tl.load(values + index, mask=index < size, other=0.0)
@@ -30,5 +30,5 @@ def split(values: Tensor, pieces: int) -> Tensor:
         return found
     launch = parameters("split", values.device, bytes=values.element_size())
     with torch.cuda.device_of(values):
-        kernel[(triton.cdiv(size, launch["BLOCK"]),)](values, found, size, PIECES=pieces, **launch)
+        split_kernel[(triton.cdiv(size, launch["BLOCK"]),)](values, found, size, PIECES=pieces, **launch)
     return found

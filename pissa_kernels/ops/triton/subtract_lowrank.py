@@ -23,7 +23,7 @@ from .pieces import arithmetic, multiply_floats
 
 
 @triton.jit
-def kernel(
+def subtract_lowrank_kernel(
     weight,
     left,
     right,
@@ -131,7 +131,7 @@ def _launch(weights: Sequence[Tensor], operand: Tensor, left: Tensor, right: Ten
     launch = parameters("subtract_lowrank_", weight.device, bytes=size, rank=rank)
     tiles = triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
     with torch.cuda.device_of(weight):
-        kernel[(len(weights) * tiles,)](
+        subtract_lowrank_kernel[(len(weights) * tiles,)](
             operand,
             left,
             right,

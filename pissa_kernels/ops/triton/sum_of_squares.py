@@ -21,7 +21,7 @@ BLOCK_SUMS = 1024
 
 
 @triton.jit
-def kernel(
+def sum_of_squares_kernel(
     weight,
     sums,
     rows,
@@ -71,7 +71,7 @@ def _squares(weight, first, rows, cols, weight_row, weight_col, BLOCK_ROWS: tl.c
 
 
 @triton.jit
-def add(sums, result, count, BLOCK: tl.constexpr):
+def add_sums(sums, result, count, BLOCK: tl.constexpr):
     """result (batch,) = sums (batch, count) summed, one row per program."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
@@ -103,6 +103,6 @@ def _launch(operand: Tensor, shape: Tensor) -> Tensor:
     blocks = triton.cdiv(rows, launch["BLOCK_ROWS"])
     sums = result.new_empty(batch, blocks)
     with torch.cuda.device_of(shape):
-        kernel[(batch * blocks,)](operand, sums, rows, cols, *shape.stride(), ELEMENT=ELEMENTS[shape.dtype], **launch)
-        add[(batch,)](sums, result, blocks, BLOCK=BLOCK_SUMS, num_warps=4)
+        sum_of_squares_kernel[(batch * blocks,)](operand, sums, rows, cols, *shape.stride(), ELEMENT=ELEMENTS[shape.dtype], **launch)
+        add_sums[(batch,)](sums, result, blocks, BLOCK=BLOCK_SUMS, num_warps=4)
     return result

@@ -12,7 +12,7 @@ from .launch import parameters
 
 
 @triton.jit
-def kernel(
+def transpose_cast_kernel(
     source,
     result,
     rows,
@@ -50,5 +50,5 @@ def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     launch = parameters("transpose_cast", weight.device, bytes=weight.element_size() + result.element_size())
     tiles = triton.cdiv(m, launch["BLOCK_ROWS"]) * triton.cdiv(n, launch["BLOCK_COLS"])
     with torch.cuda.device_of(weight):
-        kernel[(tiles,)](weight, result, m, n, *weight.stride(), COLUMN_MAJOR=is_column_major(weight), **launch)
+        transpose_cast_kernel[(tiles,)](weight, result, m, n, *weight.stride(), COLUMN_MAJOR=is_column_major(weight), **launch)
     return result
