@@ -8,6 +8,7 @@ apply to the thread.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapter.layers import in_scope
+from .creation import creating
 from .load import Source, loading
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
@@ -104,7 +106,8 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        with setting(replacing, ReplacedModule(current_key, target)):
+        created = creating(lora_config, target) if session.applies() else contextlib.nullcontext()
+        with setting(replacing, ReplacedModule(current_key, target)), created:
             previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
 
     return create_and_replace

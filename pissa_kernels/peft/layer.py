@@ -67,7 +67,7 @@ class LayerJob:
 
     def defer(self) -> LayerJob:
         """The same job for later. B is set to zero, so that the layer computes W·x until the job has run."""
-        self.set_adapter(self._adapter()[0].data, torch.zeros_like(self._adapter()[1]), torch.float32)
+        self._adapter()[1].data.zero_()
         return replace(self, deferred=True)
 
     def run(self) -> LayerReport:
