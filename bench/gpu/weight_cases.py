@@ -57,7 +57,8 @@ class Product(BatchedCase):
         # a bf16 piece rounds at 2⁻⁹ and TF32 at 2⁻¹¹, or 2⁻¹⁰ where the hardware truncates
         pieces = {1: Limit(2, 0, 2.0**-8), 2: Limit(2, 0, 2.0**-15), 3: Limit(2, QUARTER, 1e-5)}
         tf32 = Limit(2, 2.0**-10, 2.0**-10)
-        wide = pieces[self.precision] if self.dtype == "bf16" else tf32 if self.precision == 1 else pieces[3]
+        in_pieces = self.dtype == "bf16" or self.kind != "product"
+        wide = pieces[self.precision] if in_pieces else tf32 if self.precision == 1 else pieces[3]
         return {"values": wide, "pieces": Limit(1, 2.0**-16, 2.0**-16)}
 
     def inputs(self, device: str) -> Any:
@@ -198,7 +199,7 @@ class Subtraction(BatchedCase):
         rows, cols = (self.n, self.m) if self.transposed else (self.m, self.n)
         B = torch.randn(self.batch, rows, self.rank, generator=generator, device=device)
         A = torch.randn(self.batch, self.rank, cols, generator=generator, device=device)
-        B, A = (factor.to(DTYPES[self.dtype]).float() for factor in (B, A))
+        B, A = (factor.to(DTYPES[self.dtype]) for factor in (B, A))  # as the engine passes them
         return self.weights(device), B, A, torch.tensor(SCALINGS, dtype=torch.float64).repeat(self.batch)[: self.batch]
 
     def call(self, body: Any, inputs: Any, count: int) -> tuple[Tensor, ...]:

@@ -12,8 +12,7 @@ from pissa_kernels.ops.triton.cholesky import inverse_cholesky_kernel
 from pissa_kernels.ops.triton.elements import ELEMENTS
 from pissa_kernels.ops.triton.jacobi import update
 from pissa_kernels.ops.triton.launch import Entry, table
-from pissa_kernels.ops.triton.product import MASKED_COLUMNS
-from pissa_kernels.ops.triton.product import product_kernel
+from pissa_kernels.ops.triton.product import MASKED_COLUMNS, product_kernel
 from pissa_kernels.ops.triton.split import split_kernel
 from pissa_kernels.ops.triton.subproblem import diagonalize
 from pissa_kernels.ops.triton.subtract_lowrank import subtract_lowrank_kernel

@@ -5,7 +5,7 @@ A batched call of BLAS or LAPACK may choose another algorithm for another number
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,10 +47,12 @@ def product(
 
 
 def _numbers(panel: Panel | Tensor, pieces: int) -> Tensor:
-    """The sum of the pieces of a panel where it has them and they are wanted, else its values."""
-    if isinstance(panel, Tensor):
-        return panel
-    return panel.full if panel.pieces is None or not pieces else panel.pieces[:pieces].float().sum(0)
+    """The sum of the largest pieces of a panel; its values if ``pieces`` is 0."""
+    values, found = (panel, None) if isinstance(panel, Tensor) else panel
+    if found is None or not pieces:
+        assert values is not None
+        return values if pieces in (0, 3) else split(values, pieces).float().sum(0)
+    return found[:pieces].float().sum(0)
 
 
 def finished(products: Tensor, *, update: Update | None = None, values: bool = True, pieces: int = 0) -> Panel:
@@ -71,6 +73,10 @@ def split(values: Tensor, pieces: int) -> Tensor:
         found.append(rest.bfloat16())
         rest = rest - found[-1].float()
     return torch.stack(found)
+
+
+def compile_ahead(dry_run: Callable[[], object], device: torch.device) -> None:
+    """Compile what a function launches on a device. There is nothing to compile, and the function is not called."""
 
 
 def inverse_cholesky(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:

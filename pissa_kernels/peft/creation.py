@@ -43,21 +43,16 @@ def creating(config: Any, target: nn.Module) -> Iterator[None]:
         target: the module that PEFT replaces, or the LoRA layer that gets another adapter.
     """
     init = config.init_lora_weights
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    layer: Any = target
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight = getattr(base, "weight", None)
-    if not (isinstance(init, str) and init.startswith("pissa") and _is_plain(weight)):
-        yield
-        return
-    with torch.device(weight.device), _Zeros():
+    if isinstance(init, str) and init.startswith("pissa") and isinstance(weight, Tensor) and _is_plain(weight):
+        with torch.device(weight.device), _Zeros():
+            yield
+    else:
         yield
 
 
-def _is_plain(weight: Any) -> bool:
+def _is_plain(weight: Tensor) -> bool:
     """Whether a weight is a matrix that PiSSA initializes, rather than one that it refuses or leaves to PEFT."""
-    return (
-        isinstance(weight, Tensor)
-        and type(weight.data) is Tensor
-        and not weight.is_meta
-        and weight.ndim == 2
-        and weight.is_floating_point()
-    )
+    return type(weight.data) is Tensor and not weight.is_meta and weight.ndim == 2 and weight.is_floating_point()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..batched import Panel, Update, Weights
 from ..reference import is_column_major
+from .compilation import launch
 from .elements import ELEMENTS
 from .launch import parameters
 from .pieces import arithmetic, exact
@@ -234,33 +235,35 @@ def product(
     found = source.new_empty(batch, rows, cols, dtype=torch.float32) if values else None
     found_pieces = source.new_empty(pieces, batch, rows, cols, dtype=torch.bfloat16) if pieces else None
     verb = "product" if isinstance(left, Weights) else "product_of_panels"
-    launch = _parameters(verb, source.device, panel.element_size(), inner, cols, precision)
-    across = triton.cdiv(cols, launch["BLOCK_COLS"] + launch["BLOCK_MORE"])
-    programs = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * across
+    options = _parameters(verb, source.device, panel.element_size(), inner, cols, precision)
+    across = triton.cdiv(cols, options["BLOCK_COLS"] + options["BLOCK_MORE"])
+    programs = batch * triton.cdiv(rows, options["BLOCK_ROWS"]) * across
     if programs:
         alpha, beta, current, gamma, previous = update or (None, 0.0, None, 0.0, None)
         arguments = (source, panel, alpha, current, previous, found, found_pieces, beta, gamma, rows, inner, cols)
         with torch.cuda.device_of(source):
-            product_kernel[(programs,)](
+            launch(
+                product_kernel,
+                (programs,),
                 *arguments,
                 *strides,
                 *panel.stride()[:2],
-                WHOLE=inner % launch["BLOCK_INNER"] == 0,
+                WHOLE=inner % options["BLOCK_INNER"] == 0,
                 PRECISION=len(panel),
                 PIECES=pieces,
                 ARITHMETIC=arithmetic(dtype, precision),
                 **table,
-                **launch,
+                **options,
             )
     return Panel(found, found_pieces)
 
 
 def _parameters(verb: str, device: torch.device, size: int, inner: int, cols: int, precision: int) -> dict[str, int]:
     """Launch parameters for the bytes of an element of the panel, the dimensions and the precision."""
-    launch = parameters(verb, device, bytes=size, columns=max(cols, 1), pieces=precision)
-    if inner % launch["BLOCK_INNER"] and cols > MASKED_COLUMNS:
+    options = parameters(verb, device, bytes=size, columns=max(cols, 1), pieces=precision)
+    if inner % options["BLOCK_INNER"] and cols > MASKED_COLUMNS:
         return parameters(verb, device, bytes=size, columns=MASKED_COLUMNS, pieces=precision)
-    return launch
+    return options
 
 
 def _pieces(panel: Panel | Tensor, precision: int) -> Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compilation import launch
 from .launch import parameters
 
 
@@ -28,7 +29,7 @@ def split(values: Tensor, pieces: int) -> Tensor:
     size = values.numel()
     if found.numel() == 0:
         return found
-    launch = parameters("split", values.device, bytes=values.element_size())
+    options = parameters("split", values.device, bytes=values.element_size())
     with torch.cuda.device_of(values):
-        split_kernel[(triton.cdiv(size, launch["BLOCK"]),)](values, found, size, PIECES=pieces, **launch)
+        launch(split_kernel, (triton.cdiv(size, options["BLOCK"]),), values, found, size, PIECES=pieces, **options)
     return found
