@@ -85,4 +85,7 @@ class Repeated:
             self._launch(*args, *self._constants)
             return
         compiled = self._first(*args)
-        self._launch = None if compiled is None else compiled[self._grid]
+        if compiled is not None:
+            self._launch = compiled[self._grid]
+        elif _collected.get() is not None:
+            self._launch = lambda *_: None
