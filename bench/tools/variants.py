@@ -47,9 +47,9 @@ class Variant:
     options: dict[str, int]
 
 
-def variants(device: str | None = None) -> Iterator[Variant]:
-    """Every kernel with every entry of a device's launch parameters, by default those of most devices."""
-    entries = table(device)
+def variants(architecture: str | None = None) -> Iterator[Variant]:
+    """Every kernel with every entry of an architecture's launch parameters, by default those of most of them."""
+    entries = table(architecture)
     for entry in entries["transpose_cast"]:
         source, result = PAIRS[entry["features"]["bytes"]]
         yield _variant(f"transpose_cast {source} {result}", transpose_cast_kernel, entry, source, COLUMN_MAJOR=False,

@@ -99,7 +99,7 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
     """
     plan = schedule(weights[0].shape[1], rank)
     assert plan is not None
-    _compile(weights[0], rank, plan)
+    _compile(weights[0], rank, plan, ahead=weights[0].is_cuda)
     steps = Steps(Weights.of(weights), rank)
     if not plan.degrees:
         return steps.projected(steps.identity())
@@ -121,10 +121,10 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
     return solution
 
 
-def _compile(weight: Tensor, rank: int, plan: Schedule) -> None:
-    """Compile the kernels of the schedule for weights like this one, the first time that it has to run."""
+def _compile(weight: Tensor, rank: int, plan: Schedule, ahead: bool) -> None:
+    """Compile the kernels of the schedule for weights like this one ``ahead`` of the first launch, once."""
     key = weight.device, weight.dtype, weight.shape, weight.stride(), weight.data_ptr() % 16, rank
-    if not weight.is_cuda or key in _compiled:
+    if not ahead or key in _compiled:
         return
     steps = Steps(Weights.of([weight]), rank)
 

@@ -54,9 +54,9 @@ def compile_ahead(dry_run: Callable[[], object], device: torch.device) -> None:
     finally:
         _collected.reset(token)
 
-    def compiled(variant: Callable[[], object]) -> None:
-        with torch.cuda.device(device):
-            variant()
+    def compiled(variant: Callable[[], Any]) -> None:
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            variant()[(1, 1, 1)]  # builds the launcher and loads the kernel, which the first launch does otherwise
 
     with ThreadPoolExecutor(max(1, min(len(found), os.cpu_count() or 1)), "pissa_kernels-compile") as pool:
         list(pool.map(compiled, found.values()))
