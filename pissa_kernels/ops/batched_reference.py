@@ -28,8 +28,8 @@ def product(
     Args:
         left: weights (m, n); or panels (batch, m, n) or their float32 values, which may be transposed views.
         right: (batch, n, k); a panel, or its float32 values.
-        precision: number of pieces that are used, 1, 2 or 3, of ``right`` and of the panels on the left. For weights
-            that are not bfloat16, the values of ``right`` are used: 1 allows TF32; 2 and 3 are float32.
+        precision: number of pieces of ``right`` that are used for bfloat16 weights, 1, 2 or 3. For other weights its
+            values are used: 1 allows TF32; 2 and 3 are float32. Panels are multiplied with 3, which is float32.
         update: what is added up before the result is stored; None for the product itself.
         values: whether the result has float32 values.
         pieces: number of pieces of the result, 0 for none.
