@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapter.layers import in_scope
+from .additions import check_addition, removed_on_failure
 from .creation import creating
-from .load import Source, loading
+from .guard import protect, protect_peft_model
+from .load import Source, loading, replace_record
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
 from .ties import Ties
@@ -116,16 +118,21 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
 def wrap_inject_adapter(session: Session, previous: Function) -> Function:
     """Collect the layers of a model, and initialize them together at the end."""
 
-    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # of nested patches, the innermost collects
         if not session.applies() or injecting.get() is not None:
-            previous(self, model, *args, **kwargs)
+            previous(self, model, adapter_name, *args, **kwargs)
             return
+        check_addition(model, adapter_name, self.peft_config[adapter_name], loading=loading.get() is not None)
         injection = Injection(Ties(model))
-        with setting(injecting, injection):
-            previous(self, model, *args, **kwargs)
-        if injection.jobs:
-            session.run(injection.jobs)
+        try:
+            with removed_on_failure(model, adapter_name):
+                with setting(injecting, injection):
+                    previous(self, model, adapter_name, *args, **kwargs)
+                if injection.jobs:
+                    session.run(injection.jobs)
+        finally:
+            protect(self, model, session.reopen)
 
     return inject_adapter
 
@@ -144,16 +151,18 @@ def wrap_from_pretrained(session: Session, previous: Function) -> Function:
 
 
 def wrap_load_adapter(session: Session, previous: Function) -> Function:
-    """As for ``from_pretrained``; values for an adapter that exists are loaded onto its own residuals only."""
+    """As for ``from_pretrained``; values for an adapter that exists bring the initial factors that belong to them."""
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         load = functools.partial(previous, self, *args, **kwargs)
         if not _starts_load(session):
             return load()
         source, adapter_name = Source.of_call(previous, self, *args, **kwargs)
-        if adapter_name in self.peft_config:
-            source.check_residuals(self, adapter_name)
-        return _load(session, source, load)
+        values = source.values_for(self, adapter_name) if adapter_name in self.peft_config else []
+        loaded = _load(session, source, load)
+        for layer, record in values:
+            replace_record(layer, adapter_name, record)
+        return loaded
 
     return load_adapter
 
@@ -178,5 +187,6 @@ def wrap_adapter_creation(session: Session, previous: Function) -> Function:
         previous(self, *args, **kwargs)
         if session.applies():
             self.save_pretrained = SavePretrained(self)
+            protect_peft_model(self, session.reopen)
 
     return create

@@ -1,0 +1,312 @@
+"""A model that was made under the hook guards itself, also after the patch has ended.
+
+PEFT calls its own methods through the object, ``layer.merge(…)`` or ``self.inject_adapter(…)``. So an attribute of one
+object replaces a method for that object alone. It is copied and pickled with the object.
+
+:mod:`pissa_kernels.peft.state` says what a layer stores and computes; here is what PEFT's operations do to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..adapter.layers import lora_layers
+from . import state
+from .record import GONE, InitRecord, records, set_records
+
+# Context in which a patch applies to the thread.
+Reopen = Callable[[], contextlib.AbstractContextManager[Any]]
+
+_MERGED = "pissa_merged"
+# Scalings may differ in the last bits, after they were multiplied and divided by the same number.
+SCALING_TOLERANCE = 1e-9
+# Adapters of PEFT's recipe, whose residual stays in the weight when a model is unloaded.
+_keeping: ContextVar[frozenset[str]] = ContextVar("pissa_kernels_keeping", default=frozenset())
+
+
+class Guard:
+    """A method of one object, replaced for this object alone.
+
+    Args:
+        owner: the object; it is not kept alive.
+        function: a function of a module, called with the object, ``bound`` and the arguments of the method.
+        bound: what else the function takes.
+    """
+
+    def __init__(self, owner: Any, function: Callable[..., Any], *bound: Any) -> None:
+        self.__setstate__((owner, function, bound))
+
+    def __getstate__(self) -> Any:
+        return self._owner(), self._function, self._bound
+
+    def __setstate__(self, content: Any) -> None:
+        owner, self._function, self._bound = content
+        self._owner = weakref.ref(owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._owner(), *self._bound, *args, **kwargs)
+
+
+def _guard(owner: Any, functions: dict[str, Callable[..., Any]], *bound: Any) -> None:
+    for name, function in functions.items():
+        if hasattr(type(owner), name) or name == _UNLOAD:
+            owner.__dict__[name] = Guard(owner, function, *bound)
+
+
+def _unguard(owner: Any) -> None:
+    for name, value in list(owner.__dict__.items()):
+        if isinstance(value, Guard):
+            del owner.__dict__[name]
+
+
+def adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """The layers of a model that have initial factors, with their names."""
+    return ((name, layer) for name, layer in lora_layers(model) if state.is_ours(layer))
+
+
+def protect(tuner: Any, model: Any, reopen: Reopen) -> None:
+    """Guard the layers of a model that have initial factors, the model itself, and its ``LoraModel``.
+
+    Args:
+        tuner: the ``LoraModel``; None where there is none.
+        model: the base model, with its adapted layers.
+        reopen: context in which a patch applies to the thread; picklable.
+    """
+    layers = list(adapted_layers(model))
+    for _, layer in layers:
+        protect_layer(layer, reopen)
+    if layers and tuner is not None:
+        _guard(tuner, _OF_TUNER, reopen)
+    if layers:
+        _guard(model, _OF_MODEL, reopen)
+
+
+def protect_layer(layer: Any, reopen: Reopen) -> None:
+    """Guard one layer that has initial factors."""
+    _guard(layer, _OF_LAYER)
+    _guard(layer, {"update_layer": update_layer}, reopen)
+
+
+# A layer
+
+
+def update_layer(layer: Any, reopen: Reopen, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """``LoraLayer.update_layer``: add an adapter, with this package's initializer."""
+    with reopen():
+        return type(layer).update_layer(layer, adapter_name, *args, **kwargs)
+
+
+def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """``LoraLayer.merge``: subtract exactly what the merged adapters start from, then let PEFT merge."""
+    method = type(layer).merge
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    merged = list(layer.merged_adapters)
+    new = [] if isinstance(names, str) else [name for name in names if name in layer.lora_A and name not in merged]
+    if not new:
+        method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+        return
+    check_merge(layer, new)
+    change = _change(layer, merged, [*merged, *new])
+    weight = layer.get_base_layer().weight
+    backup = weight.data.clone(memory_format=torch.preserve_format) if safe_merge or any(change) else None
+    try:
+        state.add_(weight.data, state.terms(layer).factors, change, bool(layer.fan_in_fan_out))
+        method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+    except BaseException:
+        if backup is not None:
+            layer.merged_adapters[:] = merged
+            weight.data = backup
+        raise
+    layer.__dict__[_MERGED] = {name: _number(layer.scaling[name]) for name in layer.merged_adapters}
+
+
+def unmerge(layer: Any) -> None:
+    """``LoraLayer.unmerge``: with the scalings of the merge; then subtract what was subtracted before it."""
+    merged = [name for name in layer.merged_adapters if name in layer.lora_A]
+    now = {name: layer.scaling[name] for name in merged}
+    layer.scaling.update({name: scaling for name, scaling in layer.__dict__.pop(_MERGED, {}).items() if name in now})
+    try:
+        type(layer).unmerge(layer)
+    finally:
+        layer.scaling.update(now)
+    found = state.terms(layer)
+    change = _change(layer, merged, None)
+    state.add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
+
+
+def check_merge(layer: Any, names: Sequence[str]) -> None:
+    """Refuse a merge after which the layer would compute something else.
+
+    Args:
+        layer: a layer with records.
+        names: adapters of the layer that are to be merged and are not.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
+    state.check_known(layer)
+    found = state.terms(layer)
+    for name in names:
+        recorded = found.scalings.get(name)
+        if recorded is None:
+            continue
+        scaling = _number(layer.scaling[name])
+        if abs(scaling - recorded) > SCALING_TOLERANCE * recorded and not isinstance(layer.scaling[name], torch.Tensor):
+            raise ValueError(
+                f"{state.label(layer)}: the adapter {name!r} has the scaling {scaling:g}, but its initial factors were "
+                f"taken with {recorded:g}. Set it back before the merge (set_scale({name!r}, 1) on each layer)"
+            )
+    merged = [*layer.merged_adapters, *names]
+    variants = [name for name in merged if name in layer.lora_variant]
+    if variants and any(_change(layer, layer.merged_adapters, merged)):
+        raise ValueError(
+            f"{state.label(layer)}: the adapter {variants[0]!r} ({state.variant_name(layer, variants[0])}) computes "
+            f"with the stored weight and cannot be merged here with {', '.join(map(repr, merged))}. Merge it alone, in "
+            "a model of its own"
+        )
+
+
+def _change(layer: Any, before: Sequence[str], after: Sequence[str] | None) -> list[float]:
+    """What to add to the stored weight, in each group, between two sets of merged adapters.
+
+    Args:
+        layer: a layer with records.
+        before: the adapters that are merged; empty for none.
+        after: those that will be; None for none, where ``before`` were.
+    """
+    found = state.terms(layer)
+
+    def subtracted(merged: Sequence[str] | None) -> list[float]:
+        if not merged:
+            return found.subtracted
+        totals = [0.0] * len(found.factors)
+        for name in merged:
+            if name in found.groups:
+                totals[found.groups[name]] += found.scalings[name]
+        return totals
+
+    return [then - now for then, now in zip(subtracted(before), subtracted(after), strict=True)]
+
+
+def _number(scaling: Any) -> float:
+    return float(scaling)
+
+
+def delete_adapter(layer: Any, adapter_name: str) -> None:
+    """``LoraLayer.delete_adapter``: a later adapter of the same name is a new one."""
+    type(layer).delete_adapter(layer, adapter_name)
+    state.forget(layer, adapter_name)
+
+
+def unload(
+    layer: Any, merge: bool = True, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> torch.nn.Module:
+    """The bare module for ``unload`` and ``merge_and_unload``: W, or W and the merged changes.
+
+    PEFT's recipe wants the residual. The module keeps its records then, for a new start.
+    """
+    base: torch.nn.Module = layer.get_base_layer()
+    if merge:
+        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    if not layer.merged:
+        found = records(layer)
+        kept = [record for record in found if not record.shared]
+        if not merge and any(record.adapter in _keeping.get() for record in found):
+            set_records(base, [_nameless(record) for record in kept])
+        else:
+            state.restore_(layer)
+    return base
+
+
+def _nameless(record: InitRecord) -> InitRecord:
+    return replace(record, adapter=GONE)
+
+
+# A LoraModel
+
+
+def inject_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> None:
+    """``LoraModel.inject_adapter``, with this package's initializer."""
+    with reopen():
+        type(tuner).inject_adapter(tuner, *args, **kwargs)
+
+
+def merge_adapter(tuner: Any, reopen: Reopen, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    """``LoraModel.merge_adapter``, after the checks of all layers."""
+    _check_merges(tuner, adapter_names)
+    type(tuner).merge_adapter(tuner, adapter_names=adapter_names, safe_merge=safe_merge)
+
+
+def _check_merges(tuner: Any, adapter_names: list[str] | None) -> None:
+    for _, layer in adapted_layers(tuner):
+        names = layer.active_adapters if adapter_names is None else adapter_names
+        if not isinstance(names, str):
+            new = [name for name in names if name in layer.lora_A and name not in layer.merged_adapters]
+            check_merge(layer, new)
+
+
+def unload_and_optionally_merge(
+    tuner: Any,
+    reopen: Reopen,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> Any:
+    """``LoraModel._unload_and_optionally_merge``, after the checks of all layers."""
+    if merge:
+        _check_merges(tuner, adapter_names)
+    for _, layer in adapted_layers(tuner):
+        state.check_known(layer)
+    kept = frozenset(name for name, config in tuner.peft_config.items() if config.init_lora_weights is True)
+    token = _keeping.set(kept)
+    try:
+        model = type(tuner)._unload_and_optionally_merge(
+            tuner, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+    finally:
+        _keeping.reset(token)
+    _unguard(model)
+    return model
+
+
+# The base model, in which transformers and diffusers make adapters of their own
+
+
+def add_adapter(model: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Any:
+    """``add_adapter`` of transformers and diffusers, with this package's initializer."""
+    with reopen():
+        return type(model).add_adapter(model, *args, **kwargs)
+
+
+def load_adapter(model: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Any:
+    """``load_adapter`` of PEFT, transformers and diffusers, with this package's loader."""
+    with reopen():
+        return type(model).load_adapter(model, *args, **kwargs)
+
+
+_UNLOAD = "unload_and_optionally_merge_module"  # PEFT looks for it on each layer
+_OF_LAYER: dict[str, Callable[..., Any]] = {
+    "merge": merge,
+    "unmerge": unmerge,
+    "delete_adapter": delete_adapter,
+    _UNLOAD: unload,
+}
+_OF_TUNER: dict[str, Callable[..., Any]] = {
+    "inject_adapter": inject_adapter,
+    "merge_adapter": merge_adapter,
+    "_unload_and_optionally_merge": unload_and_optionally_merge,
+}
+_OF_MODEL: dict[str, Callable[..., Any]] = {"add_adapter": add_adapter, "load_adapter": load_adapter}
+
+
+def protect_peft_model(peft_model: Any, reopen: Reopen) -> None:
+    """Guard the methods of a ``PeftModel`` that load an adapter."""
+    _guard(peft_model, {"load_adapter": load_adapter}, reopen)
