@@ -11,8 +11,8 @@ from torch import nn
 from ..adapter.layers import lora_layers
 from ..adapter.names import module_name
 from . import state
-from .guard import adapted_layers
 from .record import of_adapter
+from .state import adapted_layers
 
 # Initializers of PEFT that subtract from the base weight, or replace it. MiCA, orthogonal and EVA leave it.
 CHANGING = ("corda", "loftq", "lora_ga", "olora")
@@ -45,12 +45,7 @@ def check_addition(model: nn.Module, adapter: str, config: Any, *, loading: bool
         ValueError: with the name of a layer.
     """
     for _, layer in adapted_layers(model):
-        if (init := changes_the_base(config)) is not None:
-            raise ValueError(
-                f"{state.label(layer)}: init {init!r} of the adapter {adapter!r} changes the base weight, which is a "
-                "residual of PiSSA here. Use it in a model of its own, or convert it to a plain LoRA there "
-                "(save_pretrained with path_initial_model_for_weight_conversion) and load that"
-            )
+        check_init(layer, adapter, config)
         if not loading and not is_pissa(config) and hasattr(config, "init_lora_weights"):
             variant = layer.resolve_lora_variant(config=config)
             if variant is not None:
@@ -59,6 +54,20 @@ def check_addition(model: nn.Module, adapter: str, config: Any, *, loading: bool
                     f"{state.label(layer)}: the adapter {adapter!r} ({name}) computes with the stored weight, which is "
                     "a residual of PiSSA here. Use it in a model of its own"
                 )
+
+
+def check_init(layer: Any, adapter: str, config: Any) -> None:
+    """Refuse an initializer that changes the base weight of a layer with initial factors.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
+    if (init := changes_the_base(config)) is not None:
+        raise ValueError(
+            f"{state.label(layer)}: init {init!r} of the adapter {adapter!r} changes the base weight, which is a "
+            "residual of PiSSA here. Use it in a model of its own, or convert it to a plain LoRA there "
+            "(save_pretrained with path_initial_model_for_weight_conversion) and load that"
+        )
 
 
 @contextlib.contextmanager

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..adapter.layers import lora_layers
 from . import state
+from .additions import check_init
 from .record import GONE, InitRecord, records, set_records
+from .state import adapted_layers
 
 # Context in which a patch applies to the thread.
 Reopen = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -66,25 +67,20 @@ def _unguard(owner: Any) -> None:
             del owner.__dict__[name]
 
 
-def adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The layers of a model that have initial factors, with their names."""
-    return ((name, layer) for name, layer in lora_layers(model) if state.is_ours(layer))
-
-
-def protect(tuner: Any, model: Any, reopen: Reopen) -> None:
+def protect(tuner: Any, model: Any, reopen: Reopen, **more: Callable[..., Any]) -> None:
     """Guard the layers of a model that have initial factors, the model itself, and its ``LoraModel``.
 
     Args:
-        tuner: the ``LoraModel``; None where there is none.
+        tuner: the ``LoraModel``.
         model: the base model, with its adapted layers.
         reopen: context in which a patch applies to the thread; picklable.
+        more: further methods of the ``LoraModel`` to replace.
     """
     layers = list(adapted_layers(model))
     for _, layer in layers:
         protect_layer(layer, reopen)
-    if layers and tuner is not None:
-        _guard(tuner, _OF_TUNER, reopen)
     if layers:
+        _guard(tuner, _OF_TUNER | more, reopen)
         _guard(model, _OF_MODEL, reopen)
 
 
@@ -99,6 +95,7 @@ def protect_layer(layer: Any, reopen: Reopen) -> None:
 
 def update_layer(layer: Any, reopen: Reopen, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     """``LoraLayer.update_layer``: add an adapter, with this package's initializer."""
+    check_init(layer, adapter_name, kwargs.get("config"))
     with reopen():
         return type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 

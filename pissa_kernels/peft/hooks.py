@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,21 +23,23 @@ from .guard import protect, protect_peft_model
 from .load import Source, loading, replace_record
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
+from .swap import wrap_load_peft_weights, wrap_swap
 from .ties import Ties
+from .weighted import add_weighted_adapter
 
 Function = Callable[..., Any]
 
 
 class Hook(NamedTuple):
-    """A class attribute to replace.
+    """An attribute to replace.
 
     Attributes:
-        owner: the class.
-        attribute: name of a method or class method in it.
+        owner: a class or a module.
+        attribute: name of a method, class method or function in it.
         wrap: makes the replacement from the session and the function that is found there.
     """
 
-    owner: type
+    owner: Any
     attribute: str
     wrap: Callable[[Session, Function], Function]
 
@@ -47,6 +50,8 @@ def hooks() -> list[Hook]:
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import hotswap
+    from transformers.integrations.peft import PeftAdapterMixin
 
     return [
         Hook(LoraLayer, "pissa_init", wrap_pissa_init),
@@ -56,6 +61,9 @@ def hooks() -> list[Hook]:
         Hook(PeftModel, "load_adapter", wrap_load_adapter),
         Hook(PeftModel, "__init__", wrap_adapter_creation),
         Hook(PeftModel, "add_adapter", wrap_adapter_creation),
+        Hook(PeftAdapterMixin, "load_adapter", wrap_load_into_transformers),
+        Hook(hotswap, "load_peft_weights", wrap_load_peft_weights),
+        Hook(hotswap, "hotswap_adapter_from_state_dict", wrap_swap),
     ]
 
 
@@ -132,7 +140,7 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
                 if injection.jobs:
                     session.run(injection.jobs)
         finally:
-            protect(self, model, session.reopen)
+            protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
 
     return inject_adapter
 
@@ -163,6 +171,20 @@ def wrap_load_adapter(session: Session, previous: Function) -> Function:
         for layer, record in values:
             replace_record(layer, adapter_name, record)
         return loaded
+
+    return load_adapter
+
+
+def wrap_load_into_transformers(session: Session, previous: Function) -> Function:
+    """As for ``from_pretrained``, for transformers' own ``load_adapter``."""
+
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        load = functools.partial(previous, self, *args, **kwargs)
+        arguments = inspect.signature(previous).bind(self, *args, **kwargs).arguments
+        folder = arguments.get("peft_model_id")
+        if folder is None or not _starts_load(session):
+            return load()
+        return _load(session, Source(folder, arguments.get("adapter_kwargs") or {}), load)
 
     return load_adapter
 

@@ -61,6 +61,10 @@ class Source:
             self.missing.append(name)
         return found
 
+    def has_initial(self, adapter: str) -> bool:
+        """Whether the source has initial factors."""
+        return bool(self._all(adapter))
+
     def values_for(self, peft_model: Any, adapter: str) -> list[tuple[Any, InitRecord | None]]:
         """The initial factors that belong to values which are loaded into an adapter that exists.
 

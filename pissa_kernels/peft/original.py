@@ -13,9 +13,10 @@ from torch import nn
 from ..adapter.layers import lora_layers
 from . import state
 from .additions import check_only_ours
-from .guard import adapted_layers, protect_layer
+from .guard import protect_layer
 from .patch import reopened
 from .record import records
+from .state import adapted_layers
 
 
 @contextlib.contextmanager

@@ -125,8 +125,11 @@ def remember(layer: nn.Module, record: InitRecord) -> None:
 
 
 def set_records(layer: nn.Module, kept: Sequence[InitRecord]) -> None:
-    """Replace all records of a layer."""
-    layer.__dict__[_ATTRIBUTE] = list(kept)
+    """Replace all records of a layer; without any, it has no trace of them."""
+    if kept:
+        layer.__dict__[_ATTRIBUTE] = list(kept)
+    else:
+        layer.__dict__.pop(_ATTRIBUTE, None)
 
 
 def forgotten(kept: Sequence[InitRecord], adapter: str) -> list[InitRecord]:

@@ -13,7 +13,7 @@ While adapters are merged, exactly theirs are subtracted, and the stored weight 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..adapter.layers import lora_layers
 from ..numerics import exact_arithmetic
 from .record import InitRecord, fingerprint, forgotten, matches, places_on, records, set_records
 from .record import remember as record_of_layer
@@ -114,9 +115,9 @@ def terms(layer: Any) -> Terms:
     return found if found is not None else Terms.of(records(layer))
 
 
-def is_ours(layer: nn.Module) -> bool:
-    """Whether a layer has initial factors."""
-    return bool(records(layer))
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of a model that have initial factors, with their names."""
+    return ((name, layer) for name, layer in lora_layers(model) if records(layer))
 
 
 def correct(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
