@@ -11,7 +11,7 @@ from torch import nn
 from ..adapter.layers import lora_layers
 from ..adapter.names import module_name
 from . import state
-from .record import of_adapter
+from .record import records
 from .state import adapted_layers
 
 # Initializers of PEFT that subtract from the base weight, or replace it. MiCA, orthogonal and EVA leave it.
@@ -101,7 +101,7 @@ def check_only_ours(model: nn.Module, configs: Mapping[str, Any]) -> None:
         for adapter in layer.lora_A:
             config: Any = configs.get(adapter)
             init = changes_the_base(config)
-            if init is not None or (is_pissa(config) and of_adapter(layer, adapter) is None):
+            if init is not None or (is_pissa(config) and not records(layer)):
                 raise ValueError(
                     f"layer {name!r}: the adapter {adapter!r} (init {init or config.init_lora_weights!r}) has changed "
                     "the base weight without a record of the original one. Load the base model again, and add only "

@@ -52,7 +52,10 @@ class Guard:
         self._owner = weakref.ref(owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._owner(), *self._bound, *args, **kwargs)
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError("the model of this method is gone: keep it in a variable during the call")
+        return self._function(owner, *self._bound, *args, **kwargs)
 
 
 def _guard(owner: Any, functions: dict[str, Callable[..., Any]], *bound: Any) -> None:

@@ -20,7 +20,7 @@ from ..adapter.layers import in_scope
 from .additions import check_addition, removed_on_failure
 from .creation import creating
 from .guard import protect, protect_peft_model
-from .load import Source, loading, replace_record
+from .load import Source, loading, replace_records
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
 from .swap import wrap_load_peft_weights, wrap_swap
@@ -168,8 +168,7 @@ def wrap_load_adapter(session: Session, previous: Function) -> Function:
         source, adapter_name = Source.of_call(previous, self, *args, **kwargs)
         values = source.values_for(self, adapter_name) if adapter_name in self.peft_config else []
         loaded = _load(session, source, load)
-        for layer, record in values:
-            replace_record(layer, adapter_name, record)
+        replace_records(self.peft_config[adapter_name], adapter_name, values)
         return loaded
 
     return load_adapter

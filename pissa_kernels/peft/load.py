@@ -97,7 +97,7 @@ class Source:
                         "model with PeftModel.from_pretrained on the original base model, or with get_peft_model under "
                         "patch_peft() and the settings of the training."
                     )
-            if own is not None and not same_factors(own, given):
+            if records(layer) and (own is None or not same_factors(own, given)):
                 changed.append((layer, given))
         return changed
 
@@ -156,11 +156,21 @@ class Source:
         return self._records
 
 
-def replace_record(layer: Any, adapter: str, record: InitRecord | None) -> None:
-    """Give the adapter of a layer other initial factors, or none. The stored weight stays as it is."""
-    state.forget(layer, adapter)
-    if record is not None:
-        state.remember(layer, replace(record, adapter=adapter, shared=True))
+def replace_records(config: Any, adapter: str, values: Sequence[tuple[Any, InitRecord | None]]) -> None:
+    """Give the adapter of layers other initial factors, or none. The stored weights stay as they are.
+
+    Args:
+        config: the adapter's, which says afterwards what it has become.
+        adapter: its name.
+        values: result of :meth:`Source.values_for`.
+    """
+    for layer, record in values:
+        state.forget(layer, adapter)
+        if record is not None:
+            state.remember(layer, replace(record, adapter=adapter, shared=True))
+    inits = [record.report.init for _, record in values if record is not None]
+    if values:
+        config.init_lora_weights = inits[0] if inits else True
 
 
 def _agree(now: LayerReport, saved: LayerReport) -> bool:

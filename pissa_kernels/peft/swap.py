@@ -9,7 +9,7 @@ from typing import Any
 
 from . import state
 from .additions import changes_the_base, is_pissa
-from .load import Source, replace_record
+from .load import Source, replace_records
 from .record import of_adapter
 from .scope import Session
 from .state import adapted_layers
@@ -52,7 +52,6 @@ def wrap_swap(session: Session, previous: Function) -> Function:
                 )
             values = [(layer, None) for layer in own]
         run()
-        for layer, record in values:
-            replace_record(layer, adapter_name, record)
+        replace_records(plain.peft_config[adapter_name], adapter_name, values)
 
     return swap

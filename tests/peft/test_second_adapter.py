@@ -84,7 +84,8 @@ def test_an_adapter_of_another_base_is_refused_and_leaves_nothing(tmp_path: Path
     for layer in base.model.layers:
         layer.self_attn.q_proj.weight.data *= 1.3
     with pk.patch_peft():
-        peft.get_peft_model(base, config("llama", r=2)).save_pretrained(tmp_path)
+        changed = peft.get_peft_model(base, config("llama", r=2))
+    changed.save_pretrained(tmp_path)
     expected, adapted = made()
     before = unchanged(adapted)
     with pytest.raises(ValueError, match=r"^layer 'model\.layers\.\d\.self_attn\.q_proj'.*the weight is not the one"):
@@ -143,9 +144,28 @@ def test_values_of_a_plain_adapter(tmp_path: Path) -> None:
     plain = peft.get_peft_model(build("llama"), config("llama", init_lora_weights=True)).eval()
     train(plain)
     plain.save_pretrained(tmp_path)
-    _, adapted = made()
+    expected, adapted = made()
     adapted.load_adapter(tmp_path, "default")
     assert moved(output(plain), output(adapted)) <= allowed(torch.float32)
+    with pk.original_model(adapted):
+        assert off(expected, adapted) <= allowed(torch.float32)
+    adapted.save_pretrained(tmp_path / "again")
+    with pk.patch_peft():
+        again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "again").eval()
+    assert moved(output(plain), output(again)) <= allowed(torch.float32)
+
+
+def test_values_of_pissa_for_a_plain_adapter(tmp_path: Path) -> None:
+    alone = saved(tmp_path, **OTHER["sketch"])
+    expected, adapted = made()
+    beside(expected, adapted, "plain", init_lora_weights=True)
+    adapted.load_adapter(tmp_path, "plain")
+    adapted.set_adapter("plain")
+    assert moved(alone, output(adapted)) <= allowed(torch.float32)
+    adapted.save_pretrained(tmp_path / "again")
+    with pk.patch_peft():
+        again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "again" / "plain").eval()
+    assert moved(alone, output(again)) <= allowed(torch.float32)
 
 
 def test_values_for_a_merged_adapter_are_refused(tmp_path: Path) -> None:
