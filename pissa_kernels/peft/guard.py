@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import state
+from . import forward, merging, state
 from .additions import check_init
 from .record import GONE, InitRecord, records, set_records
 from .state import adapted_layers
@@ -25,9 +25,6 @@ from .state import adapted_layers
 # Context in which a patch applies to the thread.
 Reopen = Callable[[], contextlib.AbstractContextManager[Any]]
 
-_MERGED = "pissa_merged"
-# Scalings may differ in the last bits, after they were multiplied and divided by the same number.
-SCALING_TOLERANCE = 1e-9
 # Adapters of PEFT's recipe, whose residual stays in the weight when a model is unloaded.
 _keeping: ContextVar[frozenset[str]] = ContextVar("pissa_kernels_keeping", default=frozenset())
 
@@ -103,106 +100,10 @@ def update_layer(layer: Any, reopen: Reopen, adapter_name: str, *args: Any, **kw
         return type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 
 
-def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-    """``LoraLayer.merge``: subtract exactly what the merged adapters start from, then let PEFT merge."""
-    method = type(layer).merge
-    names = layer.active_adapters if adapter_names is None else adapter_names
-    merged = list(layer.merged_adapters)
-    new = [] if isinstance(names, str) else [name for name in names if name in layer.lora_A and name not in merged]
-    if not new:
-        method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
-        return
-    check_merge(layer, new)
-    change = _change(layer, merged, [*merged, *new])
-    weight = layer.get_base_layer().weight
-    backup = weight.data.clone(memory_format=torch.preserve_format) if safe_merge or any(change) else None
-    try:
-        state.add_(weight.data, state.terms(layer).factors, change, bool(layer.fan_in_fan_out))
-        method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
-    except BaseException:
-        if backup is not None:
-            layer.merged_adapters[:] = merged
-            weight.data = backup
-        raise
-    layer.__dict__[_MERGED] = {name: _number(layer.scaling[name]) for name in layer.merged_adapters}
-
-
-def unmerge(layer: Any) -> None:
-    """``LoraLayer.unmerge``: with the scalings of the merge; then subtract what was subtracted before it."""
-    merged = [name for name in layer.merged_adapters if name in layer.lora_A]
-    now = {name: layer.scaling[name] for name in merged}
-    layer.scaling.update({name: scaling for name, scaling in layer.__dict__.pop(_MERGED, {}).items() if name in now})
-    try:
-        type(layer).unmerge(layer)
-    finally:
-        layer.scaling.update(now)
-    found = state.terms(layer)
-    change = _change(layer, merged, None)
-    state.add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
-
-
-def check_merge(layer: Any, names: Sequence[str]) -> None:
-    """Refuse a merge after which the layer would compute something else.
-
-    Args:
-        layer: a layer with records.
-        names: adapters of the layer that are to be merged and are not.
-
-    Raises:
-        ValueError: with the name of the layer.
-    """
-    state.check_known(layer)
-    found = state.terms(layer)
-    for name in names:
-        recorded = found.scalings.get(name)
-        if recorded is None:
-            continue
-        scaling = _number(layer.scaling[name])
-        if abs(scaling - recorded) > SCALING_TOLERANCE * recorded and not isinstance(layer.scaling[name], torch.Tensor):
-            raise ValueError(
-                f"{state.label(layer)}: the adapter {name!r} has the scaling {scaling:g}, but its initial factors were "
-                f"taken with {recorded:g}. Set it back before the merge (set_scale({name!r}, 1) on each layer)"
-            )
-    merged = [*layer.merged_adapters, *names]
-    variants = [name for name in merged if name in layer.lora_variant]
-    if variants and any(_change(layer, layer.merged_adapters, merged)):
-        raise ValueError(
-            f"{state.label(layer)}: the adapter {variants[0]!r} ({state.variant_name(layer, variants[0])}) computes "
-            f"with the stored weight and cannot be merged here with {', '.join(map(repr, merged))}. Merge it alone, in "
-            "a model of its own"
-        )
-
-
-def _change(layer: Any, before: Sequence[str], after: Sequence[str] | None) -> list[float]:
-    """What to add to the stored weight, in each group, between two sets of merged adapters.
-
-    Args:
-        layer: a layer with records.
-        before: the adapters that are merged; empty for none.
-        after: those that will be; None for none, where ``before`` were.
-    """
-    found = state.terms(layer)
-
-    def subtracted(merged: Sequence[str] | None) -> list[float]:
-        if not merged:
-            return found.subtracted
-        totals = [0.0] * len(found.factors)
-        for name in merged:
-            if name in found.groups:
-                totals[found.groups[name]] += found.scalings[name]
-        return totals
-
-    return [then - now for then, now in zip(subtracted(before), subtracted(after), strict=True)]
-
-
-def _number(scaling: Any) -> float:
-    return float(scaling)
-
-
 def delete_adapter(layer: Any, adapter_name: str) -> None:
     """``LoraLayer.delete_adapter``: a later adapter of the same name is a new one."""
     type(layer).delete_adapter(layer, adapter_name)
-    state.forget(layer, adapter_name)
+    forward.forget(layer, adapter_name)
 
 
 def unload(
@@ -221,7 +122,7 @@ def unload(
         if not merge and any(record.adapter in _keeping.get() for record in found):
             set_records(base, [_nameless(record) for record in kept])
         else:
-            state.restore_(layer)
+            forward.restore_(layer)
     return base
 
 
@@ -249,7 +150,7 @@ def _check_merges(tuner: Any, adapter_names: list[str] | None) -> None:
         names = layer.active_adapters if adapter_names is None else adapter_names
         if not isinstance(names, str):
             new = [name for name in names if name in layer.lora_A and name not in layer.merged_adapters]
-            check_merge(layer, new)
+            merging.check_merge(layer, new)
 
 
 def unload_and_optionally_merge(
@@ -265,7 +166,9 @@ def unload_and_optionally_merge(
         _check_merges(tuner, adapter_names)
     for _, layer in adapted_layers(tuner):
         state.check_known(layer)
-    kept = frozenset(name for name, config in tuner.peft_config.items() if config.init_lora_weights is True)
+    kept = frozenset(
+        name for name, config in tuner.peft_config.items() if getattr(config, "init_lora_weights", None) is True
+    )
     token = _keeping.set(kept)
     try:
         model = type(tuner)._unload_and_optionally_merge(
@@ -294,8 +197,8 @@ def load_adapter(model: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Any:
 
 _UNLOAD = "unload_and_optionally_merge_module"  # PEFT looks for it on each layer
 _OF_LAYER: dict[str, Callable[..., Any]] = {
-    "merge": merge,
-    "unmerge": unmerge,
+    "merge": merging.merge,
+    "unmerge": merging.unmerge,
     "delete_adapter": delete_adapter,
     _UNLOAD: unload,
 }

@@ -133,14 +133,14 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
             return
         check_addition(model, adapter_name, self.peft_config[adapter_name], loading=loading.get() is not None)
         injection = Injection(Ties(model))
-        try:
-            with removed_on_failure(model, adapter_name):
+        with removed_on_failure(model, adapter_name):
+            try:
                 with setting(injecting, injection):
                     previous(self, model, adapter_name, *args, **kwargs)
                 if injection.jobs:
                     session.run(injection.jobs)
-        finally:
-            protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
+            finally:
+                protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
 
     return inject_adapter
 

@@ -17,7 +17,7 @@ from ..numerics import exact_arithmetic
 from ..pissa import Factors, Recipe, principal_factors
 from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
-from . import state
+from . import forward, state
 from .record import InitRecord, fingerprint, matches, of_adapter, records, set_records
 
 
@@ -111,7 +111,7 @@ class LayerJob:
         if records(self.layer):
             if any(name != self.adapter for name in self.layer.lora_A):
                 return self._beside(began)
-            state.restore_(self.layer)
+            forward.restore_(self.layer)
         if self.given is None:
             return None
         self._check_given(fingerprint(self.weight).double())
@@ -127,7 +127,7 @@ class LayerJob:
             if not records(base):
                 return
             set_records(self.layer, records(base))
-            state.attach(self.layer)
+            forward.attach(self.layer)
         set_records(base, [])
         if state.is_known(self.layer):
             return
@@ -135,7 +135,7 @@ class LayerJob:
         # the original weight again, loaded over the residual
         replaced = matches(first.before, fingerprint(weight), (first.report.dtype, weight.dtype), other=first.after)
         if replaced and not any(name != self.adapter for name in self.layer.lora_A):
-            state.drop(self.layer)
+            forward.drop(self.layer)
         else:
             state.check_known(self.layer)
 
@@ -143,7 +143,7 @@ class LayerJob:
         self.set_adapter(record.lora_A, record.lora_B)
         latest = of_adapter(self.layer, self.adapter)
         if latest is None or latest.lora_A is not record.lora_A:
-            state.remember(self.layer, replace(record, adapter=self.adapter, shared=True))
+            forward.remember(self.layer, replace(record, adapter=self.adapter, shared=True))
         return record.report
 
     def _beside(self, began: float) -> LayerReport:
@@ -233,7 +233,7 @@ class LayerJob:
         """
         report = self._report(factors, seconds)
         initial = (self.adapter, factors.lora_A, factors.lora_B, report, before, after, shared)
-        state.remember(self.layer, InitRecord(*initial))
+        forward.remember(self.layer, InitRecord(*initial))
         return report
 
     def _report(self, factors: Factors, seconds: float) -> LayerReport:

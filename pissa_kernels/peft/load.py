@@ -16,7 +16,7 @@ from ..adapter.names import CONFIG_NAME
 from ..checks import layer_context
 from ..numerics import UNIT_ROUNDOFF
 from ..report import REPORT_NAME, LayerReport, Report
-from . import sidecar, state
+from . import forward, sidecar, state
 from .record import InitRecord, fingerprint, matches, of_adapter, records, same_factors
 
 # As ROUNDINGS, for the residual itself: a few merges.
@@ -165,9 +165,9 @@ def replace_records(config: Any, adapter: str, values: Sequence[tuple[Any, InitR
         values: result of :meth:`Source.values_for`.
     """
     for layer, record in values:
-        state.forget(layer, adapter)
+        forward.forget(layer, adapter)
         if record is not None:
-            state.remember(layer, replace(record, adapter=adapter, shared=True))
+            forward.remember(layer, replace(record, adapter=adapter, shared=True))
     inits = [record.report.init for _, record in values if record is not None]
     if values:
         config.init_lora_weights = inits[0] if inits else True

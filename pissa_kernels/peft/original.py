@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..adapter.layers import lora_layers
-from . import state
+from . import forward, state
 from .additions import check_only_ours
 from .guard import protect_layer
 from .patch import reopened
@@ -82,9 +82,10 @@ def _attach(layers: Iterator[Any]) -> None:
     """Prepare layers that were unpickled from a version whose layers had no hook."""
     late = False
     for layer in layers:
-        if not state.is_attached(layer):
-            late |= state.attach(layer)
+        if not forward.is_attached(layer):
+            late |= forward.attach(layer)
             protect_layer(layer, functools.partial(reopened, records(layer)[0].report.seed))
+        forward.factors_on(layer, layer.get_base_layer().weight.device)  # once, also for compiled passes
     if late:
         torch.compiler.reset()  # a compiled layer does not look for new hooks
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import state
+from . import forward, state
 from .additions import removed_on_failure
 from .guard import Guard, Reopen
 from .record import InitRecord, of_adapter
@@ -65,7 +65,7 @@ def add_weighted_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) 
         return
     for layer in ours:
         if name in layer.lora_A:
-            state.remember(layer, _combined(layer, adapters, weights, name))
+            forward.remember(layer, _combined(layer, adapters, weights, name))
             # saved with its initial factors, and loaded with them
             tuner.peft_config[name].init_lora_weights = "pissa"
 

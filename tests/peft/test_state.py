@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import state
+from pissa_kernels.peft import forward
 from pissa_kernels.peft.record import records
 
 from ..support.changes import Expected, layers
@@ -49,7 +49,7 @@ def test_the_one_active_adapter_costs_no_product(monkeypatch: pytest.MonkeyPatch
     def fail(*args: Any) -> Any:
         raise AssertionError("a correction was computed")
 
-    monkeypatch.setattr(state, "_added", fail)
+    monkeypatch.setattr(forward, "_added", fail)
     _, adapted = made(use_rslora=True, lora_alpha=13)
     with pk.patch_peft():
         adapted.add_adapter("shared", config("llama", use_rslora=True, lora_alpha=13))
@@ -183,9 +183,9 @@ def test_a_model_that_is_cast_later(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_correct_and_guard_themselves(way: str) -> None:
     expected, adapted = made()
-    with adapted.disable_adapter():
-        output(adapted)
-    assert all(layer.pissa_copies.by_device for layer in layers(adapted).values())
+    for layer in layers(adapted).values():
+        forward.factors_on(layer, torch.device("meta"))
+        assert layer.pissa_copies.by_device
     other = copy.deepcopy(adapted) if way == "deepcopy" else pickle.loads(pickle.dumps(adapted))
     assert not any(layer.pissa_copies.by_device for layer in layers(other).values())
     del adapted
