@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..adapter.layers import lora_layers
 from . import forward, merging, state
 from .additions import check_init
 from .record import GONE, InitRecord, records, set_records
@@ -70,16 +71,17 @@ def _unguard(owner: Any) -> None:
 def protect(tuner: Any, model: Any, reopen: Reopen, **more: Callable[..., Any]) -> None:
     """Guard the layers of a model that have initial factors, the model itself, and its ``LoraModel``.
 
+    A model with plain LoRA layers only is guarded too: a later PiSSA adapter would change their base weight.
+
     Args:
         tuner: the ``LoraModel``.
         model: the base model, with its adapted layers.
         reopen: context in which a patch applies to the thread; picklable.
         more: further methods of the ``LoraModel`` to replace.
     """
-    layers = list(adapted_layers(model))
-    for _, layer in layers:
+    for _, layer in adapted_layers(model):
         protect_layer(layer, reopen)
-    if layers:
+    if any(True for _ in lora_layers(model)):
         _guard(tuner, _OF_TUNER | more, reopen)
         _guard(model, _OF_MODEL, reopen)
 

@@ -74,7 +74,7 @@ def original_model(peft_model: Any) -> Iterator[Any]:
     for _, layer in layers:
         state.check_known(layer)
     _attach(layer for _, layer in layers)
-    with peft_model.disable_adapter() if hasattr(peft_model, "disable_adapter") else _disabled(peft_model):
+    with _disabled(peft_model):
         yield peft_model
 
 
@@ -92,7 +92,11 @@ def _attach(layers: Iterator[Any]) -> None:
 
 @contextlib.contextmanager
 def _disabled(model: nn.Module) -> Iterator[None]:
-    """Context in which the adapters of a model without a ``PeftModel`` are disabled."""
+    """Context in which all adapters are disabled.
+
+    As PEFT's ``disable_adapter()``, which a model without a ``PeftModel`` does not have, and which fails where the last
+    active adapter was deleted. Afterwards every layer and every ``requires_grad`` is as it was.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter.layers import lora_layers
 from . import forward, state
 from .additions import removed_on_failure
 from .guard import Guard, Reopen
@@ -50,6 +51,8 @@ def add_weighted_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) 
         return
     for layer in ours:
         _check(layer, adapters, kind)
+    if any(layer.merged for layer in layers):
+        tuner.unmerge_adapter()  # as PEFT does when it adds the adapter, but before the deltas are replaced
     config = tuner.peft_config[adapters[0]]
     init = config.init_lora_weights
     config.init_lora_weights = True  # the new adapter's config is a copy, and its values are written afterwards
@@ -61,6 +64,8 @@ def add_weighted_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) 
         raise
     finally:
         config.init_lora_weights = init
+    if ours:
+        _without_scaling(tuner, name)
     if kind in OF_CHANGES and len(adapters) > 1:
         return
     for layer in ours:
@@ -68,6 +73,13 @@ def add_weighted_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) 
             forward.remember(layer, _combined(layer, adapters, weights, name))
             # saved with its initial factors, and loaded with them
             tuner.peft_config[name].init_lora_weights = "pissa"
+
+
+def _without_scaling(tuner: Any, name: str) -> None:
+    """Divide the combination by its own scaling, which PEFT takes for 1; with rsLoRA it is √r."""
+    for _, layer in lora_layers(tuner):
+        if name in layer.lora_A:
+            layer.lora_B[name].weight.data /= float(layer.scaling[name])
 
 
 def _check(layer: Any, adapters: Sequence[str], kind: str) -> None:

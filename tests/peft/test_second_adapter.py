@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,23 @@ def test_combinations_of_changes() -> None:
     assert moved(output(expected.model(adapted, wanted)), output(adapted)) <= 4 * allowed(torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["cat", "magnitude_prune_svd"])
+def test_combinations_in_a_merged_model(kind: str) -> None:
+    """PEFT unmerges it."""
+    expected, adapted = made()
+    beside(expected, adapted, "other", r=2)
+    train(adapted)
+    adapted.merge_adapter()
+    more = {} if kind == "cat" else {"density": 1.0, "svd_rank": 16}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", combination_type=kind, **more)
+    assert off(expected, adapted, "default") <= 2e-6
+    adapted.set_adapter("sum")
+    exact = output(expected.model(adapted, {"default": 0.5, "other": 2.0}))
+    assert moved(exact, output(adapted)) <= 4e-6
+
+
 @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
 def test_combinations_of_factors_are_refused(kind: str) -> None:
     expected, adapted = made()
@@ -332,6 +350,20 @@ def test_combinations_of_factors_are_refused(kind: str) -> None:
         adapted.add_weighted_adapter(["default", "shared"], [0.5, 0.5], "sum", combination_type=kind, density=0.5)
     assert_unchanged(before, adapted)
     assert list(adapted.peft_config) == ["default", "shared"]
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd"])
+def test_combinations_with_rslora(kind: str) -> None:
+    """PEFT copies use_rslora to the new adapter, whose scaling is then √r."""
+    expected, adapted = made(use_rslora=True)
+    beside(expected, adapted, "b", use_rslora=True, lora_alpha=7)
+    train(adapted)
+    more = {} if kind == "cat" else {"svd_rank": 8} if kind == "svd" else {"svd_rank": 16, "density": 1.0}
+    weights = {"default": 0.6, "b": 0.4} if kind != "ties_svd" else {"default": 1.0}
+    adapted.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type=kind, **more)
+    adapted.set_adapter("sum")
+    exact = output(expected.model(adapted, weights))
+    assert moved(exact, output(adapted)) <= 2 * allowed(torch.float32)
 
 
 def test_a_combination_of_dora_is_refused() -> None:
