@@ -115,6 +115,21 @@ def check_only_ours(model: nn.Module, configs: Mapping[str, Any]) -> None:
                 "keeps no original of it. Use bias='none', or a second copy of the base model"
             )
 
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not _is_of_an_adapter(name):
+            raise ValueError(
+                f"layer {module_name(name).rpartition('.')[0]!r}: its {name.rpartition('.')[2]} is trained "
+                "(requires_grad), and nothing keeps the original of it. Freeze it, use modules_to_save, or a second "
+                "copy of the base model"
+            )
+
+
+def _is_of_an_adapter(name: str) -> bool:
+    """Whether a parameter is not one of the base model's."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    return any(mark in name for mark in (*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "modules_to_save", "trainable_tokens"))
+
 
 def _with_bias(model: nn.Module, kind: str) -> str:
     """The first module whose bias is trained."""

@@ -88,6 +88,8 @@ def protect(tuner: Any, model: Any, reopen: Reopen, **more: Callable[..., Any]) 
 
 def protect_layer(layer: Any, reopen: Reopen) -> None:
     """Guard one layer that has initial factors."""
+    if not forward.is_attached(layer):  # unpickled from a version without the hook
+        forward.attach(layer)
     _guard(layer, _OF_LAYER)
     _guard(layer, {"update_layer": update_layer}, reopen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -17,7 +18,7 @@ from pissa_kernels.peft.record import records
 from ..support.changes import Expected, factors, layers
 from ..support.models import build, output
 from .test_models import config, moved
-from .test_save import DTYPES, allowed, residuals, train
+from .test_save import DTYPES, allowed, no_svd, residuals, train
 from .test_state import made, off
 
 LAYER = r"^layer 'model\.layers\.0\.self_attn\.q_proj'"
@@ -353,6 +354,18 @@ def test_original_model_with_what_disabling_brings_back(changes: dict[str, Any])
         assert off(expected, adapted) <= allowed(torch.float32)
 
 
+def test_original_model_with_a_trained_base_parameter() -> None:
+    expected, adapted = made()
+    norm = adapted.get_submodule("base_model.model.model.layers.1.input_layernorm")
+    norm.weight.requires_grad_(True)
+    refusal = r"^layer 'model\.layers\.1\.input_layernorm': its weight is trained"
+    with pytest.raises(ValueError, match=refusal), pk.original_model(adapted):
+        pass
+    norm.weight.requires_grad_(False)
+    with pk.original_model(adapted):
+        assert off(expected, adapted) <= allowed(torch.float32)
+
+
 def test_original_model_with_a_bias_of_the_adapter() -> None:
     expected, adapted = made("gpt2")
     adapted.add_adapter("b", config("gpt2", init_lora_weights=True, lora_bias=True))
@@ -497,6 +510,28 @@ def test_a_transformers_model_without_a_peft_model(way: str, monkeypatch: pytest
     with pytest.raises(ValueError, match=LAYER + ".*changes the base weight"):
         add(olora, "c")
     assert_unchanged(before, base)
+
+
+def test_transformers_load_adapter_takes_the_saved_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    expected, adapted = made(init_lora_weights="pissa_niter_1")
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    no_svd(monkeypatch)
+    base = build("llama")
+    with pk.patch_peft(seed=7):
+        base.load_adapter(str(tmp_path))
+    assert moved(output(adapted), output(base)) <= allowed(torch.float32)
+    base.load_adapter(str(tmp_path), adapter_name="again")  # after the block
+    for layer in layers(base).values():
+        layer.set_adapter("again")
+    assert moved(output(adapted), output(base)) <= allowed(torch.float32)
+    with pk.original_model(base):
+        assert off(expected, base) <= allowed(torch.float32)
+    other = build("llama")
+    other.model.layers[0].self_attn.q_proj.weight.data *= 1.2
+    with pytest.raises(ValueError, match=LAYER + ".*the weight is not the one"), pk.patch_peft():
+        other.load_adapter(str(tmp_path))
 
 
 def test_a_wrapped_copy_of_the_base_model() -> None:

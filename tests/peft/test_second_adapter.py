@@ -70,6 +70,14 @@ def test_a_trained_adapter_beside_another_one(kind: str, within: bool, tmp_path:
     del expected
 
 
+def test_a_trained_adapter_by_way_of_the_meta_device(tmp_path: Path) -> None:
+    alone = saved(tmp_path, **OTHER["rank"])
+    _, adapted = made()
+    adapted.load_adapter(tmp_path, "b", low_cpu_mem_usage=True)
+    adapted.set_adapter("b")
+    assert moved(alone, output(adapted)) <= allowed(torch.float32)
+
+
 def test_the_same_factors_are_shared_without_an_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = saved(tmp_path)
     _, adapted = made()
