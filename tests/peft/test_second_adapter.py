@@ -13,12 +13,14 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 
 import pissa_kernels as pk
 from pissa_kernels.numerics import UNIT_ROUNDOFF
-from pissa_kernels.peft import sidecar
+from pissa_kernels.peft import batches, sidecar
+from pissa_kernels.peft.initialize import prepare
 from pissa_kernels.peft.record import ROUNDINGS, fingerprint, matches, of_adapter, records
 
 from ..support.changes import Expected, layers
 from ..support.models import build, output
 from ..support.reference import realistic
+from .test_batches import CPU, mixed_net, run
 from .test_guards import assert_unchanged, beside, unchanged
 from .test_models import config, moved
 from .test_save import DTYPES, allowed, no_svd, train
@@ -112,6 +114,36 @@ def test_dtypes(dtype: torch.dtype) -> None:
     for active in (["default"], ["b"], ["b", "default"]):
         adapted.base_model.set_adapter(active)
         assert off(expected, adapted, *active) <= allowed(dtype if dtype == torch.float32 else torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_adapters_of_layers_that_form_batches(dtype: torch.dtype) -> None:
+    """As on a GPU: the weights with a subtraction are decomposed one by one, and stay as they are."""
+    net = mixed_net(dtype)
+    expected = Expected(net)
+    adapted = peft.get_peft_model(net, config("llama", init_lora_weights=True, target_modules=list("012345")))
+    for adapter, rank in (("default", 4), ("shared", 4), ("other", 2)):
+        if adapter != "default":
+            settings = config("llama", r=rank, init_lora_weights=True, target_modules=list("012345"))
+            adapted.add_adapter(adapter, settings)
+        before = {name: layer.get_base_layer().weight.clone() for name, layer in layers(adapted).items()}
+        found = [prepare(layer, adapter, "pissa", name=name) for name, layer in layers(adapted).items()]
+        jobs = [job for job in found if job is not None]
+        emitted: list[str | None] = []
+        run(batches.plan_batches(jobs, CPU, 1 << 30), "resident", lambda job, _: emitted.append(job.name))  # noqa: B023
+        assert sorted(emitted, key=str) == list("012345")
+        same = [torch.equal(before[name], layer.get_base_layer().weight) for name, layer in layers(adapted).items()]
+        assert all(same) == (adapter != "default")
+        expected.made(adapted, adapter)
+    train(adapted)
+    for active in (["default"], ["shared"], ["other"], ["other", "default"]):
+        adapted.base_model.set_adapter(active)
+        exact = expected.model(adapted, active)
+        for name, layer in layers(adapted).items():
+            x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+            wanted = exact.get_submodule(name)(x.double())
+            own = moved(wanted, exact.get_submodule(name).to(dtype)(x).double())  # of the dtype's arithmetic
+            assert moved(wanted, layer(x).double()) <= 4 * own, (active, name)
 
 
 # Loaded over
