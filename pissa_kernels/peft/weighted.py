@@ -65,7 +65,7 @@ def add_weighted_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) 
     finally:
         config.init_lora_weights = init
     if ours:
-        _without_scaling(tuner, name)
+        _as_configured(tuner, name)
     if kind in OF_CHANGES and len(adapters) > 1:
         return
     for layer in ours:
@@ -75,11 +75,18 @@ def add_weighted_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) 
             tuner.peft_config[name].init_lora_weights = "pissa"
 
 
-def _without_scaling(tuner: Any, name: str) -> None:
-    """Divide the combination by its own scaling, which PEFT takes for 1; with rsLoRA it is √r."""
+def _as_configured(tuner: Any, name: str) -> None:
+    """Give the combination the scaling and the rank that its config says.
+
+    PEFT takes its scaling for 1; with rsLoRA it is √r. And it may leave factors of a lower rank, with which a saved
+    adapter could not be loaded.
+    """
     for _, layer in lora_layers(tuner):
         if name in layer.lora_A:
-            layer.lora_B[name].weight.data /= float(layer.scaling[name])
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            lacking = layer.r[name] - A.shape[0]
+            A.data = torch.cat([A.data, A.new_zeros(lacking, A.shape[1])])
+            B.data = torch.cat([B.data / float(layer.scaling[name]), B.new_zeros(B.shape[0], lacking)], dim=1)
 
 
 def _check(layer: Any, adapters: Sequence[str], kind: str) -> None:

@@ -365,6 +365,21 @@ def test_combinations_of_changes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cat", "magnitude_prune_svd"])
+def test_a_combination_of_layers_of_several_ranks(kind: str, tmp_path: Path) -> None:
+    expected, adapted = made(rank_pattern={"q_proj": 1})
+    train(adapted)
+    more = {} if kind == "cat" else {"density": 1.0, "svd_rank": 8}
+    adapted.add_weighted_adapter(["default"], [0.5], "sum", combination_type=kind, **more)
+    adapted.set_adapter("sum")
+    exact = output(expected.model(adapted, {"default": 0.5}))
+    assert moved(exact, output(adapted)) <= 2 * allowed(torch.float32)
+    adapted.save_pretrained(tmp_path)
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "sum").eval()
+    assert moved(exact, output(loaded)) <= 2 * allowed(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["cat", "magnitude_prune_svd"])
 def test_combinations_in_a_merged_model(kind: str) -> None:
     """PEFT unmerges it."""
     expected, adapted = made()
