@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapter.layers import lora_layers
 from ..adapter.names import module_name
-from . import state
+from . import forward, state
 from .record import records
 from .state import adapted_layers
 
@@ -46,6 +46,10 @@ def check_addition(model: nn.Module, adapter: str, config: Any, *, loading: bool
     """
     for _, layer in adapted_layers(model):
         check_init(layer, adapter, config)
+        if layer.merged and is_pissa(config) and layer.resolve_lora_variant(config=config) is not None:
+            # any other adapter is initialized after PEFT has unmerged the model
+            merged = ", ".join(map(repr, layer.merged_adapters))
+            raise ValueError(f"{state.label(layer)}: the adapter {merged} is merged; call unmerge_adapter() first")
         if not loading and not is_pissa(config) and hasattr(config, "init_lora_weights"):
             variant = layer.resolve_lora_variant(config=config)
             if variant is not None:
@@ -72,7 +76,10 @@ def check_init(layer: Any, adapter: str, config: Any) -> None:
 
 @contextlib.contextmanager
 def removed_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Context that deletes a new adapter from the layers of a model with residuals after an exception."""
+    """Context that deletes a new adapter from the layers of a model with residuals after an exception.
+
+    Layers that only this adapter has get their weight back, and stay as layers without adapters.
+    """
     layers = list(adapted_layers(model))
     new = layers and not any(adapter in layer.lora_A for _, layer in lora_layers(model))
     active = [(layer, layer.active_adapter) for _, layer in layers]
@@ -82,6 +89,8 @@ def removed_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
         if new:
             for _, layer in lora_layers(model):
                 layer.delete_adapter(adapter)
+                if records(layer) and not layer.lora_A:
+                    forward.restore_(layer)
             for layer, names in active:
                 layer.set_adapter(names)
         raise

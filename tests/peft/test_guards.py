@@ -400,6 +400,25 @@ def test_dora_beside_pissa() -> None:
     assert off(expected, adapted, "default") <= allowed(torch.float32)
 
 
+def test_an_addition_that_fails_half_way_gives_the_weights_back() -> None:
+    expected, adapted = made(target_modules=["v_proj"], rank_pattern={r"layers\.1.*v_proj": 2})
+    before = residuals(adapted)
+    settings = config("llama", use_dora=True, target_modules=["q_proj", "v_proj"])  # shares layer 0, differs in layer 1
+    with pytest.raises(ValueError, match=r"^layer 'model\.layers\.1\.self_attn\.v_proj'.*'b' \(Dora\)"):
+        adapted.add_adapter("b", settings)
+    assert off(expected, adapted, "default") <= allowed(torch.float32)
+    for name, layer in layers(adapted).items():
+        W = expected.base.get_submodule(name).weight
+        wanted = before[name].double() if name in before else W
+        assert moved(wanted, layer.get_base_layer().weight.double()) <= 1e-6
+        assert "b" not in layer.lora_A
+    train(adapted)
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"^layer .*: the adapter 'default' is merged; call unmerge_adapter\(\) first"):
+        adapted.add_adapter("b", settings)
+    assert off(expected, adapted, "default") <= 2e-6
+
+
 def test_dora_with_a_shared_start() -> None:
     """TRL's reference copies the config, DoRA included."""
     base = build("llama")
