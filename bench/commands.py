@@ -41,7 +41,7 @@ TOOLS = {
     ),
     "schedule": Command("tools.schedule", "energy deficits of the GPU's schedule on known spectra, without a GPU"),
     "ledger": Command("ledger.run", "count launches, waits, bytes and operations of the GPU path, without a GPU"),
-    "search": Command("tools.search", "search launch parameters of the Triton kernels for this GPU"),
+    "search": Command("gpu.search", "search launch parameters of the Triton kernels for this GPU"),
 }
 COMMANDS = BENCHMARKS | TOOLS
 

@@ -58,18 +58,13 @@ def tests(recorder: Recorder) -> None:
 
 
 def search(recorder: Recorder) -> None:
-    """The search of ``bench search``, products first; the file is complete after each entry, in case it is stopped."""
+    """The search of ``bench search``, for which the file in the folder of the run is the result."""
     if recorder.settings.device != "cuda":
         recorder.row("bench search", "step", skipped="needs a GPU")
         return
     from pissa_kernels.ops.triton import launch
 
-    from ..tools import search as tool
+    from .search import Search
 
-    found = launch.read(launch.DEFAULT)
-    path = recorder.settings.folder / f"{launch.slug(torch.cuda.get_device_name())}.json"
-    for verb in sorted(tool.GRIDS, key=lambda verb: verb != "product"):
-        for entry in found[verb]:
-            entry["parameters"] = tool.best(verb, entry, "cuda")
-            path.write_text(tool.written(found), encoding="utf-8")
-        recorder.row(verb, "search", entries=len(found[verb]))
+    path = recorder.settings.folder / f"{launch.architecture(torch.device('cuda', 0))}.json"
+    recorder.row("bench search", "step", entries=Search("cuda").run(path))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pissa_kernels.ops import batched_reference, dispatch
 from pissa_kernels.ops.batched import Panel, Update, Weights
 from pissa_kernels.ops.batched_reference import split
 
@@ -57,7 +58,8 @@ class Product(BatchedCase):
         # a bf16 piece rounds at 2⁻⁹ and TF32 at 2⁻¹¹, or 2⁻¹⁰ where the hardware truncates
         pieces = {1: Limit(2, 0, 2.0**-8), 2: Limit(2, 0, 2.0**-15), 3: Limit(2, QUARTER, 1e-5)}
         tf32 = Limit(2, 2.0**-10, 2.0**-10)
-        wide = pieces[self.precision] if self.dtype == "bf16" else tf32 if self.precision == 1 else pieces[3]
+        in_pieces = self.dtype == "bf16" or self.kind != "product"
+        wide = pieces[self.precision] if in_pieces else tf32 if self.precision == 1 else pieces[3]
         return {"values": wide, "pieces": Limit(1, 2.0**-16, 2.0**-16)}
 
     def inputs(self, device: str) -> Any:
@@ -147,6 +149,36 @@ class Split(BatchedCase):
 
 
 @dataclass(frozen=True)
+class TransposeCast(BatchedCase):
+    """Wᵀ in another dtype, one weight after another.
+
+    Attributes:
+        target: dtype of the results.
+    """
+
+    target: str = "fp32"
+
+    @property
+    def function(self) -> str:
+        return "transpose_cast"
+
+    @property
+    def limits(self) -> Mapping[str, Limit]:
+        return {"other_bits": Limit(0, 0.5, 0.5)}  # of a number of elements
+
+    def inputs(self, device: str) -> Any:
+        return self.weights(device)
+
+    def call(self, body: Any, inputs: Any, count: int) -> tuple[Tensor, ...]:
+        backend = dispatch.load("torch" if body is batched_reference else "triton")
+        return tuple(backend.transpose_cast(weight, DTYPES[self.target]) for weight in inputs[:count])
+
+    def errors(self, inputs: Any, results: tuple[Tensor, ...]) -> Errors:
+        pairs = zip(results, inputs[: len(results)], strict=True)
+        return {"other_bits": float(sum((found != weight.mT.to(found.dtype)).sum() for found, weight in pairs))}
+
+
+@dataclass(frozen=True)
 class SumOfSquares(BatchedCase):
     """‖W‖_F²."""
 
@@ -176,10 +208,12 @@ class Subtraction(BatchedCase):
     Attributes:
         rank: r.
         transposed: whether the weights are stored (in, out).
+        factors: dtype of B and A; the weights', as the engine passes them, where it is empty.
     """
 
     rank: int = 16
     transposed: bool = False
+    factors: str = ""
 
     @property
     def function(self) -> str:
@@ -198,7 +232,7 @@ class Subtraction(BatchedCase):
         rows, cols = (self.n, self.m) if self.transposed else (self.m, self.n)
         B = torch.randn(self.batch, rows, self.rank, generator=generator, device=device)
         A = torch.randn(self.batch, self.rank, cols, generator=generator, device=device)
-        B, A = (factor.to(DTYPES[self.dtype]).float() for factor in (B, A))
+        B, A = (factor.to(DTYPES[self.factors or self.dtype]) for factor in (B, A))
         return self.weights(device), B, A, torch.tensor(SCALINGS, dtype=torch.float64).repeat(self.batch)[: self.batch]
 
     def call(self, body: Any, inputs: Any, count: int) -> tuple[Tensor, ...]:

@@ -28,34 +28,43 @@ Costs = Callable[..., Iterator[Event]]
 def product(
     sizes: Sizes,
     results: Panel,
-    left: Weights | Tensor,
+    left: Weights | Panel | Tensor,
     right: Panel | Tensor,
     *,
     precision: int,
     update: Update | None = None,
     **_: Any,
 ) -> Iterator[Event]:
-    """One kernel. bfloat16 weights are multiplied by pieces, other matrices once or three times in TF32."""
-    given = right if isinstance(right, Panel) else Panel(right, None)
-    if isinstance(left, Weights):
-        part, source = "products with weights", weight_operands(sizes, left)
-    else:
-        part, source = "products of panels", (sizes.operand(left),)
-    if left.dtype == torch.bfloat16:
-        unit, times = "bf16", precision
-        if given.pieces is None:
-            assert given.values is not None
-            yield split_event(sizes, given.values, precision)
-        panel = given.values if given.pieces is None else given.pieces
-        assert panel is not None
-        read: tuple[Operand, ...] = (Operand((Dim(precision), *sizes.operand(panel).shape[-3:]), 2),)
+    """One kernel. bfloat16 weights are multiplied by the pieces of a panel, other weights once or three times in TF32.
+
+    p pieces of a panel and p of another one have p·(p + 1)/2 products above the last piece.
+    """
+    part, unit, times = "products with weights", "bf16", precision
+    if not isinstance(left, Weights):
+        part, times = "products of panels", precision * (precision + 1) // 2
+        source, splits = pieces_of(sizes, left, precision)
+        yield from splits
+        read, splits = pieces_of(sizes, right, precision)
+        yield from splits
+    elif left.dtype == torch.bfloat16:
+        source = weight_operands(sizes, left)
+        read, splits = pieces_of(sizes, right, precision)
+        yield from splits
     else:
         unit, times = "tf32", 1 if precision == 1 else 3
-        assert given.values is not None
-        panel, read = given.values, (sizes.operand(given.values),)
+        source = weight_operands(sizes, left)
+        read = (sizes.operand(right if isinstance(right, Tensor) else right.full),)
     others = [each for each in (*(update or ()), *results) if isinstance(each, Tensor)]
-    factors = (*sizes.shape(left.shape), sizes.named(panel.shape[-1]), Dim(2 * times))
+    factors = (*sizes.shape(left.shape), sizes.named(right.shape[-1]), Dim(2 * times))
     yield Event(part, f"{unit} × {times}", (*source, *read, *map(sizes.operand, others)), ((unit, factors),))
+
+
+def pieces_of(sizes: Sizes, panel: Panel | Tensor, pieces: int) -> tuple[tuple[Operand, ...], list[Event]]:
+    """The pieces of a panel that are read, and what splits its values if it has none."""
+    given = panel if isinstance(panel, Panel) else Panel(panel, None)
+    values = given.full if given.pieces is None else given.pieces
+    splits = [split_event(sizes, values, pieces)] if given.pieces is None else []
+    return (Operand((Dim(pieces), *sizes.operand(values).shape[-3:]), 2),), splits
 
 
 def split(sizes: Sizes, results: Tensor, values: Tensor, pieces: int) -> Iterator[Event]:

@@ -33,8 +33,6 @@ from .variants import Variant, variants
 NVIDIA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
 AMD = {architecture: GPUTarget("hip", architecture, 64) for architecture in ("gfx942", "gfx950")}
 TARGETS = NVIDIA | AMD
-# Devices whose launch parameters a target is compiled with, where they are not the default.
-DEVICES = dict.fromkeys(AMD, "AMD Instinct")
 CUDA_WARPS = 4  # of csrc's kernels
 
 
@@ -168,7 +166,7 @@ def _number(pattern: str, text: str) -> int:
 def _report_job(job: tuple[int, str]) -> tuple[Report, list[str]]:
     """The report of one kernel, and in what it does not meet its gate."""
     index, target = job  # kernels cannot be pickled
-    variant = list(variants(DEVICES.get(target)))[index]
+    variant = list(variants(target))[index]
     found = report(variant, target)
     return found, gates.failures(found, variant.constants, variant.options["num_warps"])
 
@@ -190,7 +188,7 @@ def main(name: str, argv: Sequence[str]) -> int:
     jobs = [
         (index, target)
         for target in arguments.targets
-        for index, variant in enumerate(variants(DEVICES.get(target)))
+        for index, variant in enumerate(variants(target))
         if re.search(arguments.only, variant.name)
     ]
     files = [file for file in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if re.search(arguments.only, file.name)]

@@ -52,9 +52,9 @@ GATES = {
     "sum_of_squares .*": Gate(wide=False),  # it stores one number
     "split": Gate(),
     # their products are float32's, without tensor cores; reductions and transposes in the loops are conversions
-    "inverse_cholesky": Gate(conversions=5, wide=False),
-    "eigh.diagonalize 32 .*": Gate(conversions=3, wide=False, blocks=4),
-    "eigh.diagonalize 64 .*": Gate(conversions=3, wide=False, blocks=1),
+    "inverse_cholesky": Gate(conversions=7, wide=False),
+    "eigh.diagonalize 32 1": Gate(conversions=3, wide=False, blocks=4),
+    "eigh.diagonalize (32|64) 12": Gate(conversions=3, wide=False, blocks=1),
     "eigh.update .*": Gate(),
     "r?matmul bf16 (16|32|64) x1.*": Gate(products=1, columns=TILES),
     # A tile of more columns is there to read W once. Its accumulators, up to 128 registers, leave room for one block,
@@ -67,6 +67,7 @@ GATES = {
     # sum of a step comes from tensor memory to registers beside the total.
     "r?matmul bf16 .* x2.*": Gate(products=2, columns=TILES, alone=("sm_100", "sm_120")),
     "r?matmul bf16 .* x3.*": Gate(products=3, columns=TILES),
+    "(gram|change) .* x3.*": Gate(products=6, alone=("sm_80", "sm_100", "sm_120")),
     "r?matmul (fp16|fp32) .* tf32( masked)?": Gate(products=1, columns=TILES, depth=8),
     "r?matmul (fp16|fp32) .* tf32x3( masked)?": Gate(products=3, columns=TILES, depth=8),
 }

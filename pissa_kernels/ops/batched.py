@@ -63,8 +63,8 @@ class Panel(NamedTuple):
     Attributes:
         values: (batch, n, k) float32, contiguous; None where only the pieces are needed.
         pieces: (p, batch, n, k) bfloat16, contiguous: the values are the sum of the pieces, up to the next piece. The
-            largest piece comes first. None where no bfloat16 weight is multiplied. A batch dimension of stride 0 is
-            allowed.
+            largest piece comes first, and the first two of three are what a split in two gives. None where a product
+            splits the values itself. A batch dimension of stride 0 is allowed.
     """
 
     values: Tensor | None
@@ -75,6 +75,19 @@ class Panel(NamedTuple):
         """The values of a panel that has them."""
         assert self.values is not None
         return self.values
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, n, k)."""
+        values = self.pieces if self.values is None else self.values
+        assert values is not None
+        batch, n, k = values.shape[-3:]
+        return batch, n, k
+
+    @property
+    def mT(self) -> Panel:
+        """The transposed panels, as views."""
+        return Panel(*(None if numbers is None else numbers.mT for numbers in self))
 
     def part(self, members: Sequence[int]) -> Panel:
         """The panels of some members of the batch."""

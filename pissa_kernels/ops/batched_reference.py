@@ -5,6 +5,8 @@ A batched call of BLAS or LAPACK may choose another algorithm for another number
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .batched import Panel, Update, Weights
 
 
 def product(
-    left: Weights | Tensor,
+    left: Weights | Panel | Tensor,
     right: Panel | Tensor,
     *,
     precision: int,
@@ -24,10 +26,10 @@ def product(
     """left·right for each matrix of a batch.
 
     Args:
-        left: weights (m, n), or float32 matrices (batch, m, n) of any strides.
-        right: (batch, n, k); a panel, or its float32 values. Its pieces are read for bfloat16 weights, else its values.
-        precision: number of pieces of ``right`` that are used, 1, 2 or 3. For the other dtypes 1 allows TF32; 2 and 3
-            are float32.
+        left: weights (m, n); or panels (batch, m, n) or their float32 values, which may be transposed views.
+        right: (batch, n, k); a panel, or its float32 values.
+        precision: number of pieces of ``right`` that are used for bfloat16 weights, 1, 2 or 3. For other weights its
+            values are used: 1 allows TF32; 2 and 3 are float32. Panels are multiplied with 3, which is float32.
         update: what is added up before the result is stored; None for the product itself.
         values: whether the result has float32 values.
         pieces: number of pieces of the result, 0 for none.
@@ -35,16 +37,22 @@ def product(
     Returns:
         (batch, m, k).
     """
-    matrices = left.tensors if isinstance(left, Weights) else left.unbind()
-    if isinstance(right, Tensor):
-        panel = right
-    elif right.pieces is not None and matrices[0].dtype == torch.bfloat16:
-        panel = right.pieces[:precision].float().sum(0)
+    if isinstance(left, Weights):
+        matrices: Sequence[Tensor] = left.tensors
+        panel = _numbers(right, precision if left.dtype == torch.bfloat16 else 0)
     else:
-        assert right.values is not None
-        panel = right.values
+        matrices, panel = _numbers(left, precision).unbind(), _numbers(right, precision)
     products = [reference.matmul(matrix, panel[index].contiguous()) for index, matrix in enumerate(matrices)]
     return finished(torch.stack(products), update=update, values=values, pieces=pieces)
+
+
+def _numbers(panel: Panel | Tensor, pieces: int) -> Tensor:
+    """The sum of the largest pieces of a panel; its values if ``pieces`` is 0."""
+    values, found = (panel, None) if isinstance(panel, Tensor) else panel
+    if found is None or not pieces:
+        assert values is not None
+        return values if pieces in (0, 3) else split(values, pieces).float().sum(0)
+    return found[:pieces].float().sum(0)
 
 
 def finished(products: Tensor, *, update: Update | None = None, values: bool = True, pieces: int = 0) -> Panel:
@@ -65,6 +73,10 @@ def split(values: Tensor, pieces: int) -> Tensor:
         found.append(rest.bfloat16())
         rest = rest - found[-1].float()
     return torch.stack(found)
+
+
+def compile_ahead(dry_run: Callable[[], object], device: torch.device) -> None:
+    """Compile what a function launches on a device. There is nothing to compile, and the function is not called."""
 
 
 def inverse_cholesky(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,8 @@ def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str
 def bodies(weights: Weights) -> Any:
     """The module that has the operations on batches of these weights: Triton's where it supports them, else torch's.
 
-    Both have ``product``, ``split``, ``inverse_cholesky``, ``eigh``, ``sum_of_squares`` and ``subtract_lowrank_``.
+    Both have ``product``, ``split``, ``inverse_cholesky``, ``eigh``, ``sum_of_squares``, ``subtract_lowrank_`` and
+    ``compile_ahead``.
     """
     weight, forced = weights.tensors[0], os.environ.get(VARIABLE)
     wanted = (weight.is_cuda and forced != "torch") or forced == "triton"

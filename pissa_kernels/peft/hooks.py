@@ -10,34 +10,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..adapter.layers import in_scope
-from .load import Source, loading
+from .additions import check_addition, removed_on_failure
+from .creation import creating
+from .guard import protect, protect_peft_model
+from .load import Source, loading, replace_records
 from .offload import resident
 from .replicated import follow, split
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
+from .swap import wrap_load_peft_weights, wrap_swap
 from .targets import is_pissa
 from .ties import Ties
+from .weighted import add_weighted_adapter
 from .wrapping import injected, wrapping
 
 Function = Callable[..., Any]
 
 
 class Hook(NamedTuple):
-    """A class attribute to replace.
+    """An attribute to replace.
 
     Attributes:
-        owner: the class.
-        attribute: name of a method or class method in it.
+        owner: a class or a module.
+        attribute: name of a method, class method or function in it.
         wrap: makes the replacement from the session and the function that is found there.
     """
 
-    owner: type
+    owner: Any
     attribute: str
     wrap: Callable[[Session, Function], Function]
 
@@ -48,6 +54,8 @@ def hooks() -> list[Hook]:
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import hotswap
+    from transformers.integrations.peft import PeftAdapterMixin
 
     return [
         Hook(LoraLayer, "pissa_init", wrap_pissa_init),
@@ -57,6 +65,9 @@ def hooks() -> list[Hook]:
         Hook(PeftModel, "load_adapter", wrap_load_adapter),
         Hook(PeftModel, "__init__", wrap_adapter_creation),
         Hook(PeftModel, "add_adapter", wrap_adapter_creation),
+        Hook(PeftAdapterMixin, "load_adapter", wrap_load_into_transformers),
+        Hook(hotswap, "load_peft_weights", wrap_load_peft_weights),
+        Hook(hotswap, "hotswap_adapter_from_state_dict", wrap_swap),
     ]
 
 
@@ -115,6 +126,8 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
             if injection is not None and not nested and session.applies() and is_pissa(lora_config):
                 stack.enter_context(wrapping(injection, self.model, lora_config, current_key, target, parameter))
             stack.enter_context(setting(replacing, ReplacedModule(current_key, target)))
+            if session.applies():
+                stack.enter_context(creating(lora_config, target))
             previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
 
     return create_and_replace
@@ -129,16 +142,20 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
             previous(self, model, adapter_name, *args, **kwargs)
             return
         configs = self.peft_config
+        check_addition(model, adapter_name, configs[adapter_name], loading=loading.get() is not None)
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
         injection = Injection(Ties(model, replicated=replicated))
-        with resident(model, adapter_name):
-            with injected(injection, configs[adapter_name], model, adapter_name):
-                with setting(injecting, injection):
-                    previous(self, model, adapter_name, *args, **kwargs)
-                jobs, copies = split(injection.jobs, injection.ties)
-            if jobs:
-                session.run(jobs)
-            session.layers += [follow(job, first) for job, first in copies]
+        with resident(model, adapter_name), removed_on_failure(model, adapter_name):
+            try:
+                with injected(injection, configs[adapter_name], model, adapter_name):
+                    with setting(injecting, injection):
+                        previous(self, model, adapter_name, *args, **kwargs)
+                    jobs, copies = split(injection.jobs, injection.ties)
+                if jobs:
+                    session.run(jobs)
+                session.layers += [follow(job, first) for job, first in copies]
+            finally:
+                protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
 
     return inject_adapter
 
@@ -157,16 +174,31 @@ def wrap_from_pretrained(session: Session, previous: Function) -> Function:
 
 
 def wrap_load_adapter(session: Session, previous: Function) -> Function:
-    """As for ``from_pretrained``; values for an adapter that exists are loaded onto its own residuals only."""
+    """As for ``from_pretrained``; values for an adapter that exists bring the initial factors that belong to them."""
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         load = functools.partial(previous, self, *args, **kwargs)
         if not _starts_load(session):
             return load()
         source, adapter_name = Source.of_call(previous, self, *args, **kwargs)
-        if adapter_name in self.peft_config:
-            source.check_residuals(self, adapter_name)
-        return _load(session, source, load)
+        values = source.values_for(self, adapter_name) if adapter_name in self.peft_config else []
+        loaded = _load(session, source, load)
+        replace_records(self.peft_config[adapter_name], adapter_name, values)
+        return loaded
+
+    return load_adapter
+
+
+def wrap_load_into_transformers(session: Session, previous: Function) -> Function:
+    """As for ``from_pretrained``, for transformers' own ``load_adapter``."""
+
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        load = functools.partial(previous, self, *args, **kwargs)
+        arguments = inspect.signature(previous).bind(self, *args, **kwargs).arguments
+        folder = arguments.get("peft_model_id")
+        if folder is None or not _starts_load(session):
+            return load()
+        return _load(session, Source(folder, arguments.get("adapter_kwargs") or {}), load)
 
     return load_adapter
 
@@ -191,5 +223,6 @@ def wrap_adapter_creation(session: Session, previous: Function) -> Function:
         previous(self, *args, **kwargs)
         if session.applies():
             self.save_pretrained = SavePretrained(self)
+            protect_peft_model(self, session.reopen)
 
     return create

@@ -17,7 +17,8 @@ from ..numerics import exact_arithmetic
 from ..pissa import Factors, Recipe, principal_factors
 from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
-from .record import InitRecord, fingerprint, matches, of_adapter, records, remember
+from . import forward, state
+from .record import InitRecord, fingerprint, matches, of_adapter, records, set_records
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class LayerJob:
 
     def defer(self) -> LayerJob:
         """The same job for later. B is set to zero, so that the layer computes W·x until the job has run."""
-        self.set_adapter(self._adapter()[0].data, torch.zeros_like(self._adapter()[1]), torch.float32)
+        self._adapter()[1].data.zero_()
         return replace(self, deferred=True)
 
     def run(self) -> LayerReport:
@@ -83,35 +84,107 @@ class LayerJob:
             return self.reuse_previous() or self.write(principal_factors(self.view, self.recipe), began)
 
     def reuse_previous(self) -> LayerReport | None:
-        """Do what needs no SVD: repeat an earlier initialization, or subtract the given factors. None otherwise.
+        """Do what no batch can: use earlier factors, or keep the weight of a layer that has a subtraction already.
 
         After one layer has failed, a second call of ``get_peft_model`` initializes all others again. Their weights are
         residuals already, so they get the factors that were recorded. The same holds for a second adapter of the same
-        settings, such as the reference that TRL copies from the first one: it shares the residual, and its initial
-        factors are the first one's. A residual of its own would change what the first adapter computes.
+        settings, such as the reference that TRL copies from the first one: it shares the factors.
+
+        A second adapter of other settings gets the factors of W, which is formed in a temporary. Nothing more is
+        subtracted, because the first adapter needs its residual: the layer's forward pass adds what is missing.
+
+        Returns:
+            The report; None where the weight is an original one that needs an SVD.
 
         Raises:
-            ValueError: the given factors were not taken from this weight.
+            ValueError: an adapter is merged; the stored weight is not what the records say; the given factors were not
+                taken from this weight; a variant that computes with the stored weight, with other settings.
         """
-        began, weight = time.perf_counter(), self.weight
+        began = time.perf_counter()
+        if self.layer.merged:
+            merged = ", ".join(map(repr, self.layer.merged_adapters))
+            raise ValueError(f"the adapter {merged} is merged into the weight; call unmerge_adapter() first")
+        self._adopt()
         for record in reversed(records(self.layer)):
-            if self._repeats(record) and matches(record.after, record.report.dtype, weight):
-                self.set_adapter(record.lora_A, record.lora_B)
-                latest = of_adapter(self.layer, self.adapter)
-                if latest is None or latest.lora_A is not record.lora_A:
-                    remember(self.layer, replace(record, adapter=self.adapter, shared=True))
-                return record.report
+            if self._repeats(record):
+                return self._share(record)
+        if records(self.layer):
+            if any(name != self.adapter for name in self.layer.lora_A):
+                return self._beside(began)
+            forward.restore_(self.layer)
         if self.given is None:
             return None
-        report, given = self.given.report, self.given
-        if not matches(given.before, report.dtype, weight):
+        self._check_given(fingerprint(self.weight).double())
+        return self.write(self._given_factors(), began, dtype=self.given.lora_A.dtype)
+
+    def _adopt(self) -> None:
+        """Take over the records of a bare module that holds a residual, and drop records of a weight that is gone.
+
+        The module was unloaded by PEFT's recipe, which keeps the residual.
+        """
+        base, weight = self.layer.get_base_layer(), self.weight
+        if not records(self.layer):
+            if not records(base):
+                return
+            set_records(self.layer, records(base))
+            forward.attach(self.layer)
+        set_records(base, [])
+        if state.is_known(self.layer):
+            return
+        first = records(self.layer)[0]
+        # the original weight again, loaded over the residual
+        replaced = matches(first.before, fingerprint(weight), (first.report.dtype, weight.dtype), other=first.after)
+        if replaced and not any(name != self.adapter for name in self.layer.lora_A):
+            forward.drop(self.layer)
+        else:
+            state.check_known(self.layer)
+
+    def _share(self, record: InitRecord) -> LayerReport:
+        self.set_adapter(record.lora_A, record.lora_B)
+        latest = of_adapter(self.layer, self.adapter)
+        if latest is None or latest.lora_A is not record.lora_A:
+            forward.remember(self.layer, replace(record, adapter=self.adapter, shared=True))
+        return record.report
+
+    def _beside(self, began: float) -> LayerReport:
+        """Start the adapter beside one that needs the stored weight: from W, with nothing subtracted."""
+        if self.adapter in self.layer.lora_variant:
+            raise ValueError(
+                f"the adapter {self.adapter!r} ({state.variant_name(self.layer, self.adapter)}) computes with the "
+                "stored weight, which is the residual of another adapter. Use the settings of that adapter (rank, "
+                "alpha, init_lora_weights, seed), or a model of its own"
+            )
+        original = state.original_weight(self.layer)
+        view = original.mT if self.transposed else original
+        if self.given is None:
+            factors, dtype = principal_factors(view, self.recipe), self.weight.dtype
+        else:
+            self._check_given(state.original_fingerprint(self.layer))
+            factors, dtype = self._given_factors(), self.given.lora_A.dtype
+        lora_A, lora_B = (factor.to("cpu", dtype, copy=True) for factor in (factors.lora_A, factors.lora_B))
+        kept = replace(factors, lora_A=lora_A, lora_B=lora_B, singular_values=factors.singular_values.cpu())
+        before = fingerprint(original)
+        product = state.sampled(original, (lora_A, lora_B), self.transposed)
+        with self.restored_on_failure():
+            self.set_adapter(factors.lora_A, factors.lora_B)
+        after = (before.double() - self.recipe.scaling * product).to(self.weight.dtype).float()
+        return self.record(kept, before, after, time.perf_counter() - began, shared=True)
+
+    def _given_factors(self) -> Factors:
+        assert self.given is not None
+        report, device = self.given.report, self.weight.device
+        A, B = self.given.lora_A.to(device).float(), self.given.lora_B.to(device).float()
+        return Factors(A, B, report.singular_values, report.certificate)
+
+    def _check_given(self, found: Tensor) -> None:
+        """Refuse factors that were not taken from W, whose fingerprint is ``found``."""
+        assert self.given is not None
+        dtypes = (self.given.report.dtype, self.weight.dtype)
+        if not matches(self.given.before, found, dtypes, other=self.given.after):
             raise ValueError(
                 "the weight is not the one that the adapter's initial factors were taken from. Load the base model "
                 "that the adapter was trained on, neither its residual nor another model."
             )
-        A, B = given.lora_A.to(weight.device).float(), given.lora_B.to(weight.device).float()
-        factors = Factors(A, B, report.singular_values, report.certificate)
-        return self.write(factors, began, dtype=given.lora_A.dtype)
 
     def _repeats(self, record: InitRecord) -> bool:
         """Whether this job would find the factors of an earlier record."""
@@ -119,7 +192,8 @@ class LayerJob:
         if given is not None:
             pairs = ((record.lora_A, given.lora_A), (record.lora_B, given.lora_B))
             return report.scaling == recipe.scaling and all(torch.equal(one, other) for one, other in pairs)
-        return recipe == Recipe(report.rank, report.scaling, report.init, report.seed)
+        wanted = (recipe.rank, recipe.scaling, recipe.init, recipe.seed)
+        return wanted == (report.rank, report.scaling, report.init, report.seed)
 
     def write(
         self, factors: Factors, began: float, *, dtype: torch.dtype | None = None, residual: Tensor | None = None
@@ -146,16 +220,20 @@ class LayerJob:
                     ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, scaling, self.transposed)
         return self.record(kept, before, fingerprint(weight), time.perf_counter() - began)
 
-    def record(self, factors: Factors, before: Tensor, after: Tensor, seconds: float) -> LayerReport:
+    def record(
+        self, factors: Factors, before: Tensor, after: Tensor, seconds: float, *, shared: bool = False
+    ) -> LayerReport:
         """Record an initialization that has been written.
 
         Args:
             factors: on the CPU, in memory of their own: A and B in the dtype that stores the adapter.
             before, after: fingerprints of W and of W_res.
             seconds: time that the layer has taken.
+            shared: whether nothing was subtracted from the weight.
         """
         report = self._report(factors, seconds)
-        remember(self.layer, InitRecord(self.adapter, factors.lora_A, factors.lora_B, report, before, after))
+        initial = (self.adapter, factors.lora_A, factors.lora_B, report, before, after, shared)
+        forward.remember(self.layer, InitRecord(*initial))
         return report
 
     def _report(self, factors: Factors, seconds: float) -> LayerReport:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from ..adapter.layers import lora_layers
+from ..adapter.names import CONFIG_NAME
 from ..checks import layer_context
 from ..numerics import UNIT_ROUNDOFF
 from ..report import REPORT_NAME, LayerReport, Report
-from . import sidecar
-from .record import InitRecord, matches
+from . import forward, sidecar, state
+from .record import InitRecord, fingerprint, matches, of_adapter, records, same_factors
+
+# As ROUNDINGS, for the residual itself: a few merges.
+RESIDUAL_ROUNDINGS = 2
 
 # Source of the adapter that PEFT loads in this thread.
 loading: ContextVar[Source | None] = ContextVar("pissa_kernels_loading", default=None)
@@ -57,27 +61,64 @@ class Source:
             self.missing.append(name)
         return found
 
-    def check_residuals(self, peft_model: Any, adapter: str) -> None:
-        """Refuse a model whose weights are not the residuals that this adapter was trained on.
+    def has_initial(self, adapter: str) -> bool:
+        """Whether the source has initial factors."""
+        return bool(self._all(adapter))
 
-        For an adapter whose values are loaded into an existing one, as when a trainer resumes from a checkpoint. PEFT
-        subtracts nothing then, so a residual of another seed or of an unseeded sketch would give another model.
+    def values_for(self, peft_model: Any, adapter: str) -> list[tuple[Any, InitRecord | None]]:
+        """The initial factors that belong to values which are loaded into an adapter that exists.
+
+        A trainer loads like this when it resumes, or at the end the best model. PEFT subtracts nothing then. Values
+        that were trained from other factors of the same weight, as on another backend, are used with those factors:
+        the forward pass of the layer adds the difference.
+
+        Returns:
+            Layers whose record has to change, and the new record; None where the values are of a plain LoRA.
 
         Raises:
-            ValueError: with the name of the layer. Nothing has been loaded.
+            ValueError: with the name of the layer; an adapter is merged, or the weight is not the one that this adapter
+                was trained on. Nothing has been loaded.
         """
+        changed: list[tuple[Any, InitRecord | None]] = []
+        found = self._all(adapter)
+        plain = not found and self._is_plain()
         for name, layer in lora_layers(peft_model):
-            given, weight = self._all(adapter).get(name), layer.get_base_layer().weight
-            # a partitioned or sharded weight cannot be compared
-            if given is None or weight.is_meta or weight.ndim != 2 or type(weight.data) is not Tensor:
+            given, own = found.get(name), of_adapter(layer, adapter)
+            if adapter in layer.merged_adapters and (given is not None or own is not None):
+                raise ValueError(f"{state.label(layer)}: the adapter {adapter!r} is merged; unmerge it before the load")
+            if given is None:
+                if plain and own is not None:
+                    changed.append((layer, None))
                 continue
-            if not matches(given.after, given.report.dtype, weight):
-                with layer_context(f"layer {name!r}, weight {tuple(weight.shape)}"):
+            if not self._is_of(given, layer):
+                with layer_context(f"layer {name!r}, weight {tuple(layer.get_base_layer().weight.shape)}"):
                     raise ValueError(
                         f"the weight is not the residual that the adapter in {self.location} was trained on. Make the "
                         "model with PeftModel.from_pretrained on the original base model, or with get_peft_model under "
                         "patch_peft() and the settings of the training."
                     )
+            if records(layer) and (own is None or not same_factors(own, given)):
+                changed.append((layer, given))
+        return changed
+
+    def _is_of(self, given: InitRecord, layer: Any) -> bool:
+        """Whether values that were trained from ``given`` belong on a layer."""
+        if not state.can_be_compared(layer):
+            return True
+        if records(layer):
+            return state.is_known(layer) and state.is_original(layer, given)
+        weight = layer.get_base_layer().weight
+        dtypes = (given.report.dtype, weight.dtype)
+        # without records the residual itself has to be the same one; that of another sketch may be near
+        return matches(given.after, fingerprint(weight), dtypes, roundings=RESIDUAL_ROUNDINGS)
+
+    def _is_plain(self) -> bool:
+        """Whether the adapter is a plain LoRA: neither its config nor a report says that it starts from a weight."""
+        path = sidecar.find(self.location, self.options, CONFIG_NAME)
+        if path is None or sidecar.find(self.location, self.options, REPORT_NAME) is not None:
+            return False
+        init = json.loads(path.read_text()).get("init_lora_weights", True)
+        return not isinstance(init, str) or init in ("gaussian", "eva", "orthogonal", "mica")
 
     def warn_of_other_residuals(self, layers: Sequence[LayerReport]) -> None:
         """Warn if a residual was computed by an SVD and may differ from the residual of the training.
@@ -113,6 +154,23 @@ class Source:
             path = sidecar.find(self.location, self.options)
             self._records = {} if path is None else sidecar.read(path, adapter)
         return self._records
+
+
+def replace_records(config: Any, adapter: str, values: Sequence[tuple[Any, InitRecord | None]]) -> None:
+    """Give the adapter of layers other initial factors, or none. The stored weights stay as they are.
+
+    Args:
+        config: the adapter's, which says afterwards what it has become.
+        adapter: its name.
+        values: result of :meth:`Source.values_for`.
+    """
+    for layer, record in values:
+        forward.forget(layer, adapter)
+        if record is not None:
+            forward.remember(layer, replace(record, adapter=adapter, shared=True))
+    inits = [record.report.init for _, record in values if record is not None]
+    if values:
+        config.init_lora_weights = inits[0] if inits else True
 
 
 def _agree(now: LayerReport, saved: LayerReport) -> bool:

@@ -10,6 +10,8 @@ ZeRO-3 partition, a tied adapter, a DoRA magnitude of a residual) is initialized
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +117,17 @@ def unpatch_peft() -> None:
                 return
 
 
+def reopened(seed: int) -> contextlib.AbstractContextManager[object]:
+    """Context in which a patch applies to the calling thread: the active one, or a new one.
+
+    Args:
+        seed: of the new patch.
+    """
+    if any(patch.applies() for patch in list(_active)):
+        return contextlib.nullcontext()
+    return patch_peft(seed=seed, progress=False)
+
+
 class PatchedPeft(Report):
     """An active patch and its report.
 
@@ -178,6 +191,11 @@ class PatchedPeft(Report):
     def applies(self) -> bool:
         """Whether this patch is active for the calling thread."""
         return self.open and self.thread in (None, threading.get_ident())
+
+    @property
+    def reopen(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        """Context in which a patch with this one's seed applies, also after this one has ended; picklable."""
+        return functools.partial(reopened, self.seed)
 
     def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
         """Initialize one layer: at once, or at the end of the injection."""

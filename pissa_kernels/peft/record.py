@@ -7,7 +7,7 @@ compute with W again (a reference policy), to take the same residual at a reload
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,6 +18,11 @@ from ..report import LayerReport
 
 # Elements in a fingerprint. A residual differs from its weight in nearly all of them.
 SAMPLES = 64
+# Distance, in units of u·rms(W), within which two fingerprints are of the same weight. A rounding to nearest moves a
+# weight by about 0.4 of this unit, and n of them by √n·0.4, so some hundred merges stay below.
+ROUNDINGS = 8
+# Name in a record whose adapter is gone. No adapter can have it: torch's ModuleDict takes no name with a dot.
+GONE = "."
 _ATTRIBUTE = "pissa_initial"
 
 
@@ -32,7 +37,8 @@ class InitRecord:
         report: rank, scaling, initializer, seed and certificate.
         before: (≤ SAMPLES,) float32, fingerprint of W.
         after: (≤ SAMPLES,) float32, fingerprint of W_res.
-        shared: whether another adapter's record is of the same subtraction.
+        shared: False if s·B₀·A₀ of this record is subtracted from the stored weight. True if it is not, because
+            another record is: one with the same factors, or one with other factors.
     """
 
     adapter: str
@@ -74,27 +80,68 @@ def _places(elements: int) -> Tensor:
     return torch.linspace(0, elements - 1, min(SAMPLES, elements), dtype=torch.float64, device="cpu").long()
 
 
-def matches(recorded: Tensor, dtype: torch.dtype, weight: Tensor) -> bool:
-    """Whether a weight has a recorded fingerprint: exactly in the same dtype, to the rounding of both in another.
+def matches(
+    recorded: Tensor,
+    found: Tensor,
+    dtypes: Sequence[torch.dtype],
+    *,
+    other: Tensor | None = None,
+    roundings: float = ROUNDINGS,
+) -> bool:
+    """Whether two fingerprints are of the same weight, up to the rounding that merging and casting leave.
 
     Args:
-        recorded: result of :func:`fingerprint`.
-        dtype: dtype of the weight that it was taken from.
-        weight: the weight to compare, (m, n).
+        recorded, found: results of :func:`fingerprint`.
+        dtypes: dtypes that the two weights are or were stored in; the coarsest decides.
+        other: fingerprint of a weight that must not be taken for the recorded one, such as its residual. Half of the
+            distance to it is allowed at most, but one rounding always.
+        roundings: distance allowed, in units of u·rms(W).
     """
-    found = fingerprint(weight)
     if found.shape != recorded.shape:
         return False
-    if weight.dtype == dtype:
-        return torch.equal(found, recorded)
-    allowed = UNIT_ROUNDOFF[weight.dtype] + UNIT_ROUNDOFF[dtype]
-    subnormal = max(torch.finfo(kind).smallest_normal for kind in (weight.dtype, dtype)) * allowed
-    return bool(((found - recorded).abs() <= allowed * recorded.abs() + subnormal).all())
+    u = max(UNIT_ROUNDOFF.get(dtype, 2.0**-53) for dtype in dtypes)
+    subnormal = u * max(torch.finfo(dtype).smallest_normal for dtype in dtypes)
+    unit = u * _rms(recorded)
+    allowed = roundings * unit
+    if other is not None:
+        allowed = max(unit, min(allowed, _rms(other.double() - recorded.double()) / 2))
+    return _rms(found.double() - recorded.double()) <= allowed + subnormal
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
 
 
 def remember(layer: nn.Module, record: InitRecord) -> None:
-    """Keep a record as an attribute of its layer: copied and pickled with the layer, but not in its state dict."""
-    layer.__dict__.setdefault(_ATTRIBUTE, []).append(record)
+    """Keep a record as an attribute of its layer: copied and pickled with the layer, but not in its state dict.
+
+    A previous record of the same adapter ends: it is dropped, or loses its name if it is of the subtraction.
+    """
+    kept = forgotten(records(layer), record.adapter)
+    same = next((old for old in kept if same_factors(old, record)), None)
+    if same is not None:  # one object each, by which the adapters that share them are found
+        record = replace(record, lora_A=same.lora_A, lora_B=same.lora_B)
+    set_records(layer, [*kept, record])
+
+
+def set_records(layer: nn.Module, kept: Sequence[InitRecord]) -> None:
+    """Replace all records of a layer; without any, it has no trace of them."""
+    if kept:
+        layer.__dict__[_ATTRIBUTE] = list(kept)
+    else:
+        layer.__dict__.pop(_ATTRIBUTE, None)
+
+
+def forgotten(kept: Sequence[InitRecord], adapter: str) -> list[InitRecord]:
+    """Records without those of one adapter. A subtraction stays, under a name that no adapter can have."""
+    others = (replace(record, adapter=GONE) if record.adapter == adapter else record for record in kept)
+    return [record for record in others if record.adapter != GONE or not record.shared]
+
+
+def same_factors(one: InitRecord, other: InitRecord) -> bool:
+    """Whether two records have the same A₀ and B₀, bit for bit."""
+    pairs = ((one.lora_A, other.lora_A), (one.lora_B, other.lora_B))
+    return all(left.dtype == right.dtype and torch.equal(left, right) for left, right in pairs)
 
 
 def records(layer: nn.Module) -> list[InitRecord]:

@@ -15,8 +15,9 @@ from torch import nn
 from ..adapter.layers import lora_layers
 from ..checks import layer_context
 from ..report import LayerReport
+from .forward import remember
 from .layer import LayerJob
-from .record import InitRecord, of_adapter, records, remember
+from .record import InitRecord, of_adapter, records
 from .ties import Ties
 
 

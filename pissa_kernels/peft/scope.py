@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -29,6 +29,10 @@ class Session(Protocol):
 
     layers: list[LayerReport]
     open: bool
+
+    @property
+    def reopen(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        """Context in which a patch with this one's seed applies, also after this one has ended; picklable."""
 
     def applies(self) -> bool:
         """Whether the patch is active for the calling thread."""

@@ -23,16 +23,13 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..ops import dispatch
-from ..ops.batched import Panel, Update, Weights
-from .operators import random_signs
-from .solution import Figures, Solution
-from .stopping import CLUSTER_GAP, GUARD_VECTORS, estimated_deficit
+from ..ops.batched import Weights
+from .solution import Solution
+from .steps import FINE, ROUGH, Steps
 
 
 class Schedule(NamedTuple):
@@ -55,21 +52,8 @@ SCHEDULES = {
 # Filters of a weight whose certificate falls short: their degree, and how many there are at most.
 FURTHER_DEGREE = 3
 FURTHER_ROUNDS = 4
-# bfloat16 pieces of a panel: for filters, and for their last product and what is measured. Products of panels with
-# panels take three, which is float32.
-ROUGH, FINE, FULL = 1, 2, 3
-# Shifts of the rounds of CholeskyQR, relative to a unit diagonal. The first makes the factorization succeed for any
-# columns, each round reduces the condition number, and the last of a panel that is measured has no shift.
-SHIFTS = (1e-4, 1e-5)
-FINAL_SHIFTS = (1e-4, 1e-5, 0.0)
-EDGE_SHIFT = 1e-6
-# Smallest edge relative to the largest diagonal element of R: T_4 grows to 8·(2/edge)⁴, and its square is summed.
-MIN_EDGE = 2e-4
-# Largest element of |UᵀU − I| and |VᵀV − I| that is round-off. Rank-deficient panels have larger ones, and so have
-# singular values that are small relative to σ₁.
-MAX_SKEW = 3e-5
-# ‖W‖_F² outside of which squares in float32 may over- or underflow. Such weights go to the methods that scale them.
-ENERGY_RANGE = (1e-8, 1e8)
+# What the schedule has been compiled for in this process: a weight's device, dtype, layout and alignment, and the rank.
+_compiled: set[tuple[object, ...]] = set()
 # Types of devices whose weights go through the schedule.
 DEVICES: tuple[str, ...] = ("cuda",)
 
@@ -95,8 +79,8 @@ def workspace(m: int, n: int, rank: int) -> int:
     found = schedule(n, rank)
     assert found is not None
     b = found.width
-    panels = n * b * (6 * 4 + 4 * 2) + m * b * (4 + 2 * 2)
-    measured = rank * (6 * 4 * n + 6 * 4 * m)
+    panels = n * b * (5 * 4 + 9 * 2) + m * b * (4 + 3 * 2)
+    measured = rank * (5 * 4 + 4 * 6) * (n + m)
     signs = 8 * m * b  # once for a batch
     return panels + measured + 8 * 4 * b * b + signs
 
@@ -113,9 +97,10 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
     Returns:
         Triplets of every weight. Those whose ``deficit`` is not at most ``tol`` have not converged.
     """
-    steps = _Steps(Weights.of(weights), rank)
     plan = schedule(weights[0].shape[1], rank)
     assert plan is not None
+    _compile(weights[0], rank, plan, ahead=weights[0].is_cuda)
+    steps = Steps(Weights.of(weights), rank)
     if not plan.degrees:
         return steps.projected(steps.identity())
     X = steps.sketch(plan.width, seed)
@@ -136,163 +121,21 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
     return solution
 
 
-class _Steps:
-    """The steps of the schedule for one batch. Panels of bfloat16 weights carry pieces, those of other weights none."""
+def _compile(weight: Tensor, rank: int, plan: Schedule, ahead: bool) -> None:
+    """Compile the kernels of the schedule for weights like this one ``ahead`` of the first launch, once."""
+    key = weight.device, weight.dtype, weight.shape, weight.stride(), weight.data_ptr() % 16, rank
+    if not ahead or key in _compiled:
+        return
+    steps = Steps(Weights.of([weight]), rank)
 
-    def __init__(self, weights: Weights, rank: int, passes: int = 0) -> None:
-        self.weights = weights
-        self.rank = rank
-        self.passes = passes
-        self.body: Any = dispatch.bodies(weights)
-        self.in_pieces = weights.dtype == torch.bfloat16
-
-    def part(self, members: list[int]) -> _Steps:
-        """The steps for some members of the batch."""
-        tensors = [self.weights.tensors[member] for member in members]
-        return _Steps(Weights.of(tensors), self.rank, self.passes)
-
-    def sketch(self, columns: int, seed: int) -> Panel:
-        """Orthonormal basis of the range of H·Aᵀ·G, with G of random signs, the same for every weight and device."""
-        batch, m, _ = self.weights.shape
-        signs = random_signs(m, columns, seed, self.weights.device)
-        if self.in_pieces:  # one piece is exact
-            G = Panel(None, signs.bfloat16().expand(1, batch, m, columns))
+    def every_step() -> None:
+        if plan.degrees:
+            X = steps.filtered(steps.sketch(plan.width, 0), [ROUGH] * plan.degrees[0])
+            X = steps.filtered(X, [ROUGH] * (plan.degrees[-1] - 1) + [FINE], last=True)
         else:
-            G = Panel(signs.expand(batch, m, columns).contiguous(), None)
-        X = self._product(self.weights.mT, G, ROUGH)
-        return self._orthonormalized(self._normal(X, ROUGH), SHIFTS, ROUGH)
+            X = steps.identity()
+        steps.projected(X)
+        steps.filtered(X, [FINE] * FURTHER_DEGREE, last=True)
 
-    def identity(self) -> Panel:
-        """The identity as a panel."""
-        batch, _, n = self.weights.shape
-        return self._panel(torch.eye(n, device=self.weights.device).expand(batch, n, n).contiguous(), FINE)
-
-    def filtered(self, X: Panel, pieces: list[int], last: bool = False) -> Panel:
-        """Orthonormal basis of T_d(2H/a − 1)·X, with ``pieces[k]`` pieces in the k-th of d products with H.
-
-        The edge a is the smallest diagonal element of R in H·X = Q·R: about the b-th eigenvalue of H.
-        """
-        HX = self._normal(X, pieces[0])
-        _, diagonal = self.body.inverse_cholesky(self._gram(HX), EDGE_SHIFT)
-        edge = torch.maximum(diagonal.amin(-1), MIN_EDGE * diagonal.amax(-1))
-        values = torch.addcmul(-X.full, HX, (2 / edge)[:, None, None])
-        previous, current = X, self._panel(values, pieces[1])
-        for place in range(1, len(pieces)):
-            update = Update(4 / edge, -2.0, current.full, -1.0, previous.full)
-            following = pieces[place + 1] if place + 1 < len(pieces) else 0
-            Y = self._product(self.weights, current, pieces[place])
-            self.passes += 1
-            filtered = self.body.product(
-                self.weights.mT, Y, precision=pieces[place], update=update, pieces=self._stored(following)
-            )
-            previous, current = current, filtered
-        shifts, stored = (FINAL_SHIFTS, FINE) if last else (SHIFTS, ROUGH)
-        return self._orthonormalized(current.full, shifts, stored)
-
-    def projected(self, X: Panel) -> Solution:
-        """The triplets of the weights on the subspaces spanned by the panels, and their figures: one transfer."""
-        r, body = self.rank, self.body
-        V, AV = X.full, body.product(self.weights, X, precision=FINE).values
-        self.passes += 1
-        # the second time, the columns of A·V are nearly orthogonal: their products are accurate relative to both
-        all_values, V, AV = self._rotated(V, AV)
-        values, V, AV = self._rotated(V, AV)
-        S = values.clamp(min=0).sqrt()
-        U = AV * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :]
-        residuals = body.product(
-            self.weights.mT,
-            self._panel(U, FINE),
-            precision=FINE,
-            update=Update(torch.ones_like(S[:, 0]), -1.0, V * S[:, None, :]),
-        ).values
-        self.passes += 1
-        norms = self._norms(residuals)
-        identity = torch.eye(r, device=V.device)
-        skew = torch.stack([self._gram(U) - identity, self._gram(V) - identity]).abs().amax((0, -2, -1))
-        deficit = self._deficit(values, V, residuals, self._guard(all_values))
-        energy = body.sum_of_squares(self.weights)
-        low, high = ENERGY_RANGE
-        usable = (skew <= MAX_SKEW) & (low < energy) & (energy < high)
-        deficit = torch.where(usable, deficit, torch.nan)
-        captured = S.double().square().sum(-1)
-        figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy]).tolist()
-        return Solution(U, S, V, list(map(Figures, *figures, [self.passes] * len(U))))
-
-    def _rotated(self, V: Tensor, AV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every Ritz value on span(V), and the leading Ritz vectors V with A·V."""
-        values, vectors = self.body.eigh(self._gram(AV))
-        leading = vectors[:, :, : self.rank].contiguous()
-        V, AV = (self.body.product(panel, leading, precision=FULL).values for panel in (V, AV))
-        return values, V, AV
-
-    def _guard(self, values: Tensor) -> Tensor:
-        """The Ritz value GUARD_VECTORS places after the last wanted one, 0 where there is nothing outside the panel."""
-        place = self.rank + GUARD_VECTORS
-        if place >= values.shape[1] == self.weights.shape[2]:
-            return torch.zeros_like(values[:, 0])
-        return values[:, place]
-
-    def _deficit(self, values: Tensor, V: Tensor, residuals: Tensor, guard: Tensor) -> Tensor:
-        """Estimated energy deficit: twice the second-order errors of the Ritz values.
-
-        The part of a residual R of an eigenpair of H that lies in span(V) only mixes wanted vectors. The rest lies in
-        the space that has not been resolved, and the eigenvalue of its components is ‖A·R‖²/‖R‖² on average. The error
-        of the Ritz value θ is about ‖R‖²/(θ − that average). In a cluster the components near θ count, however small
-        they are, and the gap to a guard vector takes the place of that to the average.
-
-        Args:
-            values: (batch, r) θᵢ.
-            V: (batch, n, r).
-            residuals: (batch, n, r) Aᵀuᵢ − σᵢvᵢ, which is R/σᵢ.
-            guard: (batch,) Ritz value of the guard vector.
-        """
-        inside = self.body.product(V.mT, residuals, precision=FULL).values
-        outside = self.body.product(
-            V, inside, precision=FULL, update=Update(-torch.ones_like(values[:, 0]), 1.0, residuals)
-        ).values
-        norms = self._norms(outside)
-        directions = outside * torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None, :]
-        AR = self.body.product(self.weights, self._panel(directions, ROUGH), precision=ROUGH).values
-        self.passes += 1
-        norms = norms * values.clamp(min=0).sqrt()
-        estimate = 2 * estimated_deficit(values, norms, self._norms(AR).square())
-        last = values[:, -1]
-        cautious = torch.maximum(estimate, 2 * estimated_deficit(values, norms, guard))
-        return torch.where(last - guard < CLUSTER_GAP * last, cautious, estimate)
-
-    def _norms(self, Z: Tensor) -> Tensor:
-        """Norm of each column, by an operation whose order of sums does not depend on the batch, as torch's does."""
-        return self._gram(Z).diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-
-    def _orthonormalized(self, Z: Tensor, shifts: Sequence[float], pieces: int) -> Panel:
-        """Orthonormal basis of the range of Z, by a round of CholeskyQR for each shift."""
-        for place, shift in enumerate(shifts):
-            change, _ = self.body.inverse_cholesky(self._gram(Z), shift)
-            stored = self._stored(pieces) if place == len(shifts) - 1 else 0
-            panel = self.body.product(Z, change, precision=FULL, pieces=stored)
-            Z = panel.values
-        return panel  # type: ignore[no-any-return]
-
-    def _gram(self, Z: Tensor) -> Tensor:
-        gram: Tensor = self.body.product(Z.mT, Z, precision=FULL).values
-        return gram
-
-    def _normal(self, X: Panel, precision: int) -> Tensor:
-        """H·X."""
-        Y = self._product(self.weights, X, precision)
-        self.passes += 1
-        HX: Tensor = self.body.product(self.weights.mT, Y, precision=precision).values
-        return HX
-
-    def _product(self, weights: Weights, X: Panel, precision: int) -> Panel:
-        """A product that only another product reads."""
-        self.passes += 1
-        stored = self._stored(precision)
-        product: Panel = self.body.product(weights, X, precision=precision, values=not stored, pieces=stored)
-        return product
-
-    def _panel(self, values: Tensor, pieces: int) -> Panel:
-        return Panel(values, self.body.split(values, pieces) if self.in_pieces else None)
-
-    def _stored(self, pieces: int) -> int:
-        return pieces if self.in_pieces else 0
+    steps.body.compile_ahead(every_step, weight.device)
+    _compiled.add(key)

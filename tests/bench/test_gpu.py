@@ -69,7 +69,7 @@ def test_the_whole_program_on_a_cpu(tmp_path: Path) -> None:
         assert row["min_ms"] > 0
         assert sum(row["methods"].values()) == 7
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {ROWS, "log.txt", "profile-r16.txt", "kernels.jsonl", "engine.jsonl"}
+    assert written == {ROWS, "log.txt", "profile-r16.txt", "profile-one-r16.txt", "kernels.jsonl", "engine.jsonl"}
     for path in tmp_path.iterdir():
         text = path.read_text()
         assert str(ROOT) not in text

@@ -32,7 +32,7 @@ def test_every_spectrum_is_printed_and_right(capsys: pytest.CaptureFixture[str])
 
 def test_a_wrong_certificate_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fixed, "SCHEDULES", {8: fixed.Schedule(32, (2,))})
-    monkeypatch.setattr(fixed._Steps, "_deficit", lambda self, values, *_: torch.zeros(len(values)).double())
+    monkeypatch.setattr(fixed.Steps, "_deficit", lambda self, values, *_: torch.zeros(len(values)).double())
     assert main(["schedule", "--size", "320", "--ranks", "8"]) == 1
 
 

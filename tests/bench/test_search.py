@@ -8,26 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.tools import search
+from bench.gpu import search
+from bench.gpu.search import GRIDS, Search
 from pissa_kernels import ops
 from pissa_kernels.ops.triton import launch
 
+SMALL = Search("cpu", size=64, batch=2)
 
-def test_launch_parameters_are_those_of_the_nearest_device_and_size(
+
+def test_launch_parameters_are_those_of_the_architecture_and_the_nearest_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     default = launch.read(launch.DEFAULT)
     (tmp_path / "default.json").write_text(search.written(default))
     assert json.loads((tmp_path / "default.json").read_text()) == default
     tuned = [{"features": {"bytes": 2, "rank": 16}, "parameters": {"BLOCK_ROWS": 7}}]
-    (tmp_path / "nvidia_h100_80gb_hbm3.json").write_text(search.written({"subtract_lowrank_": tuned}))
+    (tmp_path / "sm_90.json").write_text(search.written({"subtract_lowrank_": tuned}))
+    (tmp_path / "gfx.json").write_text(search.written({"split": tuned}))
     monkeypatch.setattr(launch, "FOLDER", tmp_path)
     launch.table.cache_clear()
     try:
-        relative = launch.table("NVIDIA H100 PCIe")
-        assert relative["subtract_lowrank_"] == tuned
-        assert relative["product"] == default["product"]
-        assert launch.table("NVIDIA A100-SXM4-80GB") == default
+        for name, verb in (("sm_90", "subtract_lowrank_"), ("gfx942", "split")):
+            assert launch.table(name) == default | {verb: tuned}
+        assert launch.table("sm_80") == default
         assert launch.table(None) == default
     finally:
         launch.table.cache_clear()
@@ -43,41 +46,46 @@ def test_launch_parameters_are_those_of_the_nearest_device_and_size(
     assert [tile(4, columns, pieces) for columns in (8, 192, 500) for pieces in (1, 3)] == [16, 16, 64, 64, 64, 64]
 
 
-@pytest.mark.parametrize("verb", sorted(search.GRIDS))
-def test_the_search_tries_a_dozen_and_the_default_first(verb: str) -> None:
+@pytest.mark.parametrize("verb", sorted(GRIDS))
+def test_the_search_tries_the_default_first_and_each_candidate_once(verb: str) -> None:
     for entry in launch.read(launch.DEFAULT)[verb]:
-        tried = list(search.candidates(verb, entry["parameters"]))
+        tried = list(search.candidates(verb, entry["features"], entry["parameters"]))
         assert tried[0] == entry["parameters"]
-        assert 2 <= len(tried) <= 13
+        assert 2 <= len(tried) <= 37
         assert len({json.dumps(candidate, sort_keys=True) for candidate in tried}) == len(tried)
 
 
-@pytest.mark.parametrize("verb", ["subtract_lowrank_", "sum_of_squares"])
-def test_the_search_calls_each_entry(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verb", sorted(GRIDS))
+def test_the_search_finds_parameters_for_an_entry_of_each_verb(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if ops.unsupported_reasons("matmul", torch.ones(2, 2))["triton"]:
         pytest.skip("needs Triton's interpreter")
-    monkeypatch.setattr(search, "SHAPE", (64, 48))
-    for entry in launch.read(launch.DEFAULT)[verb]:
-        weight, run, exact = search.call(verb, entry["features"], "cpu")
-        for backend in ("torch", "triton"):
-            monkeypatch.setenv(ops.dispatch.VARIABLE, backend)
-            assert (run(weight.clone()) - exact).norm() <= 2.0**-8 * exact.norm(), (entry, backend)
-
-
-def test_the_search_keeps_what_is_correct(monkeypatch: pytest.MonkeyPatch) -> None:
-    if ops.unsupported_reasons("matmul", torch.ones(2, 2))["triton"]:
-        pytest.skip("needs Triton's interpreter")
-    monkeypatch.setattr(search, "SHAPE", (64, 48))
     monkeypatch.setattr(search, "REPEATS", 1)
-    monkeypatch.setitem(search.GRIDS, "product", {"BLOCK_INNER": (32,)})
-    entry = launch.read(launch.DEFAULT)["product"][0]
-    winner = search.best("product", entry, "cpu")
-    assert winner in list(search.candidates("product", entry["parameters"]))
-    with monkeypatch.context() as patch:
-        triton = pytest.importorskip("pissa_kernels.ops.triton")
-        patch.setattr(triton, "matmul", lambda W, X, pieces=3: W.new_full((len(W), X.shape[1]), float("nan")))
-        with pytest.raises(RuntimeError, match="no candidate is correct"):
-            search.best("product", entry, "cpu")
-    monkeypatch.setattr(search, "LIMIT", 0.0)
+    monkeypatch.setitem(GRIDS, verb, {name: values[:1] for name, values in GRIDS[verb].items()})
+    entry = launch.read(launch.DEFAULT)[verb][0]
+    if verb == "inverse_cholesky":
+        entry = {"features": entry["features"] | {"size": 48}, "parameters": entry["parameters"]}
+    winner = SMALL.best(verb, entry)
+    assert winner in list(search.candidates(verb, entry["features"], entry["parameters"]))
+
+
+def test_the_search_rejects_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ops.unsupported_reasons("matmul", torch.ones(2, 2))["triton"]:
+        pytest.skip("needs Triton's interpreter")
+    from pissa_kernels.ops.triton import batched
+
+    entry = launch.read(launch.DEFAULT)["split"][0]
+    monkeypatch.setattr(batched, "split", lambda values, pieces: values.new_zeros(pieces, *values.shape).bfloat16())
     with pytest.raises(RuntimeError, match="no candidate is correct"):
-        search.best("product", entry, "cpu")
+        SMALL.best("split", entry)
+
+
+def test_entries_that_are_not_searched_keep_their_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}
+    monkeypatch.setattr(Search, "best", lambda self, verb, entry: best)
+    path, default = tmp_path / "sm_90.json", launch.read(launch.DEFAULT)
+    assert SMALL.run(path, r"^product .*: 256, 'pieces': 2|^split") == 2
+    written = json.loads(path.read_text())
+    assert list(written) == ["product", "split"]
+    changed = [entry for entry, before in zip(written["product"], default["product"], strict=True) if entry != before]
+    assert [entry["features"] for entry in changed] == [{"bytes": 2, "columns": 256, "pieces": 2}]
+    assert written["split"][0]["parameters"] == best

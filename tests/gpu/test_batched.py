@@ -110,12 +110,10 @@ def test_gram_matrices_and_changes_of_basis(columns: int) -> None:
     Z, change = randn(3, 11008, columns), randn(3, columns, columns, seed=8)
     for left, right in ((Z.mT, Z), (Z, change)):
         with asynchronous():
-            got, rough = product(left, right, precision=3).values, product(left, right, precision=1).values
+            got = product(left, right, precision=3).values
         exact = left.double() @ right.double()
         theirs = torch.stack([one @ other for one, other in zip(left, right, strict=True)])
         assert norm(got.double() - exact) <= 2 * norm(theirs.double() - exact)
-        magnitude = left.double().abs() @ right.double().abs()
-        assert ((rough.double() - exact).abs() <= 2 * ROUNDOFF[1] * magnitude).all()
         for index in range(3):
             one = slice(index, index + 1)
             assert torch.equal(product(left[one], right[one], precision=3).values[0], got[index])

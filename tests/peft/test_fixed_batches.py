@@ -204,6 +204,7 @@ def on_a_stand_in(weight: torch.Tensor) -> LayerJob:
     # not parameters, which take no stand-ins
     A, B = ({"default": SimpleNamespace(weight=SimpleNamespace(data=None, is_meta=False))} for _ in range(2))
     layer = SimpleNamespace(get_base_layer=lambda: base, lora_A=A, lora_B=B)
+    layer.__dict__.update(_forward_hooks={}, register_forward_hook=lambda *args, **kwargs: None)
     return LayerJob(layer, "default", Recipe(RANK), transposed=False, name="q")
 
 

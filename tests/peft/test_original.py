@@ -26,8 +26,8 @@ def test_the_original_model_within_the_context(name: str, dtype: torch.dtype) ->
     with pk.original_model(adapted) as original:
         assert moved(output(base), output(original)) <= allowed(dtype)
     assert torch.equal(trained, output(adapted))
-    with adapted.disable_adapter():  # the residual model, which is another one
-        assert moved(output(base), output(adapted)) > 3 * allowed(dtype)
+    with adapted.disable_adapter():
+        assert moved(output(base), output(adapted)) <= allowed(dtype)
     assert moved(output(base), trained) > 3 * allowed(dtype)
 
 

@@ -12,7 +12,9 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import hotswap
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 import pissa_kernels as pk
 
@@ -20,11 +22,14 @@ from ..support.reference import realistic
 
 ORIGINAL = LoraLayer.__dict__["pissa_init"]
 ORIGINAL_CREATE = LoraModel.__dict__["_create_and_replace"]
-HOOKED = [
+HOOKED: list[tuple[Any, str]] = [
     (LoraLayer, "pissa_init"),
     (LoraModel, "_create_and_replace"),
     (BaseTuner, "inject_adapter"),
     *((peft.PeftModel, name) for name in ("from_pretrained", "load_adapter", "__init__", "add_adapter")),
+    (PeftAdapterMixin, "load_adapter"),
+    (hotswap, "load_peft_weights"),
+    (hotswap, "hotswap_adapter_from_state_dict"),
 ]
 ORIGINALS = [vars(owner)[name] for owner, name in HOOKED]
 
@@ -74,7 +79,7 @@ def test_nothing_else_is_replaced() -> None:
     assert sorted(replaced, key=str) == sorted(HOOKED, key=str)
 
 
-def is_ours(owner: type, name: str) -> bool:
+def is_ours(owner: Any, name: str) -> bool:
     found = vars(owner)[name]
     return hasattr(getattr(found, "__func__", found), "_pissa_kernels_session")
 

@@ -238,7 +238,8 @@ def test_a_second_adapter_of_other_settings_has_its_own_factors() -> None:
     before = residuals(adapted)
     with pk.patch_peft():
         adapted.add_adapter("other", config("llama", r=2))
-    assert not any(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    assert all(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    assert all(layer.lora_A["other"].weight.shape[0] == 2 for layer in lora_layers(adapted).values())
     with pk.original_model(adapted):
         assert moved(output(base), output(adapted)) <= allowed(torch.float32)
 

@@ -187,16 +187,20 @@ def test_a_refused_layer_leaves_the_earlier_ones_unchanged() -> None:
 
 
 def test_a_second_call_with_another_rank_initializes_again() -> None:
-    """A second call repeats records of the same settings only."""
+    """A second call repeats records of the same settings only; with others it starts from the original weight."""
     net = Net()
+    original = net.layers[0].weight.detach().clone()
     with pk.patch_peft(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inject(net)
         residual = net.layers[0].get_base_layer().weight.detach().clone()
         peft.get_peft_model(net, peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=NAMES))
     layer = net.layers[0]
-    assert energy_deficit(residual, layer.lora_A["default"].weight) <= 1e-6
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert energy_deficit(original, A) <= 1e-6
     assert not torch.equal(residual, layer.get_base_layer().weight)
+    sum_of_both = layer.get_base_layer().weight + layer.scaling["default"] * B @ A
+    assert torch.allclose(sum_of_both, original, rtol=0, atol=1e-6 * float(original.abs().max()))
 
 
 def jobs_of(net: nn.Module, rank: int = 4, init: str = "pissa") -> list[LayerJob]:

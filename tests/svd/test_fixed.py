@@ -15,6 +15,7 @@ from bench.initializers.spectra import leading_values, synthetic_weight
 from pissa_kernels.ops import dispatch
 from pissa_kernels.pissa import tolerance
 from pissa_kernels.svd import driver, fixed
+from pissa_kernels.svd.operators import random_signs
 
 from ..support import tensor_cores
 from ..support.reference import KINDS, check_triplets, energy_deficit, matrix, real_weights, realistic, with_spectrum
@@ -233,13 +234,13 @@ def test_the_schedule_in_triton_kernels(on_cpu: None, monkeypatch: pytest.Monkey
 
 
 def test_random_signs() -> None:
-    signs = fixed.random_signs(33, 70, 5, torch.device("cpu"))
+    signs = random_signs(33, 70, 5, torch.device("cpu"))
     assert signs.shape == (33, 70)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     assert signs.mean().abs() < 0.1
     assert (signs.mT @ signs / 33 - torch.eye(70)).abs().max() < 0.8
-    assert torch.equal(signs, fixed.random_signs(33, 70, 5, torch.device("cpu")))
-    assert not torch.equal(signs, fixed.random_signs(33, 70, 6, torch.device("cpu")))
+    assert torch.equal(signs, random_signs(33, 70, 5, torch.device("cpu")))
+    assert not torch.equal(signs, random_signs(33, 70, 6, torch.device("cpu")))
 
 
 def test_the_global_random_state_is_left_alone(on_cpu: None) -> None:

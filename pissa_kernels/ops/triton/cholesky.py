@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compilation import launch
 from .launch import parameters
 
 
@@ -51,7 +52,7 @@ def eliminate(M, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kernel(gram, change, diagonal, size, shift, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def inverse_cholesky_kernel(gram, change, diagonal, size, shift, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """change (batch, size, size), diagonal (batch, size) of gram (batch, size, size): a matrix per program.
 
     ``size`` is a multiple of ``BLOCK``, the width of a block column, of which ``ROWS`` rows are computed at a time. A
@@ -117,11 +118,11 @@ def inverse_cholesky(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     batch, size, _ = gram.shape
     if gram.numel() == 0:
         return torch.empty_like(gram), gram.new_empty(batch, size)
-    launch = parameters("inverse_cholesky", gram.device, bytes=gram.element_size(), size=size)
-    padding = -size % launch["BLOCK"]
+    options = parameters("inverse_cholesky", gram.device, bytes=gram.element_size(), size=size)
+    padding = -size % options["BLOCK"]
     padded = torch.nn.functional.pad(gram, (0, padding, 0, padding)).contiguous()  # with columns of zeros
     change = torch.empty_like(padded)
     diagonal = gram.new_empty(padded.shape[:2])
     with torch.cuda.device_of(gram):
-        kernel[(batch,)](padded, change, diagonal, padded.shape[1], shift, **launch)
+        launch(inverse_cholesky_kernel, (batch,), padded, change, diagonal, padded.shape[1], shift, **options)
     return (change[:, :size, :size].contiguous(), diagonal[:, :size].contiguous()) if padding else (change, diagonal)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compilation import Repeated, launch
 from .launch import parameters
 from .subproblem import diagonalize, members
 
@@ -114,19 +115,21 @@ def block_jacobi(matrices: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     tolerance = math.sqrt(size) * UNIT_ROUNDOFF
     with torch.cuda.device_of(matrices):
         if pairs == 1:
-            launch = parameters("eigh.diagonalize", device, bytes=4, rows=rows, sweeps=SWEEPS)
+            options = parameters("eigh.diagonalize", device, bytes=4, rows=rows, sweeps=SWEEPS)
             one = (work, turns, busy, unfinished, norms, batch, 1, 0, 0, tolerance)
-            diagonalize[(batch,)](*one, SIZE=rows, LIMIT=SWEEPS, **launch)
+            launch(diagonalize, (batch,), *one, SIZE=rows, LIMIT=SWEEPS, **options)
             vectors = torch.where(busy[:, :, None] != 0, turns[:, 0].mT, vectors)
         else:
             first = parameters("eigh.diagonalize", device, bytes=4, rows=rows, sweeps=1)
             second = parameters("eigh.update", device, bytes=4, rows=rows)
-            grid = (triton.cdiv(pairs * rows, second["ROWS"]) + pairs, pairs, batch)
+            tile = second["ROWS"]
+            second = {name: value for name, value in second.items() if name != "ROWS"}
+            grid = (triton.cdiv(pairs * rows, tile) + pairs, pairs, batch)
+            solve = Repeated(diagonalize, (batch * pairs,), {"SIZE": rows, "LIMIT": 1}, first)
+            rotate = Repeated(update, grid, {"SIZE": rows, "ROWS": tile}, second)
             for sweep, step in itertools.product(range(SWEEPS), range(2 * pairs - 1)):
-                one = (work, turns, busy, unfinished, norms, batch, pairs, sweep, step, tolerance)
-                diagonalize[(batch * pairs,)](*one, SIZE=rows, LIMIT=1, **first)
-                two = (work, vectors, turns, busy, unfinished, batch, pairs, sweep, step)
-                update[grid](*two, SIZE=rows, **second)
+                solve(work, turns, busy, unfinished, norms, batch, pairs, sweep, step, tolerance)
+                rotate(work, vectors, turns, busy, unfinished, batch, pairs, sweep, step)
     values = torch.ldexp(work.diagonal(dim1=-2, dim2=-1)[:, :size], exponent[..., 0])
     values, order = values.sort(descending=True, stable=True)
     vectors = vectors[:, :size, :size].gather(2, order[:, None, :].expand(-1, size, -1))

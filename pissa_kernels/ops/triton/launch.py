@@ -1,6 +1,6 @@
-"""Launch parameters, from the JSON files in launch/, one per device, which ``python -m bench search`` writes.
+"""Launch parameters, from the JSON files in launch/, one per architecture, which ``python -m bench search`` writes.
 
-A device without a file uses the file whose name has the most leading words in common with its own, at least two, over
+A device uses the file whose name is the longest beginning of its architecture's ("sm_90"; "gfx" for all of AMD's), over
 ``default.json``. Among a verb's entries, the one with the nearest features is used: first the bytes of an element, then
 the columns or the rank, by their ratio.
 """
@@ -16,28 +16,26 @@ import torch
 
 FOLDER = Path(__file__).parent / "launch"
 DEFAULT = "default"
-# Leading words that the names of two devices must share for one to use the other's file, as in "nvidia h100".
-COMMON_WORDS = 2
 
 Entry = dict[str, dict[str, int]]
 
 
-def slug(name: str) -> str:
-    """The stem of a device's file name, from torch's name for the device."""
-    return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+@cache
+def architecture(device: torch.device) -> str | None:
+    """Name of a device's architecture as compilers have it, "sm_90" or "gfx942"; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        return f"sm_{properties.major}{properties.minor}"
+    return str(properties.gcnArchName).partition(":")[0]
 
 
 @cache
-def table(device_name: str | None) -> dict[str, list[Entry]]:
-    """The entries of every verb for a device: a list of ``{"features": {…}, "parameters": {…}}``."""
-    entries: dict[str, list[Entry]] = read(DEFAULT)
-    if device_name is not None:
-        words = slug(device_name).split("_")
-        files = [path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem != DEFAULT]
-        nearest = max(files, key=lambda stem: _common(words, stem.split("_")), default=None)
-        if nearest is not None and _common(words, nearest.split("_")) >= COMMON_WORDS:
-            entries = entries | read(nearest)
-    return entries
+def table(name: str | None) -> dict[str, list[Entry]]:
+    """The entries of every verb for an architecture: a list of ``{"features": {…}, "parameters": {…}}``."""
+    files = sorted(path.stem for path in FOLDER.glob("*.json") if name is not None and name.startswith(path.stem))
+    return read(DEFAULT) | (read(files[-1]) if files else {})
 
 
 def parameters(verb: str, device: torch.device, **features: int) -> dict[str, int]:
@@ -48,39 +46,20 @@ def parameters(verb: str, device: torch.device, **features: int) -> dict[str, in
         device: of the weight.
         features: the values of the entries' features, each ≥ 1.
     """
-    return _parameters(verb, _name(device), tuple(sorted(features.items())))
+    return _parameters(verb, architecture(device), tuple(sorted(features.items())))
 
 
 @cache
-def _parameters(verb: str, device_name: str | None, features: tuple[tuple[str, int], ...]) -> dict[str, int]:
+def _parameters(verb: str, name: str | None, features: tuple[tuple[str, int], ...]) -> dict[str, int]:
     def distance(entry: Entry) -> tuple[float, float]:
         ratios = {name: abs(math.log2(value / entry["features"][name])) for name, value in features}
         return ratios.pop("bytes"), sum(ratios.values())  # bytes first, because each dtype has a kernel of its own
 
     # explicit, because Triton is about to change the default; without it a float32 product takes twice the operations
-    return min(table(device_name)[verb], key=distance)["parameters"] | {"enable_fp_fusion": True}
-
-
-def _name(device: torch.device) -> str | None:
-    return _device_name(device.index or 0) if device.type == "cuda" else None
-
-
-@cache
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+    return min(table(name)[verb], key=distance)["parameters"] | {"enable_fp_fusion": True}
 
 
 def read(stem: str) -> dict[str, list[Entry]]:
     """The entries in a file of launch/, by verb."""
     contents: dict[str, list[Entry]] = json.loads((FOLDER / f"{stem}.json").read_text())
     return contents
-
-
-def _common(first: list[str], second: list[str]) -> int:
-    """Number of leading words that two names share."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count

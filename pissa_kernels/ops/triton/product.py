@@ -1,8 +1,9 @@
-"""Products of a batch: weights, or float32 matrices, by panels of few columns.
+"""Products of a batch: weights by panels of few columns, and panels by panels.
 
-bfloat16 weights are multiplied by bf16 pieces of the panel (:mod:`.pieces`). Both go from global memory to the tensor
-cores by way of shared memory alone, which is what a pipeline of asynchronous copies needs. The other dtypes are
-multiplied in TF32: by one product, or by three of a split in two ("tf32x3"), which have the accuracy of float32.
+bfloat16 weights are multiplied by bf16 pieces of the panel (:mod:`.pieces`), and the pieces of a panel by those of
+another one. All go from global memory to the tensor cores by way of shared memory alone, which is what a pipeline of
+asynchronous copies needs. Weights of other dtypes are multiplied in TF32: by one product, or by three of a split in two
+("tf32x3"), which have the accuracy of float32.
 
 Tensor cores truncate when they accumulate: over 4096 elements the error is 1.8e-5 and biased. So a product of more than
 one piece starts a new accumulator for each ``BLOCK_INNER`` elements of the inner sum, and adds it to the total in
@@ -11,12 +12,16 @@ float32; a product of one piece is no more accurate than 2⁻⁹, and accumulate
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..batched import Panel, Update, Weights
+from ..reference import is_column_major
+from .compilation import launch
 from .elements import ELEMENTS
 from .launch import parameters
 from .pieces import arithmetic, exact
@@ -28,8 +33,16 @@ STORED = tl.constexpr(16)
 MASKED_COLUMNS = 128
 
 
-@triton.jit
-def kernel(
+def _name(specialization: Any) -> str:
+    """Name of a compiled kernel, by which a profile tells weights from panels."""
+    constants = specialization.constants
+    if constants["LEFT_PIECES"]:
+        return f"product_of_panels_{constants['PRECISION']}"
+    return f"product_of_weights_{constants['PRECISION']}_{constants['ARITHMETIC']}"
+
+
+@triton.jit(repr=_name)
+def product_kernel(
     left,
     right,
     alpha,
@@ -42,6 +55,7 @@ def kernel(
     rows,
     inner,
     cols,
+    left_piece,
     left_batch,
     left_row,
     left_inner,
@@ -49,6 +63,7 @@ def kernel(
     right_batch,
     ELEMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    LEFT_PIECES: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
@@ -61,10 +76,10 @@ def kernel(
     """values, pieces (batch, rows, cols) = alpha·left·right + beta·current + gamma·previous, one tile per program.
 
     A tile has ``BLOCK_COLS + BLOCK_MORE`` columns, so that 128 + 64 are possible, too. ``left`` are addresses of
-    elements of type ``ELEMENT``, or the elements themselves where that is None. The inner sum has ``WHOLE`` blocks, as
-    it must with ``BLOCK_MORE``, or is masked.
+    elements of type ``ELEMENT``, or pieces of panels if ``LEFT_PIECES``. The inner sum has ``WHOLE`` blocks, as it must
+    with ``BLOCK_MORE``, or is masked.
     """
-    tl.static_assert(WHOLE or BLOCK_MORE == 0)
+    tl.static_assert(BLOCK_MORE == 0 or (WHOLE and not LEFT_PIECES))
     across = tl.cdiv(cols, BLOCK_COLS + BLOCK_MORE)
     tiles = tl.cdiv(rows, BLOCK_ROWS) * across
     tile = tl.program_id(0) % tiles  # consecutive programs share a weight, and its rows, which stay in L2
@@ -73,7 +88,7 @@ def kernel(
     first_col = tile % across * (BLOCK_COLS + BLOCK_MORE)
     index = tl.arange(0, BLOCK_INNER)
 
-    if ELEMENT is None:
+    if LEFT_PIECES:
         left += batch * left_batch
     else:
         left = tl.load(left + batch).to(tl.pointer_type(ELEMENT))
@@ -93,14 +108,20 @@ def kernel(
         inside = row[:, None] < rows
         if not WHOLE:
             inside &= index[None, :] < inner - first
-        W = tl.load(left, mask=inside, other=0.0)
-        inside = first_col + col < cols
+        inside_right = first_col + col < cols
         if not WHOLE:
-            inside &= index[:, None] < inner - first
-        total = _multiply(W, right + index[:, None] * cols + col, inside, right_piece, total, PRECISION, ARITHMETIC)
-        if BLOCK_MORE:
-            X = right + index[:, None] * cols + more_col
-            more = _multiply(W, X, first_col + more_col < cols, right_piece, more, PRECISION, ARITHMETIC)
+            inside_right &= index[:, None] < inner - first
+        X = right + index[:, None] * cols + col
+        if LEFT_PIECES:
+            total = _multiply_pieces(
+                left, inside, left_piece, X, inside_right, right_piece, total, PRECISION, ARITHMETIC
+            )
+        else:
+            W = tl.load(left, mask=inside, other=0.0)
+            total = _multiply(W, X, inside_right, right_piece, total, PRECISION, ARITHMETIC)
+            if BLOCK_MORE:
+                X = right + index[:, None] * cols + more_col
+                more = _multiply(W, X, first_col + more_col < cols, right_piece, more, PRECISION, ARITHMETIC)
         left += left_step
         right += right_step
 
@@ -130,6 +151,28 @@ def _multiply(W, right, inside, right_piece, total, PRECISION: tl.constexpr, ARI
             part = exact(W, tl.load(right + piece * right_piece, mask=inside, other=0.0), part, ARITHMETIC)
         total += part
     return total
+
+
+@triton.jit
+def _multiply_pieces(
+    left,
+    inside_left,
+    left_piece,
+    right,
+    inside_right,
+    right_piece,
+    total,
+    PIECES: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+):
+    """total + Z·X of two panels, by the products of their pieces that are not below the last piece, smallest first."""
+    part = tl.zeros(total.shape, dtype=tl.float32)
+    for order in tl.static_range(PIECES - 1, -1, -1):
+        for piece in tl.static_range(order + 1):
+            Z = tl.load(left + piece * left_piece, mask=inside_left, other=0.0)
+            X = tl.load(right + (order - piece) * right_piece, mask=inside_right, other=0.0)
+            part = exact(Z, X, part, ARITHMETIC)
+    return total + part
 
 
 @triton.jit
@@ -166,7 +209,7 @@ def _store(total, batch, row, first_col, rows, cols, size, terms, values, pieces
 
 
 def product(
-    left: Weights | Tensor,
+    left: Weights | Panel | Tensor,
     right: Panel | Tensor,
     *,
     precision: int,
@@ -176,53 +219,67 @@ def product(
 ) -> Panel:
     """left·right for each matrix of a batch. See :func:`pissa_kernels.ops.batched_reference.product`.
 
-    ``left`` may also be a stack of weights of any dtype. A result does not depend on the other members of its batch.
+    A result does not depend on the other members of its batch.
     """
     batch, rows, inner = left.shape
-    table: dict[str, object] = {"ELEMENT": None, "ALIGNED": False}
     if isinstance(left, Weights):
-        source, strides = left.addresses, (0, *left.tensors[0].stride())
+        dtype, source, strides = left.dtype, left.addresses, (0, 0, *left.tensors[0].stride())
         aligned = all(weight.data_ptr() % 16 == 0 for weight in left.tensors)
-        table = {"ELEMENT": ELEMENTS[left.dtype], "ALIGNED": aligned}
+        table = {"ELEMENT": ELEMENTS[dtype], "ALIGNED": aligned, "LEFT_PIECES": False}
     else:
-        source, strides = left, left.stride()
-    panel = _operand(right, left.dtype, precision)
+        dtype, source = torch.bfloat16, _left_pieces(left, precision)
+        strides = source.stride()
+        table = {"ELEMENT": None, "ALIGNED": False, "LEFT_PIECES": True}
+    panel = _pieces(right, precision) if dtype == torch.bfloat16 else _values(right)
     cols = panel.shape[-1]
     found = source.new_empty(batch, rows, cols, dtype=torch.float32) if values else None
     found_pieces = source.new_empty(pieces, batch, rows, cols, dtype=torch.bfloat16) if pieces else None
-    launch = _parameters(left.device, panel.element_size(), inner, cols, precision)
-    across = triton.cdiv(cols, launch["BLOCK_COLS"] + launch["BLOCK_MORE"])
-    programs = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * across
+    verb = "product" if isinstance(left, Weights) else "product_of_panels"
+    options = _parameters(verb, source.device, panel.element_size(), inner, cols, precision)
+    across = triton.cdiv(cols, options["BLOCK_COLS"] + options["BLOCK_MORE"])
+    programs = batch * triton.cdiv(rows, options["BLOCK_ROWS"]) * across
     if programs:
         alpha, beta, current, gamma, previous = update or (None, 0.0, None, 0.0, None)
         arguments = (source, panel, alpha, current, previous, found, found_pieces, beta, gamma, rows, inner, cols)
         with torch.cuda.device_of(source):
-            kernel[(programs,)](
+            launch(
+                product_kernel,
+                (programs,),
                 *arguments,
                 *strides,
                 *panel.stride()[:2],
-                WHOLE=inner % launch["BLOCK_INNER"] == 0,
+                WHOLE=inner % options["BLOCK_INNER"] == 0,
                 PRECISION=len(panel),
                 PIECES=pieces,
-                ARITHMETIC=arithmetic(left.dtype, precision),
+                ARITHMETIC=arithmetic(dtype, precision),
                 **table,
-                **launch,
+                **options,
             )
     return Panel(found, found_pieces)
 
 
-def _parameters(device: torch.device, size: int, inner: int, cols: int, precision: int) -> dict[str, int]:
+def _parameters(verb: str, device: torch.device, size: int, inner: int, cols: int, precision: int) -> dict[str, int]:
     """Launch parameters for the bytes of an element of the panel, the dimensions and the precision."""
-    launch = parameters("product", device, bytes=size, columns=max(cols, 1), pieces=precision)
-    if inner % launch["BLOCK_INNER"] and cols > MASKED_COLUMNS:
-        return parameters("product", device, bytes=size, columns=MASKED_COLUMNS, pieces=precision)
-    return launch
+    options = parameters(verb, device, bytes=size, columns=max(cols, 1), pieces=precision)
+    if inner % options["BLOCK_INNER"] and cols > MASKED_COLUMNS:
+        return parameters(verb, device, bytes=size, columns=MASKED_COLUMNS, pieces=precision)
+    return options
 
 
-def _operand(right: Panel | Tensor, dtype: torch.dtype, precision: int) -> Tensor:
-    """The panel as it is multiplied: (pieces, batch, inner, cols), bfloat16, or one "piece" in float32."""
-    given, pieces = right if isinstance(right, Panel) else (right, None)
-    if dtype == torch.bfloat16 and pieces is not None:
-        return pieces[:precision]
-    assert given is not None
-    return split(given, precision) if dtype == torch.bfloat16 else given.contiguous()[None]
+def _pieces(panel: Panel | Tensor, precision: int) -> Tensor:
+    """The pieces that are multiplied: (precision, batch, rows, cols) bfloat16."""
+    if isinstance(panel, Tensor):
+        return split(panel, precision)
+    return split(panel.full, precision) if panel.pieces is None else panel.pieces[:precision]
+
+
+def _left_pieces(panel: Panel | Tensor, precision: int) -> Tensor:
+    """:func:`_pieces` of the left side, of which a transposed view stays one."""
+    view = panel if isinstance(panel, Tensor) else panel.pieces if panel.values is None else panel.values
+    assert view is not None
+    return _pieces(panel.mT, precision).mT if is_column_major(view) else _pieces(panel, precision)
+
+
+def _values(panel: Panel | Tensor) -> Tensor:
+    """The float32 values, as one "piece": (1, batch, rows, cols)."""
+    return (panel.full if isinstance(panel, Panel) else panel).contiguous()[None]

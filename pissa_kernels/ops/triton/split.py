@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compilation import launch
 from .launch import parameters
 
 
 @triton.jit
-def kernel(values, pieces, size, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+def split_kernel(values, pieces, size, PIECES: tl.constexpr, BLOCK: tl.constexpr):
     """pieces (PIECES, size), largest first: their sum is values (size), up to the next piece."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rest = tl.load(values + index, mask=index < size, other=0.0)
@@ -28,7 +29,7 @@ def split(values: Tensor, pieces: int) -> Tensor:
     size = values.numel()
     if found.numel() == 0:
         return found
-    launch = parameters("split", values.device, bytes=values.element_size())
+    options = parameters("split", values.device, bytes=values.element_size())
     with torch.cuda.device_of(values):
-        kernel[(triton.cdiv(size, launch["BLOCK"]),)](values, found, size, PIECES=pieces, **launch)
+        launch(split_kernel, (triton.cdiv(size, options["BLOCK"]),), values, found, size, PIECES=pieces, **options)
     return found

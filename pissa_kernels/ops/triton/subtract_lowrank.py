@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..batched import Weights
 from ..reference import as_stored, is_column_major
+from .compilation import launch
 from .elements import ELEMENTS
 from .launch import parameters
 from .pieces import arithmetic, multiply_floats
 
 
 @triton.jit
-def kernel(
+def subtract_lowrank_kernel(
     weight,
     left,
     right,
@@ -128,10 +129,12 @@ def _launch(weights: Sequence[Tensor], operand: Tensor, left: Tensor, right: Ten
     if weight.dtype == torch.float32:
         left, right = left.float(), right.float()
     size = weight.element_size() + left.element_size()
-    launch = parameters("subtract_lowrank_", weight.device, bytes=size, rank=rank)
-    tiles = triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
+    options = parameters("subtract_lowrank_", weight.device, bytes=size, rank=rank)
+    tiles = triton.cdiv(rows, options["BLOCK_ROWS"]) * triton.cdiv(cols, options["BLOCK_COLS"])
     with torch.cuda.device_of(weight):
-        kernel[(len(weights) * tiles,)](
+        launch(
+            subtract_lowrank_kernel,
+            (len(weights) * tiles,),
             operand,
             left,
             right,
@@ -147,6 +150,6 @@ def _launch(weights: Sequence[Tensor], operand: Tensor, left: Tensor, right: Ten
             EQUAL=not isinstance(scaling, Tensor),
             # the pieces of both factors are bf16, whatever the weight's dtype
             ARITHMETIC=arithmetic(torch.bfloat16),
-            **launch,
+            **options,
         )
     torch.autograd.graph.increment_version(weights)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batched import Weights
 from ..reference import is_column_major
+from .compilation import launch
 from .elements import ELEMENTS
 from .launch import parameters
 
@@ -21,7 +22,7 @@ BLOCK_SUMS = 1024
 
 
 @triton.jit
-def kernel(
+def sum_of_squares_kernel(
     weight,
     sums,
     rows,
@@ -71,7 +72,7 @@ def _squares(weight, first, rows, cols, weight_row, weight_col, BLOCK_ROWS: tl.c
 
 
 @triton.jit
-def add(sums, result, count, BLOCK: tl.constexpr):
+def add_sums(sums, result, count, BLOCK: tl.constexpr):
     """result (batch,) = sums (batch, count) summed, one row per program."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
@@ -99,10 +100,11 @@ def _launch(operand: Tensor, shape: Tensor) -> Tensor:
     result = torch.zeros(batch, dtype=torch.float64, device=shape.device)
     if shape.numel() == 0:
         return result
-    launch = parameters("sum_of_squares", shape.device, bytes=shape.element_size())
-    blocks = triton.cdiv(rows, launch["BLOCK_ROWS"])
+    options = parameters("sum_of_squares", shape.device, bytes=shape.element_size())
+    blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     sums = result.new_empty(batch, blocks)
     with torch.cuda.device_of(shape):
-        kernel[(batch * blocks,)](operand, sums, rows, cols, *shape.stride(), ELEMENT=ELEMENTS[shape.dtype], **launch)
-        add[(batch,)](sums, result, blocks, BLOCK=BLOCK_SUMS, num_warps=4)
+        arguments = (operand, sums, rows, cols, *shape.stride())
+        launch(sum_of_squares_kernel, (batch * blocks,), *arguments, ELEMENT=ELEMENTS[shape.dtype], **options)
+        launch(add_sums, (batch,), sums, result, blocks, BLOCK=BLOCK_SUMS, num_warps=4)
     return result

@@ -8,11 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import is_column_major
+from .compilation import launch
 from .launch import parameters
 
 
 @triton.jit
-def kernel(
+def transpose_cast_kernel(
     source,
     result,
     rows,
@@ -47,8 +48,18 @@ def transpose_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     result = weight.new_empty(n, m, dtype=dtype)
     if result.numel() == 0:
         return result
-    launch = parameters("transpose_cast", weight.device, bytes=weight.element_size() + result.element_size())
-    tiles = triton.cdiv(m, launch["BLOCK_ROWS"]) * triton.cdiv(n, launch["BLOCK_COLS"])
+    options = parameters("transpose_cast", weight.device, bytes=weight.element_size() + result.element_size())
+    tiles = triton.cdiv(m, options["BLOCK_ROWS"]) * triton.cdiv(n, options["BLOCK_COLS"])
     with torch.cuda.device_of(weight):
-        kernel[(tiles,)](weight, result, m, n, *weight.stride(), COLUMN_MAJOR=is_column_major(weight), **launch)
+        launch(
+            transpose_cast_kernel,
+            (tiles,),
+            weight,
+            result,
+            m,
+            n,
+            *weight.stride(),
+            COLUMN_MAJOR=is_column_major(weight),
+            **options,
+        )
     return result

@@ -1,0 +1,58 @@
+"""Where PEFT creates the adapter of a layer that PiSSA initializes.
+
+PEFT makes A and B as ``nn.Linear`` on the CPU, fills them with random numbers, and moves them to the device of the
+weight. PiSSA overwrites both: for a model on a GPU the numbers and the copies take longer than the decomposition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Fill a tensor with random numbers. A mode sees the outermost function only, and torch.nn.init has some of its own.
+RANDOM = frozenset((nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.normal_))
+
+
+class _Zeros(TorchFunctionMode):
+    """Zeros in the place of random numbers, in the thread that has entered this mode."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in RANDOM:
+            tensor: Tensor = args[0] if args else kwargs["tensor"]
+            with torch.no_grad():
+                return tensor.zero_()
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def creating(config: Any, target: nn.Module) -> Iterator[None]:
+    """Context in which PEFT creates an adapter of zeros on the device of the weight, if PiSSA will initialize it.
+
+    A bias of B, which PEFT leaves random, is zero as well: the layer computes what it did before.
+
+    Args:
+        config: the ``LoraConfig``.
+        target: the module that PEFT replaces, or the LoRA layer that gets another adapter.
+    """
+    init = config.init_lora_weights
+    layer: Any = target
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight = getattr(base, "weight", None)
+    if isinstance(init, str) and init.startswith("pissa") and isinstance(weight, Tensor) and _is_plain(weight):
+        with torch.device(weight.device), _Zeros():
+            yield
+    else:
+        yield
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a matrix that PiSSA initializes, rather than one that it refuses or leaves to PEFT."""
+    return type(weight.data) is Tensor and not weight.is_meta and weight.ndim == 2 and weight.is_floating_point()

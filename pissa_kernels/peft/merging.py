@@ -1,0 +1,109 @@
+"""Merging adapters into the weight of a layer with initial factors, and back.
+
+While adapters are merged, exactly their initial factors are subtracted, so that the weight is W + Σ_merged ΔW_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import state
+
+_MERGED = "pissa_merged"
+# Relative difference of scalings that are equal: PEFT multiplies and divides them, or makes float32 tensors of them.
+SCALING_TOLERANCE = 1e-6
+
+
+def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """``LoraLayer.merge``: subtract exactly what the merged adapters start from, then let PEFT merge."""
+    method = type(layer).merge
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    merged = list(layer.merged_adapters)
+    new = [] if isinstance(names, str) else [name for name in names if name in layer.lora_A and name not in merged]
+    if not new:
+        method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+        return
+    check_merge(layer, new)
+    change = _change(layer, merged, [*merged, *new])
+    weight = layer.get_base_layer().weight
+    backup = weight.data.clone(memory_format=torch.preserve_format) if safe_merge or any(change) else None
+    try:
+        state.add_(weight.data, state.terms(layer).factors, change, bool(layer.fan_in_fan_out))
+        method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+    except BaseException:
+        if backup is not None:
+            layer.merged_adapters[:] = merged
+            weight.data = backup
+        raise
+    layer.__dict__[_MERGED] = {name: float(layer.scaling[name]) for name in layer.merged_adapters}
+
+
+def unmerge(layer: Any) -> None:
+    """``LoraLayer.unmerge``: with the scalings of the merge; then subtract what was subtracted before it."""
+    merged = [name for name in layer.merged_adapters if name in layer.lora_A]
+    now = {name: layer.scaling[name] for name in merged}
+    layer.scaling.update({name: scaling for name, scaling in layer.__dict__.pop(_MERGED, {}).items() if name in now})
+    try:
+        type(layer).unmerge(layer)
+    finally:
+        layer.scaling.update(now)
+    found = state.terms(layer)
+    change = _change(layer, merged, None)
+    state.add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
+
+
+def check_merge(layer: Any, names: Sequence[str]) -> None:
+    """Refuse a merge after which the layer would compute something else.
+
+    Args:
+        layer: a layer with records.
+        names: adapters of the layer that are to be merged and are not.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
+    state.check_known(layer)
+    found = state.terms(layer)
+    for name in names:
+        recorded = found.scalings.get(name)
+        if recorded is None:
+            continue
+        scaling = float(layer.scaling[name])
+        if abs(scaling - recorded) > SCALING_TOLERANCE * recorded:
+            raise ValueError(
+                f"{state.label(layer)}: the adapter {name!r} has the scaling {scaling:g}, but its initial factors were "
+                f"taken with {recorded:g}. Set it back before the merge (set_scale({name!r}, 1) on each layer)"
+            )
+    merged = [*layer.merged_adapters, *names]
+    variants = [name for name in merged if name in layer.lora_variant]
+    if variants and any(_change(layer, layer.merged_adapters, merged)):
+        raise ValueError(
+            f"{state.label(layer)}: the adapter {variants[0]!r} ({state.variant_name(layer, variants[0])}) computes "
+            f"with the stored weight and cannot be merged here with {', '.join(map(repr, merged))}. Merge it alone, in "
+            "a model of its own"
+        )
+
+
+def _change(layer: Any, before: Sequence[str], after: Sequence[str] | None) -> list[float]:
+    """What to add to the stored weight, in each group, between two sets of merged adapters.
+
+    Args:
+        layer: a layer with records.
+        before: the adapters that are merged; empty for none.
+        after: those that will be; None for none, where ``before`` were.
+    """
+    found = state.terms(layer)
+
+    def subtracted(merged: Sequence[str] | None) -> list[float]:
+        if not merged:
+            return found.subtracted
+        totals = [0.0] * len(found.factors)
+        for name in merged:
+            if name in found.groups:
+                totals[found.groups[name]] += found.scalings[name]
+        return totals
+
+    return [then - now for then, now in zip(subtracted(before), subtracted(after), strict=True)]

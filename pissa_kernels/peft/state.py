@@ -1,0 +1,201 @@
+"""What the weight of a layer holds, and what its forward pass adds so that every adapter keeps its function.
+
+A LoRA layer computes y = W·x + Σ ΔW_j·x over its active adapters, with ΔW_j = s_j·(B_j·A_j − B_j0·A_j0) for an adapter
+with initial factors and s_j·B_j·A_j for any other. Stored is W_res = W − Σ s_k·B_k0·A_k0 over the records that are
+subtracted. PEFT computes W_res·x + Σ s_j·B_j·A_j·x, so that the correction
+
+    C·x,  C = Σ_subtracted s_k·B_k0·A_k0 − Σ_active s_j·B_j0·A_j0
+
+is missing. It is zero, and costs nothing, while the adapter that was subtracted is the active one.
+
+While adapters are merged, exactly theirs are subtracted, and the stored weight is W + Σ_merged ΔW_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..adapter.layers import lora_layers
+from ..numerics import exact_arithmetic
+from .record import InitRecord, fingerprint, matches, places_on, records
+
+# Relative size of a coefficient that is round-off: scaling a layer and back may leave the last bit.
+NEGLIGIBLE = 2.0**-40
+# Attributes of a layer.
+TERMS, COPIES = "pissa_terms", "pissa_copies"
+
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(eq=False)
+class Terms:
+    """The records of one layer, grouped by their factors.
+
+    Attributes:
+        factors: A₀ and B₀ of each group, as they are recorded.
+        subtracted: of each group, the sum of the scalings with which it is subtracted while nothing is merged.
+        groups: index of the group of each adapter with initial factors.
+        scalings: the scaling that each of these adapters was recorded with.
+        negligible: size below which a coefficient is round-off.
+    """
+
+    factors: list[Factors] = field(default_factory=list)
+    subtracted: list[float] = field(default_factory=list)
+    groups: dict[str, int] = field(default_factory=dict)
+    scalings: dict[str, float] = field(default_factory=dict)
+    negligible: float = 0.0
+
+    @classmethod
+    def of(cls, kept: Sequence[InitRecord]) -> Terms:
+        """Terms of a layer's records."""
+        terms = cls()
+        for record in kept:
+            index = next((i for i, (A, _) in enumerate(terms.factors) if A is record.lora_A), None)
+            if index is None:
+                index = len(terms.factors)
+                terms.factors.append((record.lora_A, record.lora_B))
+                terms.subtracted.append(0.0)
+            scaling = record.report.scaling
+            terms.subtracted[index] += 0.0 if record.shared else scaling
+            terms.groups[record.adapter], terms.scalings[record.adapter] = index, scaling
+            terms.negligible = max(terms.negligible, NEGLIGIBLE * scaling)
+        return terms
+
+    def missing(self, active: Sequence[str], scaling: dict[str, Any]) -> list[Any]:
+        """Coefficient of B₀·A₀ of each group in C; 0.0 where it is negligible.
+
+        Args:
+            active: the adapters that the forward pass adds, or that are merged.
+            scaling: the current scalings; PEFT makes tensors of them for compiled hotswapping.
+        """
+        totals: list[Any] = list(self.subtracted)
+        for name in active:
+            if name in self.groups:
+                totals[self.groups[name]] = totals[self.groups[name]] - scaling[name]
+        return [0.0 if not isinstance(total, Tensor) and abs(total) <= self.negligible else total for total in totals]
+
+
+def terms(layer: Any) -> Terms:
+    """Terms of a layer; empty where it has no records."""
+    found: Terms | None = layer.__dict__.get(TERMS)
+    return found if found is not None else Terms.of(records(layer))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of a model that have initial factors, with their names."""
+    return ((name, layer) for name, layer in lora_layers(model) if records(layer))
+
+
+def variant_name(layer: Any, adapter: str) -> str:
+    """What a variant of LoRA is called: "Dora" for PEFT's ``DoraLinearVariant``."""
+    name = type(layer.lora_variant[adapter]).__name__
+    return name.removesuffix("Variant").removesuffix("Linear")
+
+
+def label(layer: Any) -> str:
+    """A layer in messages, by the name that its initialization had."""
+    kept = records(layer)
+    weight = layer.get_base_layer().weight
+    name = f"layer {kept[0].report.name!r}" if kept else f"a {type(layer.get_base_layer()).__name__} layer"
+    return f"{name}, weight {tuple(weight.shape)}"
+
+
+def original_weight(layer: Any) -> Tensor:
+    """W of an unmerged layer, in the shape, dtype and layout of the stored weight; a copy."""
+    weight: Tensor = layer.get_base_layer().weight.data.clone(memory_format=torch.preserve_format)
+    found = terms(layer)
+    add_(weight, found.factors, found.subtracted, bool(layer.fan_in_fan_out))
+    return weight
+
+
+def add_(weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[float], transposed: bool) -> None:
+    """W += Σ c·B₀·A₀ in place, rounded once.
+
+    Args:
+        weight: (out, in), or (in, out) if ``transposed``.
+        factors: A₀ and B₀ of each term.
+        coefficients: c of each term.
+        transposed: whether the weight is stored (in, out).
+    """
+    used = [(A, B, c) for (A, B), c in zip(factors, coefficients, strict=True) if c]
+    if not used:
+        return
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    A = torch.cat([A.to(weight.device, wide) for A, _, _ in used])
+    B = torch.cat([c * B.to(weight.device, wide) for _, B, c in used], dim=1)
+    with exact_arithmetic(weight.device):
+        if weight.dtype in ops.WEIGHT_DTYPES:
+            ops.subtract_lowrank_(weight, B, A, -1.0, transposed)
+        else:
+            weight += (B @ A).mT if transposed else B @ A
+
+
+def sampled(weight: Tensor, factors: Factors, transposed: bool) -> Tensor:
+    """Elements of B₀·A₀ at the places of the fingerprint of ``weight``: float64 on the CPU."""
+    A, B = (factor.double() for factor in factors)
+    places = places_on(torch.empty(weight.shape, device="meta")) if weight.is_meta else places_on(weight).cpu()
+    row, column = places // weight.shape[1], places % weight.shape[1]
+    out, into = (column, row) if transposed else (row, column)
+    return (B[out] * A.mT[into]).sum(dim=1)
+
+
+def original_fingerprint(layer: Any) -> Tensor:
+    """Fingerprint of W of an unmerged layer, from the stored weight and the records; float64."""
+    weight, found = layer.get_base_layer().weight, terms(layer)
+    total = fingerprint(weight).double()
+    for factors, subtracted in zip(found.factors, found.subtracted, strict=True):
+        if subtracted:
+            total = total + subtracted * sampled(weight, factors, bool(layer.fan_in_fan_out))
+    return total
+
+
+def can_be_compared(layer: Any) -> bool:
+    """Whether the stored weight can be held against a fingerprint: not merged, partitioned, sharded or on meta."""
+    weight = layer.get_base_layer().weight
+    plain = type(weight.data) is Tensor and weight.ndim == 2 and not weight.is_meta and weight.numel() > 0
+    return plain and not layer.merged
+
+
+def is_known(layer: Any) -> bool:
+    """Whether the stored weight is what the records say, as far as it can be compared."""
+    kept = records(layer)
+    if not kept or not can_be_compared(layer):
+        return True
+    return is_original(layer, kept[0])
+
+
+def is_original(layer: Any, record: InitRecord) -> bool:
+    """Whether W of an unmerged layer is the weight that a record was taken from."""
+    dtypes = (record.report.dtype, layer.get_base_layer().weight.dtype)
+    return matches(record.before, original_fingerprint(layer), dtypes, other=record.after)
+
+
+def check_known(layer: Any) -> None:
+    """Refuse a stored weight that is not what the records say.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
+    if not is_known(layer):
+        raise ValueError(
+            f"{label(layer)}: the stored weight is no longer the one that PiSSA left here, so the original weight is "
+            "not known. Load the model again under patch_peft()"
+        )
+
+
+def rebase_(layer: Any, subtracted: Sequence[float]) -> None:
+    """Change what is subtracted from the stored weight of an unmerged layer.
+
+    Args:
+        layer: a layer with records.
+        subtracted: new sum of the scalings of each group; the records are not changed.
+    """
+    found = terms(layer)
+    change = [now - then for now, then in zip(found.subtracted, subtracted, strict=True)]
+    add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
