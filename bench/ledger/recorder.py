@@ -56,7 +56,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def body(self) -> SimpleNamespace:
         """What takes the place of a module with the operations on batches."""
-        return SimpleNamespace(**{name: self._recorded(name) for name in COSTS})
+        recorded = {name: self._recorded(name) for name in COSTS}
+        return SimpleNamespace(compile_ahead=batched_reference.compile_ahead, **recorded)
 
     def _recorded(self, name: str) -> Callable[..., Any]:
         function = getattr(batched_reference, name)
