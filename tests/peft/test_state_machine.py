@@ -67,7 +67,6 @@ class Machine(RuleBasedStateMachine):
         """Keep the settings of an adapter, so that another one can be given the same."""
         self.settings[name] = chosen
 
-    alive = precondition(lambda self: not self.walk.ended)
     adapted = precondition(lambda self: not self.walk.ended and self.walk.names)
     bare = precondition(lambda self: not self.walk.ended and not self.walk.adapted)
     room = precondition(lambda self: not self.walk.ended and 0 < len(self.walk.names) < len(NAMES))
@@ -103,7 +102,8 @@ class Machine(RuleBasedStateMachine):
     @room
     @rule(chosen=settings)
     def add_olora(self, chosen: dict[str, Any]) -> None:
-        self.walk.add(self.free(), {**chosen, "init_lora_weights": "olora", "use_dora": False}, True)
+        if self.walk.pissa():
+            self.walk.add(self.free(), {**chosen, "init_lora_weights": "olora", "use_dora": False}, True)
 
     @adapted
     @rule(which=index, seed=st.integers(0, 99))
@@ -129,12 +129,16 @@ class Machine(RuleBasedStateMachine):
     @adapted
     @rule()
     def original(self) -> None:
-        self.walk.original()
+        if self.walk.pissa():
+            self.walk.original()
 
     @adapted
     @rule(which=index, base=st.booleans())
     def mixed(self, which: int, base: bool) -> None:
-        self.walk.mixed([*self.some(which), *["__base__"] * base])
+        names = self.some(which)
+        # PEFT refuses these, and leaves its own hooks in the model then
+        if not self.walk.merged and not any(self.walk.model.peft_config[name].use_dora for name in names):
+            self.walk.mixed([*names, *["__base__"] * base])
 
     @adapted
     @rule(which=index, factor=factors)
@@ -187,11 +191,16 @@ class Machine(RuleBasedStateMachine):
         names = self.some(which)
         self.walk.weighted(names, list(weights[: len(names)]), self.free(), kind)
 
-    @alive
+    @adapted
     @rule()
     def step(self) -> None:
-        if self.walk.adapted and not self.walk.merged:
+        if not self.walk.merged:
             self.walk.step()
+
+    @precondition(lambda self: self.walk.ended)
+    @rule()
+    def stay(self) -> None:
+        """Nothing can be said of the model any more."""
 
     @adapted
     @rule(dtype=st.sampled_from((torch.bfloat16, torch.float64, torch.float32)), seldom=sometimes)

@@ -86,6 +86,17 @@ class ModelWalk(Operations):
             (folder / "moved").rename(folder / "pissa_init")
         return folder
 
+    @operation
+    def unload_residual(self, name: str) -> None:
+        """PEFT's recipe, with ``init_lora_weights=True`` before ``unload``: the residual weight of the one adapter."""
+        weights = self.originals()
+        for key, scaling in self.config_scaling(name).items():
+            weights[key] = weights[key] - scaling * self.layers[key].adapters[name].initial
+        self.model.peft_config[name].init_lora_weights = True
+        self.become(self.model.unload(), weights)
+        self.check("unload with init_lora_weights=True")
+        self.ended = True  # a new start has W again, in the layers that it adapts
+
     # Loaded into the walk
 
     @operation

@@ -172,6 +172,8 @@ class Walk:
 
     def compare(self, trace: dict[str, tuple[Tensor, Tensor]], weights: dict[str, Any], what: Any) -> None:
         """Compare each layer's output with that of a weight, or of one weight for each sample."""
+        if self.plain:
+            return
         roundings = len(self.history) + 1
         for name, (x, y) in trace.items():
             reference, weight = self.layers[name], weights[name]
@@ -268,14 +270,14 @@ class Walk:
 
 
 def documented(error: Exception) -> bool:
-    """Whether an exception is a refusal of this package that names a layer or an adapter."""
+    """Whether an exception is a refusal of this package that names a layer or an adapter, or says that there is none."""
     if not isinstance(error, (ValueError, TypeError, RuntimeError)):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     ours = trace is not None and str(Path(pk.__file__).parent) in trace.tb_frame.f_code.co_filename
-    return ours and "\n" not in str(error) and bool(re.search(r"(layer|adapter)s? '", str(error)))
+    return ours and "\n" not in str(error) and bool(re.search(r"(layer|adapter)s? '|no layer of this model", str(error)))
 
 
 @contextlib.contextmanager
