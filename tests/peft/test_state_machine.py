@@ -18,7 +18,8 @@ from ..support.lora_reference import LAYERS
 from ..support.lora_walk import quiet
 
 LONG = int(os.environ.get("PISSA_KERNELS_STATE_MACHINE", "0"))
-NAMES = ("default", "b", "c", "d")
+# none is part of "base_model" or of a layer: PEFT finds an adapter by such a search when it swaps one
+NAMES = ("default", "second", "third", "fourth")
 INITS = ("pissa", "pissa", "pissa", "pissa_niter_2", True)
 TARGETS = (LAYERS, LAYERS, LAYERS[:2], LAYERS[1:], LAYERS[:1])
 

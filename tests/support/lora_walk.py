@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import peft
 import torch
@@ -74,7 +75,7 @@ class Walk:
 
     def __init__(self, plain: bool = False) -> None:
         self.plain = plain
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.model: Any = Network().eval()
         self.base: Any = Network().eval()
         self.layers = {name: ReferenceLayer.of(getattr(self.model, name)) for name in LAYERS}
@@ -85,10 +86,12 @@ class Walk:
 
     def close(self) -> None:
         """Delete the files of this walk."""
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def new_folder(self) -> Path:
         """A folder that does not exist."""
+        self._folder = self._folder or tempfile.TemporaryDirectory()
         return Path(tempfile.mkdtemp(dir=self._folder.name)) / "out"
 
     # What the model is, by PEFT's own bookkeeping
@@ -282,7 +285,7 @@ def documented(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Context without warnings: PEFT has one for nearly every step, and they are not what is tested."""
-    with warnings.catch_warnings():
+    """Context without warnings, of which PEFT has one for nearly every step, and without model cards, which are slow."""
+    with warnings.catch_warnings(), mock.patch.object(peft.PeftModel, "create_or_update_model_card"):
         warnings.simplefilter("ignore")
         yield
