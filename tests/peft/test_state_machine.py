@@ -13,9 +13,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from ..support.lora_errors import quiet
 from ..support.lora_files import ModelWalk
 from ..support.lora_reference import LAYERS
-from ..support.lora_walk import quiet
 
 LONG = int(os.environ.get("PISSA_KERNELS_STATE_MACHINE", "0"))
 # none is part of "base_model" or of a layer: PEFT finds an adapter by such a search when it swaps one
@@ -251,7 +251,7 @@ class Machine(RuleBasedStateMachine):
         if self.walk.saved[which].settings != self.walk.shape_of(name):
             return
         if swap:
-            self.walk.hotswap(which, name)
+            self.walk.hotswap(which, name, hooked)
         else:
             self.walk.load(which, name, hooked)
 

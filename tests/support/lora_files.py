@@ -108,10 +108,11 @@ class ModelWalk(Operations):
         self.receive(source, "default")
 
     @operation
-    def hotswap(self, saved: int, name: str) -> None:
+    def hotswap(self, saved: int, name: str, hooked: bool) -> None:
         """``hotswap_adapter`` with a saved adapter."""
         source = self.saved[saved]
-        hotswap_adapter(self.model, str(source.folder), name, torch_device="cpu")
+        with self.hooked(hooked):
+            hotswap_adapter(self.model, str(source.folder), name, torch_device="cpu")
         self.receive(source, name)
 
     @operation
@@ -154,7 +155,8 @@ class ModelWalk(Operations):
         """Compare another model with what its one adapter has to compute."""
         if self.plain:
             return
-        weights: dict[str, Any] = self.originals()
-        for key, layer in self.lora_layers(model).items():
-            weights[key] = self.layers[key].adapted([(own[key], scaling[key])])
-        self.compare(self.forward(model), weights, what)
+        bases = {name: layer.base() for name, layer in self.layers.items()}
+        weights = {name: base.weight for name, base in bases.items()}
+        for key in self.lora_layers(model):
+            weights[key] = bases[key].adapted([(own[key], scaling[key])])
+        self.compare(self.forward(model), weights, what, bases)

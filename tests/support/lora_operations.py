@@ -12,8 +12,10 @@ from torch import Tensor
 
 import pissa_kernels as pk
 
+from .lora_errors import Divergence
 from .lora_reference import LAYERS, Adapter, best_error
-from .lora_walk import SAMPLES, UNIT, Divergence, Walk, operation
+from .lora_values import combined, factors, magnitude_of, product
+from .lora_walk import SAMPLES, UNIT, Walk, operation
 
 Settings = dict[str, Any]
 
@@ -86,8 +88,11 @@ class Operations(Walk):
 
     @operation
     def weighted(self, names: list[str], weights: list[float], new: str, kind: str) -> None:
-        """``add_weighted_adapter``. The new change of the weight is what PEFT makes of B·A, less the same of B₀·A₀."""
-        first = self.model.peft_config[names[0]]
+        """``add_weighted_adapter``. The new change of the weight is what PEFT makes of B·A, less the same of B₀·A₀.
+
+        With rsLoRA PEFT multiplies the sum by the scaling √r of the new adapter; a sum of PiSSA's is not multiplied.
+        """
+        first, pissa = self.model.peft_config[names[0]], set(names) & set(self.pissa())
         options = {"svd_rank": 10} if kind == "svd" else {}  # all of the rank that a layer has
         self.model.add_weighted_adapter(names, weights, new, combination_type=kind, **options)
         kind = "linear" if len(names) == 1 else kind
@@ -95,7 +100,9 @@ class Operations(Walk):
             if new not in layer.lora_A:
                 continue
             reference, sums = self.layers[key], []
-            present = [(n, w * float(layer.scaling[n])) for n, w in zip(names, weights, strict=True) if n in layer.lora_A]
+            present = [
+                (n, w * float(layer.scaling[n])) for n, w in zip(names, weights, strict=True) if n in layer.lora_A
+            ]
             for start in (False, True):
                 pairs = [
                     (s, reference.adapters[n].start if start else factors(layer, n))
@@ -105,7 +112,8 @@ class Operations(Walk):
                 sums.append(combined([(s, *pair) for s, pair in pairs if pair], kind, reference.weight))
             magnitude = reference.weight.norm(dim=1) if first.use_dora else None
             (A, B), (A0, B0) = sums
-            reference.adapters[new] = Adapter(B @ A, (A0, B0) if len(A0) else None, magnitude)
+            own = float(layer.scaling[new]) if pissa else 1.0
+            reference.adapters[new] = Adapter(B @ A / own, (A0, B0 / own) if len(A0) else None, magnitude)
 
     # Which of them are used
 
@@ -243,7 +251,10 @@ class Operations(Walk):
         assert exact.grad is not None
         # each layer multiplies the errors of the others by the norm of its weight
         size = torch.stack([torch.tensor(layer.size) for layer in self.layers.values()]).clamp(min=1).prod() ** 2
-        if not self.plain and (x.grad.double() - exact.grad).norm() > 16 * len(self.history) * self.unit * size * exact.grad.norm():
+        if (
+            not self.plain
+            and (x.grad.double() - exact.grad).norm() > 16 * len(self.history) * self.unit * size * exact.grad.norm()
+        ):
             raise Divergence("the gradient of the input is another one")
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -252,6 +263,16 @@ class Operations(Walk):
                     parameter.grad = None
         for (key, name), old in before.items():
             self.changed(key, self.lora_layers()[key], name, old)
+
+    def tamper(self) -> None:
+        """Change every base weight, as other code might. Adapters keep their change of the weight."""
+        for name in LAYERS:
+            reference, layer = self.layers[name], getattr(self.network, name)
+            weight = getattr(layer, "base_layer", layer).weight.data
+            change = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+            weight += change
+            change = change.double() if change.shape == reference.weight.shape else change.double().mT
+            reference.weight, reference.tampered = reference.weight + change, change
 
     @operation
     def cast(self, dtype: torch.dtype) -> None:
@@ -276,30 +297,3 @@ class Operations(Walk):
                     found, expected = program(x).double(), self.model(x).double()
                 if not self.plain and (found - expected).norm() > 1e3 * self.unit * expected.norm():
                     raise Divergence("the compiled model computes something else")
-
-
-def factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A and B of an adapter, in float64."""
-    return layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
-
-
-def product(layer: Any, name: str) -> Tensor:
-    """B·A (out, in) of an adapter, in float64."""
-    A, B = factors(layer, name)
-    return B @ A
-
-
-def magnitude_of(layer: Any, name: str) -> Tensor | None:
-    """DoRA's magnitudes (out,) of an adapter in float64, or None."""
-    if name not in layer.lora_magnitude_vector:
-        return None
-    return layer.lora_magnitude_vector[name].weight.detach().double().clone()  # type: ignore[no-any-return]
-
-
-def combined(terms: list[tuple[float, Tensor, Tensor]], kind: str, like: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of a weighted sum of adapters (s, A, B): exact, or for "linear" PEFT's sums of the factors."""
-    if not terms:
-        return like.new_zeros(0, like.shape[1]), like.new_zeros(like.shape[0], 0)
-    if kind == "linear":
-        return sum(s**0.5 * A for s, A, _ in terms), sum(s**0.5 * B for s, _, B in terms)  # type: ignore[return-value]
-    return torch.cat([s * A for s, A, _ in terms]), torch.cat([B for _, _, B in terms], dim=1)

@@ -1,4 +1,4 @@
-"""A small network, and what it computes with LoRA adapters: float64 arithmetic that uses neither PEFT nor the package."""
+"""A small network, and what it computes with LoRA adapters, in float64 and without PEFT or the package."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ class ReferenceLayer:
         bias: (out,) in float64, or None.
         adapters: by name.
         merged: name, adapter and scaling of each merged adapter as they were when it was merged.
+        tampered: what other code has added to the weight since the adapters were made, or 0.
         size: the largest norm that the terms of the computed weight have had. An error once made stays in the weight.
     """
 
@@ -85,6 +86,7 @@ class ReferenceLayer:
     bias: Tensor | None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     merged: list[tuple[str, Adapter, float]] = field(default_factory=list)
+    tampered: Tensor | float = 0.0
     size: float = 0.0
 
     @classmethod
@@ -122,6 +124,10 @@ class ReferenceLayer:
         """The output for inputs (samples, in) with some weight, in float64."""
         y = x.double() @ weight.mT
         return y if self.bias is None else y + self.bias
+
+    def base(self) -> ReferenceLayer:
+        """The same layer of the base model that the adapters were made for."""
+        return self.continued(self.weight - self.tampered)
 
     def continued(self, weight: Tensor) -> ReferenceLayer:
         """The reference after the adapters are gone: another base weight, with the rounding errors made so far."""

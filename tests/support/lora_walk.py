@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import peft
 import torch
@@ -19,15 +16,12 @@ from torch import Tensor
 
 import pissa_kernels as pk
 
+from .lora_errors import Divergence, documented
 from .lora_reference import LAYERS, WIDTHS, Adapter, Network, ReferenceLayer
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 SAMPLES = 6
 Method = TypeVar("Method", bound=Callable[..., None])
-
-
-class Divergence(AssertionError):
-    """The model computes something else than its reference, or a refusal is not one."""
 
 
 def operation(method: Method) -> Method:
@@ -69,7 +63,7 @@ class Walk:
         base: copy of the network before its adapters.
         layers: the reference of each layer.
         history: every operation that has succeeded.
-        refusals: message of each documented refusal, after the operation's name.
+        refusals: message of each documented refusal, after the operation's name; "PEFT: …" for PEFT's own errors.
         ended: whether PEFT itself has failed half way; nothing more is known of the model then.
     """
 
@@ -104,7 +98,7 @@ class Walk:
     @property
     def network(self) -> Any:
         """The network within the model."""
-        return self.model.get_base_model() if self.adapted else self.model
+        return self.model.base_model.model if self.adapted else self.model
 
     @property
     def names(self) -> list[str]:
@@ -113,7 +107,7 @@ class Walk:
 
     def lora_layers(self, model: Any = None) -> dict[str, Any]:
         """The LoRA layers of a model, by default of this walk's, by name."""
-        network = self.network if model is None else model.get_base_model()
+        network = self.network if model is None else model.base_model.model
         found = {name: getattr(network, name) for name in LAYERS}
         return {name: layer for name, layer in found.items() if isinstance(layer, LoraLayer)}
 
@@ -173,13 +167,19 @@ class Walk:
             model(self.x.to(next(model.parameters()).dtype), trace=trace, **kwargs)
         return trace
 
-    def compare(self, trace: dict[str, tuple[Tensor, Tensor]], weights: dict[str, Any], what: Any) -> None:
+    def compare(
+        self,
+        trace: dict[str, tuple[Tensor, Tensor]],
+        weights: dict[str, Any],
+        what: Any,
+        layers: dict[str, ReferenceLayer] | None = None,
+    ) -> None:
         """Compare each layer's output with that of a weight, or of one weight for each sample."""
         if self.plain:
             return
         roundings = len(self.history) + 1
         for name, (x, y) in trace.items():
-            reference, weight = self.layers[name], weights[name]
+            reference, weight = (layers or self.layers)[name], weights[name]
             rows = weight if isinstance(weight, list) else [weight] * len(x)
             expected = torch.cat([reference.compute(w, x[i : i + 1]) for i, w in enumerate(rows)])
             # one more for the bias and the output itself, each at most as large as the output
@@ -187,7 +187,9 @@ class Walk:
             error = (y.double() - expected).norm()
             if not error <= bound:
                 relative = float(error / expected.norm())
-                raise Divergence(f"{what}: layer {name!r} is off by {relative:.2g} (allowed {bound:.2g} of {error:.2g})")
+                raise Divergence(
+                    f"{what}: layer {name!r} is off by {relative:.2g} (allowed {bound:.2g} of {error:.2g})"
+                )
 
     def check(self, step: Any) -> None:
         """Compare every layer of the model with its reference."""
@@ -257,6 +259,7 @@ class Walk:
             return
         if type(error) is not type(self.error_of_plain(step)):
             raise Divergence(f"{step}: raised {error!r}, which is no documented refusal") from error
+        self.refusals.append((step[0], f"PEFT: {error}"))
         self.ended = bool(self.changes(before))
 
     def error_of_plain(self, step: tuple[str, Any, Any]) -> Exception | None:
@@ -270,22 +273,3 @@ class Walk:
         finally:
             twin.close()
         return None
-
-
-def documented(error: Exception) -> bool:
-    """Whether an exception is a refusal of this package that names a layer or an adapter, or says that there is none."""
-    if not isinstance(error, (ValueError, TypeError, RuntimeError)):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    ours = trace is not None and str(Path(pk.__file__).parent) in trace.tb_frame.f_code.co_filename
-    return ours and "\n" not in str(error) and bool(re.search(r"(layer|adapter)s? '|no layer of this model", str(error)))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Context without warnings, of which PEFT has one for nearly every step, and without model cards, which are slow."""
-    with warnings.catch_warnings(), mock.patch.object(peft.PeftModel, "create_or_update_model_card"):
-        warnings.simplefilter("ignore")
-        yield
