@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..support.lora_errors import quiet
 from ..support.lora_files import ModelWalk
 from ..support.lora_reference import LAYERS
+from ..support.lora_walk import SAMPLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "base-weight.md"
 PISSA: dict[str, Any] = {"init_lora_weights": "pissa", "r": 2, "lora_alpha": 4, "target_modules": LAYERS}
@@ -134,6 +136,33 @@ def test_a_cell_of_the_table(walk: ModelWalk, operation: str, state: str) -> Non
     else:
         assert cell.startswith(("right", "shared", "corrected"))
         assert not refusals
+
+
+def flops(walk: ModelWalk) -> int:
+    with FlopCounterMode(display=False) as counter:
+        walk.forward()
+    return counter.get_total_flops()
+
+
+def test_what_a_forward_pass_costs(walk: ModelWalk) -> None:
+    """Without a correction what PEFT's costs; with one, two products for each group of initial factors."""
+    plain = ModelWalk()
+    plain.start("default", PLAIN)
+    walk.start("default", PISSA)
+    plain.close()
+    assert flops(walk) == flops(plain)
+    walk.add("second", PISSA, False)
+    walk.use(["second"])
+    assert flops(walk) == flops(plain)
+    with walk.model.disable_adapter(), plain.model.disable_adapter():
+        rank_2 = flops(walk) - flops(plain)
+    sizes = sum(sum(layer.weight.shape) for layer in walk.layers.values())
+    assert rank_2 == 2 * SAMPLES * 2 * sizes
+    walk.add("third", OTHER, False)
+    walk.use(["third"])
+    plain.add("third", {**PLAIN, "r": 3}, False)
+    plain.use(["third"])
+    assert flops(walk) - flops(plain) == 2 * SAMPLES * (2 + 3) * sizes
 
 
 def test_the_examples_of_the_page() -> None:
