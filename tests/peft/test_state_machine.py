@@ -1,7 +1,7 @@
 """Random sequences of operations on a PiSSA model: after each, a float64 reference or a refusal that changed nothing.
 
 ``PISSA_KERNELS_STATE_MACHINE=N`` runs N sequences with new seeds. Without it the sequences are the same in every run:
-1,000 of them, as many as two cores run in a minute.
+800 of them, as many as two cores run in a minute.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def test_random_sequences() -> None:
         run_state_machine_as_test(
             Machine,
             settings=hypothesis.settings(
-                max_examples=LONG or 1000,
+                max_examples=LONG or 800,
                 stateful_step_count=12,
                 deadline=None,
                 derandomize=not LONG,

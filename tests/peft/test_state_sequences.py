@@ -172,6 +172,13 @@ def test_the_residual_of_the_recipe_with_another_scaling(walk: ModelWalk) -> Non
     walk.unload_residual("default")
 
 
+def test_the_recipe_with_an_adapter_that_is_not_the_subtracted_one(walk: ModelWalk) -> None:
+    walk.start("default", PISSA)
+    walk.add("second", OTHER, False)
+    walk.delete("default")
+    walk.unload_residual("second")
+
+
 def test_bfloat16(walk: ModelWalk) -> None:
     walk.start("default", PISSA)
     walk.train("default", 1)
