@@ -279,6 +279,7 @@ def test_random_sequences() -> None:
                 stateful_step_count=12,
                 deadline=None,
                 derandomize=not LONG,
+                report_multiple_bugs=False,
                 suppress_health_check=list(hypothesis.HealthCheck),
             ),
         )
