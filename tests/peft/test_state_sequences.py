@@ -138,6 +138,16 @@ def test_a_merge_of_plain_dora_with_pissa_is_refused(refusing: ModelWalk) -> Non
         refusing.merge(["second", "default"])
 
 
+@pytest.mark.parametrize("names", [["default", "second"], ["second", "default"]])
+def test_plain_dora_active_with_pissa_is_refused(refusing: ModelWalk, names: list[str]) -> None:
+    refusing.start("default", {**PLAIN, "use_dora": True})
+    refusing.use(["default"])
+    refusing.add("second", PISSA, False)
+    if not refusing.refusals:
+        refusing.use(["second"])
+        refusing.use(names)
+
+
 def test_a_refused_adapter_leaves_the_layers_that_came_before(refusing: ModelWalk) -> None:
     refusing.start("default", {**PISSA, "target_modules": ("middle", "last")})
     refusing.add("second", {**DORA, "alpha_pattern": {"middle": 2}}, False)

@@ -273,8 +273,10 @@ class Walk:
         name, args, _ = step
         for layer in self.layers.values():
             dora = any(adapter.magnitude is not None for adapter in layer.adapters.values())
-            if dora or isinstance(layer.tampered, Tensor) or self.unit != UNIT[torch.float32]:
+            if dora or isinstance(layer.tampered, Tensor):
                 return False
+        if self.dtype != torch.float32 or self.unit != UNIT[torch.float32]:
+            return False
         if name == "add":
             return not args[1].get("use_dora") and args[1]["init_lora_weights"] != "olora"
         return name in NEVER_REFUSED or (name in REFUSED_WHILE_MERGED and not self.merged)
