@@ -130,22 +130,19 @@ def test_a_merge_of_one_of_two(walk: ModelWalk) -> None:
     walk.merge_and_unload(["second"])
 
 
-def test_a_merge_of_plain_dora_with_pissa_is_refused(refusing: ModelWalk) -> None:
-    refusing.start("default", {**PLAIN, "use_dora": True})
-    refusing.add("second", PISSA, False)
-    if not refusing.refusals:
-        refusing.use(["second"])
-        refusing.merge(["second", "default"])
-
-
 @pytest.mark.parametrize("names", [["default", "second"], ["second", "default"]])
-def test_plain_dora_active_with_pissa_is_refused(refusing: ModelWalk, names: list[str]) -> None:
-    refusing.start("default", {**PLAIN, "use_dora": True})
-    refusing.use(["default"])
-    refusing.add("second", PISSA, False)
-    if not refusing.refusals:
-        refusing.use(["second"])
-        refusing.use(names)
+@pytest.mark.parametrize("merged", [False, True])
+def test_plain_dora_together_with_pissa_is_refused(names: list[str], merged: bool) -> None:
+    """DoRA needs the norm of W + ΔW, and what is stored is the residual of the other adapter, also where C is zero."""
+    walk = ModelWalk()
+    with quiet():
+        walk.start("default", {**PLAIN, "use_dora": True})
+        walk.add("second", PISSA, False)
+        if "second" in walk.names:
+            walk.use(["second"])
+            (walk.merge if merged else walk.use)(names)
+    walk.close()
+    assert walk.refusals
 
 
 def test_a_refused_adapter_leaves_the_layers_that_came_before(refusing: ModelWalk) -> None:
