@@ -140,9 +140,7 @@ class Operations(Walk):
     @operation
     def original(self) -> None:
         """A forward pass within ``original_model``."""
-        if self.plain:
-            return  # PEFT has no such operation
-        with pk.original_model(self.model):
+        with self.hooked(False) if self.plain else pk.original_model(self.model):
             self.compare(self.forward(), self.originals(), "original_model")
 
     @operation
