@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapter.layers import in_scope
+from . import start
 from .additions import check_addition, removed_on_failure
 from .creation import creating
 from .guard import protect, protect_peft_model
+from .load import Source, loading
 from .load import Source, loading, replace_records
 from .offload import resident
 from .replicated import follow, split
@@ -61,6 +63,7 @@ def hooks() -> list[Hook]:
         Hook(LoraLayer, "pissa_init", wrap_pissa_init),
         Hook(LoraModel, "_create_and_replace", wrap_create_and_replace),
         Hook(BaseTuner, "inject_adapter", wrap_inject_adapter),
+        Hook(BaseTuner, "inject_adapter", start.wrap_inject_adapter),
         Hook(PeftModel, "from_pretrained", wrap_from_pretrained),
         Hook(PeftModel, "load_adapter", wrap_load_adapter),
         Hook(PeftModel, "__init__", wrap_adapter_creation),

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adapter.layers import lora_layers
-from ..adapter.names import ADAPTER_FOLDER, factor_key
+from ..adapter.names import ADAPTER_FOLDER, KEY_PREFIX, WEIGHTS_NAME
 from ..files.atomic import atomic_file, atomic_folder
 from ..report import REPORT_NAME
 from . import sidecar
 from .record import InitRecord, of_adapter
+from .start import base_of, initial_state, residual_state
 
 
 def save_pissa(
@@ -64,10 +67,11 @@ def save_pissa(
     for name, layer in lora_layers(peft_model):
         if layer.merged:
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
+    adapter, base = initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
     with atomic_folder(out) as folder:
-        _save_initial_adapter(peft_model, adapter_name, records, out, folder / ADAPTER_FOLDER)
+        _save_adapter(peft_model, adapter_name, adapter, out, folder / ADAPTER_FOLDER)
         sidecar.report_of(records).write(folder / ADAPTER_FOLDER / REPORT_NAME)
-        _save_residual(peft_model.get_base_model(), folder)
+        _save_base(base_of(peft_model), base, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -148,43 +152,57 @@ def _complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments:
             torch.save({**converted, **missing}, temporary)
 
 
-def _save_initial_adapter(
-    peft_model: Any, adapter_name: str, records: dict[str, InitRecord], out: Path, folder: Path
-) -> None:
-    state = peft_model.state_dict()
-    for name, record in records.items():
-        state[factor_key(name, "A", adapter_name)] = record.lora_A
-        state[factor_key(name, "B", adapter_name)] = record.lora_B
-    config = peft_model.peft_config[adapter_name]
-    plain = copy.deepcopy(config)
-    plain.init_lora_weights = True
-    plain.base_model_name_or_path = str(out.resolve())
-    peft_model.peft_config[adapter_name] = plain
-    try:
-        # The residual model has the embeddings. "auto" would look for a resized vocabulary in ``out``, which is not
-        # there yet.
-        type(peft_model).save_pretrained(
-            peft_model, folder, selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state
-        )
-    finally:
-        peft_model.peft_config[adapter_name] = config
-    if adapter_name != "default":  # PEFT saves other names one level deeper
-        for path in (folder / adapter_name).iterdir():
-            os.replace(path, folder / path.name)
-        (folder / adapter_name).rmdir()
-
-
-def _save_residual(base: Any, folder: Path) -> None:
-    """Save the base model's weights under the names that they had before PEFT wrapped its layers."""
-    state: dict[str, torch.Tensor] = {}
-    for key, value in base.state_dict().items():
-        parts = key.split(".")
-        if any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
-            continue
-        state[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = value
-    if hasattr(base, "save_pretrained"):
-        base.save_pretrained(folder, state_dict=state)
-        return
+def _save_adapter(model: Any, adapter_name: str, state: dict[str, torch.Tensor], out: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
+    base = base_of(model)
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    config.init_lora_weights = True
+    config.inference_mode = True
+    config.base_model_name_or_path = str(out.resolve())
+    # by these, PEFT's AutoPeftModel finds the class of the base model
+    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    folder.mkdir()
+    config.save_pretrained(folder, auto_mapping_dict=mapping if config.task_type is None else None)
+    tensors = {f"{KEY_PREFIX}{key}": value for key, value in state.items()}
+    save_file(_apart(tensors), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _save_base(base: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import PreTrainedModel
+
+    if isinstance(base, PreTrainedModel):
+        # with adapters of its own, a model of transformers would save those instead
+        with _attribute(base, "_hf_peft_config_loaded", False):
+            base.save_pretrained(folder, state_dict=state)
+    elif hasattr(base, "save_pretrained"):
+        base.save_pretrained(folder, state_dict=state)
+    else:
+        save_file(_apart(state), folder / "model.safetensors")
+
+
+@contextlib.contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context in which an attribute that the object has has another value."""
+    if not getattr(owner, name, value):
+        yield
+        return
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors in memory of their own, as safetensors needs them."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in tensors.items():
+        contiguous = value.detach().contiguous()
+        memory = contiguous.untyped_storage().data_ptr()
+        apart[key] = contiguous.clone() if memory in seen else contiguous
+        seen.add(memory)
+    return apart

@@ -1,0 +1,263 @@
+"""What a model was before its adapters were trained: the values at the start, and the base model's own tensor names.
+
+PEFT trains more than A and B, some of it in place: magnitudes, biases, copies of modules, token embeddings, the LoRA of
+an embedding. Copies of what nothing else keeps are taken when an adapter is added. They are an attribute of the base
+model, and so are copied and pickled with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..adapter.layers import lora_layers
+from ..adapter.names import factor_key, module_name
+from ..numerics import exact_arithmetic
+from .record import InitRecord, of_adapter, records
+from .scope import Session
+
+_ATTRIBUTE = "pissa_start"
+
+
+@dataclass
+class Start:
+    """A base model at the start.
+
+    Attributes:
+        shapes: shape of every tensor in the base model's state dict before PEFT changed the model, by its name.
+        values: copies on the CPU by the adapter's name and by the key in the adapter's file, without its prefix. A and
+            B of a layer with a record are not here.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def base_of(model: Any) -> Any:
+    """The base model of a ``PeftModel``; transformers' models with adapters of their own are returned as they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def wrap_inject_adapter(session: Session, previous: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the start of a model and of each adapter that PEFT adds to it."""
+
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if session.applies() and not any(_wrapped(module) is not None for module in model.modules()):
+            shapes = {key: tuple(value.shape) for key, value in _tensors(model.state_dict())}
+            model.__dict__[_ATTRIBUTE] = Start(shapes)
+        previous(self, model, adapter_name, *args, **kwargs)
+        if session.applies():
+            _keep_values(self, model, adapter_name)
+
+    return inject_adapter
+
+
+def _keep_values(tuner: Any, model: nn.Module, adapter_name: str) -> None:
+    if not any(record.adapter == adapter_name for _, layer in lora_layers(model) for record in records(layer)):
+        return
+    start: Start = model.__dict__.setdefault(_ATTRIBUTE, Start())
+    recorded = recorded_factors(model, adapter_name)
+    start.values[adapter_name] = {
+        key: value.detach().to("cpu", copy=True)
+        for key, value in adapter_state(tuner, adapter_name).items()
+        if key not in recorded and not value.is_meta
+    }
+
+
+def adapter_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT saves of an adapter, without base weights of embeddings, by the name in the base model."""
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTuner
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    prefix = "model." if isinstance(model, BaseTuner) else ""
+    return {module_name(key).removeprefix(prefix): value for key, value in state.items()}
+
+
+def recorded_factors(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """A₀ and B₀ of every layer with a record, by the same names as :func:`adapter_state`."""
+    found = ((name, of_adapter(layer, adapter_name)) for name, layer in lora_layers(base))
+    return {
+        module_name(factor_key(name, factor)): getattr(record, f"lora_{factor}")
+        for name, record in found
+        if record is not None
+        for factor in "AB"
+    }
+
+
+def initial_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT saved of an adapter if it had saved it before the training, in today's dtypes.
+
+    Raises:
+        ValueError: an initial value is not known any more; the message names the parameter.
+    """
+    base = base_of(model)
+    start: Start = base.__dict__.get(_ATTRIBUTE, Start())
+    known = {
+        **_magnitudes(base, adapter_name),
+        **start.values.get(adapter_name, {}),
+        **_kept_by_wrappers(base, adapter_name),
+        **recorded_factors(base, adapter_name),
+    }
+    state = adapter_state(model, adapter_name)
+    for key, value in state.items():
+        initial = known.get(key)
+        if initial is None or initial.shape != value.shape:
+            raise ValueError(
+                f"the initial value of {key!r}, which the adapter {adapter_name!r} trains, is not known any more; make "
+                "the model under patch_peft() with this version of pissa_kernels, and save it with that model"
+            )
+        state[key] = initial.to(value.dtype)
+    return state
+
+
+def _kept_by_wrappers(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Initial values of the modules and tokens that PEFT trains as copies, beside the originals."""
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    known: dict[str, Tensor] = {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        if isinstance(module, ModulesToSaveWrapper):
+            for key, value in module.original_module.state_dict().items():
+                # under the last two names with bias="all", which selects keys that end in "bias"
+                known |= dict.fromkeys((f"{name}.{part}{key}" for part in ("", "original_module.", "modules_to_save.")), value)
+        elif isinstance(module, TrainableTokensWrapper):
+            originals = module.token_adapter.trainable_tokens_original
+            if adapter_name in originals:
+                known[f"{name}.token_adapter.trainable_tokens_delta"] = originals[adapter_name]
+    return known
+
+
+def _magnitudes(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """DoRA's magnitudes at the start: the norms of W_res + s·B₀·A₀, by PEFT's own computation."""
+    known = {}
+    for name, layer in lora_layers(base):
+        record = of_adapter(layer, adapter_name)
+        if record is None or adapter_name not in layer.lora_magnitude_vector:
+            continue
+        magnitude = layer.lora_magnitude_vector[adapter_name]
+        again = type(magnitude)(fan_in_fan_out=magnitude.fan_in_fan_out)
+        device = layer.get_base_layer().weight.device
+        again.update_layer(
+            base_layer=layer.get_base_layer(),
+            lora_A=record.lora_A.to(device),
+            lora_B=record.lora_B.to(device),
+            scaling=record.report.scaling,
+        )
+        known[f"{name}.lora_magnitude_vector"] = again.weight.detach()
+    return known
+
+
+def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """The base model's state dict with its own names: residuals of one adapter, and everything else as at the start.
+
+    Raises:
+        ValueError: the names or shapes are not those of the base model before PEFT changed it.
+    """
+    base = base_of(model)
+    start: Start = base.__dict__.get(_ATTRIBUTE, Start())
+    named = _own_name(base)
+    state = {own: value for key, value in base.state_dict().items() if (own := named(key)) is not None}
+    for adapter, config in model.peft_config.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none" and adapter not in start.values:
+            raise ValueError(
+                f"the initial biases are not known any more, because the adapter {adapter!r} trains them (bias={bias!r})"
+            )
+    for values in start.values.values():
+        state |= {own: value for key, value in values.items() if (own := named(key)) in state}
+    for name, layer in lora_layers(base):
+        own = named(f"{name}.base_layer.weight")
+        if own in state:
+            state[own] = weight_of(layer, of_adapter(layer, adapter_name))
+    _check_names(state, start.shapes)
+    return state
+
+
+def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
+    """The weight of a layer with the initial term of one record subtracted and no other; None for W itself.
+
+    Normally that is the stored weight. It is not where the subtraction is another adapter's.
+    """
+    weight: Tensor = layer.get_base_layer().weight.detach()
+    others = [other for other in records(layer) if not other.shared]
+    missing = [record] if record is not None else []
+    for pair in [(one, other) for one in missing for other in others if _same(one, other)][:1]:
+        missing.remove(pair[0])
+        others.remove(pair[1])
+    if not missing and not others:
+        return weight
+    total = weight.float().clone(memory_format=torch.preserve_format)
+    with exact_arithmetic(weight.device):
+        for sign, terms in ((-1, others), (1, missing)):
+            for term in terms:
+                A, B = (factor.to(weight.device).float() for factor in (term.lora_A, term.lora_B))
+                ops.subtract_lowrank_(total, B, A, sign * term.report.scaling, bool(layer.fan_in_fan_out))
+    return total.to(weight.dtype)
+
+
+def _same(one: InitRecord, other: InitRecord) -> bool:
+    return one.report.scaling == other.report.scaling and all(
+        torch.equal(left, right) for left, right in ((one.lora_A, other.lora_A), (one.lora_B, other.lora_B))
+    )
+
+
+def _check_names(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    found = {key: tuple(value.shape) for key, value in _tensors(state)}
+    if not shapes or found == shapes:
+        return
+    key = next(key for key in [*shapes, *found] if found.get(key) != shapes.get(key))
+    raise ValueError(
+        f"the base model had {key!r} with shape {shapes.get(key, 'none')} before PEFT changed it, and has shape "
+        f"{found.get(key, 'none')} now; change the base model before get_peft_model"
+    )
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    # a state dict may hold other objects, such as a module's extra state
+    return ((key, value) for key, value in state.items() if isinstance(value, Tensor))
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module that PEFT has wrapped in this one; None if this one is no wrapper."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module.original_module  # type: ignore[no-any-return]
+    return module.base_layer if isinstance(module, BaseTunerLayer) else None  # type: ignore[no-any-return]
+
+
+def _own_name(base: nn.Module) -> Callable[[str], str | None]:
+    """The function from a key of the state dict to the base model's own name; None for what PEFT has added.
+
+    A wrapper at ``head`` may keep its module at ``head.original_module``, ``head.token_adapter.base_layer`` or
+    elsewhere, and may wrap another wrapper. So the modules are asked, not the names.
+    """
+    inner = {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        wrapped = _wrapped(module)
+        if wrapped is not None:
+            inside = module.named_modules(remove_duplicate=False)
+            inner[name] = next(path for path, other in inside if other is wrapped)
+
+    def named(key: str) -> str | None:
+        at, own, rest = "", "", key
+        while True:
+            while at in inner:
+                path = f"{inner[at]}."
+                if not rest.startswith(path):
+                    return None
+                at, rest = f"{at}.{path}"[:-1].removeprefix("."), rest[len(path) :]
+            head, dot, rest = rest.partition(".")
+            own = f"{own}.{head}".removeprefix(".")
+            if not dot:
+                return own
+            at = f"{at}.{head}".removeprefix(".")
+
+    return named
