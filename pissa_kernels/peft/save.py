@@ -19,7 +19,8 @@ from ..files.atomic import atomic_file, atomic_folder
 from ..report import REPORT_NAME
 from . import sidecar
 from .record import InitRecord, of_adapter
-from .start import base_of, initial_state, residual_state
+from .start import initial_state, residual_state
+from .wrappers import base_of
 
 
 def save_pissa(

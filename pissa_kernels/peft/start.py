@@ -20,6 +20,7 @@ from ..adapter.names import factor_key, module_name
 from ..numerics import exact_arithmetic
 from .record import InitRecord, of_adapter, records
 from .scope import Session
+from .wrappers import base_of, own_names, wrapped_in
 
 _ATTRIBUTE = "pissa_start"
 
@@ -38,16 +39,11 @@ class Start:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def base_of(model: Any) -> Any:
-    """The base model of a ``PeftModel``; transformers' models with adapters of their own are returned as they are."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def wrap_inject_adapter(session: Session, previous: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the start of a model and of each adapter that PEFT adds to it."""
 
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if session.applies() and not any(_wrapped(module) is not None for module in model.modules()):
+        if session.applies() and not any(wrapped_in(module) is not None for module in model.modules()):
             shapes = {key: tuple(value.shape) for key, value in _tensors(model.state_dict())}
             model.__dict__[_ATTRIBUTE] = Start(shapes)
         previous(self, model, adapter_name, *args, **kwargs)
@@ -62,21 +58,42 @@ def _keep_values(tuner: Any, model: nn.Module, adapter_name: str) -> None:
         return
     start: Start = model.__dict__.setdefault(_ATTRIBUTE, Start())
     recorded = recorded_factors(model, adapter_name)
+    try:
+        state = adapter_state(tuner, adapter_name)
+    except ValueError:  # an adapter that cannot be saved can be trained
+        return
     start.values[adapter_name] = {
         key: value.detach().to("cpu", copy=True)
-        for key, value in adapter_state(tuner, adapter_name).items()
+        for key, value in state.items()
         if key not in recorded and not value.is_meta
     }
 
 
 def adapter_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """What PEFT saves of an adapter, without base weights of embeddings, by the name in the base model."""
+    """What PEFT saves of an adapter, without base weights of embeddings, by the name in the base model.
+
+    Raises:
+        ValueError: PEFT cannot save this adapter.
+    """
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils.other import TrainableTokensWrapper
 
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    state = model.state_dict()
+    # PEFT looks for the tokens of every adapter in every such wrapper
+    tokens = ((name, module) for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper))
+    absent = {
+        f"{name}.token_adapter.trainable_tokens_delta"
+        for name, module in tokens
+        if adapter_name not in module.token_adapter.trainable_tokens_delta
+    }
+    state |= dict.fromkeys((f"{key}.{adapter_name}" for key in absent), torch.empty(0))
+    try:
+        found = get_peft_model_state_dict(model, state, adapter_name, save_embedding_layers=False)
+    except KeyError as error:  # a LoRA layer in a copy that another adapter trains, or the other way round
+        raise ValueError(f"PEFT cannot save the adapter {adapter_name!r}: the model has no tensor {error}") from None
     prefix = "model." if isinstance(model, BaseTuner) else ""
-    return {module_name(key).removeprefix(prefix): value for key, value in state.items()}
+    return {module_name(key).removeprefix(prefix): value for key, value in found.items() if key not in absent}
 
 
 def recorded_factors(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -105,12 +122,19 @@ def initial_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
         **recorded_factors(base, adapter_name),
     }
     state = adapter_state(model, adapter_name)
+    named = own_names(base)
+    for key in recorded_factors(base, adapter_name):
+        if key not in state and named(f"{key.rpartition('.lora_')[0]}.base_layer.weight") is not None:
+            raise ValueError(
+                f"PEFT does not save {key!r} of the adapter {adapter_name!r}, because it is in a module that another "
+                "adapter trains as a copy; delete that adapter first"
+            )
     for key, value in state.items():
         initial = known.get(key)
         if initial is None or initial.shape != value.shape:
             raise ValueError(
-                f"the initial value of {key!r}, which the adapter {adapter_name!r} trains, is not known any more; make "
-                "the model under patch_peft() with this version of pissa_kernels, and save it with that model"
+                f"the initial value of {key!r}, which the adapter {adapter_name!r} trains, is not known any more; call "
+                "save_pissa with the model that get_peft_model made under patch_peft()"
             )
         state[key] = initial.to(value.dtype)
     return state
@@ -125,7 +149,8 @@ def _kept_by_wrappers(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         if isinstance(module, ModulesToSaveWrapper):
             for key, value in module.original_module.state_dict().items():
                 # under the last two names with bias="all", which selects keys that end in "bias"
-                known |= dict.fromkeys((f"{name}.{part}{key}" for part in ("", "original_module.", "modules_to_save.")), value)
+                names = (f"{name}.{part}{key}" for part in ("", "original_module.", "modules_to_save."))
+                known |= dict.fromkeys(names, value)
         elif isinstance(module, TrainableTokensWrapper):
             originals = module.token_adapter.trainable_tokens_original
             if adapter_name in originals:
@@ -161,13 +186,14 @@ def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
     """
     base = base_of(model)
     start: Start = base.__dict__.get(_ATTRIBUTE, Start())
-    named = _own_name(base)
+    named = own_names(base)
     state = {own: value for key, value in base.state_dict().items() if (own := named(key)) is not None}
     for adapter, config in model.peft_config.items():
         bias = getattr(config, "bias", "none")
         if bias != "none" and adapter not in start.values:
             raise ValueError(
-                f"the initial biases are not known any more, because the adapter {adapter!r} trains them (bias={bias!r})"
+                f"the adapter {adapter!r} trains biases (bias={bias!r}), and their initial values are not known any "
+                "more; call save_pissa with the model that get_peft_model made under patch_peft()"
             )
     for values in start.values.values():
         state |= {own: value for key, value in values.items() if (own := named(key)) in state}
@@ -221,43 +247,3 @@ def _check_names(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     # a state dict may hold other objects, such as a module's extra state
     return ((key, value) for key, value in state.items() if isinstance(value, Tensor))
-
-
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    """The module that PEFT has wrapped in this one; None if this one is no wrapper."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return module.original_module  # type: ignore[no-any-return]
-    return module.base_layer if isinstance(module, BaseTunerLayer) else None  # type: ignore[no-any-return]
-
-
-def _own_name(base: nn.Module) -> Callable[[str], str | None]:
-    """The function from a key of the state dict to the base model's own name; None for what PEFT has added.
-
-    A wrapper at ``head`` may keep its module at ``head.original_module``, ``head.token_adapter.base_layer`` or
-    elsewhere, and may wrap another wrapper. So the modules are asked, not the names.
-    """
-    inner = {}
-    for name, module in base.named_modules(remove_duplicate=False):
-        wrapped = _wrapped(module)
-        if wrapped is not None:
-            inside = module.named_modules(remove_duplicate=False)
-            inner[name] = next(path for path, other in inside if other is wrapped)
-
-    def named(key: str) -> str | None:
-        at, own, rest = "", "", key
-        while True:
-            while at in inner:
-                path = f"{inner[at]}."
-                if not rest.startswith(path):
-                    return None
-                at, rest = f"{at}.{path}"[:-1].removeprefix("."), rest[len(path) :]
-            head, dot, rest = rest.partition(".")
-            own = f"{own}.{head}".removeprefix(".")
-            if not dot:
-                return own
-            at = f"{at}.{head}".removeprefix(".")
-
-    return named

@@ -1,4 +1,4 @@
-"""``save_pissa`` after training: the adapter at the start, and every tensor of the base model, for all that PEFT trains."""
+"""``save_pissa`` after training: all that PEFT trains has its initial values, and the base model all its tensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 import pissa_kernels as pk
 from pissa_kernels.peft.start import adapter_state
 
-from ..support.models import TARGETS, build, output
+from ..support.models import build, output
 from .test_models import config, lora_layers
 from .test_save import DTYPES, allowed, moved
 
