@@ -15,9 +15,10 @@ import torch
 
 from ..adapter.layers import lora_layers
 from ..adapter.names import ADAPTER_FOLDER, KEY_PREFIX, WEIGHTS_NAME
-from ..files.atomic import atomic_file, atomic_folder
+from ..files.atomic import atomic_folder
 from ..report import REPORT_NAME
 from . import sidecar
+from .conversion import check_convertible, complete_conversion, embeddings_to_save
 from .record import InitRecord, of_adapter
 from .start import initial_state, residual_state
 from .wrappers import base_of
@@ -103,54 +104,35 @@ class SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         peft_model: Any = self._model()
         save = type(peft_model).save_pretrained
-        save(peft_model, *args, **kwargs)
         call = inspect.signature(save).bind(peft_model, *args, **kwargs)
         call.apply_defaults()
         arguments = call.arguments
+        selected = arguments["selected_adapters"] or list(peft_model.peft_config)
+        initial = arguments["path_initial_model_for_weight_conversion"]
+        if initial is not None:
+            for adapter in selected:
+                check_convertible(peft_model, adapter)
+        asked, embeddings = arguments["save_embedding_layers"], {}
+        for adapter in selected:
+            embeddings[adapter] = asked
+            if adapter in peft_model.peft_config and records_of(peft_model, adapter):
+                embeddings[adapter] = embeddings_to_save(peft_model, adapter, asked)
+        for choice in dict.fromkeys(embeddings.values()):
+            arguments["save_embedding_layers"] = choice
+            arguments["selected_adapters"] = [adapter for adapter in selected if embeddings[adapter] == choice]
+            save(*call.args, **call.kwargs)
         if not arguments["is_main_process"]:
             return
-        for adapter in arguments["selected_adapters"] or list(peft_model.peft_config):
+        for adapter in selected:
             folder = Path(arguments["save_directory"]) / ("" if adapter == "default" else adapter)
-            if arguments["path_initial_model_for_weight_conversion"] is not None:
-                _complete_conversion(peft_model, adapter, folder, arguments)
+            if initial is not None:
+                arguments["save_embedding_layers"] = embeddings[adapter]
+                complete_conversion(peft_model, adapter, folder, arguments)
                 continue
             init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
             records = records_of(peft_model, adapter)
             if records and isinstance(init, str) and init.startswith("pissa"):
                 sidecar.write(folder, records)
-
-
-def _complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments: dict[str, Any]) -> None:
-    """Add the trained weights that PEFT's conversion omits, such as a classifier's head and DoRA's magnitudes.
-
-    PEFT 0.21 writes A and B only. Without the others a converted classifier does not load, and magnitudes have their
-    initial values.
-    """
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
-    from safetensors.torch import load_file, save_file
-
-    safe = arguments["safe_serialization"]
-    path = folder / (SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME)
-    trained = get_peft_model_state_dict(
-        peft_model,
-        state_dict=arguments.get("kwargs", {}).get("state_dict"),
-        adapter_name=adapter,
-        save_embedding_layers=arguments["save_embedding_layers"],
-    )
-    converted = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    missing = {
-        key: value.detach().to("cpu", copy=True).contiguous()
-        for key, value in trained.items()
-        if key not in converted and not any(factor in key for factor in factors)
-    }
-    if not missing:
-        return
-    with atomic_file(path) as temporary:
-        if safe:
-            save_file({**converted, **missing}, temporary, metadata={"format": "pt"})
-        else:
-            torch.save({**converted, **missing}, temporary)
 
 
 def _save_adapter(model: Any, adapter_name: str, state: dict[str, torch.Tensor], out: Path, folder: Path) -> None:
