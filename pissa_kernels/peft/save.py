@@ -107,16 +107,18 @@ class SavePretrained:
         call = inspect.signature(save).bind(peft_model, *args, **kwargs)
         call.apply_defaults()
         arguments = call.arguments
-        selected = arguments["selected_adapters"] or list(peft_model.peft_config)
+        given = arguments["selected_adapters"]
+        selected = list(peft_model.peft_config) if given is None else list(given)
         initial = arguments["path_initial_model_for_weight_conversion"]
-        if initial is not None:
-            for adapter in selected:
-                check_convertible(peft_model, adapter)
-        asked, embeddings = arguments["save_embedding_layers"], {}
+        if not set(selected) <= set(peft_model.peft_config):
+            save(*call.args, **call.kwargs)  # PEFT refuses it
+        embeddings = {}
         for adapter in selected:
-            embeddings[adapter] = asked
-            if adapter in peft_model.peft_config and records_of(peft_model, adapter):
-                embeddings[adapter] = embeddings_to_save(peft_model, adapter, asked)
+            if initial is not None:
+                check_convertible(peft_model, adapter)
+            embeddings[adapter] = arguments["save_embedding_layers"]
+            if records_of(peft_model, adapter):
+                embeddings[adapter] = embeddings_to_save(peft_model, adapter, embeddings[adapter])
         for choice in dict.fromkeys(embeddings.values()):
             arguments["save_embedding_layers"] = choice
             arguments["selected_adapters"] = [adapter for adapter in selected if embeddings[adapter] == choice]
