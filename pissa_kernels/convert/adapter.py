@@ -51,6 +51,11 @@ class Layer:
         return self.A.shape[0]
 
     @property
+    def embedding(self) -> bool:
+        """Whether the layer is an embedding, whose LoRA starts from A = 0."""
+        return self.A.name.endswith(".lora_embedding_A")
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.B.shape[0], self.A.shape[1]
@@ -70,12 +75,15 @@ class AdapterFile:
         config: config of the adapter; empty for a ``pissa_initial.safetensors``, which has none.
         layers: factors by the layer's name in the base model.
         others: tensors that are not factors, in the file's order.
+        base_weights: weights of these layers' base layers, which PEFT saves of an adapted head or embedding. With PiSSA
+            they are residuals.
     """
 
     path: Path
     config: Mapping[str, Any]
     layers: Mapping[str, Layer]
     others: tuple[TensorInfo, ...]
+    base_weights: tuple[TensorInfo, ...] = ()
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -110,7 +118,9 @@ def read_adapter(folder: Path) -> AdapterFile:
             _check_factors(A, B, rank_of(config, name))
             transposed = A.name.endswith(".lora_embedding_A") or bool(config.get("fan_in_fan_out"))
             layers[name] = Layer(A, B, scaling_of(config, name), transposed)
-    return AdapterFile(path, config, layers, tuple(others))
+    names = {f"{name}.base_layer.weight" for name in layers}
+    base_weights = tuple(info for info in others if module_name(info.name) in names)
+    return AdapterFile(path, config, layers, tuple(info for info in others if info not in base_weights), base_weights)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

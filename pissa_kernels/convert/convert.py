@@ -20,6 +20,7 @@ from .origin import is_hub_name, original_name, residual_folder
 from .pair import AdapterPair, open_pair
 from .plain import plan_plain, write_plain
 from .report import ConversionReport
+from .swapped import SwapCheck
 
 Models = tuple[Checkpoint, Checkpoint]
 
@@ -56,8 +57,9 @@ def convert_adapter(
         FileExistsError: ``out`` holds something, or lies in, under or above a folder that is read.
         FileNotFoundError, NotADirectoryError: a file or folder is missing.
         OSError: reading or writing failed. Nothing has been written to ``out`` then.
-        ValueError: a file is damaged, the adapters do not belong together, the rank is out of range, a factor is not
-            finite, or ``base`` is not the model that the initial adapter was made from; the message names the layer.
+        ValueError: a file is damaged, the adapters do not belong together or are swapped, the rank is out of range, a
+            factor is not finite, or ``base`` is not the model that the initial adapter was made from; the message names
+            the layer.
 
     Examples:
         >>> import copy, pathlib, tempfile, peft, torch
@@ -132,14 +134,21 @@ def _open_models(initial: AdapterFile, base: str | os.PathLike[str] | None, note
 
 def _check_layers(pair: AdapterPair, models: Models | None, notes: list[str]) -> float | None:
     """Check every layer before anything is written. Returns the largest difference between the models, if any."""
-    untrained, differences = [], []
+    untrained, differences, swap = [], [], SwapCheck()
     for name, layer in pair.trained.layers.items():
         with layer_context(f"layer {name!r}"):
             factors = pair.read(name)
             untrained.append(factors.untrained())
+            swap.add(factors)
             if models is not None:
                 differences.append(check_base(*models, name, layer, factors))
             del factors  # before the next layer's are read
+    swap.finish(pair, untrained=all(untrained))
     if all(untrained):
         notes.append(f"{pair.trained.path.parent} equals its initial adapter, so the result changes nothing")
+    if left := pair.trained.base_weights:
+        notes.append(
+            f"{left[0].name!r} ({len(left)} such) is not copied: it is the base weight of an adapted layer, which the "
+            "original model has"
+        )
     return max(differences, default=None)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..adapter.patterns import same
 from ..checks import layer_context
 from ..files.header import read_tensor
@@ -16,7 +18,11 @@ from .lowrank import FactorPair
 
 @dataclass(frozen=True)
 class AdapterPair:
-    """Two adapters with the same layers, ranks and scalings, and the descriptors of their open files."""
+    """Two adapters with the same layers, ranks and scalings, and the descriptors of their open files.
+
+    A ``pissa_initial.safetensors`` lacks embeddings, which PiSSA leaves alone: the product of their factors starts
+    from 0.
+    """
 
     trained: AdapterFile
     initial: AdapterFile
@@ -30,13 +36,13 @@ class AdapterPair:
             OSError: reading failed.
             ValueError: a factor has NaN or Inf.
         """
-        trained, initial = self.trained.layers[name], self.initial.layers[name]
-        factors = FactorPair(
-            A=read_tensor(self.trained_descriptor, trained.A),
-            B=read_tensor(self.trained_descriptor, trained.B),
-            A0=read_tensor(self.initial_descriptor, initial.A),
-            B0=read_tensor(self.initial_descriptor, initial.B),
-        )
+        trained, initial = self.trained.layers[name], self.initial.layers.get(name)
+        A, B = (read_tensor(self.trained_descriptor, info) for info in (trained.A, trained.B))
+        if initial is None:
+            A0, B0 = torch.zeros_like(A), torch.zeros_like(B)
+        else:
+            A0, B0 = (read_tensor(self.initial_descriptor, info) for info in (initial.A, initial.B))
+        factors = FactorPair(A, B, A0, B0)
         if not factors.finite():
             raise ValueError(
                 f"a factor has NaN or Inf in {self.trained.path} or {self.initial.path}; take an earlier checkpoint"
@@ -63,14 +69,15 @@ def open_pair(trained: Path, initial: Path) -> Iterator[AdapterPair]:
 
 
 def _check_same_layers(trained: AdapterFile, initial: AdapterFile) -> None:
+    plain = {name for name, layer in trained.layers.items() if layer.embedding and not initial.config}
     for adapter, other in ((trained, initial), (initial, trained)):
-        if missing := [name for name in adapter.layers if name not in other.layers]:
+        if missing := [name for name in adapter.layers if name not in other.layers and name not in plain]:
             raise ValueError(
                 f"layer {missing[0]!r} is in {adapter.path} but not in {other.path} ({len(missing)} such layers); "
                 "accepted is an initial adapter with the same layers"
             )
     for name, layer in trained.layers.items():
-        first = initial.layers[name]
+        first = initial.layers.get(name, layer)
         with layer_context(f"layer {name!r}"):
             for what, found, expected, equal in (
                 ("rank", layer.rank, first.rank, layer.rank == first.rank),

@@ -60,7 +60,11 @@ def plan_plain(pair: AdapterPair, rank: int | None) -> PlainLora:
     ranks = {name: min(rank or highest, 2 * layer.rank) for name, layer in trained.layers.items()}
     tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, layer in trained.layers.items():
-        dtype = torch.float32 if rank is not None else torch.promote_types(layer.dtype, initial.layers[name].dtype)
+        dtype = (
+            torch.float32
+            if rank is not None
+            else torch.promote_types(layer.dtype, initial.layers.get(name, layer).dtype)
+        )
         out_features, in_features = layer.shape
         tensors.append((layer.A.name, dtype, (ranks[name], in_features)))
         tensors.append((layer.B.name, dtype, (out_features, ranks[name])))

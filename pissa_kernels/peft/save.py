@@ -110,8 +110,8 @@ class SavePretrained:
         given = arguments["selected_adapters"]
         selected = list(peft_model.peft_config) if given is None else list(given)
         initial = arguments["path_initial_model_for_weight_conversion"]
-        if not set(selected) <= set(peft_model.peft_config):
-            save(*call.args, **call.kwargs)  # PEFT refuses it
+        if not selected or not set(selected) <= set(peft_model.peft_config):
+            save(*call.args, **call.kwargs)  # PEFT refuses an unknown name
         embeddings = {}
         for adapter in selected:
             if initial is not None:
