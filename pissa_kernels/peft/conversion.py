@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..adapter.layers import lora_layers
 from ..adapter.names import KEY_PREFIX
 from ..files.atomic import atomic_file
+from ..numerics import exact_arithmetic
+from .record import records
 from .start import weight_of
 
 _BASE_WEIGHT = ".base_layer.weight"
@@ -78,7 +81,7 @@ def complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments: 
                 raise ValueError(f"the initial adapter has no {key!r}; make it with save_pissa, and convert again")
             value = _stacked(value, initial[key], kind[-1])
         elif key in layers:
-            value = weight_of(layers[key], None)
+            value = _original(layers[key], adapter, initial, key.removesuffix(_BASE_WEIGHT))
         missing[key] = value.detach().to("cpu", copy=True).contiguous()
     if not missing:
         return
@@ -87,6 +90,19 @@ def complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments: 
             save_file({**converted, **missing}, temporary, metadata={"format": "pt"})
         else:
             torch.save({**converted, **missing}, temporary)
+
+
+def _original(layer: Any, adapter: str, initial: dict[str, Tensor], key: str) -> Tensor:
+    """The weight of a layer before PiSSA, also where the model is a residual checkpoint and has no records."""
+    weight = weight_of(layer, None)
+    factors = [initial.get(f"{key}.lora_{factor}.weight") for factor in "BA"]
+    if records(layer) or any(factor is None for factor in factors):
+        return weight
+    B, A = (factor.to(weight.device).float() for factor in factors if factor is not None)
+    total = weight.float().clone(memory_format=torch.preserve_format)
+    with exact_arithmetic(weight.device):
+        ops.subtract_lowrank_(total, B, A, -float(layer.scaling[adapter]), bool(layer.fan_in_fan_out))
+    return total.to(weight.dtype)
 
 
 def _stacked(trained: Tensor, initial: Tensor, factor: str) -> Tensor:

@@ -117,7 +117,7 @@ class SavePretrained:
             if initial is not None:
                 check_convertible(peft_model, adapter)
             embeddings[adapter] = arguments["save_embedding_layers"]
-            if records_of(peft_model, adapter):
+            if initial is not None or records_of(peft_model, adapter):
                 embeddings[adapter] = embeddings_to_save(peft_model, adapter, embeddings[adapter])
         for choice in dict.fromkeys(embeddings.values()):
             arguments["save_embedding_layers"] = choice

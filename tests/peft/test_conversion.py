@@ -81,17 +81,21 @@ def test_trained_biases_are_refused_by_name(bias: str, tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
-def test_a_head_of_a_changed_vocabulary_is_carried_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("residual_checkpoint", [False, True])
+def test_a_head_of_a_changed_vocabulary_is_carried_as_it_was(residual_checkpoint: bool, tmp_path: Path) -> None:
     """New rows of the head are random in every model that is made: the adapter brings them, with no residual."""
     base = stored(build("llama"), tmp_path / "base")
     base.resize_token_embeddings(120)
+    initial = tmp_path / "out" / "pissa_init"
     with pk.patch_peft():
         model = peft.get_peft_model(copy.deepcopy(base), config("llama", target_modules=["q_proj", "lm_head"])).eval()
-    pk.save_pissa(model, tmp_path / "out")
-    trained(model)
-    model.save_pretrained(
-        tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "out" / "pissa_init")
-    )
+        pk.save_pissa(model, tmp_path / "out")
+        if residual_checkpoint:  # whose adapter has no record
+            model = peft.PeftModel.from_pretrained(
+                type(base).from_pretrained(tmp_path / "out"), initial, is_trainable=True
+            ).eval()
+            model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    trained(model).save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(initial))
     head = tensors(tmp_path / "lora")["base_model.model.lm_head.base_layer.weight"]
     assert moved(base.lm_head.weight, head) <= 1e-6
     torch.manual_seed(7)
@@ -99,6 +103,20 @@ def test_a_head_of_a_changed_vocabulary_is_carried_as_it_was(tmp_path: Path) -> 
     again.resize_token_embeddings(120)
     assert not torch.equal(again.lm_head.weight, base.lm_head.weight)
     plain = peft.PeftModel.from_pretrained(again, tmp_path / "lora").eval()
+    assert moved(output(model), output(plain)) <= allowed(torch.float32)
+
+
+@pytest.mark.parametrize("setting", ["plain", "embedding and head", "tokens and head"])
+def test_an_adapter_of_a_residual_checkpoint_is_converted(setting: str, tmp_path: Path) -> None:
+    base, model = make(setting, torch.float32, tmp_path)
+    initial = tmp_path / "out" / "pissa_init"
+    pk.save_pissa(model, tmp_path / "out")
+    with pk.patch_peft():
+        residual = type(base).from_pretrained(tmp_path / "out")
+        model = trained(peft.PeftModel.from_pretrained(residual, initial, is_trainable=True).eval())
+    model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(initial))
+    assert not any("base_layer" in key for key in tensors(tmp_path / "lora"))
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
     assert moved(output(model), output(plain)) <= allowed(torch.float32)
 
 
