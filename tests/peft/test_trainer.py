@@ -19,9 +19,9 @@ from .test_save import allowed, moved, residuals
 STEPS = 6
 
 
-def make() -> Any:
+def make(name: str = "llama", **changes: Any) -> Any:
     with pk.patch_peft():
-        return peft.get_peft_model(build("llama"), config("llama"))
+        return peft.get_peft_model(build(name), config(name, **changes))
 
 
 def trainer(model: Any, folder: Path, **changes: Any) -> Any:
@@ -93,3 +93,36 @@ def test_gradient_checkpointing(reentrant: bool, trained: tuple[Any, Path], tmp_
     with pk.original_model(model), torch.no_grad():  # in training mode
         assert moved(output(base), output(model)) <= allowed(torch.float32)
     assert moved(output(trained[0]), output(model.eval())) <= allowed(torch.float32)
+
+
+EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "dora and head": ("llama", {"use_dora": True, "modules_to_save": ["lm_head"]}),
+    "tokens": ("llama", {"trainable_token_indices": [1, 2]}),
+    "biases": ("gpt2", {"bias": "all"}),
+    "head and embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_after_the_best_model_is_loaded_everything_is_saved_right(extra: str, tmp_path: Path) -> None:
+    """The best checkpoint, the initial state and the plain LoRA give the outputs that they should."""
+    name, changes = EXTRAS[extra]
+    base, model = build(name), make(name, **changes)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    runner = trainer(model, tmp_path / "run", eval_strategy="steps", eval_steps=2, **best)
+    runner.train()
+    checkpoint = Path(runner.state.best_model_checkpoint)
+    assert checkpoint.name == "checkpoint-2"
+    expected = output(model.eval())
+    assert moved(output(base), expected) > 3 * allowed(torch.float32)
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(build(name), checkpoint).eval()
+    assert torch.equal(output(loaded), expected)
+    pk.save_pissa(model, tmp_path / "out")
+    residual = type(base).from_pretrained(tmp_path / "out").eval()
+    initial = peft.PeftModel.from_pretrained(residual, tmp_path / "out" / "pissa_init").eval()
+    assert moved(output(base), output(initial)) <= allowed(torch.float32)
+    pk.convert_adapter(checkpoint, tmp_path / "out", tmp_path / "lora")
+    plain = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    assert moved(expected, output(plain)) <= allowed(torch.float32)
