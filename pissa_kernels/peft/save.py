@@ -42,8 +42,9 @@ def save_pissa(
 
     Raises:
         FileExistsError: ``out`` is not an empty folder.
-        ValueError: there is no such adapter, it was not initialized by this package, or an adapter is merged into the
-            weights.
+        ValueError: there is no such adapter, it was not initialized by this package, an adapter is merged into the
+            weights, an initial value is not known any more, or the base model's tensors are not those that it had
+            before PEFT changed it. Nothing has been written then.
 
     Examples:
         >>> import os, peft, tempfile, torch
@@ -60,6 +61,7 @@ def save_pissa(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder")
+    peft_model = getattr(peft_model, "_orig_mod", peft_model)  # of a compiled one
     records = records_of(peft_model, adapter_name)
     if not records:
         raise ValueError(

@@ -182,7 +182,8 @@ def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
     """The base model's state dict with its own names: residuals of one adapter, and everything else as at the start.
 
     Raises:
-        ValueError: the names or shapes are not those of the base model before PEFT changed it.
+        ValueError: the names or shapes are not those of the base model before PEFT changed it, or the base model itself
+            is trained.
     """
     base = base_of(model)
     start: Start = base.__dict__.get(_ATTRIBUTE, Start())
@@ -195,8 +196,14 @@ def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
                 f"the adapter {adapter!r} trains biases (bias={bias!r}), and their initial values are not known any "
                 "more; call save_pissa with the model that get_peft_model made under patch_peft()"
             )
-    for values in start.values.values():
-        state |= {own: value for key, value in values.items() if (own := named(key)) in state}
+    biases = {own: value for values in start.values.values() for key, value in values.items() if (own := named(key))}
+    for key, parameter in base.named_parameters():
+        if parameter.requires_grad and (own := named(key)) is not None and own not in biases:
+            raise ValueError(
+                f"{own!r} of the base model is trained, and PEFT keeps no initial value of it; call "
+                "requires_grad_(False) on it if it has not been trained"
+            )
+    state |= biases
     for name, layer in lora_layers(base):
         own = named(f"{name}.base_layer.weight")
         if own in state:

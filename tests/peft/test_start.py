@@ -252,6 +252,29 @@ def test_an_unknown_initial_value_is_refused(changes: dict[str, Any], words: str
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_model_that_is_trained_is_refused(tmp_path: Path) -> None:
+    base, model = made("llama", bias="all")
+    norm = model.get_base_model().model.norm
+    norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^'model\.norm\.weight' of the base model is trained, .*grad_\(False\)"):
+        pk.save_pissa(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    norm.requires_grad_(False)
+    loaded = saved_and_loaded(model, tmp_path / "out")
+    assert moved(output(base), output(loaded)) <= allowed(torch.float32)
+
+
+def test_a_compiled_model_is_saved(tmp_path: Path) -> None:
+    base, model = made("llama", use_dora=True)
+    compiled = torch.compile(trained(model), backend="eager")
+    pk.save_pissa(compiled, tmp_path / "out")
+    residual = type(base).from_pretrained(tmp_path / "out").eval()
+    loaded = peft.PeftModel.from_pretrained(residual, tmp_path / "out", subfolder="pissa_init").eval()
+    assert moved(output(base), output(loaded)) <= allowed(torch.float32)
+    report = pk.Report.read(tmp_path / "out" / "pissa_init" / "pissa_report.json")
+    assert {layer.name for layer in report.layers} == set(lora_layers(model))
+
+
 def test_biases_of_another_adapter_are_refused_too(tmp_path: Path) -> None:
     _, model = made("gpt2", bias="all")
     with pk.patch_peft():
