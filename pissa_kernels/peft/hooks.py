@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapter.layers import in_scope
-from . import start
+from . import base_weights, start
 from .additions import check_addition, removed_on_failure
 from .creation import creating
 from .guard import protect, protect_peft_model
-from .load import Source, loading
 from .load import Source, loading, replace_records
 from .offload import resident
 from .replicated import follow, split
@@ -52,7 +51,7 @@ class Hook(NamedTuple):
 
 def hooks() -> list[Hook]:
     """Every attribute of PEFT that a patch replaces."""
-    from peft import PeftModel
+    from peft import PeftModel, peft_model
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
@@ -64,6 +63,8 @@ def hooks() -> list[Hook]:
         Hook(LoraModel, "_create_and_replace", wrap_create_and_replace),
         Hook(BaseTuner, "inject_adapter", wrap_inject_adapter),
         Hook(BaseTuner, "inject_adapter", start.wrap_inject_adapter),
+        Hook(BaseTuner, "inject_adapter", base_weights.wrap_inject_adapter),
+        Hook(peft_model, "set_peft_model_state_dict", base_weights.wrap_set_state),
         Hook(PeftModel, "from_pretrained", wrap_from_pretrained),
         Hook(PeftModel, "load_adapter", wrap_load_adapter),
         Hook(PeftModel, "__init__", wrap_adapter_creation),
