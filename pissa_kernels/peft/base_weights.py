@@ -72,12 +72,13 @@ def check(key: str, layer: Any, value: Tensor, record: InitRecord | None) -> Non
         key: its key in the file.
         layer: a layer with records.
         value: the weight.
-        record: the initial factors of the adapter in the file. Their residual is accepted, and W.
+        record: the initial factors of the adapter in the file. Their residual is accepted, and W, and what is stored:
+            PEFT's recipe saves the initial adapter with it.
 
     Raises:
-        ValueError: it is neither; the message names the layer.
+        ValueError: it is none of these; the message names the layer.
     """
-    for expected in (weight_of(layer, None), weight_of(layer, record)):
+    for expected in (layer.get_base_layer().weight.detach(), weight_of(layer, None), weight_of(layer, record)):
         if value.shape == expected.shape:
             u = max(UNIT_ROUNDOFF.get(dtype, 0.0) for dtype in (value.dtype, expected.dtype))
             off = value.to(expected.device).double() - expected.double()

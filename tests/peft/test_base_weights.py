@@ -92,3 +92,16 @@ def test_other_base_weights_are_loaded(tmp_path: Path) -> None:
         base.model.embed_tokens.weight.data *= 0.5
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()
     assert moved(output(model), output(loaded)) <= allowed(torch.float32)
+
+
+def test_an_initial_adapter_with_the_residual_converts(tmp_path: Path) -> None:
+    """PEFT's recipe, as PEFT saves the initial adapter."""
+    with pk.patch_peft():
+        model = peft.get_peft_model(build("llama"), config("llama", target_modules=["q_proj", "lm_head"])).eval()
+        model.peft_config["default"].init_lora_weights = True
+        initial = saved(model, tmp_path / "initial")
+        expected = output(trained(model))
+        model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(initial))
+    assert torch.equal(output(model), expected)
+    plain = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "lora").eval()
+    assert moved(expected, output(plain)) <= allowed(torch.float32)
