@@ -30,12 +30,14 @@ def save_pissa(
     """Save the residual model, and its initial adapter in ``pissa_init/``, for plain transformers and PEFT to load.
 
     The layout is that of PEFT's recipe, without a second SVD. The adapter's config has ``init_lora_weights=True``, so
-    that loading it onto the residual model subtracts nothing. The adapter saved is the initial one, whether or not the
-    model has been trained since, and ``save_pretrained(…, path_initial_model_for_weight_conversion=…)`` accepts
-    ``pissa_init/``. ``out`` appears complete or not at all, and the model is not changed.
+    that loading it onto the residual model subtracts nothing. Whether or not the model has been trained since, the
+    adapter is the initial one: A and B, and all else that PEFT trains, such as magnitudes, biases, copied modules and
+    tokens. ``save_pretrained(…, path_initial_model_for_weight_conversion=…)`` accepts ``pissa_init/``. ``out`` appears
+    complete or not at all, and the model is not changed.
 
     Args:
-        peft_model: a model with an adapter that was initialized under :func:`pissa_kernels.patch_peft`.
+        peft_model: a model with an adapter that was initialized under :func:`pissa_kernels.patch_peft`; also a model of
+            transformers with an adapter of its own (``model.add_adapter``).
         out: a folder that does not exist or is empty.
         adapter_name: name of the adapter.
         tokenizer: saved into ``out`` too; None for none.
@@ -71,6 +73,7 @@ def save_pissa(
     for name, layer in lora_layers(peft_model):
         if layer.merged:
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
+    _check_saves_tensors(base_of(peft_model))
     adapter, base = initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
     with atomic_folder(out) as folder:
         _save_adapter(peft_model, adapter_name, adapter, out, folder / ADAPTER_FOLDER)
@@ -153,6 +156,19 @@ def _save_adapter(model: Any, adapter_name: str, state: dict[str, torch.Tensor],
     config.save_pretrained(folder, auto_mapping_dict=mapping if config.task_type is None else None)
     tensors = {f"{KEY_PREFIX}{key}": value for key, value in state.items()}
     save_file(_apart(tensors), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _check_saves_tensors(base: Any) -> None:
+    """Refuse a model whose ``save_pretrained`` writes the tensors under the names that PEFT has given them."""
+    from transformers import PreTrainedModel
+
+    if isinstance(base, PreTrainedModel) or not hasattr(base, "save_pretrained"):
+        return
+    if "state_dict" not in inspect.signature(base.save_pretrained).parameters:
+        raise ValueError(
+            f"save_pretrained of {type(base).__name__} takes no state_dict, so it would save PEFT's names of the tensors; "
+            "save the trained adapter under patch_peft() and convert it with convert_adapter instead"
+        )
 
 
 def _save_base(base: Any, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -264,6 +264,21 @@ def test_a_base_model_that_is_trained_is_refused(tmp_path: Path) -> None:
     assert moved(output(base), output(loaded)) <= allowed(torch.float32)
 
 
+def test_a_model_that_saves_only_its_own_tensors_is_refused(tmp_path: Path) -> None:
+    """As diffusers' models, which accept any keyword."""
+
+    class Own(torch.nn.Sequential):
+        def save_pretrained(self, folder: Path, **kwargs: Any) -> None:
+            raise AssertionError("called")
+
+    settings = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["0"])
+    with pk.patch_peft():
+        model = peft.get_peft_model(Own(torch.nn.Linear(16, 16)), settings)
+    with pytest.raises(ValueError, match="save_pretrained of Own takes no state_dict"):
+        pk.save_pissa(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_compiled_model_is_saved(tmp_path: Path) -> None:
     base, model = made("llama", use_dora=True)
     compiled = torch.compile(trained(model), backend="eager")
