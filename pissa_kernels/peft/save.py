@@ -166,8 +166,8 @@ def _check_saves_tensors(base: Any) -> None:
         return
     if "state_dict" not in inspect.signature(base.save_pretrained).parameters:
         raise ValueError(
-            f"save_pretrained of {type(base).__name__} takes no state_dict, so it would save PEFT's names of the tensors; "
-            "save the trained adapter under patch_peft() and convert it with convert_adapter instead"
+            f"save_pretrained of {type(base).__name__} takes no state_dict, so it would save PEFT's names of the "
+            "tensors; save the trained adapter with its initial factors and convert it with convert_adapter instead"
         )
 
 
@@ -176,8 +176,7 @@ def _save_base(base: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(base, PreTrainedModel):
-        # with adapters of its own, a model of transformers would save those instead
-        with _attribute(base, "_hf_peft_config_loaded", False):
+        with _without_adapters(base):
             base.save_pretrained(folder, state_dict=state)
     elif hasattr(base, "save_pretrained"):
         base.save_pretrained(folder, state_dict=state)
@@ -186,17 +185,16 @@ def _save_base(base: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Context in which an attribute that the object has has another value."""
-    if not getattr(owner, name, value):
-        yield
-        return
-    before = getattr(owner, name)
-    setattr(owner, name, value)
+def _without_adapters(base: Any) -> Iterator[None]:
+    """Context in which a model of transformers does not save the adapters that it has of its own instead."""
+    loaded = getattr(base, "_hf_peft_config_loaded", False)
+    if loaded:
+        base._hf_peft_config_loaded = False
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if loaded:
+            base._hf_peft_config_loaded = True
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
