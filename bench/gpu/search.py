@@ -191,9 +191,7 @@ def written(entries: dict[str, list[launch.Entry]]) -> str:
 
 
 def main(name: str, argv: Sequence[str]) -> int:
-    parser = commands.parser(
-        name, "They go to the architecture's file in pissa_kernels/ops/triton/launch."
-    )
+    parser = commands.parser(name, "They go to the architecture's file in pissa_kernels/ops/triton/launch.")
     parser.add_argument("--only", default="", metavar="REGEX", help='search only what matches, as "product .*: 256"')
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():

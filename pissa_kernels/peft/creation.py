@@ -36,23 +36,29 @@ class _Zeros(TorchFunctionMode):
 def creating(config: Any, target: nn.Module) -> Iterator[None]:
     """Context in which PEFT creates an adapter of zeros on the device of the weight, if PiSSA will initialize it.
 
-    A bias of B, which PEFT leaves random, is zero as well: the layer computes what it did before.
-
     Args:
         config: the ``LoraConfig``.
         target: the module that PEFT replaces, or the LoRA layer that gets another adapter.
     """
-    init = config.init_lora_weights
-    layer: Any = target
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    weight = getattr(base, "weight", None)
-    if isinstance(init, str) and init.startswith("pissa") and isinstance(weight, Tensor) and _is_plain(weight):
+    init, base = config.init_lora_weights, target
+    if hasattr(target, "get_base_layer"):
+        base = target.get_base_layer()
+    if isinstance(init, str) and init.startswith("pissa") and _is_initialized(base):
+        weight: Any = base.weight
         with torch.device(weight.device), _Zeros():
             yield
     else:
         yield
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is a matrix that PiSSA initializes, rather than one that it refuses or leaves to PEFT."""
-    return type(weight.data) is Tensor and not weight.is_meta and weight.ndim == 2 and weight.is_floating_point()
+def _is_initialized(base: nn.Module) -> bool:
+    """Whether PiSSA initializes a module, rather than refusing it or leaving it to PEFT, as embeddings."""
+    weight = getattr(base, "weight", None)
+    return (
+        (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D")
+        and isinstance(weight, Tensor)
+        and type(weight.data) is Tensor
+        and not weight.is_meta
+        and weight.ndim == 2
+        and weight.is_floating_point()
+    )
