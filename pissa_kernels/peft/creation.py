@@ -40,8 +40,10 @@ def creating(config: Any, target: nn.Module) -> Iterator[None]:
         config: the ``LoraConfig``.
         target: the module that PEFT replaces, or the LoRA layer that gets another adapter.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     init, base = config.init_lora_weights, target
-    if hasattr(target, "get_base_layer"):
+    if isinstance(target, BaseTunerLayer):
         base = target.get_base_layer()
     if isinstance(init, str) and init.startswith("pissa") and _is_initialized(base):
         weight: Any = base.weight
