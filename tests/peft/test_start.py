@@ -226,7 +226,10 @@ def test_magnitudes_are_computed_again(name: str, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in adapter_state(model, "default").items()}
     loaded = saved_and_loaded(without_values(trained(model)), tmp_path / "out")
     state = adapter_state(loaded, "default")
-    assert all(torch.equal(state[key], value) for key, value in before.items())
+    for key, value in before.items():
+        # PEFT may have computed it from W itself
+        bound = 4 * 2**-24 if "magnitude" in key else 0
+        assert moved(value.double(), state[key].double()) <= bound, key
     assert moved(output(base), output(loaded)) <= allowed(torch.float32)
 
 
