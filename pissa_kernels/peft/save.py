@@ -21,6 +21,7 @@ from . import sidecar
 from .conversion import check_convertible, complete_conversion, embeddings_to_save
 from .record import InitRecord, of_adapter
 from .start import initial_state, residual_state
+from .state import check_known
 from .wrappers import base_of
 
 
@@ -73,6 +74,7 @@ def save_pissa(
     for name, layer in lora_layers(peft_model):
         if layer.merged:
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
+        check_known(layer)
     _check_saves_tensors(base_of(peft_model))
     adapter, base = initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
     with atomic_folder(out) as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,16 @@ def test_a_base_model_that_is_trained_is_refused(tmp_path: Path) -> None:
     norm.requires_grad_(False)
     loaded = saved_and_loaded(model, tmp_path / "out")
     assert moved(output(base), output(loaded)) <= allowed(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_weight_that_is_not_the_residual_is_refused(name: str, tmp_path: Path) -> None:
+    _, model = made(name)
+    layer, module = next(iter(lora_layers(model).items()))
+    module.get_base_layer().weight.data *= 1.01
+    with pytest.raises(ValueError, match=re.escape(layer)):
+        pk.save_pissa(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_saves_only_its_own_tensors_is_refused(tmp_path: Path) -> None:
