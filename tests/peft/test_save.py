@@ -235,12 +235,17 @@ def test_a_second_adapter_of_the_same_settings_shares_the_residual(
 
 def test_a_second_adapter_of_other_settings_has_its_own_factors() -> None:
     base, adapted = make("llama", torch.float32)
-    before = residuals(adapted)
+    train(adapted)
+    trained, before = output(adapted), residuals(adapted)
     with pk.patch_peft():
         adapted.add_adapter("other", config("llama", r=2))
-    assert not any(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    assert all(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
+    assert all(layer.lora_A["other"].weight.shape[0] == 2 for layer in lora_layers(adapted).values())
+    assert torch.equal(trained, output(adapted))
     with pk.original_model(adapted):
         assert moved(output(base), output(adapted)) <= allowed(torch.float32)
+    adapted.set_adapter("other")
+    assert moved(output(base), output(adapted)) <= allowed(torch.float32)
 
 
 def test_the_state_dict_has_no_further_keys() -> None:
