@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..batched import Weights
 from .product import product
 
 
@@ -12,7 +13,7 @@ def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
     """W·X. See :func:`pissa_kernels.ops.matmul`."""
     if weight.ndim == 2:
         return matmul(weight[None], X[None], pieces)[0]
-    result = product(weight, X, precision=pieces).values
+    result = product(Weights.of(weight.unbind()), X, precision=pieces).values
     assert result is not None
     return result
 
@@ -27,8 +28,9 @@ def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
     if weight.ndim == 2:
         Y, Z = normal(weight[None], X[None], pieces)
         return Y[0], Z[0]
-    images = product(weight, X, precision=pieces, pieces=pieces if weight.dtype == torch.bfloat16 else 0)
-    result = product(weight.mT, images, precision=pieces).values
+    weights = Weights.of(weight.unbind())
+    images = product(weights, X, precision=pieces, pieces=pieces if weight.dtype == torch.bfloat16 else 0)
+    result = product(weights.mT, images, precision=pieces).values
     assert images.values is not None
     assert result is not None
     return images.values, result
