@@ -12,7 +12,9 @@ from ..adapter.layers import lora_layers
 from ..adapter.names import module_name
 from . import forward, state
 from .record import records
+from .scope import Injection
 from .state import adapted_layers
+from .targets import is_pissa
 
 # Initializers of PEFT that subtract from the base weight, or replace it. MiCA, orthogonal and EVA leave it.
 CHANGING = ("corda", "loftq", "lora_ga", "olora")
@@ -23,12 +25,6 @@ def changes_the_base(config: Any) -> str | None:
     init = getattr(config, "init_lora_weights", None)
     found = next((name for name in CHANGING if isinstance(init, str) and init.lower().startswith(name)), None)
     return "KaSA" if found is None and getattr(config, "kasa_config", None) is not None else found
-
-
-def is_pissa(config: Any) -> bool:
-    """Whether the adapter of a ``LoraConfig`` starts as PiSSA."""
-    init = getattr(config, "init_lora_weights", None)
-    return isinstance(init, str) and init.startswith("pissa")
 
 
 def check_addition(model: nn.Module, adapter: str, config: Any, *, loading: bool) -> None:
@@ -74,25 +70,52 @@ def check_init(layer: Any, adapter: str, config: Any) -> None:
         )
 
 
-@contextlib.contextmanager
-def removed_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Context that deletes a new adapter from the layers of a model with residuals after an exception.
+def check_active_variant(layer: Any, adapter: str) -> None:
+    """Refuse a PiSSA adapter that would make the stored weight a residual under an active variant that reads it.
 
-    Layers that only this adapter has get their weight back, and stay as layers without adapters.
+    Args:
+        layer: a LoRA layer that gets the adapter.
+        adapter: name of the new adapter.
+
+    Raises:
+        ValueError: with the name of the variant; :func:`layer_context` adds the layer's.
     """
-    layers = list(adapted_layers(model))
-    new = layers and not any(adapter in layer.lora_A for _, layer in lora_layers(model))
-    active = [(layer, layer.active_adapter) for _, layer in layers]
+    active = [name for name in layer.active_adapters if name in layer.lora_variant and name != adapter]
+    if active and not records(layer):
+        raise ValueError(
+            f"the adapter {active[0]!r} ({state.variant_name(layer, active[0])}) is active and computes with the "
+            f"stored weight, of which the adapter {adapter!r} makes a residual. Use it in a model of its own"
+        )
+
+
+@contextlib.contextmanager
+def removed_on_failure(model: nn.Module, adapter: str, injection: Injection | None = None) -> Iterator[None]:
+    """Context after whose failure a model that has adapters is as it was, to the bit.
+
+    Layers that only the new adapter has are bare modules again. A model without adapters, and one that has layers with
+    an adapter of this name, keep the layers that are initialized: a second call does the rest.
+
+    Args:
+        model: the model.
+        adapter: name of the new adapter.
+        injection: the call that adds it, with copies of the weights that it changes.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    before = [(layer, records(layer), layer.active_adapter, forward.is_attached(layer)) for layer in layers]
+    undone = bool(layers) and not any(adapter in layer.lora_A for layer in layers)
+    if injection is not None:
+        injection.is_undone = undone
     try:
         yield
     except BaseException:
-        if new:
+        if undone:
+            if injection is not None:
+                injection.undo()
             for _, layer in lora_layers(model):
                 layer.delete_adapter(adapter)
-                if records(layer) and not layer.lora_A:
-                    forward.restore_(layer)
-            for layer, names in active:
-                layer.set_adapter(names)
+            for layer, kept, active, attached in before:
+                layer.set_adapter(active)
+                forward.reset(layer, kept, attached)
         raise
 
 

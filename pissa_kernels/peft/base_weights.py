@@ -18,7 +18,7 @@ from . import sidecar
 from .load import Source, loading
 from .record import InitRecord, of_adapter, records
 from .scope import Session
-from .start import weight_of
+from .state import weight_of
 
 # Rounding errors that merging and casting leave, in units of u·‖W‖_F.
 _ROUNDINGS = 8

@@ -15,7 +15,7 @@ from ..adapter.names import KEY_PREFIX
 from ..files.atomic import atomic_file
 from ..numerics import exact_arithmetic
 from .record import records
-from .start import weight_of
+from .state import weight_of
 
 _BASE_WEIGHT = ".base_layer.weight"
 

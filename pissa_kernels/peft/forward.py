@@ -61,9 +61,10 @@ def correct(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: T
         active = layer.active_adapters
         coefficients = found.missing(active, layer.scaling)
     used = [index for index, total in enumerate(coefficients) if isinstance(total, Tensor) or total]
+    if layer.lora_variant:
+        _check_variants(layer, found, active, corrected=bool(used))
     if not used:
         return None
-    _refuse_variants(layer, active)
     return _added(layer, x, output, [(index, coefficients[index]) for index in used])
 
 
@@ -71,8 +72,8 @@ def _correct_samples(layer: Any, found: Terms, x: Tensor, output: Tensor, names:
     """The hook for a batch in which every sample has its own adapter; "__base__" is none."""
     of_name = {name: found.missing((name,) if name in layer.lora_A else (), layer.scaling) for name in set(names)}
     for name, totals in of_name.items():
-        if any(isinstance(total, Tensor) or total for total in totals):
-            _refuse_variants(layer, [name])
+        used = any(isinstance(total, Tensor) or total for total in totals)
+        _check_variants(layer, found, [name], corrected=used)
     shape = (len(names),) + (1,) * (output.ndim - 1)
     terms = []
     for index in range(len(found.factors)):
@@ -108,12 +109,31 @@ def factors_on(layer: Any, device: torch.device) -> list[Factors]:
     return copies[device]
 
 
-def _refuse_variants(layer: Any, active: Sequence[str]) -> None:
-    variants = [name for name in active if name in layer.lora_variant]
-    if variants:
+def _check_variants(layer: Any, found: Terms, active: Sequence[str], *, corrected: bool) -> None:
+    """Refuse a variant that takes norms from the stored weight, unless exactly its own initial term is subtracted.
+
+    Args:
+        layer: the layer.
+        found: its terms.
+        active: the adapters that the pass adds.
+        corrected: whether C is not zero. The variant would have to scale C·x as well.
+    """
+    for name in active:
+        if name not in layer.lora_variant:
+            continue
+        own = found.is_own(name, found.subtracted)
+        if own and not corrected:
+            continue
+        adapter = f"{label(layer)}: the adapter {name!r} ({variant_name(layer, name)})"
+        if own and len([other for other in active if other in layer.lora_A]) == 1:
+            raise ValueError(
+                f"{adapter} computes with the stored weight, from which its initial factors were subtracted with the "
+                f"scaling {found.scalings[name]:g}, and its scaling is {float(layer.scaling[name]):g} now. Set it back "
+                f"(set_scale({name!r}, 1) on each layer)"
+            )
         raise ValueError(
-            f"{label(layer)}: the adapter {variants[0]!r} ({variant_name(layer, variants[0])}) computes with the "
-            "stored weight, which is the residual of another adapter here. Activate it alone, in a model of its own"
+            f"{adapter} computes with the stored weight, which is not its own here because of another adapter's "
+            "initial factors. Activate it alone, in a model of its own"
         )
 
 
@@ -133,6 +153,16 @@ def restore_(layer: Any) -> None:
     """Write W to the stored weight of an unmerged layer, and drop the records."""
     state.rebase_(layer, [0.0] * len(state.terms(layer).factors))
     drop(layer)
+
+
+def reset(layer: Any, kept: Sequence[InitRecord], attached: bool) -> None:
+    """Give a layer the records that it had, and no hook if it had none."""
+    set_records(layer, kept)
+    attach(layer)
+    if not attached:
+        for key in [key for key, hook in layer._forward_hooks.items() if hook is correct]:
+            del layer._forward_hooks[key], layer._forward_hooks_with_kwargs[key]
+        del layer.__dict__[TERMS], layer.__dict__[COPIES]
 
 
 def drop(layer: Any) -> None:

@@ -23,6 +23,8 @@ from .additions import check_init
 from .record import GONE, InitRecord, records, set_records
 from .replicated import check_separate
 from .state import adapted_layers
+from .swap import guard_hotswap
+from .wrappers import alive
 from .wrapping import unwrap_aliases
 
 # Context in which a patch applies to the thread.
@@ -50,12 +52,10 @@ class Guard:
     def __setstate__(self, content: Any) -> None:
         owner, self._function, self._bound = content
         self._owner = weakref.ref(owner)
+        guard_hotswap()  # for a model that was unpickled too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner = self._owner()
-        if owner is None:
-            raise ReferenceError("the model of this method is gone: keep it in a variable during the call")
-        return self._function(owner, *self._bound, *args, **kwargs)
+        return self._function(alive(self._owner), *self._bound, *args, **kwargs)
 
 
 def _guard(owner: Any, functions: dict[str, Callable[..., Any]], *bound: Any) -> None:
@@ -117,23 +117,27 @@ def unload(
 ) -> torch.nn.Module:
     """The bare module for ``unload`` and ``merge_and_unload``: W, or W and the merged changes.
 
-    PEFT's recipe wants the residual. The module keeps its records then, for a new start.
+    PEFT's recipe wants the residual of the adapter that it names. The module keeps a record then, for a new start.
     """
     base: torch.nn.Module = layer.get_base_layer()
     if merge:
         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     if not layer.merged:
-        found = records(layer)
-        kept = [record for record in found if not record.shared]
-        if not merge and any(record.adapter in _keeping.get() for record in found):
-            set_records(base, [_nameless(record) for record in kept])
+        wanted = [] if merge else _of_recipe(layer)
+        if wanted:
+            found = state.terms(layer)
+            subtracted = [0.0] * len(found.factors)
+            subtracted[found.groups[wanted[0].adapter]] = wanted[0].report.scaling
+            state.rebase_(layer, subtracted)
+            set_records(base, [replace(wanted[0], adapter=GONE, shared=False)])
         else:
             forward.restore_(layer)
     return base
 
 
-def _nameless(record: InitRecord) -> InitRecord:
-    return replace(record, adapter=GONE)
+def _of_recipe(layer: Any) -> list[InitRecord]:
+    """Records of the adapters of PEFT's recipe."""
+    return [record for record in records(layer) if record.adapter in _keeping.get()]
 
 
 # A LoraModel
@@ -172,13 +176,15 @@ def unload_and_optionally_merge(
     if merge:
         _check_merges(tuner, adapter_names)
     check_separate(tuner)
-    for _, layer in adapted_layers(tuner):
-        state.check_known(layer)
     kept = frozenset(
         name for name, config in tuner.peft_config.items() if getattr(config, "init_lora_weights", None) is True
     )
     token = _keeping.set(kept)
     try:
+        for _, layer in adapted_layers(tuner):
+            state.check_known(layer)
+            if not merge:
+                _check_one_residual(layer)
         model = type(tuner)._unload_and_optionally_merge(
             tuner, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -187,6 +193,16 @@ def unload_and_optionally_merge(
     unwrap_aliases(model)
     _unguard(model)
     return model
+
+
+def _check_one_residual(layer: Any) -> None:
+    wanted = _of_recipe(layer)
+    if any(record.lora_A is not wanted[0].lora_A for record in wanted):
+        names = " and ".join(sorted({repr(record.adapter) for record in wanted}))
+        raise ValueError(
+            f"{state.label(layer)}: the adapters {names} have init_lora_weights=True, so that unload() keeps the "
+            "residual of each, but these differ. Set it for one of them, or delete the others first"
+        )
 
 
 # The base model, in which transformers and diffusers make adapters of their own

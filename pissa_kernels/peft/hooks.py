@@ -26,7 +26,6 @@ from .offload import resident
 from .replicated import follow, split
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
-from .swap import wrap_load_peft_weights, wrap_swap
 from .targets import is_pissa
 from .ties import Ties
 from .weighted import add_weighted_adapter
@@ -55,7 +54,6 @@ def hooks() -> list[Hook]:
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
-    from peft.utils import hotswap
     from transformers.integrations.peft import PeftAdapterMixin
 
     return [
@@ -70,8 +68,6 @@ def hooks() -> list[Hook]:
         Hook(PeftModel, "__init__", wrap_adapter_creation),
         Hook(PeftModel, "add_adapter", wrap_adapter_creation),
         Hook(PeftAdapterMixin, "load_adapter", wrap_load_into_transformers),
-        Hook(hotswap, "load_peft_weights", wrap_load_peft_weights),
-        Hook(hotswap, "hotswap_adapter_from_state_dict", wrap_swap),
     ]
 
 
@@ -128,7 +124,9 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
         nested = replacing.get().module is target  # of nested patches, one checks
         with contextlib.ExitStack() as stack:
             if injection is not None and not nested and session.applies() and is_pissa(lora_config):
-                stack.enter_context(wrapping(injection, self.model, lora_config, current_key, target, parameter))
+                stack.enter_context(
+                    wrapping(injection, self.model, lora_config, adapter_name, current_key, target, parameter)
+                )
             stack.enter_context(setting(replacing, ReplacedModule(current_key, target)))
             if session.applies():
                 stack.enter_context(creating(lora_config, target))
@@ -149,17 +147,19 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
         check_addition(model, adapter_name, configs[adapter_name], loading=loading.get() is not None)
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
         injection = Injection(Ties(model, replicated=replicated))
-        with resident(model, adapter_name), removed_on_failure(model, adapter_name):
-            try:
+        try:
+            with resident(model, adapter_name), removed_on_failure(model, adapter_name, injection):
                 with injected(injection, configs[adapter_name], model, adapter_name):
                     with setting(injecting, injection):
                         previous(self, model, adapter_name, *args, **kwargs)
                     jobs, copies = split(injection.jobs, injection.ties)
+                for job in jobs:
+                    injection.keep(job)
                 if jobs:
                     session.run(jobs)
                 session.layers += [follow(job, first) for job, first in copies]
-            finally:
-                protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
+        finally:
+            protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
 
     return inject_adapter
 

@@ -60,6 +60,11 @@ class LayerJob:
         name = f"layer {self.name!r}" if self.name else f"a {type(self.layer.get_base_layer()).__name__} layer"
         return f"{name}, weight {tuple(self.weight.shape)}"
 
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the weight changes: another adapter needs no residual already."""
+        return not records(self.layer) or all(name == self.adapter for name in self.layer.lora_A)
+
     def workspace(self, device: torch.device, batch: int = 1) -> int:
         """Bytes beyond the weights that the SVDs of ``batch`` layers like this one take on ``device``."""
         m, n = self.weight.shape
@@ -154,7 +159,7 @@ class LayerJob:
                 "stored weight, which is the residual of another adapter. Use the settings of that adapter (rank, "
                 "alpha, init_lora_weights, seed), or a model of its own"
             )
-        original = state.original_weight(self.layer)
+        original = state.weight_of(self.layer, None)
         view = original.mT if self.transposed else original
         if self.given is None:
             factors, dtype = principal_factors(view, self.recipe), self.weight.dtype

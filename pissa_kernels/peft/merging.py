@@ -5,7 +5,8 @@ While adapters are merged, exactly their initial factors are subtracted, so that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,27 +33,43 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     backup = weight.data.clone(memory_format=torch.preserve_format) if safe_merge or any(change) else None
     try:
         state.add_(weight.data, state.terms(layer).factors, change, bool(layer.fan_in_fan_out))
-        method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+        with _as_merged(layer, merged):
+            method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
     except BaseException:
         if backup is not None:
             layer.merged_adapters[:] = merged
             weight.data = backup
         raise
-    layer.__dict__[_MERGED] = {name: float(layer.scaling[name]) for name in layer.merged_adapters}
+    earlier = {name: scaling for name, scaling in layer.__dict__.get(_MERGED, {}).items() if name in merged}
+    layer.__dict__[_MERGED] = earlier | {name: float(layer.scaling[name]) for name in new}
 
 
 def unmerge(layer: Any) -> None:
     """``LoraLayer.unmerge``: with the scalings of the merge; then subtract what was subtracted before it."""
     merged = [name for name in layer.merged_adapters if name in layer.lora_A]
-    now = {name: layer.scaling[name] for name in merged}
-    layer.scaling.update({name: scaling for name, scaling in layer.__dict__.pop(_MERGED, {}).items() if name in now})
-    try:
+    with _as_merged(layer, merged):
         type(layer).unmerge(layer)
+    layer.__dict__.pop(_MERGED, None)
+    found = state.terms(layer)
+    change = _change(layer, merged, ())
+    state.add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
+
+
+@contextlib.contextmanager
+def _as_merged(layer: Any, merged: Sequence[str]) -> Iterator[None]:
+    """Context in which the merged adapters have the scalings of their merge, and PEFT's own methods take them out.
+
+    For the norms of a variant, PEFT takes them out and merges them again. What is subtracted stays as it is then.
+    """
+    guards = {name: layer.__dict__.pop(name) for name in ("merge", "unmerge") if name in layer.__dict__}
+    now = {name: layer.scaling[name] for name in merged if name in layer.scaling}
+    then = layer.__dict__.get(_MERGED, {})
+    layer.scaling.update({name: then[name] for name in now if name in then})
+    try:
+        yield
     finally:
         layer.scaling.update(now)
-    found = state.terms(layer)
-    change = _change(layer, merged, None)
-    state.add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
+        layer.__dict__.update(guards)
 
 
 def check_merge(layer: Any, names: Sequence[str]) -> None:
@@ -78,8 +95,9 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
                 f"taken with {recorded:g}. Set it back before the merge (set_scale({name!r}, 1) on each layer)"
             )
     merged = [*layer.merged_adapters, *names]
-    variants = [name for name in merged if name in layer.lora_variant]
-    if variants and any(_change(layer, layer.merged_adapters, merged)):
+    subtracted = _subtracted(found, merged)
+    variants = [name for name in merged if name in layer.lora_variant and not found.is_own(name, subtracted)]
+    if variants:
         raise ValueError(
             f"{state.label(layer)}: the adapter {variants[0]!r} ({state.variant_name(layer, variants[0])}) computes "
             f"with the stored weight and cannot be merged here with {', '.join(map(repr, merged))}. Merge it alone, in "
@@ -87,23 +105,18 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
         )
 
 
-def _change(layer: Any, before: Sequence[str], after: Sequence[str] | None) -> list[float]:
-    """What to add to the stored weight, in each group, between two sets of merged adapters.
-
-    Args:
-        layer: a layer with records.
-        before: the adapters that are merged; empty for none.
-        after: those that will be; None for none, where ``before`` were.
-    """
+def _change(layer: Any, before: Sequence[str], after: Sequence[str]) -> list[float]:
+    """What to add to the stored weight, in each group, between two sets of merged adapters."""
     found = state.terms(layer)
+    return [then - now for then, now in zip(_subtracted(found, before), _subtracted(found, after), strict=True)]
 
-    def subtracted(merged: Sequence[str] | None) -> list[float]:
-        if not merged:
-            return found.subtracted
-        totals = [0.0] * len(found.factors)
-        for name in merged:
-            if name in found.groups:
-                totals[found.groups[name]] += found.scalings[name]
-        return totals
 
-    return [then - now for then, now in zip(subtracted(before), subtracted(after), strict=True)]
+def _subtracted(found: state.Terms, merged: Sequence[str]) -> list[float]:
+    """What is subtracted in each group while some adapters are merged; as recorded while none is."""
+    if not merged:
+        return found.subtracted
+    totals = [0.0] * len(found.factors)
+    for name in merged:
+        if name in found.groups:
+            totals[found.groups[name]] += found.scalings[name]
+    return totals

@@ -208,6 +208,8 @@ class PatchedPeft(Report):
         if injection is not None and can_be_deferred(layer, adapter_name) and (self.batch or injection.ties.replicated):
             injection.jobs.append(job.defer())
             return
+        if injection is not None:
+            injection.keep(job)
         report = job.run()
         self.seconds = (self.seconds or 0.0) + report.seconds
         self.layers.append(report)

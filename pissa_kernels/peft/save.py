@@ -19,10 +19,11 @@ from ..files.atomic import atomic_folder
 from ..report import REPORT_NAME
 from . import sidecar
 from .conversion import check_convertible, complete_conversion, embeddings_to_save
+from .offload import resident
 from .record import InitRecord, of_adapter
 from .start import initial_state, residual_state
 from .state import check_known
-from .wrappers import base_of
+from .wrappers import alive, base_of
 
 
 def save_pissa(
@@ -76,7 +77,8 @@ def save_pissa(
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
         check_known(layer)
     _check_saves_tensors(base_of(peft_model))
-    adapter, base = initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
+    with resident(peft_model):
+        adapter, base = initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
     with atomic_folder(out) as folder:
         _save_adapter(peft_model, adapter_name, adapter, out, folder / ADAPTER_FOLDER)
         sidecar.report_of(records).write(folder / ADAPTER_FOLDER / REPORT_NAME)
@@ -109,7 +111,7 @@ class SavePretrained:
         self._model = weakref.ref(peft_model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        peft_model: Any = self._model()
+        peft_model = alive(self._model)
         save = type(peft_model).save_pretrained
         call = inspect.signature(save).bind(peft_model, *args, **kwargs)
         call.apply_defaults()

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..adapter.layers import lora_layers
 from ..adapter.names import factor_key, module_name
-from ..numerics import exact_arithmetic
-from .record import InitRecord, of_adapter, records
+from .record import of_adapter, records
 from .scope import Session
+from .state import weight_of
 from .wrappers import base_of, own_names, wrapped_in
 
 _ATTRIBUTE = "pissa_start"
@@ -210,34 +209,6 @@ def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
             state[own] = weight_of(layer, of_adapter(layer, adapter_name))
     _check_names(state, start.shapes)
     return state
-
-
-def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
-    """The weight of a layer with the initial term of one record subtracted and no other; None for W itself.
-
-    Normally that is the stored weight. It is not where the subtraction is another adapter's.
-    """
-    weight: Tensor = layer.get_base_layer().weight.detach()
-    others = [other for other in records(layer) if not other.shared]
-    missing = [record] if record is not None else []
-    for pair in [(one, other) for one in missing for other in others if _same(one, other)][:1]:
-        missing.remove(pair[0])
-        others.remove(pair[1])
-    if not missing and not others:
-        return weight
-    total = weight.float().clone(memory_format=torch.preserve_format)
-    with exact_arithmetic(weight.device):
-        for sign, terms in ((-1, others), (1, missing)):
-            for term in terms:
-                A, B = (factor.to(weight.device).float() for factor in (term.lora_A, term.lora_B))
-                ops.subtract_lowrank_(total, B, A, sign * term.report.scaling, bool(layer.fan_in_fan_out))
-    return total.to(weight.dtype)
-
-
-def _same(one: InitRecord, other: InitRecord) -> bool:
-    return one.report.scaling == other.report.scaling and all(
-        torch.equal(left, right) for left, right in ((one.lora_A, other.lora_A), (one.lora_B, other.lora_B))
-    )
 
 
 def _check_names(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..adapter.layers import lora_layers
+from ..checks import layer_context
 from ..numerics import exact_arithmetic
 from .record import InitRecord, fingerprint, matches, places_on, records
 
@@ -80,6 +81,13 @@ class Terms:
                 totals[self.groups[name]] = totals[self.groups[name]] - scaling[name]
         return [0.0 if not isinstance(total, Tensor) and abs(total) <= self.negligible else total for total in totals]
 
+    def is_own(self, name: str, subtracted: Sequence[float]) -> bool:
+        """Whether what is subtracted is the initial term of one adapter and no other; nothing for a plain LoRA."""
+        left = list(subtracted)
+        if name in self.groups:
+            left[self.groups[name]] -= self.scalings[name]
+        return all(abs(total) <= self.negligible for total in left)
+
 
 def terms(layer: Any) -> Terms:
     """Terms of a layer; empty where it has no records."""
@@ -106,12 +114,32 @@ def label(layer: Any) -> str:
     return f"{name}, weight {tuple(weight.shape)}"
 
 
-def original_weight(layer: Any) -> Tensor:
-    """W of an unmerged layer, in the shape, dtype and layout of the stored weight; a copy."""
-    weight: Tensor = layer.get_base_layer().weight.data.clone(memory_format=torch.preserve_format)
+def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
+    """The weight of an unmerged layer with the initial term of one record subtracted and no other; None for W.
+
+    Normally that is the stored weight, which is returned itself. It is not where another adapter's is subtracted.
+
+    Args:
+        layer: the layer.
+        record: one of its records, or one from a file.
+    """
+    weight: Tensor = layer.get_base_layer().weight.detach()
     found = terms(layer)
-    add_(weight, found.factors, found.subtracted, bool(layer.fan_in_fan_out))
-    return weight
+    factors, coefficients = list(found.factors), list(found.subtracted)
+    if record is not None:
+        given = (record.lora_A, record.lora_B)
+        index = next((i for i, pair in enumerate(factors) if all(map(_identical, pair, given))), len(factors))
+        factors, coefficients = [*factors, given], [*coefficients, 0.0]
+        coefficients[index] -= record.report.scaling
+    if all(abs(coefficient) <= found.negligible for coefficient in coefficients):
+        return weight
+    total = weight.clone(memory_format=torch.preserve_format)
+    add_(total, factors, coefficients, bool(layer.fan_in_fan_out))
+    return total
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def add_(weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[float], transposed: bool) -> None:
@@ -183,10 +211,11 @@ def check_known(layer: Any) -> None:
         ValueError: with the name of the layer.
     """
     if not is_known(layer):
-        raise ValueError(
-            f"{label(layer)}: the stored weight is no longer the one that PiSSA left here, so the original weight is "
-            "not known. Load the model again under patch_peft()"
-        )
+        with layer_context(label(layer)):
+            raise ValueError(
+                "the stored weight is no longer the one that PiSSA left here, so the original weight is not known. "
+                "Load the model again under patch_peft()"
+            )
 
 
 def rebase_(layer: Any, subtracted: Sequence[float]) -> None:

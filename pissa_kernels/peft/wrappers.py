@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+
+def alive(reference: weakref.ref[Any]) -> Any:
+    """The object that has a method which an attribute replaces.
+
+    Raises:
+        ReferenceError: it is gone, as with ``method = make_model().merge_adapter``.
+    """
+    owner = reference()
+    if owner is None:
+        raise ReferenceError("the model of this method is gone: keep it in a variable during the call")
+    return owner
 
 
 def base_of(model: Any) -> Any:

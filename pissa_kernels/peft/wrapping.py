@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers
 from ..adapter.patterns import rank_of, with_rank, with_ranks
+from ..checks import layer_context
+from .additions import check_active_variant
 from .notices import Notices
 from .record import records
 from .scope import Injection
@@ -21,7 +23,13 @@ PATTERNS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 @contextlib.contextmanager
 def wrapping(
-    injection: Injection, model: nn.Module, config: Any, name: str, target: nn.Module, parameter: str | None
+    injection: Injection,
+    model: nn.Module,
+    config: Any,
+    adapter: str,
+    name: str,
+    target: nn.Module,
+    parameter: str | None,
 ) -> Iterator[None]:
     """Context in which PEFT creates the PiSSA adapter of one module.
 
@@ -31,6 +39,7 @@ def wrapping(
         injection: the call that PEFT is in.
         model: the model that PEFT adapts.
         config: the ``LoraConfig``.
+        adapter: name of the adapter.
         name: name of the module in the model, with the parameter's where one is targeted.
         target: the module, or the LoRA layer that gets another adapter.
         parameter: name of a parameter of the module (``target_parameters``); None for the module.
@@ -42,6 +51,9 @@ def wrapping(
     if injection.ranks is None:  # PEFT has prepared the config by now
         injection.ranks = settings_of(config)
     check_target(model, config, name, target, parameter, injection.notices)
+    if hasattr(target, "lora_variant"):
+        with layer_context(f"layer {name!r}"):
+            check_active_variant(target, adapter)
     if not isinstance(base_of(target), nn.Embedding):
         limit_rank(config, name, target, injection.notices)
     holders = list(injection.ties.holders(target))
@@ -73,10 +85,7 @@ def injected(injection: Injection, config: Any, model: nn.Module, adapter: str) 
             settle_ranks(config, injection.ranks, model, adapter)
     except BaseException:
         if not any(records(layer) for _, layer, _ in injection.wrapped):
-            for holders, layer, target in reversed(injection.wrapped):
-                for holder, attribute in holders:
-                    if holder._modules[attribute] is layer:
-                        holder._modules[attribute] = target
+            injection.unwrap()
         if injection.ranks is not None:
             _set(config, injection.ranks)
         raise
