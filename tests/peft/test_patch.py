@@ -12,7 +12,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import hotswap
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -28,8 +27,6 @@ HOOKED: list[tuple[Any, str]] = [
     (BaseTuner, "inject_adapter"),
     *((peft.PeftModel, name) for name in ("from_pretrained", "load_adapter", "__init__", "add_adapter")),
     (PeftAdapterMixin, "load_adapter"),
-    (hotswap, "load_peft_weights"),
-    (hotswap, "hotswap_adapter_from_state_dict"),
 ]
 ORIGINALS = [vars(owner)[name] for owner, name in HOOKED]
 

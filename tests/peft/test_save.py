@@ -239,9 +239,17 @@ def test_a_second_adapter_of_other_settings_has_its_own_factors() -> None:
     trained, before = output(adapted), residuals(adapted)
     with pk.patch_peft():
         adapted.add_adapter("other", config("llama", r=2))
+    # nothing more is subtracted: the first adapter needs its residual
     assert all(torch.equal(residual, before[name]) for name, residual in residuals(adapted).items())
     assert all(layer.lora_A["other"].weight.shape[0] == 2 for layer in lora_layers(adapted).values())
     assert torch.equal(trained, output(adapted))
+    bases = dict(base.named_modules())
+    for name, layer in lora_layers(adapted).items():
+        A, B = layer.lora_A["other"].weight.double(), layer.lora_B["other"].weight.double()
+        W = bases[name].weight.double()
+        # the principal part of W to the energy deficit that the package promises, and not that of the residual
+        best, left = torch.linalg.svdvals(W)[2:].norm(), (W - layer.scaling["other"] * B @ A).norm()
+        assert left**2 <= best**2 + 2e-6 * W.norm() ** 2
     with pk.original_model(adapted):
         assert moved(output(base), output(adapted)) <= allowed(torch.float32)
     adapted.set_adapter("other")
