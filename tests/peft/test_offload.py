@@ -125,6 +125,31 @@ def test_training_saving_and_reloading_of_an_offloaded_model(offload: Any, tmp_p
     assert torch.equal(output(loaded), trained)
 
 
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("second", [False, True])
+def test_the_residual_of_an_offloaded_model_is_saved(offload: Any, second: bool, tmp_path: Path) -> None:
+    base = build("llama")
+    original = copy.deepcopy(base)
+    offload(base)
+    with pk.patch_peft():
+        model = peft.get_peft_model(base, config()).eval()
+        if second:  # whose initial factors are not the subtracted ones
+            model.add_adapter("second", config(r=4))
+    name = "second" if second else "default"
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.data.mul_(2.0)  # instead of training
+    before = output(model)
+    pk.save_pissa(model, tmp_path / "out", adapter_name=name)
+    assert torch.equal(output(model), before)
+    loaded = type(base).from_pretrained(tmp_path / "out")
+    stock = peft.PeftModel.from_pretrained(loaded, tmp_path / "out" / "pissa_init").eval()
+    own = difference(output(copy.deepcopy(original).double()), output(original))
+    assert difference(output(stock), output(original)) <= 2 * own
+    layer = model.base_model.model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert layer.weight.is_meta
+
+
 def test_a_second_adapter_of_an_offloaded_model_shares_the_residual() -> None:
     base = build("llama")
     original = output(base)
