@@ -194,7 +194,7 @@ def wrap_load_adapter(session: Session, previous: Function) -> Function:
 
 
 def wrap_load_into_transformers(session: Session, previous: Function) -> Function:
-    """As for ``from_pretrained``, for transformers' own ``load_adapter``."""
+    """As for PEFT's ``load_adapter``, for transformers' own. With ``hotswap`` the adapter exists."""
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         load = functools.partial(previous, self, *args, **kwargs)
@@ -202,7 +202,13 @@ def wrap_load_into_transformers(session: Session, previous: Function) -> Functio
         folder = arguments.get("peft_model_id")
         if folder is None or not _starts_load(session):
             return load()
-        return _load(session, Source(folder, arguments.get("adapter_kwargs") or {}), load)
+        source = Source(folder, arguments.get("adapter_kwargs") or {})
+        adapter_name = arguments.get("adapter_name") or "default"
+        config = getattr(self, "peft_config", {}).get(adapter_name)
+        values = [] if config is None else source.values_for(self, adapter_name)
+        loaded = _load(session, source, load)
+        replace_records(config, adapter_name, values)
+        return loaded
 
     return load_adapter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -551,6 +552,32 @@ def test_transformers_load_adapter_takes_the_saved_factors(tmp_path: Path, monke
     other.model.layers[0].self_attn.q_proj.weight.data *= 1.2
     with pytest.raises(ValueError, match=LAYER + ".*the weight is not the one"), pk.patch_peft():
         other.load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"init_lora_weights": "pissa_niter_1"}, {"init_lora_weights": True}])
+def test_transformers_hotswap_takes_the_initial_factors(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    expected, adapted = made(**changes)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    base = build("llama")
+    with pk.patch_peft():
+        base.add_adapter(config("llama"), "default")
+    base.load_adapter(str(tmp_path), adapter_name="default", hotswap=True)  # after the block
+    assert moved(output(adapted), output(base)) <= allowed(torch.float32)
+    with pk.original_model(base):
+        assert off(expected, base) <= allowed(torch.float32)
+
+
+def test_a_method_of_a_model_that_is_gone(tmp_path: Path) -> None:
+    save, merge = made()[1].save_pretrained, made()[1].base_model.merge_adapter
+    gc.collect()
+    for method in (lambda: save(tmp_path / "out"), merge):
+        with pytest.raises(ReferenceError, match="keep it in a variable during the call"):
+            method()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrapped_copy_of_the_base_model() -> None:
