@@ -1,7 +1,8 @@
 """``patch_peft`` puts :func:`pissa_kernels.pissa_init` in the place of ``LoraLayer.pissa_init``, and removes it again.
 
 :mod:`pissa_kernels.peft.hooks` lists what is replaced. When a patch ends, its wrappers are removed, except where other
-code has wrapped them since: those stay and pass calls through.
+code has wrapped them since: those stay and pass calls through. PEFT's hotswap is replaced for good, for the models that
+live on (:mod:`pissa_kernels.peft.swap`).
 
 Layers are collected while ``inject_adapter`` runs and initialized together before it returns, so ``get_peft_model``,
 ``add_adapter`` and ``from_pretrained`` return finished layers. A layer that PEFT itself reads before that (a gathered

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft.utils import hotswap
 
+from pissa_kernels.peft.record import records
+
 from ..support.lora_errors import quiet
 from ..support.lora_files import ModelWalk
+from ..support.lora_reference import Network
 from .test_base_weight import OTHER, PISSA, PLAIN
 
 DORA = {**PISSA, "use_dora": True}
@@ -301,6 +305,17 @@ def test_a_hotswap_after_an_interrupted_one(walk: ModelWalk) -> None:
     values = {key: value for key, value in walk.model.state_dict().items() if ".second." in key}
     hotswap.hotswap_adapter_from_state_dict(walk.model, values, "second", walk.model.peft_config["second"])
     walk.check("hotswap_adapter_from_state_dict")
+
+
+def test_a_model_that_no_patch_has_made_is_swapped_by_peft(walk: ModelWalk) -> None:
+    walk.start("default", PISSA)
+    walk.train("default", 1)
+    walk.save("default")
+    stock = peft.get_peft_model(Network().eval(), walk.config(PLAIN))
+    hotswap.hotswap_adapter(stock, str(walk.saved[0].folder), "default", torch_device="cpu")
+    for name, layer in walk.lora_layers(stock).items():
+        assert torch.equal(layer.lora_A["default"].weight, walk.lora_layers()[name].lora_A["default"].weight)
+        assert not records(layer)
 
 
 def test_a_hotswap_in_a_process_that_has_only_unpickled_the_model(tmp_path: Path) -> None:
