@@ -28,7 +28,7 @@ def changes_the_base(config: Any) -> str | None:
 
 
 def check_addition(model: nn.Module, adapter: str, config: Any, *, loading: bool) -> None:
-    """Refuse an adapter that the layers of a model with residuals could not compute.
+    """Refuse an adapter that the layers of a model could not compute.
 
     Args:
         model: the base model, with its adapted layers.
@@ -40,12 +40,13 @@ def check_addition(model: nn.Module, adapter: str, config: Any, *, loading: bool
     Raises:
         ValueError: with the name of a layer.
     """
-    for _, layer in adapted_layers(model):
-        check_init(layer, adapter, config)
+    for name, layer in lora_layers(model):
         if layer.merged and is_pissa(config) and layer.resolve_lora_variant(config=config) is not None:
             # any other adapter is initialized after PEFT has unmerged the model
             merged = ", ".join(map(repr, layer.merged_adapters))
-            raise ValueError(f"{state.label(layer)}: the adapter {merged} is merged; call unmerge_adapter() first")
+            raise ValueError(f"layer {name!r}: the adapter {merged} is merged; call unmerge_adapter() first")
+    for _, layer in adapted_layers(model):
+        check_init(layer, adapter, config)
         if not loading and not is_pissa(config) and hasattr(config, "init_lora_weights"):
             variant = layer.resolve_lora_variant(config=config)
             if variant is not None:

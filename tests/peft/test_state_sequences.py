@@ -145,6 +145,15 @@ def test_pissa_beside_an_active_dora_adapter_is_refused(refusing: ModelWalk) -> 
     assert refusing.names == ["default"]
 
 
+@pytest.mark.parametrize("settings", [PISSA, PLAIN], ids=["pissa", "plain"])
+def test_dora_beside_a_merged_adapter_is_refused(refusing: ModelWalk, settings: dict[str, object]) -> None:
+    """PEFT takes the magnitudes before it unmerges."""
+    refusing.start("default", settings)
+    refusing.train("default", 0)
+    refusing.merge(None)
+    refusing.add("second", DORA, False)
+
+
 @pytest.mark.parametrize("names", [["default", "second"], ["second", "default"]])
 @pytest.mark.parametrize("merged", [False, True])
 def test_plain_dora_together_with_pissa_is_refused(names: list[str], merged: bool) -> None:
