@@ -70,6 +70,11 @@ class Machine(RuleBasedStateMachine):
         """Keep the settings of an adapter, so that another one can be given the same."""
         self.settings[name] = chosen
 
+    def is_wrong_in_peft(self, chosen: dict[str, Any]) -> bool:
+        """Whether no layer is PiSSA's, and PEFT takes DoRA's magnitudes from a weight with a merged adapter."""
+        plain = not self.walk.pissa() and chosen["init_lora_weights"] is True
+        return plain and chosen["use_dora"] and self.walk.merged
+
     adapted = precondition(lambda self: not self.walk.ended and self.walk.names)
     bare = precondition(lambda self: not self.walk.ended and not self.walk.adapted)
     room = precondition(lambda self: not self.walk.ended and 0 < len(self.walk.names) < len(NAMES))
@@ -89,15 +94,16 @@ class Machine(RuleBasedStateMachine):
     @room
     @rule(chosen=settings, hooked=st.booleans())
     def add(self, chosen: dict[str, Any], hooked: bool) -> None:
-        name = self.free()
-        self.remember(name, chosen)
-        self.walk.add(name, chosen, hooked)
+        if not self.is_wrong_in_peft(chosen):
+            name = self.free()
+            self.remember(name, chosen)
+            self.walk.add(name, chosen, hooked)
 
     @room
     @rule(which=index, hooked=st.booleans())
     def add_with_the_same_settings(self, which: int, hooked: bool) -> None:
         chosen = self.settings.get(self.name(which))
-        if chosen is not None:
+        if chosen is not None and not self.is_wrong_in_peft(chosen):
             name = self.free()
             self.remember(name, chosen)
             self.walk.add(name, chosen, hooked)
