@@ -204,9 +204,13 @@ class Walk:
         try:
             trace = self.forward()
         except Exception as error:
-            if not (documented(error) and self.variant_is_active()):
+            if documented(error) and self.variant_is_active():
+                self.refusals.append(("forward", str(error)))
+                return
+            if type(error) is not type(self.error_of_plain(None)):
                 raise Divergence(f"{step}: a forward pass raised {error!r}") from error
-            self.refusals.append(("forward", str(error)))
+            self.refusals.append(("forward", f"PEFT: {error}"))
+            self.ended = True
             return
         self.follow_merges()  # a forward pass of disabled layers unmerges them
         self.compare(trace, weights, step)
@@ -281,12 +285,13 @@ class Walk:
             return not args[1].get("use_dora") and args[1]["init_lora_weights"] != "olora"
         return name in NEVER_REFUSED or (name in REFUSED_WHILE_MERGED and not self.merged)
 
-    def error_of_plain(self, step: tuple[str, Any, Any]) -> Exception | None:
-        """What PEFT raises for an operation after the same history with plain LoRA adapters."""
+    def error_of_plain(self, step: tuple[str, Any, Any] | None) -> Exception | None:
+        """What PEFT raises after the same history with plain LoRA adapters: for an operation, or a forward pass."""
         twin = type(self)(plain=True)
         try:
-            for name, args, kwargs in [*self.history, step]:
+            for name, args, kwargs in [*self.history, step] if step else self.history:
                 getattr(twin, name)(*args, **kwargs)
+            twin.forward()
         except Exception as error:
             return error
         finally:
