@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..ops.batched import Weights
+from ..ops.batched import Panel, Weights
 from .solution import Solution
 from .steps import FINE, ROUGH, Steps
 
@@ -101,13 +101,10 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
     assert plan is not None
     _compile(weights[0], rank, plan, ahead=weights[0].is_cuda)
     steps = Steps(Weights.of(weights), rank)
-    if not plan.degrees:
-        return steps.projected(steps.identity())
-    X = steps.sketch(plan.width, seed)
-    for degree in plan.degrees[:-1]:
-        X = steps.filtered(X, [ROUGH] * degree)
-    X = steps.filtered(X, [ROUGH] * (plan.degrees[-1] - 1) + [FINE], last=True)
+    X = _filtered(steps, plan, seed)
     solution = steps.projected(X)
+    if not plan.degrees:
+        return solution
     left = list(range(len(weights)))
     for _ in range(FURTHER_ROUNDS):
         # NaN, where a panel has lost its rank, is not above the tolerance
@@ -121,6 +118,16 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
     return solution
 
 
+def _filtered(steps: Steps, plan: Schedule, seed: int) -> Panel:
+    """The panels after the filters of a schedule; the identity where it has none."""
+    if not plan.degrees:
+        return steps.identity()
+    X = steps.sketch(plan.width, seed)
+    for degree in plan.degrees[:-1]:
+        X = steps.filtered(X, [ROUGH] * degree)
+    return steps.filtered(X, [ROUGH] * (plan.degrees[-1] - 1) + [FINE], last=True)
+
+
 def _compile(weight: Tensor, rank: int, plan: Schedule, ahead: bool) -> None:
     """Compile the kernels of the schedule for weights like this one ``ahead`` of the first launch, once."""
     key = weight.device, weight.dtype, weight.shape, weight.stride(), weight.data_ptr() % 16, rank
@@ -129,13 +136,10 @@ def _compile(weight: Tensor, rank: int, plan: Schedule, ahead: bool) -> None:
     steps = Steps(Weights.of([weight]), rank)
 
     def every_step() -> None:
-        if plan.degrees:
-            X = steps.filtered(steps.sketch(plan.width, 0), [ROUGH] * plan.degrees[0])
-            X = steps.filtered(X, [ROUGH] * (plan.degrees[-1] - 1) + [FINE], last=True)
-        else:
-            X = steps.identity()
+        X = _filtered(steps, plan, seed=0)
         steps.projected(X)
-        steps.filtered(X, [FINE] * FURTHER_DEGREE, last=True)
+        if plan.degrees:
+            steps.filtered(X, [FINE] * FURTHER_DEGREE, last=True)
 
     steps.body.compile_ahead(every_step, weight.device)
     _compiled.add(key)

@@ -52,10 +52,10 @@ from pissa_kernels.svd import fixed
 compiled = []
 triton.knobs.compilation.listener = lambda *, metadata, **_: compiled.append(metadata["name"])
 dispatch.bodies = lambda weights: batched
-weight, plan = torch.randn(512, 384).bfloat16(), fixed.schedule(384, 16)
-fixed._compile(weight, 16, plan, ahead=True)
+weight, plan = torch.randn(512, 384).bfloat16(), fixed.schedule(384, 32)
+fixed._compile(weight, 32, plan, ahead=True)
 ahead, loaded_ahead, launched_ahead = len(compiled), len(loaded), len(launched)
-fixed.solve([weight], 16, tol=0.0, seed=0)
+fixed.solve([weight], 32, tol=0.0, seed=0)
 print(json.dumps([ahead, loaded_ahead, launched_ahead, len(compiled), len(launched), sorted(set(compiled))]))
 """
 
