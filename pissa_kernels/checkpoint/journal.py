@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..files.atomic import RESUMABLE, fsync, write_text
+from ..files import system
+from ..files.atomic import RESUMABLE, write_text
 from ..files.header import write_at
 from .plan import CheckpointJob, unfinished_folder
 
@@ -74,10 +75,10 @@ class Journal:
         for name, header in job.headers.items():
             path = self.out / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = system.open_to_write(path, os.O_CREAT)
             try:
                 # a full disk fails here, and not after hours of work
-                os.posix_fallocate(descriptor, 0, header.size)
+                system.reserve(descriptor, path, header.size)
                 write_at(descriptor, memoryview(header.encoded), 0)
             finally:
                 os.close(descriptor)
@@ -135,18 +136,14 @@ class Journal:
         Raises:
             RuntimeError: another process holds the lock.
         """
-        import fcntl  # not on Windows, where the rest of the package can be imported
-
         missing = [parent for parent in self.folder.parents if not parent.exists()]
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder, os.O_RDONLY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = system.lock(self.folder)
             except BlockingIOError:
-                os.close(descriptor)
                 raise RuntimeError(f"another process is writing {self.result}") from None
-            except OSError:  # a file system without locks
+            if descriptor is None:
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(self.folder), os.fstat(descriptor)):
@@ -155,7 +152,8 @@ class Journal:
         try:
             yield
         finally:
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
             with contextlib.suppress(OSError):  # folders that hold something are kept
                 for folder in (self.folder, *missing):
                     folder.rmdir()
@@ -188,8 +186,8 @@ class Journal:
         """
         for path, _, files in os.walk(self.out, topdown=False):
             for name in files:
-                fsync(Path(path, name))
-            fsync(Path(path))
+                system.flush(Path(path, name))
+            system.flush(Path(path))
         if os.path.lexists(self.result) and (replace or self.replaces()):
             os.replace(self.result, self._replaced)
         try:
@@ -200,7 +198,7 @@ class Journal:
             raise FileExistsError(
                 f"{self.result} has come to exist during the run; --resume --force replaces it"
             ) from None
-        fsync(self.result.parent)
+        system.flush(self.result.parent)
         self.discard()
 
 

@@ -16,6 +16,7 @@ from ..adapter.names import factor_key
 from ..files.atomic import sha256_of_file
 from ..files.folder import Checkpoint, files_of, open_checkpoint
 from ..files.header import Header, TensorInfo, bytes_of, chunks, read_header, read_tensor, sha256, sha256_of
+from ..files.system import open_to_read
 from ..numerics import exact_arithmetic
 from ..report import LayerReport, Report
 from ..runtime.progress import progress as progress_bar
@@ -151,9 +152,9 @@ class _Folders:
             if header is None:
                 continue
             self.headers[name] = header
-            self.descriptors[False, name] = os.open(path, os.O_RDONLY)
+            self.descriptors[False, name] = open_to_read(path)
             if name in self.base.shards:
-                self.descriptors[True, name] = os.open(self.base.folder / name, os.O_RDONLY)
+                self.descriptors[True, name] = open_to_read(self.base.folder / name)
         return self
 
     def __exit__(self, *exception: object) -> None:

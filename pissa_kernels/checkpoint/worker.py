@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import layer_context
-from ..files import buffer
+from ..files import buffer, system
 from ..files.direct import Output
 from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
@@ -58,7 +58,7 @@ class Worker:
         with contextlib.ExitStack() as stack:
             for name in self.job.headers:
                 if name in self.job.checkpoint.shards:
-                    self._sources[name] = os.open(self.job.checkpoint.folder / name, os.O_RDONLY)
+                    self._sources[name] = system.open_to_read(self.job.checkpoint.folder / name)
                     stack.callback(os.close, self._sources[name])
                 self._results[name] = Output(self._out / name)
                 stack.callback(self._results[name].close)
@@ -78,7 +78,7 @@ class Worker:
 
     def will_need(self, tensor: TensorJob) -> None:
         """Start reading a tensor of the source into the page cache."""
-        os.posix_fadvise(self._sources[tensor.shard], tensor.info.start, tensor.info.nbytes, os.POSIX_FADV_WILLNEED)
+        system.will_need(self._sources[tensor.shard], tensor.info.start, tensor.info.nbytes)
 
     def run(self, tensor: TensorJob) -> Record:
         """Copy or decompose one tensor. Returns its journal record.
@@ -176,6 +176,6 @@ class Worker:
 
     def _flush_file(self, name: str) -> None:
         try:
-            os.fdatasync(self._results[name].descriptor)
+            system.flush_contents(self._results[name].descriptor)
         except OSError as error:  # Linux reports a failed write-back once: the fsync at the end would succeed
             self._flush_error = OSError(error.errno, error.strerror, str(self._out / name))

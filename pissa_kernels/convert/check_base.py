@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..files.folder import Checkpoint
 from ..files.header import TensorInfo, read_tensor
+from ..files.system import open_to_read
 from ..numerics import UNIT_ROUNDOFF, reconstruction
 from .adapter import Layer
 from .lowrank import FactorPair
@@ -52,7 +53,7 @@ def _weight(checkpoint: Checkpoint, name: str, layer: Layer) -> Tensor:
         raise ValueError(f"{checkpoint.folder}: {info.name!r} has shape {info.shape}; accepted is {shape}")
     if info.torch_dtype not in UNIT_ROUNDOFF:
         raise ValueError(f"{checkpoint.folder}: {info.name!r} has dtype {info.dtype}; accepted are F32, F16 and BF16")
-    descriptor = os.open(checkpoint.folder / shard, os.O_RDONLY)
+    descriptor = open_to_read(checkpoint.folder / shard)
     try:
         weight = read_tensor(descriptor, info)
     finally:

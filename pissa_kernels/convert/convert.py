@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..adapter.names import CONFIG_NAME
 from ..checks import layer_context
-from ..files.atomic import atomic_folder, fsync
+from ..files.atomic import atomic_folder
 from ..files.folder import Checkpoint, check_apart, open_checkpoint
+from ..files.system import flush
 from .adapter import AdapterFile
 from .check_base import check_base
 from .origin import is_hub_name, original_name, residual_folder
@@ -94,7 +95,7 @@ def convert_adapter(
         checked = _check_layers(pair, _open_models(pair.initial, base, notes), notes)
         with atomic_folder(out, replace=force) as temporary:
             layers, loss = write_plain(plain, name, temporary)
-    fsync(out.resolve().parent)
+    flush(out.resolve().parent)
     return ConversionReport(
         layers=layers,
         out=out,

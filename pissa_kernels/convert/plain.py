@@ -15,8 +15,9 @@ import torch
 from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
 from ..adapter.patterns import same, with_ranks
 from ..checks import layer_context
-from ..files.atomic import fsync, write_text
+from ..files.atomic import write_text
 from ..files.header import Header, bytes_of, chunks, plan_header, write_at
+from ..files.system import flush
 from .adapter import read_adapter
 from .lowrank import stacked, truncated
 from .pair import AdapterPair
@@ -108,7 +109,7 @@ def write_plain(plain: PlainLora, base: str | None, folder: Path) -> tuple[list[
                 write_at(descriptor, chunk, at)
                 at += len(chunk)
         os.fsync(descriptor)
-    fsync(folder)
+    flush(folder)
     _check_written(folder, layers)
     return layers, loss
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .system import flush
+
 # Temporary name of a file inside a folder that a killed run leaves behind: the run that resumes overwrites it. A random
 # name would stay there and be published with the result.
 RESUMABLE = ".new"
@@ -71,7 +73,7 @@ def atomic_file(path: Path, *, suffix: str | None = None, mode: int = 0o644) -> 
         temporary = path.with_name(f".{path.name}{suffix}")
     try:
         yield temporary
-        fsync(temporary)
+        flush(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
@@ -104,15 +106,6 @@ def sha256_of_file(path: Path) -> str:
         while data := file.read(1 << 20):
             digest.update(data)
     return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Flush a file's contents, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_writable_target(path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from .buffer import BLOCK
 from .header import write_at
+from .system import open_to_write
 
 # Errors of a file system without O_DIRECT, or with larger blocks than BLOCK.
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -33,7 +34,7 @@ class Output:
     """
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDWR)
+        self.descriptor = open_to_write(path)
         self._path = path
         self._unsupported = False
         self._opening = threading.Lock()
@@ -52,7 +53,7 @@ class Output:
                 self._opened.append(None)
                 # AttributeError: no O_DIRECT on this system. OSError: not on this file system, or too many open files
                 with contextlib.suppress(AttributeError, OSError):
-                    self._opened[0] = os.open(self._path, os.O_RDWR | os.O_DIRECT)
+                    self._opened[0] = open_to_write(self._path, os.O_DIRECT)
             return self._opened[0]
 
     def can_write_directly(self, data: memoryview, at: int) -> bool:

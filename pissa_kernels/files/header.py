@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer
+from .system import read_some, write_some
 
 DTYPES = {
     "F64": torch.float64,
@@ -169,7 +170,7 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        count = read_some(descriptor, buffer[done:], offset + done)
         if count == 0:
             raise OSError(f"the file ends at byte {offset + done}, {len(buffer) - done} bytes before a tensor does")
         done += count
@@ -183,7 +184,7 @@ def write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
     """
     done = 0
     while done < len(buffer):
-        done += os.pwritev(descriptor, [buffer[done:]], offset + done)
+        done += write_some(descriptor, buffer[done:], offset + done)
 
 
 def chunks(descriptor: int, info: TensorInfo) -> Iterator[memoryview]:
