@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -56,10 +57,10 @@ def pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars and warnings of transformers and PEFT."""
+    """Silence the progress bars, logs and warnings of transformers and PEFT: what they raise is reported."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .._version import __version__
 from . import convert, demo, init, report, verify
 from .arguments import EXIT_FAILED, EXIT_USAGE
+from .streams import abandon_stdout, accept_all_text, one_line
+
+_EXTRA = ". The command line needs its extra: pip install 'pissa-kernels[demo]'"
 
 
 def command(argv: Sequence[str] | None = None) -> int:
@@ -28,23 +32,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 for success, 1 if the work failed or a check does not hold, 2 for bad arguments.
     """
+    accept_all_text()
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
-    except ImportError as error:
-        if "pip install" in str(error):  # the message names its extra
-            return _fail(error, EXIT_FAILED)
-        return _fail(f"{error}. The command line needs its extra: pip install 'pissa-kernels[demo]'", EXIT_FAILED)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        return _fail(error, EXIT_USAGE)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        return _fail(error, EXIT_FAILED)
+        status = int(arguments.run(arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a failure of the output is reported here, and not by Python at its exit
+        return status
     except KeyboardInterrupt:
         return _fail(f"interrupted; {getattr(arguments, 'interrupted', 'nothing was saved')}", EXIT_FAILED)
+    except Exception as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        if isinstance(error, BrokenPipeError):
+            abandon_stdout()
+        return _fail(*_described(error))
 
 
-def _fail(error: object, code: int) -> int:
-    print("pissa-kernels: error: " + " ".join(str(error).split()), file=sys.stderr)
+def _described(error: Exception) -> tuple[str, int]:
+    """The message of an error, and the exit status.
+
+    Other packages raise errors of all kinds on files that are damaged, and their messages may have many lines.
+    """
+    text = str(error)
+    if isinstance(error, ImportError):
+        hint = "" if "pip install" in text else _EXTRA  # the message may name its extra
+        return text + hint, EXIT_FAILED
+    if isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError)):
+        return text, EXIT_USAGE
+    if isinstance(error, MemoryError):
+        return f"out of memory{text and f': {text}'}", EXIT_FAILED
+    if isinstance(error, (OSError, RuntimeError, TypeError, ValueError)) and text:
+        return text, EXIT_FAILED
+    return f"{type(error).__name__}{text and f': {text}'}; --traceback shows where", EXIT_FAILED
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"pissa-kernels: error: {one_line(text)}", file=sys.stderr)
     return code
 
 
@@ -61,4 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (demo, init, verify, convert, report):
         module.add_parser(commands)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--traceback", action="store_true", help="on an error, print where it was raised before its message"
+        )
     return parser

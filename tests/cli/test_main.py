@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import pissa_kernels as pk
 from pissa_kernels.cli import init as init_command
@@ -107,12 +108,91 @@ def test_errors_are_one_line(
     assert capsys.readouterr() == ("", f"pissa-kernels: error: {line}\n")
 
 
-def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug gets its traceback."""
+class ValidationError(Exception):
+    """An error of another package."""
 
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyError("weight"), "KeyError: 'weight'; --traceback shows where"),
+        (ZeroDivisionError(), "ZeroDivisionError; --traceback shows where"),
+        (
+            ValidationError("field 'a'\n  expected bool"),
+            "ValidationError: field 'a' expected bool; --traceback shows where",
+        ),
+        (MemoryError(), "out of memory"),
+        (MemoryError("layer 'a': 12 bytes"), "out of memory: layer 'a': 12 bytes"),
+        (ValueError(), "ValueError; --traceback shows where"),
+        (ValueError("a\x1b[31m\udcff"), r"a\x1b[31m\udcff"),
+        (ValueError("a" * 10_000), "a" * 599 + "…"),
+        (re.error("missing )"), "error: missing ); --traceback shows where"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_errors_of_any_kind_are_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(init_command, "init_checkpoint", fail)
-    with pytest.raises(ZeroDivisionError):
-        main(["init", "MODEL", "OUT"])
+    assert main(["init", "MODEL", "OUT"]) == 1
+    assert capsys.readouterr() == ("", f"pissa-kernels: error: {line}\n")
+    assert main(["init", "MODEL", "OUT", "--traceback"]) == 1
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("Traceback (most recent call last):\n")
+    assert errors.endswith(f"pissa-kernels: error: {line}\n")
+
+
+def run_report(report: Path, stdout: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "pissa_kernels", "report", str(report)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """A report whose table has signs that few encodings have, and a name with others."""
+    certificate = pk.Certificate(passes=5, energy=0.5, residual=2e-6, converged=True, method="krylov")
+    sigma = torch.tensor([4.0, 2.0])
+    layer = pk.LayerReport("é.Ж", (64, 48), 2, certificate, 0.25, sigma, torch.bfloat16, 1.0, "pissa", seed=0)
+    path = tmp_path / "report.json"
+    pk.Report([layer]).write(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("encoding", "name", "head"),
+    [
+        ("utf-8", "é.Ж", "σ₁"),
+        ("latin-1", r"é.\u0416", "sigma1"),
+        ("cp1251", r"\xe9.Ж", "sigma1"),
+        ("ascii", r"\xe9.\u0416", "sigma1"),
+    ],
+)
+def test_a_terminal_of_any_encoding(encoding: str, name: str, head: str, report: Path) -> None:
+    done = run_report(report, subprocess.PIPE, PYTHONIOENCODING=encoding)
+    text = done.stdout.decode(encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f" {head} " in text.splitlines()[0]
+    assert text.splitlines()[2].startswith(f"{name} ")
+
+
+@pytest.mark.slow
+def test_an_output_that_cannot_be_written(report: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "wb") as closed:
+        done = run_report(report, closed)
+    assert (done.returncode, done.stderr) == (1, b"pissa-kernels: error: [Errno 32] Broken pipe\n")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            done = run_report(report, full)
+        assert (done.returncode, done.stderr) == (1, b"pissa-kernels: error: [Errno 28] No space left on device\n")

@@ -16,7 +16,7 @@ from pissa_kernels.files import system
 
 # What Windows does not have, and the links and direct writes of others.
 LINUX_ONLY = [
-    *("fork", "forkpty", "sysconf", "symlink", "link", "readlink", "getuid", "geteuid", "sched_getaffinity"),
+    *("fork", "forkpty", "sysconf", "symlink", "link", "readlink", "sched_getaffinity"),
     *("pread", "preadv", "pwrite", "pwritev", "fdatasync", "O_DIRECT", "sync"),
     *(name for name in dir(os) if name.startswith(("posix_", "POSIX_FADV"))),
 ]
