@@ -18,7 +18,7 @@ from ..files.folder import Checkpoint
 from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
-from .model import empty_model, refuse_quantized, tensors_of_parameters, tied_weights
+from .model import empty_model, tensors_of_parameters, tied_weights
 
 # A single name with one of these characters is a regular expression. A dot does not count: module names have dots.
 _PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")
@@ -116,7 +116,6 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     import peft
 
     parse_init(options.init)  # before the model is built
-    refuse_quantized(checkpoint)
     model = empty_model(checkpoint, options.trust_remote_code)
     plain, transformed = tensors_of_parameters(model, checkpoint)
     tied = tied_weights(model)

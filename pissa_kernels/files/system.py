@@ -112,7 +112,7 @@ def lock(folder: Path) -> int | None:
         BlockingIOError: another process has the lock.
     """
     if fcntl is None:
-        return None
+        return None  # type: ignore[unreachable]
     descriptor = open_to_read(folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

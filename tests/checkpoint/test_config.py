@@ -1,0 +1,157 @@
+"""config.json: what transformers cannot make a model of is refused in one line, and a missing class is found."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import pissa_kernels as pk
+from pissa_kernels.checkpoint.plan import plan_checkpoint
+from pissa_kernels.checkpoint.targets import AdapterOptions
+
+from ..support.checkpoints import tied_llama
+from ..support.models import build, output
+from ..support.refusing import refused
+
+# by name: changes of the config, and words of the message
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a string for a flag": ({"use_cache": "true"}, "'use_cache' expected bool, got str"),
+    "null for a size": ({"num_hidden_layers": None}, "'num_hidden_layers' expected int, got NoneType"),
+    "a negative size": ({"hidden_size": -1}, "transformers makes no model of it: .*hidden size .-1"),
+    "no heads": ({"num_attention_heads": 0}, "transformers makes no model of it: ZeroDivisionError"),
+    "a size above all tensors": ({"hidden_size": 10**30}, "hidden_size is 10{30}, but all tensors together have only"),
+    "layers without end": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 10{9}, but the checkpoint has only 12"),
+    "more layers than tensors": ({"num_hidden_layers": 9000}, "more than 11200 modules and parameters, and few"),
+    "a size inside": ({"text_config": {"n_embd": 10**9}}, r"text_config\.n_embd is 10{9}, but"),
+    "an unknown activation": ({"hidden_act": "grelu"}, "hidden_act is 'grelu', which it does not know"),
+    "an unknown rope": ({"rope_scaling": {"type": "x"}}, r"rope_scaling\.type is 'x', which it does not know"),
+    "an unknown dtype": ({"dtype": "float99"}, "AttributeError module 'torch' has no attribute 'float99'"),
+    "an unknown model": ({"model_type": "llamma"}, "has model type `llamma` but Transformers does not recognize"),
+    "a number for a model": ({"model_type": 3}, "transformers makes no model of it"),
+    "an unknown class": ({"architectures": ["LlamaForCausalLLM"]}, "names the class LlamaForCausalLLM, which"),
+    "no class of a model": ({"architectures": ["Trainer"]}, "names the class Trainer, which transformers"),
+    "a function for a class": ({"architectures": ["pipeline"]}, "names the class pipeline, which transformers"),
+    "a class of another model": ({"architectures": ["WhisperModel"]}, "transformers makes no model of it"),
+    "a string for classes": ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; accepted"),
+    "a number among classes": ({"architectures": [7]}, r"architectures is \[7\]; accepted is a list"),
+    "a list for a quantization": ({"quantization_config": [1]}, r"is quantized \(quantization_config\)"),
+}
+# what is no object at all
+BROKEN = {
+    "empty": "",
+    "an array": "[1]",
+    "a number": "3",
+    "cut short": '{"model_type": "llama"',
+    "nested": "[" * 100_000,
+    "no text": "\udcff\udcfe",
+}
+
+
+@pytest.mark.parametrize("changes", WRONG)
+def test_wrong_values_are_one_line(
+    changes: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | WRONG[changes][0]))
+    began = time.perf_counter()
+    refused(capsys, rf"{path}:? .*{WRONG[changes][1]}" if "quant" not in changes else WRONG[changes][1], model,
+            tmp_path / "out")  # fmt: skip
+    assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_broken_configs_are_one_line(
+    text: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model / "config.json"
+    path.write_bytes(BROKEN[text].encode(errors="surrogateescape"))
+    refused(capsys, f"{path} is not the config of a model: ", model, tmp_path / "out")
+
+
+def test_lists_in_auto_map_are_for_tokenizers(model: Path, tmp_path: Path) -> None:
+    path = model / "config.json"
+    record = json.loads(path.read_text())
+    record["auto_map"] = {"AutoTokenizer": ["tokenization.Slow", None]}
+    path.write_text(json.dumps(record))
+    assert len(pk.init_checkpoint(model, tmp_path / "out", rank=2, progress=False).layers) == 7
+
+
+def no_class(folder: Path) -> None:
+    path = folder / "config.json"
+    record = json.loads(path.read_text())
+    del record["architectures"]
+    path.write_text(json.dumps(record))
+
+
+def classes() -> dict[str, Any]:
+    """Models whose class is to be found again."""
+    t = transformers
+    vision = t.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = {"vocab_size": 50, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    bert = build("bert", width=32, layers=1).config
+    return {
+        "LlamaForCausalLM": build("llama", width=32, layers=1),
+        "tied LlamaForCausalLM": tied_llama(),
+        "BertModel": t.BertModel(bert),
+        "BertForMaskedLM": t.BertForMaskedLM(bert),
+        "BertForSequenceClassification": t.BertForSequenceClassification(bert),
+        "GPT2LMHeadModel": build("gpt2", width=32, layers=1),
+        "T5ForConditionalGeneration": t.T5ForConditionalGeneration(t.T5Config(**text)),
+        "ViTForImageClassification": t.ViTForImageClassification(vision),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(classes()))
+def test_a_missing_class_is_found_by_the_tensors(name: str, tmp_path: Path) -> None:
+    """Without a class, transformers makes its base model, on whose module names PEFT would find no layer later."""
+    original = classes()[name].eval()
+    original.save_pretrained(tmp_path / "model")
+    with_class = plan_checkpoint(tmp_path / "model", tmp_path / "out", AdapterOptions(rank=2))
+    no_class(tmp_path / "model")
+    without = plan_checkpoint(tmp_path / "model", tmp_path / "out", AdapterOptions(rank=2))
+    assert [target.name for target in without.adapter.targets] == [target.name for target in with_class.adapter.targets]
+    assert without.adapter.config["task_type"] == with_class.adapter.config["task_type"]
+
+
+@pytest.mark.slow
+def test_the_adapter_of_a_missing_class_fits_what_people_load(tmp_path: Path) -> None:
+    original = tied_llama()
+    original.save_pretrained(tmp_path / "model")
+    no_class(tmp_path / "model")
+    pk.init_checkpoint(tmp_path / "model", tmp_path / "out", rank=4, progress=False)
+    residual = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(residual, tmp_path / "out", subfolder="pissa_init").eval()
+    expected = output(original)
+    assert (output(residual) - expected).norm() < 2e-6 * expected.norm()  # the residual has the adapter's layers now
+    assert (output(loaded) - expected).norm() < 2e-6 * expected.norm()
+
+
+def test_a_class_that_nothing_fits_is_asked_for(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_class(model)
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+    refused(
+        capsys,
+        f"{path} names no class, and none of model type 'llama' has the checkpoint's tensors; add the class as "
+        r'"architectures" \(LlamaForCausalLM, ',
+        model,
+        tmp_path / "out",
+    )
+
+
+def test_the_default_device_is_as_before(model: Path, tmp_path: Path) -> None:
+    plan_checkpoint(model, tmp_path / "out", AdapterOptions(rank=2))
+    assert torch.get_default_device() == torch.device("cpu")
+    assert torch.nn.Linear(2, 2).weight.device == torch.device("cpu")
