@@ -47,6 +47,8 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     elements = sum(torch.Size(info.shape).numel() for info in tensors)
     for key, value in _integers(record):
         name = key.rpartition(".")[2].partition("[")[0]
+        if _COUNT.search(name) and value < 0:
+            raise ValueError(f"{path}: {key} is {value}, which is negative")
         if _COUNT.search(name) and value > most_modules(checkpoint):
             raise ValueError(f"{path}: {key} is {value}, but the checkpoint has only {len(tensors)} tensors")
         if _LENGTH.search(name) and not _OF_NO_WEIGHT.search(name) and value > max(elements, 1):

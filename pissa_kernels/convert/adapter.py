@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..checks import layer_context
 from ..files.header import DTYPES, Header, TensorInfo, read_header, read_tensor
 from ..peft import sidecar
 from ..report import Report
+from ..report.strict import load
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _MALFORMED_FACTOR = re.compile(r"\.lora_(A|B|embedding_[AB])\.(?!bias$)")
@@ -26,6 +28,8 @@ _UNSUPPORTED_SETTINGS = (
     *("target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
     *("arrow_config", "monteclora_config", "kasa_config", "velora_config"),
 )
+# Larger numbers do not fit the float32 arithmetic of a layer.
+_LARGEST_ALPHA = 1e30
 _FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -134,7 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {CONFIG_NAME}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -144,8 +148,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     alphas = [config.get("lora_alpha"), *_pattern_values(path, config, "alpha_pattern")]
     if any(type(rank) is not int or rank < 1 for rank in ranks):
         raise ValueError(f"{path} has the ranks {ranks}; accepted are integers ≥ 1")
-    if any(type(alpha) not in (int, float) for alpha in alphas):
+    if not all(type(alpha) in (int, float) and abs(alpha) <= _LARGEST_ALPHA for alpha in alphas):
         raise ValueError(f"{path} has the alphas {alphas}; accepted are numbers")
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if not (isinstance(config.get(key), (str, NoneType)) or _are_strings(config[key])):
+            raise ValueError(f"{path} has the {key} {config[key]!r}; accepted is a string or a list of strings")
+    if not isinstance(name := config.get("base_model_name_or_path"), (str, NoneType)):
+        raise ValueError(f"{path} has the base_model_name_or_path {name!r}; accepted is a string")
     if setting := next((key for key in _UNSUPPORTED_SETTINGS if config.get(key)), None):
         raise ValueError(f"{path} sets {setting}, so the adapter is more than two factors per layer; it stays PiSSA")
     return config
@@ -214,6 +223,10 @@ def _pattern_values(path: Path, config: Mapping[str, Any], key: str) -> list[Any
     if not isinstance(pattern, dict):
         raise ValueError(f"{path} has the {key} {pattern!r}; accepted is an object")
     return list(pattern.values())
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _check_factors(A: TensorInfo, B: TensorInfo, rank: int) -> None:

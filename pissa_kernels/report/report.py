@@ -226,9 +226,9 @@ def find_report(source: str | Path) -> Path:
     """
     source = Path(source)
     if not source.is_dir():
-        if source.exists():
+        if source.is_file():
             return source
-        raise FileNotFoundError(f"{source} does not exist")
+        raise FileNotFoundError(f"{source} {'is not a file' if source.exists() else 'does not exist'}")
     for path in (source / REPORT_NAME, source / ADAPTER_FOLDER / REPORT_NAME):
         if path.is_file():
             return path

@@ -28,6 +28,11 @@ def is_integer(value: object, least: float = -math.inf) -> bool:
     return type(value) is int and value >= least
 
 
+def is_text(value: object) -> bool:
+    """Whether the value is a string that can be written as UTF-8: JSON can escape half of a surrogate pair."""
+    return type(value) is str and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def is_number(value: object) -> bool:
     """Whether the value is a finite float ≥ 0, or an int from 0 to 2**63 − 1."""
     if type(value) is int:
@@ -35,7 +40,7 @@ def is_number(value: object) -> bool:
     return type(value) is float and math.isfinite(value) and value >= 0
 
 
-STRING = Rule("a string", lambda value: type(value) is str)
+STRING = Rule("a string", is_text)
 BOOLEAN = Rule("true or false", lambda value: type(value) is bool)
 INTEGER = Rule("an integer", is_integer)
 COUNT = Rule("an integer ≥ 0", lambda value: is_integer(value, 0))

@@ -25,6 +25,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a string for a flag": ({"use_cache": "true"}, "'use_cache' expected bool, got str"),
     "null for a size": ({"num_hidden_layers": None}, "'num_hidden_layers' expected int, got NoneType"),
     "a negative size": ({"hidden_size": -1}, "transformers makes no model of it: .*hidden size .-1"),
+    "fewer layers than none": ({"num_hidden_layers": -1}, "num_hidden_layers is -1, which is negative"),
     "no heads": ({"num_attention_heads": 0}, "transformers makes no model of it: ZeroDivisionError"),
     "a size above all tensors": ({"hidden_size": 10**30}, "hidden_size is 10{30}, but all tensors together have only"),
     "layers without end": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 10{9}, but the checkpoint has only 12"),

@@ -20,9 +20,16 @@ from ..support.models import build
 Weights = dict[str, torch.Tensor]
 
 
-def make(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
+def make(
+    folder: Path,
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    width: int = 64,
+    layers: int = 2,
+    **changes: Any,
+) -> tuple[Any, Any]:
     """Returns the original and the trained model, saved in ``folder`` as base, residual (with pissa_init), trained."""
-    base = build(name, dtype, width=64)
+    base = build(name, dtype, width, layers)
     with pk.patch_peft():
         adapted = peft.get_peft_model(copy.deepcopy(base), config(name, **changes)).eval()
     pk.save_pissa(adapted, folder / "residual")
