@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 # Processes wait for each other at the start until each has planned its work, and at the end for the slowest one.
 START_TIMEOUT, WORK_TIMEOUT = datetime.timedelta(minutes=10), datetime.timedelta(days=7)
+# Time between two looks at the parent.
+_PARENT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,26 @@ def joined() -> Iterator[ProcessGroup]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=START_TIMEOUT)
+    ended = _end_with_parent()
     try:
         group = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
         yield ProcessGroup(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
+        ended.set()
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> threading.Event:
+    """End this process within a second of its parent, until the event that is returned is set.
+
+    A torchrun that is killed cannot end its processes, which would go on writing while the next run starts.
+    """
+    parent, ended = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_PARENT_SECONDS):
+            if os.getppid() != parent:
+                os._exit(1)  # as if it were killed too: a run can be resumed after that
+
+    threading.Thread(target=watch, daemon=True, name="pissa_kernels-parent").start()
+    return ended

@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,58 @@ def test_processes_write_the_bytes_of_one(
     for _, steps in outcomes(children):
         assert "journal" in steps, "every process has a share"
     assert untimed(out.parent) == expected[1]
+
+
+SLOW = """
+import os, pathlib, sys, time
+from pissa_kernels.checkpoint import worker
+from pissa_kernels.cli.main import main
+
+run = worker.Worker.run
+
+def slowly(*arguments):
+    record = run(*arguments)
+    pathlib.Path(sys.argv[1], f"pid-{os.getpid()}").touch()
+    time.sleep(60)
+    return record
+
+worker.Worker.run = slowly
+main(["init", *sys.argv[2:], "--rank", "4"])
+"""
+
+
+@pytest.mark.slow
+def test_killed_torchrun_leaves_no_process(
+    model: Path, expected: tuple[Path, dict[str, Any]], out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
+    arguments = [sys.executable, *command, str(tmp_path), str(model), str(out)]
+    torchrun = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        pids = wait_for(lambda: [int(path.name[4:]) for path in tmp_path.glob("pid-*")], 2, seconds=120)
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+    wait_for(lambda: [pid for pid in pids if is_running(pid)], 0, seconds=20)
+    run_job(plan_checkpoint(model, out, OPTIONS), resume=True, progress=False)
+    assert untimed(out.parent) == expected[1]
+
+
+def wait_for(found: Callable[[], list[int]], count: int, seconds: float) -> list[int]:
+    ends = time.monotonic() + seconds
+    while len(values := found()) != count:
+        assert time.monotonic() < ends, f"{values} after {seconds} s"
+        time.sleep(0.1)
+    return values
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie that waits for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.slow
