@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
@@ -29,8 +29,18 @@ def matches(key: str, name: str) -> bool:
     """
     try:
         return re.match(rf"(.*\.)?({key})$", name) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"the pattern {key!r} is not a regular expression: {error}") from None
+
+
+def has_name(entry: str, name: str) -> bool:
+    """Whether a name in ``target_modules`` or ``exclude_modules`` applies to a module: its name, or the end of it.
+
+    Args:
+        entry: a name, not a regular expression.
+        name: the module's name in the model.
+    """
+    return name == entry or name.endswith(f".{entry}")
 
 
 def rank_of(config: Config, name: str) -> int:
@@ -91,6 +101,20 @@ def pattern_key(pattern: Mapping[str, Any], name: str) -> str | None:
     found = next((key for key in pattern if matches(key, name)), None)
     # Without a match, PEFT looks the name itself up: a key that is no match for itself, such as "x+", still decides.
     return name if found is None and name in pattern else found
+
+
+def without_order(pattern: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
+    """A pattern that gives every layer the same value in any order of its keys, which PEFT sorts when it saves.
+
+    Args:
+        pattern: the pattern; it is kept if its sorted keys decide alike.
+        names: names of the layers.
+        default: value of a layer that no key matches.
+    """
+    wanted = {name: _lookup(pattern, name, default) for name in names}
+    if all(_lookup(dict(sorted(pattern.items())), name, default) == value for name, value in wanted.items()):
+        return dict(pattern)
+    return {f"^{re.escape(name)}": value for name, value in wanted.items() if value != default}
 
 
 def _lookup(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -36,6 +36,19 @@ class Reader(NamedTuple):
     kind: str
     always: bool
 
+    @property
+    def owner(self) -> str:
+        """The module in messages."""
+        return f"{self.kind} {self.name!r}" if self.name else f"the model ({self.kind})"
+
+
+def reading(reader: Reader) -> str:
+    """What a reader does to the adapter of a layer, as a clause for messages."""
+    return (
+        f"{reader.owner} reads the weight of this layer without calling the layer, so it would compute with the "
+        "residual and without the adapter"
+    )
+
 
 def reader_of(model: nn.Module, name: str) -> Reader | None:
     """The first module around ``name`` that reads its weight, those that always do before the others; or None.

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..files.folder import Checkpoint, check_apart, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, sha256
+from ..files.walk import printable
 from ..svd.cost import choose_plan, machine_of, workspace
-from .targets import Adapter, AdapterOptions, Target, find_targets
+from .options import AdapterOptions
+from .targets import Adapter, Target, find_targets
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
@@ -79,6 +81,13 @@ class CheckpointJob:
         """Size in bytes of all safetensors files of the result."""
         return sum(header.size for header in self.headers.values())
 
+    def notes(self) -> tuple[str, ...]:
+        """What is left out, and what else a user has to know before the run: one sentence each."""
+        files: dict[str, list[str]] = {}
+        for name, reason in self.checkpoint.left_out.items():
+            files.setdefault(reason, []).append(printable(name))
+        return (*(f"left out, as {reason}: {', '.join(names)}" for reason, names in files.items()), *self.adapter.notes)
+
     def workspace(self) -> int:
         """Upper estimate of the bytes that a worker takes: a weight, the workspace of its SVD, A and B."""
         return max(
@@ -126,7 +135,7 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
         OSError, TypeError, ValueError: the checkpoint cannot be read, it is a residual already, or as for
             :func:`pissa_kernels.checkpoint.targets.find_targets`.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = _without_adapter(open_checkpoint(model))
     if own := [name for name in (*checkpoint.others, *checkpoint.left_out) if name.startswith(f"{ADAPTER_FOLDER}/")]:
         raise ValueError(f"{model} is a residual already, as {own[0]} says; take the checkpoint that it was made of")
     if out.is_dir() and (out.is_symlink() or out.name in ("", "..")):
@@ -136,6 +145,28 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
     adapter = find_targets(checkpoint, options)
     tensors = _in_order(checkpoint, adapter.targets, device)
     return CheckpointJob(checkpoint, out, options, adapter, _adapter_header(adapter.targets), tuple(tensors), device)
+
+
+def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
+    """Leave out the config of an adapter that is not there: transformers would look for its weights.
+
+    Raises:
+        ValueError: the weights are there, so that the model is not only what its own tensors say.
+    """
+    if not (checkpoint.folder / CONFIG_NAME).is_file():
+        return checkpoint
+    stem = WEIGHTS_NAME.partition(".")[0]
+    if weights := [name for name in checkpoint.left_out if "/" not in name and name.startswith(f"{stem}.")]:
+        raise ValueError(
+            f"{checkpoint.folder} holds an adapter ({CONFIG_NAME}, {weights[0]}), which transformers loads on top of "
+            "the model; merge it (merge_and_unload) and save the model, or move the adapter's files to another folder"
+        )
+    others = tuple(name for name in checkpoint.others if name != CONFIG_NAME)
+    left_out = {
+        **checkpoint.left_out,
+        CONFIG_NAME: "its adapter has no weights there, which transformers would look for",
+    }
+    return replace(checkpoint, others=others, left_out=left_out)
 
 
 def unfinished_folder(out: Path) -> Path:

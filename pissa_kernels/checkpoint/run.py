@@ -21,9 +21,9 @@ from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
 from .journal import Journal
 from .manifest import MANIFEST, REPORT, Manifest
+from .options import ALL_LINEAR, AdapterOptions, entries
 from .plan import CheckpointJob, TensorJob, plan_checkpoint
 from .publish import by_tensor, collect_records, publish, tensor_key
-from .targets import AdapterOptions
 from .worker import Record, Worker
 
 CPU = torch.device("cpu")
@@ -38,7 +38,9 @@ class CheckpointReport(Report):
         written: tensors that the run wrote, over all processes.
         kept: tensors that an earlier run had written.
         size: bytes of its safetensors files.
-        left_out: files of the source that hold weights in other formats, and are not part of the result.
+        left_out: files of the source that are not part of the result, such as weights in other formats.
+        layers_left_out: layers that "all-linear" leaves out, with the reason.
+        notes: what else ``init`` says of the plan on stderr, one sentence each, the files and layers above included.
     """
 
     out: Path
@@ -46,6 +48,8 @@ class CheckpointReport(Report):
     kept: int
     size: int
     left_out: tuple[str, ...]
+    layers_left_out: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def init_checkpoint(
@@ -83,7 +87,8 @@ def init_checkpoint(
         out: folder of the result. It may exist empty; a symbolic link to a folder is followed.
         rank: r of every layer.
         alpha: ``lora_alpha``; None for the rank, a scaling of 1.
-        target_modules: names of modules, one regular expression, or "all-linear", as for PEFT; None for "all-linear".
+        target_modules: names of modules, with "all-linear" among them or alone, or one regular expression, as for PEFT;
+            None for "all-linear".
         exclude_modules: names of modules, or one regular expression; None for none.
         rank_pattern, alpha_pattern: ranks and alphas of single layers, as for PEFT.
         use_rslora: scale by alpha/√r instead of alpha/r.
@@ -130,10 +135,10 @@ def init_checkpoint(
         alpha=alpha,
         init=init,
         seed=seed,
-        target_modules=_names(target_modules) or ("all-linear",),
-        exclude_modules=_names(exclude_modules),
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
+        target_modules=entries("target_modules", target_modules, (ALL_LINEAR,)),
+        exclude_modules=entries("exclude_modules", exclude_modules),
+        rank_pattern={} if rank_pattern is None else rank_pattern,
+        alpha_pattern={} if alpha_pattern is None else alpha_pattern,
         use_rslora=use_rslora,
         trust_remote_code=trust_remote_code,
     )
@@ -141,10 +146,6 @@ def init_checkpoint(
     if on_plan is not None:
         on_plan(job)
     return run_job(job, workers=workers, resume=resume, force=force, on_tensor=on_tensor, progress=progress)
-
-
-def _names(modules: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (modules,) if isinstance(modules, str) else tuple(modules or ())
 
 
 def run_job(
@@ -187,7 +188,9 @@ def _report(job: CheckpointJob, kept: int) -> CheckpointReport:
         written=len(job.tensors) - kept,
         kept=kept,
         size=job.size,
-        left_out=job.checkpoint.left_out,
+        left_out=tuple(job.checkpoint.left_out),
+        layers_left_out=dict(job.adapter.left_out),
+        notes=job.notes(),
     )
 
 

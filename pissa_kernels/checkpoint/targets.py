@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,43 +13,15 @@ from torch import nn
 
 from ..adapter.layers import in_scope, lora_layers
 from ..adapter.names import factor_key
-from ..checks import check_rank, check_scaling, layer_context, parse_init
+from ..adapter.patterns import without_order
+from ..checks import check_rank, check_scaling, layer_context
 from ..files.folder import Checkpoint
 from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
 from .model import empty_model, tensors_of_parameters, tied_weights
-
-# A single name with one of these characters is a regular expression. A dot does not count: module names have dots.
-_PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """Options of the adapter, as for PEFT's ``LoraConfig``.
-
-    Attributes:
-        rank: r.
-        alpha: ``lora_alpha``; None for the rank, a scaling of 1.
-        init: "pissa" or "pissa_niter_N".
-        seed: seed of the sketches.
-        target_modules: "all-linear", names, or one regular expression.
-        exclude_modules: names, or one regular expression.
-        rank_pattern, alpha_pattern: ranks and alphas of single layers, as PEFT takes them.
-        use_rslora: scale by alpha/√r instead of alpha/r.
-        trust_remote_code: run the Python code that comes with the checkpoint to build its model.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    init: str = "pissa"
-    seed: int = 0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    exclude_modules: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    trust_remote_code: bool = False
+from .options import ALL_LINEAR, AdapterOptions, as_peft, is_all_linear
+from .selection import check_names, check_patterns, read_past
 
 
 @dataclass(frozen=True)
@@ -99,10 +71,14 @@ class Adapter:
     Attributes:
         config: contents of adapter_config.json with sorted lists, without the path of the base model.
         targets: the layers, in the model's order.
+        left_out: layers that all-linear leaves out, with the reason.
+        notes: sentences for the user about single layers.
     """
 
     config: Mapping[str, Any]
     targets: tuple[Target, ...]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
@@ -110,23 +86,27 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
 
     Raises:
         TypeError: a target is quantized, or its dtype is not float32, float16 or bfloat16.
-        ValueError: nothing to adapt; a target that is tied, fused from several tensors, or not a linear layer; a rank
-            or scaling out of range. The message names the layer.
+        ValueError: nothing to adapt; a target that is tied, fused from several tensors, read by another module, or not
+            a linear layer; a rank or scaling out of range; a name or pattern that decides for no layer. The message
+            names the layer or the option.
     """
-    import peft
-
-    parse_init(options.init)  # before the model is built
     model = empty_model(checkpoint, options.trust_remote_code)
+    check_names(model, options)
+    modules = [name for name, _ in model.named_modules()]
     plain, transformed = tensors_of_parameters(model, checkpoint)
     tied = tied_weights(model)
-    config = _lora_config(model, options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
-    tensors, targets = checkpoint.tensors(), []
+    modules_to_adapt = as_peft(options.target_modules)
+    if isinstance(modules_to_adapt, list) and any(map(is_all_linear, modules_to_adapt)):
+        linear = _inject(empty_model(checkpoint, options.trust_remote_code), options, ALL_LINEAR)
+        modules_to_adapt = sorted({*linear.peft_config["default"].target_modules, *options.named})
+    adapted = _inject(model, options, modules_to_adapt)
     layers = list(lora_layers(adapted))
     _check_kinds(layers)
+    left_out, notes = read_past(adapted.get_base_model(), [name for name, _ in layers], options)
+    tensors, targets = checkpoint.tensors(), []
     for name, layer in layers:
+        if name in left_out:
+            continue
         weight = f"{name}.weight"
         _check_untied(name, layer, tied)
         if weight in transformed or len(plain[weight]) != 1:
@@ -143,11 +123,24 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
             _check_target(target, tuple(layer.get_base_layer().weight.shape))
         targets.append(target)
     if not targets:
-        raise ValueError("PEFT found no layer to adapt")
-    return Adapter(_config_record(adapted.peft_config["default"]), tuple(targets))
+        raise ValueError(
+            "PEFT found no layer to adapt" + "".join(f"; {name!r}: {why}" for name, why in left_out.items())
+        )
+    names = [target.name for target in targets]
+    check_patterns(options, names, modules)
+    config = _config_record(adapted.peft_config["default"], options, names, list(left_out))
+    return Adapter(config, tuple(targets), left_out, tuple(notes))
 
 
-def _lora_config(model: nn.Module, options: AdapterOptions) -> Any:
+def _inject(model: nn.Module, options: AdapterOptions, target_modules: str | list[str]) -> Any:
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, _lora_config(model, options, target_modules), low_cpu_mem_usage=True)
+
+
+def _lora_config(model: nn.Module, options: AdapterOptions, target_modules: str | list[str]) -> Any:
     import peft
     from transformers.pytorch_utils import Conv1D
 
@@ -155,8 +148,8 @@ def _lora_config(model: nn.Module, options: AdapterOptions) -> Any:
     return peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
-        target_modules=module_names(options.target_modules),
-        exclude_modules=module_names(options.exclude_modules) if options.exclude_modules else None,
+        target_modules=target_modules,
+        exclude_modules=as_peft(options.exclude_modules) if options.exclude_modules else None,
         rank_pattern=dict(options.rank_pattern),
         alpha_pattern=dict(options.alpha_pattern),
         use_rslora=options.use_rslora,
@@ -166,13 +159,6 @@ def _lora_config(model: nn.Module, options: AdapterOptions) -> Any:
         # PEFT's model of this task has generate(); those of other tasks would add modules to train
         task_type="CAUSAL_LM" if causal else None,
     )
-
-
-def module_names(names: tuple[str, ...]) -> str | list[str]:
-    """Names as PEFT's config takes them: a list, or a single "all-linear" or regular expression as a string."""
-    if len(names) == 1 and (names[0] == "all-linear" or _PATTERN.search(names[0])):
-        return names[0]
-    return list(names)
 
 
 def _check_kinds(layers: Sequence[tuple[str, Any]]) -> None:
@@ -217,10 +203,27 @@ def _check_target(target: Target, shape: tuple[int, ...]) -> None:
     check_scaling(target.recipe.scaling)
 
 
-def _config_record(config: Any) -> dict[str, Any]:
-    """The config as PEFT saves it, with sorted sets, so that every run writes the same bytes."""
+def _config_record(
+    config: Any, options: AdapterOptions, names: Sequence[str], left_out: Sequence[str]
+) -> dict[str, Any]:
+    """The config as PEFT saves it, with sorted sets, so that every run writes the same bytes.
+
+    Args:
+        config: PEFT's config after the injection.
+        options: the options.
+        names: names of the layers that the adapter has.
+        left_out: names of layers that PEFT adapted and the adapter does not have.
+    """
     config.inference_mode = True
     record = {
         key: sorted(value) if isinstance(value, (set, list)) else value for key, value in config.to_dict().items()
     }
+    record["rank_pattern"] = without_order(options.rank_pattern, names, options.rank)
+    record["alpha_pattern"] = without_order(options.alpha_pattern, names, config.lora_alpha)
+    if left_out:
+        excluded = as_peft(options.exclude_modules)
+        if isinstance(excluded, str):
+            record["exclude_modules"] = "|".join([excluded, *map(re.escape, left_out)])
+        else:
+            record["exclude_modules"] = sorted({*excluded, *left_out})
     return {key: getattr(value, "value", value) for key, value in record.items()}

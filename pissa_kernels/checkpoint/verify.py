@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..adapter.names import factor_key
 from ..files.atomic import sha256_of_file
-from ..files.folder import Checkpoint, files_of, open_checkpoint
+from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, bytes_of, chunks, read_header, read_tensor, sha256, sha256_of
 from ..files.system import open_to_read
+from ..files.walk import files_of
 from ..numerics import exact_arithmetic
 from ..report import LayerReport, Report
 from ..runtime.progress import progress as progress_bar

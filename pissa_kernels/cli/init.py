@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.names import ADAPTER_FOLDER
+from ..adapter.patterns import matches
+from ..checkpoint.options import ALL_LINEAR, AdapterOptions, check_expression, entries
 from ..checkpoint.plan import CheckpointJob, plan_checkpoint
 from ..checkpoint.run import CheckpointReport, init_checkpoint
-from ..checkpoint.targets import AdapterOptions
 from ..report.tables import text_table
 from .arguments import initializer, pattern, positive, quiet_libraries
 
@@ -75,21 +76,47 @@ def _add_adapter_options(group: Any) -> None:
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random sketches (default: 0)")
     group.add_argument(
-        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
-        help="names of the modules to adapt, one regular expression, or all-linear (default: all-linear)",
+        "--target-modules", nargs="+", action="extend", type=_module, metavar="NAME",
+        help="names of the modules to adapt, all-linear among them or alone, or one regular expression "
+        "(default: all-linear)",
     )  # fmt: skip
     group.add_argument(
-        "--exclude-modules", nargs="+", default=[], metavar="NAME",
+        "--exclude-modules", nargs="+", action="extend", type=_module, metavar="NAME",
         help="names of modules to leave out, or one regular expression (default: none)",
     )  # fmt: skip
     group.add_argument(
-        "--rank-pattern", nargs="+", default=[], type=pattern(int), metavar="NAME=R",
+        "--rank-pattern", nargs="+", action=_Pattern, type=pattern(int), metavar="NAME=R",
         help="ranks of single modules, as in down_proj=8",
     )  # fmt: skip
     group.add_argument(
-        "--alpha-pattern", nargs="+", default=[], type=pattern(float), metavar="NAME=A",
+        "--alpha-pattern", nargs="+", action=_Pattern, type=pattern(float), metavar="NAME=A",
         help="alphas of single modules, as in down_proj=16",
     )  # fmt: skip
+
+
+def _module(text: str) -> str:
+    """A name of modules, or a regular expression."""
+    try:
+        check_expression(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+class _Pattern(argparse.Action):
+    """Collects NAME=VALUE in a dict. The names are regular expressions, and each is given once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        found = dict(getattr(namespace, self.dest) or {})
+        for name, value in values:
+            if name in found:
+                raise argparse.ArgumentError(self, f"{name!r} is given twice")
+            try:
+                matches(name, "")
+            except ValueError as error:
+                raise argparse.ArgumentError(self, str(error)) from None
+            found[name] = value
+        setattr(namespace, self.dest, found)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -100,19 +127,18 @@ def run(arguments: argparse.Namespace) -> int:
         "alpha": arguments.alpha,
         "init": arguments.init,
         "seed": arguments.seed,
-        "target_modules": tuple(arguments.target_modules),
-        "exclude_modules": tuple(arguments.exclude_modules),
-        "rank_pattern": dict(arguments.rank_pattern),
-        "alpha_pattern": dict(arguments.alpha_pattern),
+        "target_modules": entries("target_modules", arguments.target_modules, (ALL_LINEAR,)),
+        "exclude_modules": entries("exclude_modules", arguments.exclude_modules),
+        "rank_pattern": arguments.rank_pattern or {},
+        "alpha_pattern": arguments.alpha_pattern or {},
         "use_rslora": arguments.rslora,
         "trust_remote_code": arguments.trust_remote_code,
     }
     first = os.environ.get("RANK", "0") == "0"  # one of the processes of torchrun prints
 
     def announce(job: CheckpointJob) -> None:
-        if job.checkpoint.left_out and first:
-            names = ", ".join(job.checkpoint.left_out)
-            print(f"left out, as they hold weights that would not be residuals: {names}", file=sys.stderr)
+        for note in job.notes() if first else ():
+            print(note, file=sys.stderr)
 
     def print_tensor(record: dict[str, Any]) -> None:
         print(json.dumps({"event": "tensor", **record}), flush=True)
@@ -150,6 +176,9 @@ def _as_json(report: CheckpointReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "peak_extra_bytes": report.peak_extra_bytes,
         "converged": all(layer.certificate.converged for layer in report.layers),
+        "left_out": list(report.left_out),
+        "layers_left_out": dict(report.layers_left_out),
+        "notes": list(report.notes),
     }
 
 
@@ -173,6 +202,8 @@ def _plan_record(job: CheckpointJob) -> dict[str, Any]:
         "copied": [tensor.info.name for tensor in job.tensors if tensor.target is None],
         "files": list(job.checkpoint.others),
         "left_out": list(job.checkpoint.left_out),
+        "layers_left_out": dict(job.adapter.left_out),
+        "notes": list(job.notes()),
         "targets": [
             {
                 "name": target.name,

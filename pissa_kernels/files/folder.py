@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .advice import WEIGHTS, module_folders, without_config, without_safetensors
 from .header import Header, TensorInfo, read_header, sha256
 from .places import Key, Places, links_to
+from .recognize import check_readable, check_text, is_lfs_pointer
+from .walk import files_of, obstacle, walk
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Files that may hold the same weights in another format, or an optimizer's state. A copy of them would not be residual.
-OTHER_WEIGHTS = {
-    *(".bin", ".pt", ".pth", ".ckpt", ".ot", ".h5", ".msgpack"),
-    *(".gguf", ".onnx", ".onnx_data", ".safetensors"),
-}
-IGNORED_FOLDERS = {".git", ".cache", "__pycache__"}
+# An index of weights in another format, or of a variant.
+OTHER_INDEX = re.compile(r"\.(bin|h5|msgpack|safetensors)\.index(\.\w+)?\.json$")
+# Files that a model does not work without; a Git LFS pointer in the place of a picture is copied as it is.
+NEEDED = {".json", ".jsonl", ".model", ".txt", ".tiktoken", ".spm", ".vocab", ".bpe", ".jinja", ".py"}
+# Why a file is left out.
+OTHER_FORMAT = "they hold weights that would not be residuals"
+NOT_IN_USE = "they list weights that are left out"
+NOT_A_FILE = "they are not files that can be read"
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,14 @@ class Checkpoint:
         folder: path of the folder.
         shards: header of each safetensors file, by its name.
         others: paths of files without weights, relative to the folder, with "/".
-        left_out: paths of files that hold weights in other formats, or that the index does not list.
+        left_out: paths of all others, with the reason: weights in other formats or that the index does not list, and
+            what is not a file.
     """
 
     folder: Path
     shards: Mapping[str, Header]
     others: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: Mapping[str, str]
 
     def tensors(self) -> dict[str, tuple[str, TensorInfo]]:
         """Shard and place of every tensor, by name."""
@@ -57,34 +64,50 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError, NotADirectoryError: no folder, config or safetensors; a shard is missing.
-        ValueError: a file is damaged, or the index does not match the shards.
+        OSError: a file cannot be read, or is not a file.
+        ValueError: a file is damaged, a Git LFS pointer or an error page, or the index does not match the shards.
     """
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    if (folder / SINGLE).is_file():
+    if not os.path.lexists(folder / "config.json"):
+        raise FileNotFoundError(without_config(folder))
+    check_text(folder / "config.json")
+    if os.path.lexists(folder / SINGLE):
         shards = {SINGLE: read_header(folder / SINGLE)}
-    elif (folder / INDEX).is_file():
+    elif os.path.lexists(folder / INDEX):
         shards = _indexed(folder)
     else:
-        other = next((path.name for path in sorted(folder.iterdir()) if path.suffix in OTHER_WEIGHTS), None)
-        raise FileNotFoundError(
-            f"{folder} has neither {SINGLE} nor {INDEX}"
-            + (f", only {other}: load the model with transformers and save it as safetensors" if other else "")
-        )
-    weights = {*shards, SINGLE}
+        raise FileNotFoundError(without_safetensors(folder))
+    others, left_out = _other_files(folder, shards)
+    return Checkpoint(folder, shards, tuple(others), left_out)
+
+
+def _other_files(folder: Path, shards: Mapping[str, Header]) -> tuple[list[str], dict[str, str]]:
+    """The files to copy, and by name of each of the rest why it is left out."""
+    modules = tuple(f"{module}/" for module in module_folders(folder))
     others: list[str] = []
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}
     for name in files_of(folder):
-        if name in weights:
+        path = folder / name
+        is_module = name.startswith(modules)  # weights of such a module are a part of the model that has no adapter
+        if name in shards:
             continue
-        (left_out if Path(name).suffix in OTHER_WEIGHTS else others).append(name)
-    if SINGLE in shards:  # transformers loads the single file and ignores an index beside it
-        others = [name for name in others if name != INDEX]
-    return Checkpoint(folder, shards, tuple(others), tuple(left_out))
+        if WEIGHTS.search(name) and not is_module:
+            left_out[name] = OTHER_FORMAT
+        elif OTHER_INDEX.search(name) and not is_module and (name != INDEX or SINGLE in shards):
+            left_out[name] = NOT_IN_USE
+        elif path.is_symlink() and not path.exists():
+            raise FileNotFoundError(f"{path} is {obstacle(path)}; complete the download, or delete the link")
+        elif not path.is_file():
+            left_out[name] = NOT_A_FILE
+        else:
+            check_readable(path)
+            if (is_module or path.suffix in NEEDED) and is_lfs_pointer(path):
+                check_text(path)
+            others.append(name)
+    return others, left_out
 
 
 def check_apart(written: Sequence[Path], read: Sequence[Path]) -> None:
@@ -125,38 +148,32 @@ def _paths_read(read: Sequence[Path]) -> Iterator[Path]:
     sources = [source.absolute() for source in read if source.exists()]
     yield from sources
     for source in sources:
-        for path, folders, files in os.walk(source, followlinks=True):
-            folders[:] = sorted(set(folders) - IGNORED_FOLDERS)
-            yield from (Path(path, name) for name in folders)
-            yield from (link for name in sorted(files) if (link := Path(path, name)).is_symlink() and link.exists())
+        for path, folders, files in walk(source):
+            yield from (path / name for name in folders)
+            yield from (link for name in files if (link := path / name).is_symlink() and link.exists())
 
 
 def _look_up(keys: Iterable[Key], paths: Mapping[Key, Path]) -> Path | None:
     return next((paths[key] for key in keys if key in paths), None)
 
 
-def files_of(folder: Path) -> list[str]:
-    """Paths of all files below a folder, relative to it, with "/", sorted. Symbolic links are followed."""
-    found = []
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(set(folders) - IGNORED_FOLDERS)
-        found += [Path(path, name).relative_to(folder).as_posix() for name in files]
-    return sorted(found)
-
-
 def _indexed(folder: Path) -> dict[str, Header]:
     path = folder / INDEX
+    check_text(path)
     try:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         listed = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not an index of shards: {type(error).__name__} {error}") from None
     names = sorted(set(listed.values()))
     for name in names:
         if Path(name).name != name or Path(name).suffix != ".safetensors":
             raise ValueError(f"{path} lists {name!r}, which is not a safetensors file in its folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{path} lists {name}, which is missing")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{path} lists {missing[0]}, which is missing, as are {len(missing)} of {len(names)} shards; complete the "
+            "download"
+        )
     shards = {name: read_header(folder / name) for name in names}
     found: dict[str, str] = {}
     for name, header in shards.items():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer
+from .recognize import check_readable, not_safetensors
 from .system import read_some, write_some
 
 DTYPES = {
@@ -95,17 +96,20 @@ def read_header(path: Path) -> Header:
     """Read the header of a file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is truncated or its header is invalid; the message names the file.
+        OSError: the file cannot be read, or is not a file.
+        ValueError: the file is truncated, its header is invalid, or it is something else; the message names the file,
+            and what it is.
     """
     from safetensors import SafetensorError, safe_open
 
+    check_readable(path)  # opening a pipe would wait for its other end
     try:
         # the safetensors package validates offsets (no gaps, no overlaps), sizes and the file's length
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from None
+        found = not_safetensors(path) or f"damaged or truncated: {error}"
+        raise ValueError(f"{path} is {found}") from None
     with path.open("rb") as file:
         length = file.read(8)
         encoded = length + file.read(int.from_bytes(length, "little"))

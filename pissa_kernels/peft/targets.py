@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.readers import reader_of
+from ..adapter.readers import reader_of, reading
 from ..checks import layer_context
 from .notices import Notices
 from .offload import is_offloaded, loads_children
@@ -89,14 +89,10 @@ def _check_readers(model: nn.Module, name: str, notices: Notices) -> None:
     reader = reader_of(model, name)
     if reader is None:
         return
-    owner = f"{reader.kind} {reader.name!r}" if reader.name else f"the model ({reader.kind})"
     if not reader.always:
-        notices.read_elsewhere.append(f"layer {name!r} (read by {owner})")
+        notices.read_elsewhere.append(f"layer {name!r} (read by {reader.owner})")
         return
-    raise ValueError(
-        f"{owner} reads the weight of this layer without calling the layer, so it would compute with the residual and "
-        f"without the adapter. Leave the layer out, as with exclude_modules=[{name!r}]"
-    )
+    raise ValueError(f"{reading(reader)}. Leave the layer out, as with exclude_modules=[{name!r}]")
 
 
 def _check_place(model: nn.Module, name: str, base: nn.Module, config: Any) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import peft, torch, transformers.models.llama.modeling_llama
 from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.plan import plan_checkpoint
-from pissa_kernels.checkpoint.targets import AdapterOptions
+from pissa_kernels.checkpoint.options import AdapterOptions
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

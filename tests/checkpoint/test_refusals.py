@@ -127,7 +127,7 @@ ARGUMENTS: dict[str, tuple[list[object], str]] = {
         ["--rank-pattern", "v_proj=20"],
         r"layer 'model\.layers\.0\.self_attn\.v_proj', weight \(16, 32\): .*got r=20",
     ),
-    "negative alpha": (["--alpha", -1], rf"layer '{LAYER}', weight \(32, 32\): .*scaling"),
+    "negative alpha": (["--alpha", -1], r"alpha must be a finite number above 0, got -1\.0"),
     "nothing to adapt": (["--target-modules", "nope"], "nope.*not found"),
     "all excluded": (["--exclude-modules", ".*"], "xclude"),
     "embedding": (["--target-modules", "embed_tokens"], "'model.embed_tokens' is a Embedding"),

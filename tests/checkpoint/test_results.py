@@ -15,9 +15,9 @@ import torch
 import transformers
 
 import pissa_kernels as pk
+from pissa_kernels.checkpoint.options import AdapterOptions
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
-from pissa_kernels.checkpoint.targets import AdapterOptions
 
 from ..peft.test_models import lora_layers, moved
 from ..peft.test_save import allowed

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from pissa_kernels.checkpoint import worker as worker_module
 from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
+from pissa_kernels.checkpoint.options import AdapterOptions
 from pissa_kernels.checkpoint.plan import ADAPTER_WEIGHTS, plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
-from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.files import header
 from pissa_kernels.files.header import read_header

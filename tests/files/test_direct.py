@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from pissa_kernels.checkpoint import worker as worker_module
 from pissa_kernels.checkpoint.journal import Journal
+from pissa_kernels.checkpoint.options import AdapterOptions
 from pissa_kernels.checkpoint.plan import CheckpointJob, plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
-from pissa_kernels.checkpoint.targets import AdapterOptions
 from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.files import direct as module
 from pissa_kernels.files.buffer import BLOCK

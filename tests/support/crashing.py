@@ -24,9 +24,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from pissa_kernels.checkpoint.journal import Journal
+from pissa_kernels.checkpoint.options import AdapterOptions
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
-from pissa_kernels.checkpoint.targets import AdapterOptions
 
 OPTIONS = AdapterOptions(rank=4)
 KILLED = -signal.SIGKILL
