@@ -126,8 +126,8 @@ def _check_linear(modules: Mapping[str, nn.Module], entry: str, name: str) -> No
     why = f"layer {name!r} is a {type(module).__name__}"
     if isinstance(module, nn.MultiheadAttention):
         raise ValueError(
-            f"{why}: nn.MultiheadAttention computes with its weights and not with its layers, so an adapter would not be "
-            f"used. Leave it out with --exclude-modules {name}"
+            f"{why}: nn.MultiheadAttention computes with its weights and not with its layers, so an adapter would not "
+            f"be used. Leave it out with --exclude-modules {name}"
         )
     inside = [other for other in modules if other.startswith(f"{name}.") and _is_linear(modules[other])]
     weight = getattr(module, "weight", None)

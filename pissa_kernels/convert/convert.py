@@ -124,7 +124,7 @@ def _open_models(initial: AdapterFile, base: str | os.PathLike[str] | None, note
     if base is None:
         return None
     residual = residual_folder(initial)
-    if is_hub_name(str(base)):
+    if is_hub_name(base):
         notes.append(f"not compared with the base model, because {base} is not a folder")
     elif residual is None:
         notes.append(f"not compared with the base model, because {initial.path.parent} is not in a residual checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -35,9 +36,24 @@ def original_name(trained: AdapterFile, initial: AdapterFile) -> str | None:
     return None if name is None or _is_residual(Path(name), parent) else name
 
 
-def is_hub_name(base: str) -> bool:
-    """Whether a base model is not a folder here but may be the name of one on a hub."""
-    return not Path(base).exists() and _HUB_NAME.fullmatch(base) is not None
+def is_hub_name(base: str | os.PathLike[str]) -> bool:
+    """Whether a base model is not a folder here but may be the name of one on a hub.
+
+    Args:
+        base: a path or a name. A name has at most one slash, and there is no folder that it would lie in as a path.
+
+    Raises:
+        FileNotFoundError: it is a path, and nothing is there.
+    """
+    path, name = Path(base), os.fspath(base)
+    if path.exists():
+        return False
+    in_folder = len(path.parts) > 1 and path.parent.is_dir()
+    if isinstance(base, str) and _HUB_NAME.fullmatch(name) and not in_folder:
+        return True
+    raise FileNotFoundError(
+        f"the base model {name} does not exist" + (f", and {path.parent} does" if in_folder else "")
+    )
 
 
 def _is_residual(folder: Path, parent: Path) -> bool:

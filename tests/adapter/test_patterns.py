@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pissa_kernels.adapter.patterns import matches, pattern_key, rank_of, scaling_of, with_ranks
+from pissa_kernels.adapter.patterns import (
+    has_name,
+    matches,
+    pattern_key,
+    rank_of,
+    scaling_of,
+    with_ranks,
+    without_order,
+)
 
 NAMES = ["model.layers.0.q", "model.layers.1.q", "model.layers.10.v", "q", "vision.model.layers.0.q"]
 KEYS = st.sampled_from([*NAMES, "layers.0.q", r"layers\.\d\.q", "q|v", ".*v", "^q", "0.q", "layers", "(q", "^model.*"])
@@ -31,6 +39,21 @@ def test_a_key_matches_the_whole_name_or_its_end_after_a_dot() -> None:
     assert not matches("^q", "model.layers.0.q")
     with pytest.raises(ValueError, match=r"the pattern '\(q' is not a regular expression: "):
         matches("(q", "q")
+
+
+@given(st.sampled_from([*NAMES, "layers.0.q", "0.q", "ayers.0.q", "layers", "model", "v", ""]), st.sampled_from(NAMES))
+def test_a_name_applies_as_in_peft(entry: str, name: str) -> None:
+    config = peft.LoraConfig(target_modules=[entry])
+    assert has_name(entry, name) == bool(peft.tuners.tuners_utils.check_target_module_exists(config, name))
+
+
+@given(st.dictionaries(KEYS.filter(lambda key: key != "(q"), st.integers(1, 9)))
+def test_a_pattern_without_order_decides_alike_when_its_keys_are_sorted(pattern: dict[str, int]) -> None:
+    def ranks(keys: list[str], values: dict[str, int]) -> list[int]:
+        return [values.get(peft.utils.other.get_pattern_key(keys, name), 5) for name in NAMES]
+
+    changed = without_order(pattern, NAMES, 5)
+    assert ranks(sorted(changed), changed) == ranks(list(changed), changed) == ranks(list(pattern), pattern)
 
 
 @given(

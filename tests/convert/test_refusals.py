@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,35 @@ def test_damaged_sidecar(copied: Path) -> None:
     retensor(path, lambda tensors: None)  # this drops the report
     with pytest.raises(ValueError, match="does not hold the initial factors of a PiSSA adapter"):
         convert_adapter(copied / "trained", copied / "trained", copied / "lora")
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "/typo",
+        "./typo",
+        "../typo",
+        "~/typo",
+        "a/b/c",
+        "models/llama",
+        "C:\\models\\llama",
+        "C:/models/llama",
+        "models/",
+    ],
+)
+def test_a_base_model_that_is_a_path_has_to_exist(
+    base: str, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    if base == "models/":
+        (tmp_path / "models").rmdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"^the base model {re.escape(base)} does not exist"):
+        convert_adapter(copied / "trained", copied / "trained", tmp_path / "lora", base=base)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_base_model_that_may_be_on_a_hub_is_noted(copied: Path, tmp_path: Path) -> None:
+    for index, base in enumerate(["someone/model", "gpt2"]):
+        done = convert_adapter(copied / "trained", copied / "trained", tmp_path / f"{index}", base=base)
+        assert f"not compared with the base model, because {base} is not a folder" in done.notes
