@@ -37,6 +37,7 @@ def check_names(model: nn.Module, options: AdapterOptions) -> None:
             raise ValueError(f"target_modules: exclude_modules leaves out every module that {entry!r} matches")
         for name in left:
             _check_linear(modules, entry, name)
+    _check_containers(modules, excluded, options)
 
 
 def read_past(model: nn.Module, names: Sequence[str], options: AdapterOptions) -> tuple[dict[str, str], list[str]]:
@@ -117,6 +118,27 @@ def _found(option: str, entry: str, modules: Mapping[str, nn.Module]) -> list[st
         what = "the regular expression " if is_expression(entry) else ""
         raise ValueError(f"{option}: {what}{entry!r} not found in the model{_hint(entry, modules, linear)}")
     return found
+
+
+def _check_containers(modules: Mapping[str, nn.Module], excluded: Collection[str], options: AdapterOptions) -> None:
+    """Refuse an entry of ``exclude_modules`` for blocks: PEFT leaves out the blocks alone, and adapts what is in them."""
+    everything = len(options.named) < len(options.target_modules)
+    for entry in options.exclude_modules:
+        blocks = [name for name in modules if matches_entry(entry, name)]
+        inside = [
+            name
+            for name, module in modules.items()
+            if _is_linear(module)
+            and name not in excluded
+            and (everything or any(matches_entry(target, name) for target in options.named))
+            and any(name.startswith(f"{block}.") for block in blocks)
+        ]
+        if inside and not any(_is_linear(modules[block]) for block in blocks):
+            part = entry if is_expression(entry) else rf"(.*\.)?{re.escape(entry)}"
+            raise ValueError(
+                f"exclude_modules: {entry!r} matches {_quoted(blocks)}, and PEFT would adapt the layers inside, such "
+                rf"as {inside[0]!r}; the regular expression '{part}\..*' leaves them out"
+            )
 
 
 def _check_linear(modules: Mapping[str, nn.Module], entry: str, name: str) -> None:

@@ -34,13 +34,13 @@ def without_config(folder: Path) -> str:
     """Message on a folder without config.json."""
     said = f"{folder} is not a model folder: it has no config.json"
     if (folder / "model_index.json").is_file():
-        usable = [path.name for path in _model_folders(folder) if _json(path / "config.json").get("architectures")]
+        usable = [path.name for path in _model_folders(folder) if read_json(path / "config.json").get("architectures")]
         return (
             f"{folder} is a pipeline of diffusers (model_index.json); init takes a single model of transformers"
             + _one_of(folder, usable)
         )
     if (folder / "adapter_config.json").is_file():
-        base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         return f"{said}, only an adapter; give the folder of the model that it was trained on" + (
             f", {base}" if isinstance(base, str) and base else ""
         )
@@ -60,7 +60,7 @@ def without_config(folder: Path) -> str:
 def without_safetensors(folder: Path) -> str:
     """Message on a folder with a config.json and without model.safetensors or its index."""
     said = f"{folder} has neither model.safetensors nor model.safetensors.index.json"
-    kind = _json(folder / "config.json").get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     if isinstance(kind, str):
         return (
             f"{folder} holds a {kind} of diffusers, which transformers does not load; init takes transformers' models"
@@ -77,7 +77,7 @@ def module_folders(folder: Path) -> list[str]:
     Raises:
         ValueError: a module lies outside of the folder.
     """
-    modules = _json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []
+    modules = read_json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []
     found = []
     for module in modules:
         path = module.get("path") if isinstance(module, dict) else None
@@ -116,7 +116,7 @@ def _one_of(folder: Path, names: list[str]) -> str:
     return f"; give the folder of its model, {folder / names[0]}{more}"
 
 
-def _json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict) -> Any:
     """The contents of a JSON file; empty where it is none, or of another kind."""
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if obstacle(path) is None else None

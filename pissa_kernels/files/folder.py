@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .advice import WEIGHTS, module_folders, without_config, without_safetensors
+from .advice import WEIGHTS, module_folders, read_json, without_config, without_safetensors
 from .header import Header, TensorInfo, read_header, sha256
 from .places import Key, Places, links_to
 from .recognize import check_readable, check_text, is_lfs_pointer
@@ -74,6 +74,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not os.path.lexists(folder / "config.json"):
         raise FileNotFoundError(without_config(folder))
     check_text(folder / "config.json")
+    named = read_json(folder / "config.json").get("transformers_weights")
+    if named and named not in (SINGLE, INDEX):
+        raise ValueError(
+            f"{folder / 'config.json'} names {named!r} for the weights (transformers_weights); rename that file {SINGLE} "
+            "and delete the entry"
+        )
     if os.path.lexists(folder / SINGLE):
         shards = {SINGLE: read_header(folder / SINGLE)}
     elif os.path.lexists(folder / INDEX):

@@ -238,6 +238,11 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], int, str]] = {
         1,
         "config.json is a Git LFS pointer and not the file itself; run git",
     ),
+    "weights of another name": (
+        lambda m: write(m / "config.json", {"model_type": "llama", "transformers_weights": "other.safetensors"}),
+        1,
+        r"config.json names 'other.safetensors' for the weights \(transformers_weights\); rename that file model.safet",
+    ),
     "empty config": (replace("config.json", b""), 1, "config.json is empty; download it again"),
     "LFS tokenizer": (replace("tokenizer.json", POINTER), 1, "tokenizer.json is a Git LFS pointer"),
     "LFS vocabulary": (replace("spiece.model", POINTER), 1, "spiece.model is a Git LFS pointer"),

@@ -60,7 +60,7 @@ def test_options_that_are_given_twice_add_up(pristine: Path, tmp_path: Path) -> 
 
 def test_a_module_that_is_no_target_may_be_excluded(pristine: Path, tmp_path: Path) -> None:
     report = pk.init_checkpoint(
-        pristine, tmp_path / "out", rank=4, exclude_modules=["lm_head", "self_attn"], progress=False
+        pristine, tmp_path / "out", rank=4, exclude_modules=["lm_head", "act_fn"], progress=False
     )
     assert [layer.name.rpartition(".")[2] for layer in report.layers] == LINEAR
 
@@ -86,6 +86,20 @@ def test_the_order_of_a_pattern_survives_loading(pattern: dict[str, int], pristi
         peers = [m.get_submodule(f"base_model.model.{layer.name}") for m in (model, wanted)]
         assert len({(peer.r["default"], peer.scaling["default"]) for peer in peers}) == 1
         assert (layer.rank, layer.scaling) == (peers[0].r["default"], peers[0].scaling["default"])
+
+
+def test_a_block_is_left_out_as_the_message_says(pristine: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the regular expression") as caught:
+        pk.init_checkpoint(pristine, tmp_path / "out", rank=4, exclude_modules="self_attn", progress=False)
+    [expression] = re.findall(r"regular expression '(.*)' leaves", str(caught.value))
+    assert expression == r"(.*\.)?self_attn\..*"
+    report = pk.init_checkpoint(pristine, tmp_path / "out", rank=4, exclude_modules=expression, progress=False)
+    assert [layer.name.rpartition(".")[2] for layer in report.layers] == LINEAR[4:]
+
+
+def test_a_block_without_targets_may_be_excluded(pristine: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": "q_proj", "exclude_modules": "mlp", "progress": False}
+    assert len(pk.init_checkpoint(pristine, tmp_path / "out", rank=4, **options).layers) == 1
 
 
 # What is refused. By name: options, words of the message
@@ -158,6 +172,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "exclude_modules: 'lm_haed' not found",
     ),
+    "an excluded block": (
+        {"exclude_modules": ["q_proj", "self_attn"]},
+        ValueError,
+        r"exclude_modules: 'self_attn' matches 'model\.layers\.0\.self_attn', and PEFT would adapt the layers inside, "
+        r"such as 'model\.layers\.0\.self_attn\.k_proj'; the regular expression .* leaves them out",
+    ),
+    "an expression for a block": ({"exclude_modules": ".*layers.0"}, ValueError, "PEFT would adapt the layers inside"),
     "both": (
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": "self_attn.v_proj"},
         ValueError,
@@ -236,11 +257,6 @@ def test_refused_options(what: str, pristine: Path, tmp_path: Path) -> None:
         pk.init_checkpoint(pristine, tmp_path / "out", **{"rank": 4, "progress": False, **options})
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rank_above_the_width_of_its_layer_is_refused(pristine: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"layer 'model\.layers\.0\.self_attn\.v_proj', weight \(16, 32\): .*got r=20"):
-        pk.init_checkpoint(pristine, tmp_path / "out", rank=4, rank_pattern={"v_proj": 20}, progress=False)
 
 
 @pytest.mark.parametrize(
