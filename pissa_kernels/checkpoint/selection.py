@@ -121,7 +121,7 @@ def _found(option: str, entry: str, modules: Mapping[str, nn.Module]) -> list[st
 
 
 def _check_containers(modules: Mapping[str, nn.Module], excluded: Collection[str], options: AdapterOptions) -> None:
-    """Refuse an entry of ``exclude_modules`` for blocks: PEFT leaves out the blocks alone, and adapts what is in them."""
+    """Refuse an entry of ``exclude_modules`` for blocks: PEFT leaves out those alone, and adapts what is in them."""
     everything = len(options.named) < len(options.target_modules)
     for entry in options.exclude_modules:
         blocks = [name for name in modules if matches_entry(entry, name)]

@@ -77,8 +77,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     named = read_json(folder / "config.json").get("transformers_weights")
     if named and named not in (SINGLE, INDEX):
         raise ValueError(
-            f"{folder / 'config.json'} names {named!r} for the weights (transformers_weights); rename that file {SINGLE} "
-            "and delete the entry"
+            f"{folder / 'config.json'} names {named!r} for the weights (transformers_weights); rename that file "
+            f"{SINGLE} and delete the entry"
         )
     if os.path.lexists(folder / SINGLE):
         shards = {SINGLE: read_header(folder / SINGLE)}
