@@ -14,6 +14,8 @@ from ..adapter.patterns import matches
 from ..checks import parse_init
 
 ALL_LINEAR = "all-linear"
+# No weight has a larger rank; PEFT makes an empty tensor of any that is asked for.
+MOST = 2**31 - 1
 # A single name with one of these characters is a regular expression. A dot does not count: module names have dots.
 _PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")
 
@@ -50,12 +52,12 @@ class AdapterOptions:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "rank": _integer("rank", self.rank, 1),
+            "rank": _integer("rank", self.rank, 1, MOST),
             "alpha": None if self.alpha is None else _positive("alpha", self.alpha),
             # the range of torch.Generator.manual_seed
             "seed": _integer("seed", self.seed, -(2**63), 2**64 - 1),
             "rank_pattern": {
-                key: _integer(f"rank_pattern[{key!r}]", rank, 1)
+                key: _integer(f"rank_pattern[{key!r}]", rank, 1, MOST)
                 for key, rank in _pattern("rank_pattern", self.rank_pattern).items()
             },
             "alpha_pattern": {
@@ -167,12 +169,12 @@ def _pattern(option: str, pattern: Mapping[str, Any]) -> Mapping[str, Any]:
     return pattern
 
 
-def _integer(option: str, value: Any, least: int, most: int | None = None) -> int:
+def _integer(option: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{option} must be an integer, got {value!r} ({type(value).__name__})")
     number = operator.index(value)
-    if number < least or (most is not None and number > most):
-        accepted = f"{least} or more" if most is None else f"from {least} to {most}"
+    if number < least or number > most:
+        accepted = f"{least} or more" if least == 1 and number < least else f"from {least} to {most}"
         raise ValueError(f"{option} must be {accepted}, got {number}")
     return number
 

@@ -180,7 +180,7 @@ def _hint(entry: str, modules: Iterable[str], linear: Iterable[str]) -> str:
         return "; separate names with spaces"
     parts = entry.count(".") + 1
     names = {".".join(name.split(".")[-parts:]) for name in modules}
-    by_lower = {name.lower(): name for name in sorted(names | set(modules))}
+    by_lower = {name.lower(): name for name in sorted(names | set(modules)) if not name.isdecimal()}
     near = difflib.get_close_matches(entry.lower(), by_lower, n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(repr(by_lower[name]) for name in near)}?"

@@ -98,6 +98,7 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     modules_to_adapt = as_peft(options.target_modules)
     if isinstance(modules_to_adapt, list) and any(map(is_all_linear, modules_to_adapt)):
         linear = _inject(empty_model(checkpoint, options.trust_remote_code), options, ALL_LINEAR)
+        _check_kinds(list(lora_layers(linear)))
         modules_to_adapt = sorted({*linear.peft_config["default"].target_modules, *options.named})
     adapted = _inject(model, options, modules_to_adapt)
     layers = list(lora_layers(adapted))

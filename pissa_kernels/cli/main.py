@@ -7,6 +7,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .._version import __version__
 from . import convert, demo, init, report, verify
@@ -72,8 +73,15 @@ def _fail(text: str, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments in one line, as all other errors; --help shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pissa-kernels",
         description="PiSSA adapters for PEFT: exact principal components at the price of a rough sketch.",
         epilog="pissa-kernels COMMAND --help describes a command. Exit status: 0 for success, 1 if the work failed or "

@@ -37,12 +37,6 @@ def write(path: Path, data: Any = b"weights") -> None:
     path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
 
 
-def empty(folder: Path, keep: str = "config.json") -> None:
-    for path in folder.iterdir():
-        if path.is_file() and path.name != keep:
-            path.unlink()
-
-
 # An adapter in MODEL
 
 
