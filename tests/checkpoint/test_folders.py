@@ -163,6 +163,7 @@ def test_links_in_circles_end(model: Path, tmp_path: Path) -> None:
     assert "a/to_b/to_c/to_d/to_a" in report.left_out
 
 
+@pytest.mark.slow
 def test_names_in_odd_bytes(model: Path, tmp_path: Path) -> None:
     (model / ODD).write_text("content")
     (model / ODD.replace("txt", "bin")).write_text("weights")
