@@ -15,6 +15,8 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 18
 # Unit roundoff u of each storage dtype: rounding is off by at most u, relative.
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# Half the smallest subnormal number of each: rounding is off by at most that where the result is subnormal.
+HALF_SUBNORMAL = {dtype: torch.finfo(dtype).smallest_normal * u for dtype, u in UNIT_ROUNDOFF.items()}
 # Values of torch's ``fp32_precision`` with which float32 products are float32; "none" is the default.
 FULL_PRECISION = ("ieee", "none")
 
@@ -105,7 +107,8 @@ def reconstruction(weight: Tensor, residual: Tensor, lora_A: Tensor, lora_B: Ten
     """Largest |W − (W_res + s·B·A)| of any element relative to its rounding bound; ≤ 1 holds, Inf if not finite.
 
     The bound is the rounding of the residual to its dtype, u·|W_res|, plus that of the float32 product before it,
-    (r + 2)·2⁻²⁴ times (|W| + s·|B|·|A|) (Higham 2002, §3.1). Computed in float64, a block of rows at a time.
+    (r + 2)·2⁻²⁴ times (|W| + s·|B|·|A|) (Higham 2002, §3.1): r for the sum, one each for s and for the product with it.
+    Results that are subnormal numbers add an absolute term each. Computed in float64, a block of rows at a time.
 
     Args:
         weight, residual: (out, in), of one dtype.
@@ -113,14 +116,17 @@ def reconstruction(weight: Tensor, residual: Tensor, lora_A: Tensor, lora_B: Ten
         scaling: s.
     """
     u = UNIT_ROUNDOFF[residual.dtype]
-    smallest = torch.finfo(residual.dtype).smallest_normal * u  # absolute floor: subnormal residuals
+    # the residual, the r products in float32, and s times their sum
+    smallest = HALF_SUBNORMAL[residual.dtype] + (len(lora_A) * scaling + 1) * HALF_SUBNORMAL[torch.float32]
     A, B = lora_A.double(), lora_B.double()
+    sizes = A.abs()
     worst = 0.0
     for start in range(0, len(weight), rows := max(1, BLOCK_ELEMENTS // weight.shape[1])):
         W, R = weight[start : start + rows].double(), residual[start : start + rows].double()
         left = scaling * B[start : start + rows]
-        product = (A.shape[0] + 2) * 2.0**-24 * (W.abs() + left.abs() @ A.abs())
-        error = (W - R - left @ A).abs()
-        block = float((error / (u * R.abs() * (1 + u) + product + smallest)).max())
+        error = (W - R).addmm_(left, A, alpha=-1).abs_()
+        bound = W.abs_().addmm_(left.abs_(), sizes).mul_((len(A) + 2) * 2.0**-24)
+        bound.add_(R.abs_(), alpha=u * (1 + u)).add_(smallest)
+        block = float(error.div_(bound).max())
         worst = max(worst, block if math.isfinite(block) else math.inf)
     return worst

@@ -1,20 +1,39 @@
-"""One residual against the original weight, in float64: reconstruction, singular values, energy, residual norms."""
+"""One residual against the original weight, in float64: reconstruction, norms of A and B, energy, residual norms.
+
+What is stored is compared with what the certificate says of U, S and V, before A = √(S/s)·Vᵀ and B = U·√(S/s) were
+computed in float32 and rounded. Nothing is assumed of the weight. With u₃₂ = 2⁻²⁴, u the unit roundoff of the dtype
+that stores A and B, ω half its smallest subnormal number and ω₃₂ that of float32, the bounds are:
+
+- **A and B.** τ = √(σ/s) comes from s, a quotient and a root in float32, 2u₃₂ relative, or ω₃₂/τ where the quotient is
+  subnormal. The product with the vector takes u₃₂, and its storage u. With float32's second-order terms, a row of A of
+  length n is within δₙ = τ·(u + 4u₃₂) + ω₃₂/τ + √n·(ω + ω₃₂) of τ·v (Higham 2002, §2.2 and (2.8)).
+- **Norms.** ‖u‖ and ‖v‖ are 1 to ε. Orthonormalization by Gram matrices divides by the root of a float32 sum of
+  squares, off by γₙ/2 ≈ n·u₃₂/2 for n elements (Higham 2002, §3.1). LAPACK promises p(m, n)·2u₃₂, p a "modestly growing
+  function" (Users' Guide, §4.9); its vectors of weights with many equal or zero singular values are off by up to
+  n·u₃₂/4, so n·u₃₂/2 covers both. The fixed schedule measures the products of its vectors, and accepts MAX_SKEW.
+- **Residuals.** With v̂ = A/τ and û = B/τ, W·v̂ − σ·û is W·v − σ·u, whose norm the certificate bounds, plus W·δv − σ·δu,
+  at most ‖W‖₂·δₙ/τ + σ·δₘ/τ. ‖W‖₂ ≤ 2σ₁: the iterations find σ₁ to far less than that from any start.
+- **Energy.** ‖W‖_F² is summed in float32 along rows of n elements, in at least eight lanes, and in float64 across rows.
+- **Reconstruction.** :func:`pissa_kernels.numerics.reconstruction`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..numerics import UNIT_ROUNDOFF, reconstruction
+from ..numerics import BLOCK_ELEMENTS, HALF_SUBNORMAL, UNIT_ROUNDOFF, reconstruction
 from ..report import LayerReport
+from ..svd.steps import MAX_SKEW
 
-# Relative round-off of a float32 sum of up to 10⁹ squares, added in blocks.
-ENERGY_ROUNDING = 1e-4
-# Round-off of residual norms that are measured again in float32.
-RESIDUAL_ROUNDING = 1e-5
+U32, OMEGA32 = UNIT_ROUNDOFF[torch.float32], HALF_SUBNORMAL[torch.float32]
+# Round-offs that do not grow with the size, in units of u₃₂: of small dense problems, and of the last sums.
+SMALL_ROUNDING = 16
+# Lanes of the float32 sums of squares along rows: eight in plain torch, more in the other backends.
+ENERGY_LANES = 8
 
 
 @dataclass(frozen=True)
@@ -24,8 +43,8 @@ class LayerCheck:
     Attributes:
         name: name of the layer.
         reconstruction: largest |W − (W_res + s·B·A)| relative to its rounding bound; ≤ 1 holds.
-        energy: s²·Σ‖Bᵢ‖²‖Aᵢ‖² / ‖W‖_F², from the factors as stored.
-        residual: max of ‖W·vᵢ − σᵢ·uᵢ‖ and ‖Wᵀ·uᵢ − σᵢ·vᵢ‖ over σ₁, from the factors as stored.
+        energy: Σσᵢ²/‖W‖_F² of the singular values in the report, at most 1.
+        residual: max of ‖W·vᵢ − σᵢ·uᵢ‖ and ‖Wᵀ·uᵢ − σᵢ·vᵢ‖ over σ₁, with vᵢ and uᵢ from the factors as stored.
         problem: what does not hold, "" if everything does.
     """
 
@@ -36,6 +55,22 @@ class LayerCheck:
     problem: str
 
 
+class Errors(NamedTuple):
+    """What was found, relative to its bound; ≤ 1 holds, and NaN does not.
+
+    Attributes:
+        reconstruction: of W.
+        norms: of the rows of A and the columns of B.
+        energy: of the certificate's energy.
+        residual: of the norms of W·v − σ·u and Wᵀ·u − σ·v.
+    """
+
+    reconstruction: float
+    norms: float
+    energy: float
+    residual: float
+
+
 def check_layer(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> LayerCheck:
     """Check the stored factors of a layer against the original weight and the certificate.
 
@@ -44,36 +79,84 @@ def check_layer(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: 
         A, B: (r, in) and (out, r), as stored.
         report: the layer's entry in the report of the run.
     """
+    if problem := _other_weight(weight, residual, A, B, report):
+        return LayerCheck(report.name, torch.inf, 0.0, torch.inf, problem)
+    errors, energy, apart = measure(weight, residual, A, B, report)
     problems = []
-    if (tuple(weight.shape), len(A), weight.dtype) != (report.shape, report.rank, report.dtype):
-        found = f"{tuple(weight.shape)} {weight.dtype} of rank {len(A)}"
-        return LayerCheck(report.name, torch.inf, 0.0, torch.inf, f"the report describes another weight than {found}")
-    worst = reconstruction(weight, residual, A, B, report.scaling)
-    if not worst <= 1:
-        problems.append(f"W_res + s·B·A differs from W by {worst:.3g} times the rounding bound")
-    u = UNIT_ROUNDOFF[weight.dtype]
-    rows, columns = A.double().norm(dim=1), B.double().norm(dim=0)
-    sigma = report.scaling * rows * columns
-    expected = report.singular_values.double()
-    # an element is off by u relative to itself, or, where it is subnormal, by u times the smallest normal number
-    tiny = torch.finfo(weight.dtype).smallest_normal * u * max(weight.shape) ** 0.5 * report.scaling
-    if not bool(((sigma - expected).abs() <= (2.1 * u + 1e-6) * expected + tiny * (rows + columns)).all()):
-        problems.append("s·‖B‖·‖A‖ are not the singular values in the report")
-    norm = float(sum(weight[row : row + 256].double().square().sum() for row in range(0, len(weight), 256)))
-    energy = float(expected.square().sum()) / norm if norm else 1.0
-    if not abs(energy - report.certificate.energy) <= ENERGY_ROUNDING * report.certificate.energy:
+    if not errors.reconstruction <= 1:
+        problems.append(f"W_res + s·B·A differs from W by {errors.reconstruction:.3g} times the rounding bound")
+    if not errors.norms <= 1:
+        problems.append("s·‖A‖² and s·‖B‖² are not the singular values in the report")
+    if not errors.energy <= 1:
         problems.append(f"the energy is {energy:.6f}, not the certificate's {report.certificate.energy:.6f}")
-    V = (A.double() / rows.clamp_min(1e-300)[:, None]).float().mT.contiguous()
-    U = (B.double() / columns.clamp_min(1e-300)).float()
-    apart = torch.stack(
-        [
-            (ops.matmul(weight, V) - U * expected.float()).norm(dim=0),
-            (ops.rmatmul(weight, U) - V * expected.float()).norm(dim=0),
-        ]
+    if not errors.residual <= 1:
+        problems.append(f"the triplets have a residual of {apart:.1e}, above the certificate's")
+    return LayerCheck(report.name, errors.reconstruction, energy, apart, "; ".join(problems))
+
+
+def measure(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> tuple[Errors, float, float]:
+    """The errors relative to their bounds, Σσᵢ²/‖W‖_F², and the largest residual norm relative to σ₁."""
+    certificate, sigma = report.certificate, report.singular_values.double()
+    tau = (sigma / report.scaling).sqrt()
+    # (length, r) each; a column of zeros where σ is zero
+    vectors = [A.double().mT, B.double()]
+    stored = [_storage_error(tau, len(A.mT), A.dtype), _storage_error(tau, len(B), B.dtype)]
+    skew = (max(weight.shape) / 2 + SMALL_ROUNDING) * U32 + (MAX_SKEW / 2 if certificate.method == "fixed" else 0.0)
+    norms = max(
+        _ratio((factor.norm(dim=0) - tau).abs(), skew * tau + error)
+        for factor, error in zip(vectors, stored, strict=True)
     )
-    largest = float(expected[0])
-    moved = float(apart.max()) / largest if largest else 0.0
-    # rounding changes a unit vector by at most u, and therefore either norm by at most 2u·σ₁
-    if not moved <= report.certificate.residual + 4 * u + RESIDUAL_ROUNDING:
-        problems.append(f"the triplets have a residual of {moved:.1e}, above the certificate's")
-    return LayerCheck(report.name, worst, energy, moved, "; ".join(problems))
+    V, U = (torch.where(tau > 0, factor / tau, factor) for factor in vectors)
+    WV, WU, squares = _products(weight, V, U)
+    off = torch.stack([(WV - U * sigma).norm(dim=0), (WU - V * sigma).norm(dim=0)])
+    right, left = (torch.where(tau > 0, error / tau, 0.0) for error in stored)
+    norm = 2 * sigma[0]
+    rounding = torch.stack([norm * right + sigma * left, norm * left + sigma * right])
+    residuals = _ratio(off, certificate.residual * sigma[0] + rounding)
+    captured = float(sigma.square().sum())
+    energy = min(captured / squares, 1.0) if squares else 1.0
+    # σ itself is rounded where it is subnormal, after the energy was taken
+    subnormal = 2 * OMEGA32 * float(sigma.sum()) / captured if captured else 0.0
+    relative = (max(weight.shape) / ENERGY_LANES + SMALL_ROUNDING) * U32 + subnormal
+    energies = abs(energy - certificate.energy) / (relative * energy) if energy else torch.inf
+    worst = reconstruction(weight, residual, A, B, report.scaling)
+    largest = float(sigma[0])
+    apart = float(off.max()) / largest if largest else float(off.max())
+    return Errors(worst, norms, energies, residuals), energy, apart
+
+
+def _other_weight(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> str:
+    """Why the tensors cannot be those that the report describes, "" if they can."""
+    (out, columns), r = report.shape, report.rank
+    found = [(tuple(tensor.shape), tensor.dtype) for tensor in (weight, residual)]
+    if found != [(report.shape, report.dtype)] * 2:
+        return "the report describes another weight than " + " and ".join(f"{shape} {kind}" for shape, kind in found)
+    for name, factor, shape in (("A", A, (r, columns)), ("B", B, (out, r))):
+        if tuple(factor.shape) != shape or factor.dtype not in UNIT_ROUNDOFF:
+            return f"{name} is {tuple(factor.shape)} {factor.dtype}, and the report describes one of {shape}"
+    return ""
+
+
+def _storage_error(tau: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """δ of the module's docstring: how far a stored vector of this length is from τ times the unit vector."""
+    storage = UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0  # float32 values are stored as they are
+    subnormal = tau.square() < torch.finfo(torch.float32).smallest_normal
+    quotient = torch.where(subnormal & (tau > 0), OMEGA32 / tau, 0.0)
+    floor = length**0.5 * (HALF_SUBNORMAL[dtype] + OMEGA32)
+    return torch.where(tau > 0, tau * (storage + 4 * U32) + quotient + floor, 0.0)
+
+
+def _products(weight: Tensor, V: Tensor, U: Tensor) -> tuple[Tensor, Tensor, float]:
+    """W·V, Wᵀ·U and ‖W‖_F², in float64, from one reading of W."""
+    WV, WU, squares = V.new_empty(len(U), V.shape[1]), V.new_zeros(len(V), V.shape[1]), 0.0
+    for start in range(0, len(weight), rows := max(1, BLOCK_ELEMENTS // weight.shape[1])):
+        block = weight[start : start + rows].double()
+        torch.mm(block, V, out=WV[start : start + rows])
+        WU.addmm_(block.mT, U[start : start + rows])
+        squares += float(block.square().sum())
+    return WV, WU, squares
+
+
+def _ratio(found: Tensor, bound: Tensor) -> float:
+    """Largest found/bound; 0 where both are zero, NaN if anything is."""
+    return float(torch.where((found == 0) & (bound == 0), 0.0, found / bound).max())

@@ -70,9 +70,30 @@ class Manifest:
                 raise ValueError(f"its format is not {FORMAT!r}, version {VERSION}")
             if record.pop("sha256", None) != _sha256(record) or text != _text(record):
                 raise ValueError("its contents do not match its hash")
+            if not _is_complete(record):
+                raise ValueError("it lacks hashes of files, or what they are hashes of")
             return Manifest(record["plan"], record["files"], record["targets"])
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise ValueError(
+                f"{path} is damaged: {error if isinstance(error, ValueError) else f'no {error}'}"
+            ) from None
+
+
+def _is_complete(record: Mapping[str, Any]) -> bool:
+    """Whether the plan names the source, every file has its hashes, and every target its layer."""
+    plan, files, targets = (record[key] for key in ("plan", "files", "targets"))
+    return (
+        all(isinstance(part, dict) for part in (plan, files, targets))
+        and isinstance(plan["source"], str)
+        and all(isinstance(part, dict) for part in (*files.values(), *targets.values()))
+        and all(
+            isinstance(file["header"], str) and isinstance(file["tensors"], dict)
+            if "tensors" in file
+            else isinstance(file["sha256"], str)
+            for file in files.values()
+        )
+        and all(isinstance(target["layer"], str) and type(target["transposed"]) is bool for target in targets.values())
+    )
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ def verify_checkpoint(
 
     Raises:
         FileNotFoundError, NotADirectoryError: a folder does not exist, or ``out`` has no manifest.
-        ValueError: the original or the manifest is damaged.
+        ValueError: the original or the manifest is damaged, or ``base`` is itself a result of init.
 
     Examples:
         See :func:`init_checkpoint`.
@@ -91,6 +91,11 @@ def verify_checkpoint(
         raise FileNotFoundError(f"{out} does not exist")
     if not out.is_dir():
         raise NotADirectoryError(f"{out} is not a folder")
+    if (base / MANIFEST).is_file():
+        raise ValueError(
+            f"{base} is a result of pissa-kernels init, not the original checkpoint: give the original first, then the "
+            "result"
+        )
     manifest = Manifest.read(out)
     verification = Verification()
     reports = _check_files(checkpoint, out, manifest, verification)
@@ -163,13 +168,16 @@ class _Folders:
             os.close(descriptor)
 
     def written(self, shard: str, tensor: str) -> tuple[int, TensorInfo]:
-        return self.descriptors[False, shard], self.headers[shard].tensors[tensor]
+        info = self.headers[shard].tensors.get(tensor)
+        if info is None:
+            raise ValueError(f"{shard} has no tensor {tensor}")
+        return self.descriptors[False, shard], info
 
     def original(self, shard: str, tensor: str) -> tuple[int, TensorInfo]:
         return self.descriptors[True, shard], self.base.shards[shard].tensors[tensor]
 
     def digest(self, shard: str, tensor: str) -> str:
-        return str(self.manifest.files[shard]["tensors"][tensor])
+        return str(self.manifest.files[shard]["tensors"].get(tensor))
 
 
 def _check_files(base: Checkpoint, out: Path, manifest: Manifest, verification: Verification) -> dict[str, LayerReport]:
@@ -178,13 +186,16 @@ def _check_files(base: Checkpoint, out: Path, manifest: Manifest, verification: 
     known = {*manifest.files, MANIFEST, REPORT, REPORT_DIGEST}
     for name in sorted(known - found):
         verification.note(name, "is missing")
+    for name in sorted(name for name in known & found if not (out / name).is_file()):
+        found.remove(name)
+        verification.note(name, "is not a regular file")
     verification.extra = sorted(found - known)
     for name, about in manifest.files.items():
         if "tensors" in about or name not in found:
             continue
-        if sha256_of_file(out / name) != about["sha256"]:
+        if not _holds(out / name, about["sha256"]):
             verification.note(name, "its bytes are not those that were written")
-        elif name in base.others and sha256_of_file(base.folder / name) != about["sha256"]:
+        elif name in base.others and not _holds(base.folder / name, about["sha256"]):
             verification.note(name, f"differs from the file in {base.folder}")
         else:
             verification.files += 1
@@ -193,8 +204,15 @@ def _check_files(base: Checkpoint, out: Path, manifest: Manifest, verification: 
             verification.note(REPORT, f"its bytes do not match {Path(REPORT_DIGEST).name}")
         else:
             verification.files += 2
-            return {layer.name: layer for layer in Report.read(out / REPORT).layers}
+            try:
+                return {layer.name: layer for layer in Report.read(out / REPORT).layers}
+            except ValueError as error:
+                verification.note(REPORT, str(error))
     return {}
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_of_file(path) == sha256  # reading a pipe would wait for a writer
 
 
 def _jobs(
@@ -226,26 +244,35 @@ def _job(tensor: str, check: Callable[[], _TensorCheck], emit: Callable[[_Tensor
     torch.set_num_threads(1)  # of this thread, and of MKL in the whole process
     try:
         emit(check())
-    except OSError as error:  # a file that is too short
+    except (OSError, TypeError, ValueError) as error:  # a file that is too short, a dtype or a tensor it cannot hold
         emit(_TensorCheck(tensor, 0, str(error)))
 
 
 def _copied(folders: _Folders, shard: str, tensor: str) -> _TensorCheck:
     written, original = folders.written(shard, tensor), folders.original(shard, tensor)
-    problem = ""
-    if (written[1].dtype, written[1].shape) != (original[1].dtype, original[1].shape):
-        problem = f"is {written[1].dtype} {written[1].shape}, not {original[1].dtype} {original[1].shape}"
-    elif sha256_of(chunks(*written)) != folders.digest(shard, tensor):
+    problem = _another_kind(written[1], original[1])
+    if not problem and sha256_of(chunks(*written)) != folders.digest(shard, tensor):
         problem = "its bytes are not those that were written"
-    elif sha256_of(chunks(*original)) != folders.digest(shard, tensor):
+    if not problem and sha256_of(chunks(*original)) != folders.digest(shard, tensor):
         problem = f"differs from the tensor in {folders.base.folder}"
     return _TensorCheck(tensor, written[1].nbytes, problem)
+
+
+def _another_kind(written: TensorInfo, original: TensorInfo) -> str:
+    if (written.dtype, written.shape) == (original.dtype, original.shape):
+        return ""
+    return f"is {written.dtype} {written.shape}, not {original.dtype} {original.shape}"
 
 
 def _residual(
     folders: _Folders, shard: str, tensor: str, about: Mapping[str, Any], report: LayerReport | None
 ) -> _TensorCheck:
-    descriptor, info = folders.original(shard, tensor)
+    (descriptor, info), (_, written) = folders.original(shard, tensor), folders.written(shard, tensor)
+    problem = _another_kind(written, info)
+    if not problem and len(info.shape) != 2:
+        problem = f"is {info.shape}, and has a layer in the manifest"
+    if problem:
+        return _TensorCheck(tensor, info.nbytes, problem)
     if ADAPTER_WEIGHTS not in folders.headers or report is None:
         missing = REPORT if report is None else ADAPTER_WEIGHTS
         return _TensorCheck(tensor, 0, f"cannot be checked without {missing}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -58,11 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _as_json(findings: Verification) -> dict[str, Any]:
     return {
         "holds": not findings,
-        "layers": [asdict(layer) for layer in findings.layers],
+        "layers": [_finite(asdict(layer)) for layer in findings.layers],
         "copied": findings.copied,
         "files": findings.files,
         "problems": [list(finding) for finding in findings],
         "extra": findings.extra,
+    }
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with null for NaN and Inf, which are no JSON."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
 
 

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..numerics import HALF_SUBNORMAL
 from ..ops.reference import cholesky_qr
 from .operators import WeightOperator
 from .orthogonalize import orthonormalize
 from .result import Certificate, TruncatedSVD
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
+FLOAT32_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 
 class Triplets(NamedTuple):
@@ -87,6 +89,8 @@ def certified(operator: WeightOperator, triplets: Triplets, converged: list[bool
             raise ValueError("the weight's singular values exceed float32's range")
         # round-off of the measurement: float32 products, and A·V computed as Y·Z, sums of r terms
         roundoff = (8 + 2 * math.sqrt(S.shape[1])) * FLOAT32_EPS
+        if 0 < unscaled < FLOAT32_NORMAL:  # dividing by the scale rounded S
+            roundoff += HALF_SUBNORMAL[torch.float32] / unscaled
         relative = residual / largest + roundoff if largest > 0 else 0.0
         energy = operator.energy[index]
         share = min(float(captured[index]) / energy, 1.0) if energy > 0 else 1.0
