@@ -180,12 +180,23 @@ def _alone(weight: Tensor, rank: int, tol: float, niter: int | None, seed: int) 
             final = plan.steps is not None or (plan.method == "krylov" and n > DENSE_FALLBACK_WIDTH)
             if all(converged) or final:
                 return certified(operator, triplets, converged, plan.method)[0]
-        if plan.method == "svd":
+        triplets = _by_gram(operator, rank) if plan.method == "gram" else None
+        if triplets is None:
             return certified(operator, dense_triplets(operator, rank), [True], "svd")[0]
-        triplets = gram_triplets(operator, rank, torch.float32)
-        if (triplets.residuals.amax(-1) > GRAM_RESIDUAL * triplets.S[:, 0]).any().item():
-            triplets = gram_triplets(operator, rank, torch.float64)
         return certified(operator, triplets, [True], "gram")[0]
+
+
+def _by_gram(operator: WeightOperator, rank: int) -> Triplets | None:
+    """Triplets from the Gram matrix, in float64 where float32 is not accurate enough; None where LAPACK fails."""
+    triplets = None
+    for dtype in (torch.float32, torch.float64):
+        try:
+            triplets = gram_triplets(operator, rank, dtype)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue  # eigh does not converge on some matrices with many equal eigenvalues
+        if not (triplets.residuals.amax(-1) > GRAM_RESIDUAL * triplets.S[:, 0]).any().item():
+            break
+    return triplets
 
 
 def _iterate(

@@ -85,7 +85,14 @@ def _householder(Z: Tensor, basis: Tensor | None) -> Tensor:
     for _ in range(MAX_ROUNDS):
         panel, factor = torch.linalg.qr(Z)
         pivots = factor.diagonal(dim1=-2, dim2=-1).abs()
-        zero = pivots <= 10 * torch.finfo(Z.dtype).eps * pivots.amax(-1, keepdim=True)
+        roundoff = 10 * torch.finfo(Z.dtype).eps
+        deficient = (pivots <= roundoff * pivots.amax(-1, keepdim=True)).any(-1)
+        if deficient.any():
+            # the arbitrary column of a zero pivot may have a part of the columns of Z that follow
+            change, sizes, _ = torch.linalg.svd(factor)
+            panel = torch.where(deficient[:, None, None], panel @ change, panel)
+            pivots = torch.where(deficient[:, None], sizes, pivots)
+        zero = pivots <= roundoff * pivots.amax(-1, keepdim=True)
         draws = torch.randn(Z.shape[1:], generator=generator, dtype=Z.dtype, device="cpu").to(Z.device)
         Z = project_out(torch.where(zero.unsqueeze(-2), draws, panel), basis)
         norms = torch.linalg.vector_norm(Z, dim=-2)

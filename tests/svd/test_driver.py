@@ -21,6 +21,7 @@ from ..support.reference import (
     optimal_energies,
     real_weights,
     realistic,
+    true_residual,
     with_spectrum,
 )
 
@@ -126,6 +127,54 @@ def test_a_failed_eigensolver_falls_back_to_a_dense_method(monkeypatch: pytest.M
     result = pk.truncated_svd(W, 16)
     assert result.certificate.method == "gram"
     check_triplets(W, 16, result)
+
+
+def test_a_failed_eigensolver_of_a_dense_method_falls_back_to_the_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = []
+
+    def fail(_: object, __: int, dtype: torch.dtype) -> None:
+        failed.append(dtype)
+        raise torch.linalg.LinAlgError("did not converge")
+
+    W = realistic(300, 200).float()
+    assert pk.truncated_svd(W, 16).certificate.method == "gram"
+    monkeypatch.setattr(svd, "gram_triplets", fail)
+    result = pk.truncated_svd(W, 16)
+    assert failed == [torch.float32, torch.float64]
+    assert result.certificate.method == "svd"
+    check_triplets(W, 16, result)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (96, 384), (384, 384), (1024, 300)])
+@pytest.mark.parametrize("kind", ["rows", "columns", "corner", "entries"])
+def test_weights_with_fewer_nonzero_rows_or_columns_than_the_rank(kind: str, shape: tuple[int, int]) -> None:
+    """Products with vectors of the null space are exactly zero, and stand before the others."""
+    for left in range(1, 8):
+        generator = torch.Generator().manual_seed(left)
+        values = torch.randn(*shape, generator=generator)
+        rows, columns = (torch.randperm(size, generator=generator)[:left] for size in shape)
+        W = torch.zeros(shape)
+        if kind == "rows":
+            W[rows] = values[rows]
+        elif kind == "columns":
+            W[:, columns] = values[:, columns]
+        elif kind == "corner":
+            W[:left, :left] = values[:left, :left]
+        else:
+            W[rows, columns] = values[rows, columns]
+        result = pk.truncated_svd(W, 16)
+        check_triplets(W, 16, result)
+        assert result.certificate.energy >= 1 - 1e-5, "the rank of the weight is below 16"
+        assert result.certificate.residual <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (96, 40), (300, 700)])
+@pytest.mark.parametrize("scale", [2.0**-130, 2.0**-140, 2.0**-146])
+def test_the_certificate_counts_the_rounding_of_subnormal_singular_values(shape: tuple[int, int], scale: float) -> None:
+    W = (realistic(*shape) * scale / realistic(*shape).abs().max()).float()
+    U, S, Vh, certificate = pk.truncated_svd(W, 2)
+    assert 0 < S[1] < torch.finfo(torch.float32).smallest_normal
+    assert true_residual(W, U, S, Vh) <= certificate.residual * float(S[0])
 
 
 @pytest.mark.parametrize("rank", [1, 16])
