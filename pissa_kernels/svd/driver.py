@@ -180,10 +180,10 @@ def _alone(weight: Tensor, rank: int, tol: float, niter: int | None, seed: int) 
             final = plan.steps is not None or (plan.method == "krylov" and n > DENSE_FALLBACK_WIDTH)
             if all(converged) or final:
                 return certified(operator, triplets, converged, plan.method)[0]
-        triplets = _by_gram(operator, rank) if plan.method == "gram" else None
-        if triplets is None:
+        by_gram = _by_gram(operator, rank) if plan.method == "gram" else None
+        if by_gram is None:
             return certified(operator, dense_triplets(operator, rank), [True], "svd")[0]
-        return certified(operator, triplets, [True], "gram")[0]
+        return certified(operator, by_gram, [True], "gram")[0]
 
 
 def _by_gram(operator: WeightOperator, rank: int) -> Triplets | None:
