@@ -63,12 +63,14 @@ class Errors(NamedTuple):
         norms: of the rows of A and the columns of B.
         energy: of the certificate's energy.
         residual: of the norms of W·v − σ·u and Wᵀ·u − σ·v.
+        certificate: of the bound on these norms that the certificate gives, to ‖W‖_F + σ₁, which none exceeds.
     """
 
     reconstruction: float
     norms: float
     energy: float
     residual: float
+    certificate: float
 
 
 def check_layer(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> LayerCheck:
@@ -91,6 +93,8 @@ def check_layer(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: 
         problems.append(f"the energy is {energy:.6f}, not the certificate's {report.certificate.energy:.6f}")
     if not errors.residual <= 1:
         problems.append(f"the triplets have a residual of {apart:.1e}, above the certificate's")
+    if not errors.certificate <= 1:
+        problems.append(f"the certificate's residual of {report.certificate.residual:.1e} is larger than any")
     return LayerCheck(report.name, errors.reconstruction, energy, apart, "; ".join(problems))
 
 
@@ -112,7 +116,10 @@ def measure(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: Laye
     right, left = (torch.where(tau > 0, error / tau, 0.0) for error in stored)
     norm = 2 * sigma[0]
     rounding = torch.stack([norm * right + sigma * left, norm * left + sigma * right])
-    residuals = _ratio(off, certificate.residual * sigma[0] + rounding)
+    allowed = certificate.residual * sigma[0]
+    residuals = _ratio(off, allowed + rounding)
+    # the certificate adds round-off, at most 1 % of σ₁ and half a subnormal number
+    largest_norm = squares**0.5 + 1.01 * sigma[0] + OMEGA32
     captured = float(sigma.square().sum())
     energy = min(captured / squares, 1.0) if squares else 1.0
     # σ itself is rounded where it is subnormal, after the energy was taken
@@ -122,7 +129,7 @@ def measure(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: Laye
     worst = reconstruction(weight, residual, A, B, report.scaling)
     largest = float(sigma[0])
     apart = float(off.max()) / largest if largest else float(off.max())
-    return Errors(worst, norms, energies, residuals), energy, apart
+    return Errors(worst, norms, energies, residuals, _ratio(allowed, largest_norm)), energy, apart
 
 
 def _other_weight(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> str:
@@ -132,8 +139,8 @@ def _other_weight(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report
     if found != [(report.shape, report.dtype)] * 2:
         return "the report describes another weight than " + " and ".join(f"{shape} {kind}" for shape, kind in found)
     for name, factor, shape in (("A", A, (r, columns)), ("B", B, (out, r))):
-        if tuple(factor.shape) != shape or factor.dtype not in UNIT_ROUNDOFF:
-            return f"{name} is {tuple(factor.shape)} {factor.dtype}, and the report describes one of {shape}"
+        if (tuple(factor.shape), factor.dtype) != (shape, report.dtype):
+            return f"{name} is {tuple(factor.shape)} {factor.dtype}, not the {shape} {report.dtype} of the report"
     return ""
 
 
