@@ -127,3 +127,30 @@ def test_gram_schmidt_refuses_other_dtypes_and_shapes(
 ) -> None:
     with pytest.raises(error, match=words):
         pk.ops.gram_schmidt(panel, basis)
+
+
+@pytest.mark.parametrize("basis", [None, 5])
+@pytest.mark.parametrize("kind", ["zeros first", "repeated first", "one row", "two rows"])
+def test_a_rank_deficient_panel_keeps_its_span(kind: str, basis: int | None) -> None:
+    """QR without pivoting gives a zero pivot an arbitrary column, which may lie along the columns that follow."""
+    n, b = 60, 8
+    Z = torch.randn(n, b, generator=torch.Generator().manual_seed(0))
+    if kind == "zeros first":
+        Z[:, :6] = 0
+        Z[:50, 6:] = 0
+    elif kind == "repeated first":
+        Z[:, 1:5] = Z[:, :1]
+    elif kind == "one row":
+        Z[[row for row in range(n) if row != 7], :] = 0
+        Z[7, :7] = 0
+    else:
+        Z[2:] = 0
+    rows = None if basis is None else torch.eye(n)[None, -basis:]
+    panel, arbitrary = orthonormalize(Z[None], rows)
+    P = panel[0].double()
+    wanted = Z.double()
+    if basis is not None:
+        wanted[-basis:] = 0
+    assert arbitrary == [True]
+    assert (P.mT @ P - torch.eye(b)).abs().max() <= 10 * EPS
+    assert (wanted - P @ (P.mT @ wanted)).norm() <= 20 * EPS * wanted.norm()
