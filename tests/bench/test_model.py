@@ -36,7 +36,7 @@ def test_every_projection_has_a_weight_of_its_own_or_repeats_one() -> None:
 @pytest.mark.slow
 def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    assert main(["model", *TINY, "--out", str(out)]) == 0
+    assert main(["model", *TINY, "--no-memory", "--out", str(out)]) == 0
     rows = {row["provider"]: row for row in read_rows(out)}
     assert list(rows) == list(STANDARD["cpu"])
     for name, row in rows.items():
@@ -50,6 +50,16 @@ def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     assert rows["peft plain LoRA"]["energy_deficit"] is None
     # 2 layers of 4 square and 3 other projections, rank 4, float32
     assert rows["ours pissa"]["adapter_mib"] * 2**20 == 2 * 4 * 4 * (4 * 256 + 3 * 384)
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_measures_the_memory(tmp_path: Path) -> None:
+    """A process takes ten seconds to import everything, so only one provider is measured."""
+    out = tmp_path / "rows.jsonl"
+    assert main(["model", *TINY, "--providers", "ours pissa", "--out", str(out)]) == 0
+    [row] = read_rows(out)
+    assert row["ok"]
+    assert 0 < row["peak_extra_mib"] < 200
 
 
 def test_runs_start_from_the_same_weights() -> None:
