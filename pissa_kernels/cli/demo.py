@@ -16,6 +16,8 @@ from .arguments import EXIT_FAILED, initializer, positive, quiet_libraries
 if TYPE_CHECKING:
     from ..examples.demo import DemoResult
 
+SHOWN = 4  # layers in a line
+
 
 def add_parser(commands: Any) -> None:
     """Declare ``demo [MODEL_DIR]``."""
@@ -83,18 +85,30 @@ def _as_json(result: DemoResult) -> dict[str, Any]:
     return {**record, "holds": result.holds}
 
 
+def _as_lines(heading: str, layers: dict[str, str]) -> list[str]:
+    """A line for each reason, with the layers that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in layers.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{heading}: {', '.join(found[:SHOWN])}{f' and {len(found) - SHOWN} more' if len(found) > SHOWN else ''}"
+        + (f": {reason}" if reason else "")
+        for reason, found in names.items()
+    ]
+
+
 def _as_text(result: DemoResult) -> str:
     trained = sum(layer.rank * sum(layer.shape) for layer in result.layers)
     ours = result.runs[0].seconds
     runs = [
         [
             run.name,
-            f"{run.seconds:.3f}",
-            f"{run.seconds / ours:.2f}",
+            *((f"{run.seconds:.3f}", f"{run.seconds / ours:.2f}") if run.failed is None else ("fails", "")),
             "" if run.energy_lost is None else f"{run.energy_lost:.1e}",
         ]
         for run in result.runs
     ]
+    failures = [f"{run.name} fails: {run.failed}" for run in result.runs if run.failed is not None]
     verdict = "unchanged" if result.holds else "CHANGED"
     lines = [
         Report(layers=result.layers).table(),
@@ -103,7 +117,10 @@ def _as_text(result: DemoResult) -> str:
         result.machine,
         "",
         text_table(["get_peft_model with", "s", "× ours", "energy deficit, worst layer"], runs),
+        *failures,
         "",
+        *_as_lines("left out", result.left_out),
+        *_as_lines("not called with these inputs, only the weights are compared", dict.fromkeys(result.not_called, "")),
         f"output {verdict}: relative difference {result.output_moved:.1e}, bound from {result.dtype} rounding "
         f"{result.output_allowed:.1e}; W_res + s·B·A equals W within {result.reconstruction:.2f} of the rounding bound",
     ]

@@ -13,18 +13,24 @@ from typing import Any
 
 import torch
 
+from ..adapter.layers import in_scope, lora_layers
 from ..adapter.names import ADAPTER_FOLDER
 from ..files.folder import check_apart
 from ..numerics import UNIT_ROUNDOFF
 from ..peft.patch import patch_peft
 from ..peft.save import save_pissa
 from ..report import LayerReport
+from .inputs import model_inputs
+from .layers import Choice, choose_layers, without_fused
+from .loading import load_model
 from .measure import (
-    SENTENCES,
+    ROUNDOFFS,
+    Outputs,
     captured_energies,
-    model_inputs,
-    model_output,
-    relative_difference,
+    largest_difference,
+    layers_called,
+    model_outputs,
+    rounding_allowed,
     worst_reconstruction,
 )
 
@@ -42,11 +48,13 @@ class Run:
         seconds: wall time of ``get_peft_model``, which also injects the layers of the adapter; fastest run.
         energy_lost: energy deficit of the worst layer, 1 − ‖W·V̂‖_F² relative to that of PEFT's full SVD; None if it
             was not measured.
+        failed: why PEFT's initializer failed; None if it did not.
     """
 
     name: str
     seconds: float
     energy_lost: float | None = None
+    failed: str | None = None
 
 
 @dataclass
@@ -60,12 +68,17 @@ class DemoResult:
         init: "pissa" or "pissa_niter_N".
         parameters: number of parameters of the model.
         layers: report of each initialized layer.
-        output_moved: ‖y' − y‖_F/‖y‖_F for the outputs y of the original model and y' of the model with the adapter.
+        output_moved: ‖y' − y‖_F/‖y‖_F for the outputs y of the original model and y' of the model with the adapter;
+            the largest of all floating-point tensors that the model returns.
         output_allowed: bound on it from rounding: 8 unit roundoffs of the dtype, times the square root of the number
-            of layers, whose errors add like a random walk.
+            of layers, whose errors add like a random walk; or how far errors of 8 unit roundoffs in these layers move
+            the output of the original model, where that is more.
         reconstruction: largest |W − (W_res + s·B·A)| relative to its rounding bound; ≤ 1 holds.
         machine: CPU, threads and versions.
         runs: times, those of this package first; without a comparison, only those.
+        inputs: names and shapes of the inputs.
+        left_out: linear layers and experts that "all-linear" leaves out, with the reason for each.
+        not_called: layers that the forward pass does not call with these inputs; only their weights were compared.
         saved_to: folder of the saved model; None if it was not saved.
         saved_moved: as ``output_moved``, for the model loaded from ``saved_to``; None if it was not saved.
     """
@@ -81,6 +94,9 @@ class DemoResult:
     reconstruction: float
     machine: str
     runs: list[Run] = field(default_factory=list)
+    inputs: dict[str, list[int]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    not_called: list[str] = field(default_factory=list)
     saved_to: str | None = None
     saved_moved: float | None = None
 
@@ -120,68 +136,82 @@ def run_demo(
         model_dir: a folder that transformers loads.
         rank: r of every layer.
         init: "pissa" or "pissa_niter_N".
-        target_modules: as for PEFT.
+        target_modules: names as for PEFT. Of "all-linear", layers that PiSSA refuses are left out.
         dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
         out: folder for the residual model and, in ``pissa_init/``, its adapter. It may exist empty.
         compare: also time PEFT's ``pissa`` and ``pissa_niter_4`` on copies of the model.
 
     Raises:
         FileExistsError: ``out`` holds something, or lies in, under or above ``model_dir``.
-        OSError, ValueError: the model cannot be loaded, or a layer is refused. Nothing has been saved then.
+        OSError, ValueError: the model cannot be loaded, no inputs can be made for it, or a layer is refused. Nothing has
+            been saved then.
     """
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} exists and is not an empty folder; choose another --out")
         check_apart([out], [model_dir])
-    original, tokenizer = load_model(model_dir, dtype)
-    inputs = model_inputs(original, tokenizer)
-    expected = model_output(original, inputs)
+    original, processor = load_model(model_dir, dtype)
+    choice = choose_layers(original, target_modules)
+    inputs = model_inputs(original, processor)
+    expected = model_outputs(original, inputs)
+    _check_defined(original, expected)
 
-    plain, injection = _inject(original, rank, True, target_modules)
-    del plain
+    choice, injection = _time_plain(original, rank, choice)
     with patch_peft() as report:
-        adapted, seconds = _inject(original, rank, init, target_modules)
-    model_dtype = original.dtype
+        adapted, seconds = _inject(original, rank, init, choice)
+    called, outputs = layers_called(adapted, inputs)
+    names = [layer.name for layer in report.layers]
+    moved = largest_difference(expected, outputs)
+    allowed = _allowed(original, names)
+    if moved > allowed:
+        allowed = max(allowed, rounding_allowed(original, names, inputs, expected))
     result = DemoResult(
         model=model_dir.parent.name if model_dir.name == "model" else model_dir.name,
-        dtype=str(model_dtype).removeprefix("torch."),
+        dtype=str(original.dtype).removeprefix("torch."),
         rank=rank,
         init=init,
         parameters=sum(parameter.numel() for parameter in original.parameters()),
         layers=report.layers,
-        output_moved=relative_difference(expected, model_output(adapted, inputs)),
-        output_allowed=8 * UNIT_ROUNDOFF[model_dtype] * len(report.layers) ** 0.5,
+        output_moved=moved,
+        output_allowed=allowed,
         reconstruction=worst_reconstruction(original, adapted),
         machine=describe_machine(),
         runs=[Run(f"pissa_kernels {init}", seconds)],
+        inputs={name: list(value.shape) for name, value in inputs.items()},
+        left_out=choice.left_out,
+        not_called=[name for name in names if name not in called],
     )
     if compare:
-        result.runs = _compare(original, adapted, rank, init, target_modules, first=seconds)
+        result.runs = _compare(original, adapted, rank, init, choice, first=seconds)
         result.runs.append(Run("PEFT without SVD (plain LoRA)", injection))
     if out is not None:
-        save_pissa(adapted, out, tokenizer=tokenizer)
+        save_pissa(adapted, out, tokenizer=processor)
         result.saved_to = str(out)
-        result.saved_moved = relative_difference(expected, model_output(_load_saved(out, model_dtype), inputs))
+        result.saved_moved = largest_difference(expected, model_outputs(_load_saved(out, original.dtype), inputs))
     return result
 
 
-def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """Load a model in evaluation mode, in the class that its config names, and its tokenizer, or None."""
-    import transformers
+def _check_defined(model: Any, outputs: Outputs) -> None:
+    for name, value in outputs.items():
+        if value.isnan().any():
+            raise ValueError(f"{type(model).__name__} returns NaN in {name} without an adapter, so nothing can be compared")
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    architecture = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-    factory = getattr(transformers, architecture, transformers.AutoModel)
-    model = factory.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not tokenizer(SENTENCES[0])["input_ids"]:  # for some models, transformers makes an empty tokenizer
-            tokenizer = None
-    except (OSError, ValueError):
-        tokenizer = None
-    return model, tokenizer
+
+def _allowed(model: Any, names: list[str]) -> float:
+    """Movement of the output that rounding explains in a model that does not amplify it."""
+    roundoff = max(UNIT_ROUNDOFF[model.get_submodule(name).weight.dtype] for name in names)
+    return float(ROUNDOFFS * roundoff * len(names) ** 0.5)
+
+
+def _time_plain(model: Any, rank: int, choice: Choice) -> tuple[Choice, float]:
+    """What PEFT adapts of the choice, and the wall time of ``get_peft_model`` without an SVD."""
+    adapted, seconds = _inject(model, rank, True, choice)
+    layers = dict(lora_layers(adapted))
+    fused = choice.left_out and not all(in_scope(layer) for layer in layers.values())
+    if not fused:
+        return choice, seconds
+    choice = without_fused(choice, {name for name, layer in layers.items() if in_scope(layer)})
+    return choice, _inject(model, rank, True, choice)[1]
 
 
 def _load_saved(out: Path, dtype: torch.dtype) -> Any:
@@ -191,7 +221,7 @@ def _load_saved(out: Path, dtype: torch.dtype) -> Any:
     return peft.PeftModel.from_pretrained(model, str(out), subfolder=ADAPTER_FOLDER).eval()
 
 
-def _inject(model: Any, rank: int, init: str | bool, target_modules: str | list[str]) -> tuple[Any, float]:
+def _inject(model: Any, rank: int, init: str | bool, choice: Choice) -> tuple[Any, float]:
     """A copy of the model with a LoRA adapter, and the wall time of ``get_peft_model`` in seconds."""
     import peft
     from transformers.pytorch_utils import Conv1D
@@ -200,7 +230,8 @@ def _inject(model: Any, rank: int, init: str | bool, target_modules: str | list[
         r=rank,
         lora_alpha=rank,
         init_lora_weights=init,
-        target_modules=target_modules,
+        target_modules=choice.target_modules,
+        exclude_modules=choice.exclude_modules,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     model = copy.deepcopy(model)
@@ -210,27 +241,37 @@ def _inject(model: Any, rank: int, init: str | bool, target_modules: str | list[
     return adapted.eval(), time.perf_counter() - began
 
 
-def _compare(
-    original: Any, adapted: Any, rank: int, init: str, target_modules: str | list[str], first: float
-) -> list[Run]:
+def _compare(original: Any, adapted: Any, rank: int, init: str, choice: Choice, first: float) -> list[Run]:
     """Interleaved times of this package and of PEFT, and energy deficits relative to PEFT's full SVD."""
     energies = {"ours": captured_energies(original, adapted)}
     ours, exact, rough = Run(f"pissa_kernels {init}", first), Run("PEFT pissa", 0.0), Run("PEFT pissa_niter_4", 0.0)
     for round_number in range(3):
         if round_number:
             with patch_peft():
-                ours.seconds = min(ours.seconds, _inject(original, rank, init, target_modules)[1])
+                ours.seconds = min(ours.seconds, _inject(original, rank, init, choice)[1])
         for run in (exact, rough):
-            model, seconds = _inject(original, rank, run.name.removeprefix("PEFT "), target_modules)
-            run.seconds = min(run.seconds or seconds, seconds)
-            if not round_number:
-                energies[run.name] = captured_energies(original, model)
-            del model
+            if run.failed is not None:
+                continue
+            try:
+                model, seconds = _inject(original, rank, run.name.removeprefix("PEFT "), choice)
+                run.seconds = min(run.seconds or seconds, seconds)
+                if not round_number:
+                    energies[run.name] = captured_energies(original, model)
+                del model
+            except Exception as error:  # PEFT's own, which says nothing of this package
+                run.failed = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if max(ours.seconds, exact.seconds, rough.seconds) > REPEAT_BELOW_SECONDS:
             break
-    ours.energy_lost = float((1 - energies["ours"] / energies[exact.name]).max())
-    rough.energy_lost = float((1 - energies[rough.name] / energies[exact.name]).max())
+    if exact.name in energies:
+        ours.energy_lost = _energy_lost(energies["ours"], energies[exact.name])
+        if rough.name in energies:
+            rough.energy_lost = _energy_lost(energies[rough.name], energies[exact.name])
     return [ours, exact, rough]
+
+
+def _energy_lost(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Energy deficit of the worst layer. A weight of zeros has none."""
+    return float((1 - found / exact).nan_to_num(nan=0.0).max())
 
 
 def describe_machine() -> str:

@@ -2,36 +2,117 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers
-from ..numerics import exact_arithmetic, reconstruction
+from ..numerics import UNIT_ROUNDOFF, exact_arithmetic, reconstruction
 
-SENTENCES = [
-    "The principal components of a weight matrix carry most of its energy.",
-    "A frozen residual keeps the output of the model where it was.",
-]
+# Errors that the bound on a model's outputs allows, in unit roundoffs for each layer.
+ROUNDOFFS = 8
 
-
-def model_inputs(model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """A batch of :data:`SENTENCES`, or of random tokens if there is no tokenizer."""
-    if tokenizer is not None:
-        padded = tokenizer.pad_token is not None  # without padding, a batch has one sentence
-        tokens = tokenizer(SENTENCES if padded else SENTENCES[:1], padding=padded, return_tensors="pt")
-        return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
-    generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(0, model.config.vocab_size, (2, 16), generator=generator)}
+Outputs = dict[str, Tensor]
 
 
-def model_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits, or the last hidden state, of a model without a head; float64."""
-    with exact_arithmetic(model.device):
+def model_outputs(model: Any, inputs: Mapping[str, Tensor]) -> Outputs:
+    """Every floating-point tensor that a forward pass returns, by its name in the output; float64.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with exact_arithmetic(model.device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some models draw random numbers in evaluation mode too
         output = model(**inputs)
-    tensor: Tensor = output.logits if "logits" in output else output.last_hidden_state
-    return tensor.double()
+    found = dict(_floating("output", output))
+    if not found:
+        raise ValueError(f"{type(model).__name__} returns no floating-point tensor that could be compared")
+    return found
+
+
+def _floating(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in an output; caches of keys and values, which are objects of their own, are left out."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value.double()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _floating(str(key) if name == "output" else f"{name}.{key}", item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _floating(f"{name}.{index}", item)
+
+
+def layers_called(adapted: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[set[str], Outputs]:
+    """Names of the LoRA layers that a forward pass calls, and its outputs."""
+    called: set[str] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in lora_layers(adapted)
+    ]
+    try:
+        return called, model_outputs(adapted, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def largest_difference(expected: Outputs, found: Outputs) -> float:
+    """Largest :func:`relative_difference` of any tensor; Inf where tensors are missing, or not finite in other places.
+
+    Models write −Inf into scores on purpose, so elements that are not finite have to be the same.
+    """
+    if expected.keys() != found.keys():
+        return math.inf
+    worst = 0.0
+    for name, tensor in expected.items():
+        other, finite = found[name], tensor.isfinite()
+        if tensor.shape != other.shape or not torch.equal(tensor[~finite].nan_to_num(), other[~finite].nan_to_num()):
+            return math.inf
+        difference = relative_difference(tensor[finite], other[finite])
+        if not math.isfinite(difference):  # 0/0 for a tensor of zeros
+            difference = 0.0 if torch.equal(tensor[finite], other[finite]) else math.inf
+        worst = max(worst, difference)
+    return worst
+
+
+def rounding_allowed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor], expected: Outputs) -> float:
+    """How far outputs move if each of these linear layers is off by 8 unit roundoffs; largest of four seeds.
+
+    The layer computes with a weight whose elements are off by that, in random directions, and rounds its result. In a
+    model whose layers keep relative errors, the errors add like a random walk to 8 unit roundoffs times the square root
+    of the number of layers. Where small differences grow (routers that choose among experts, normalizations of values
+    that are nearly constant, many layers), only the model itself can tell.
+
+    Args:
+        model: the original model.
+        names: its layers that are adapted.
+        inputs: of the forward pass.
+        expected: outputs without the errors.
+    """
+    moved = 0.0
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+
+        def disturb(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            weight, values = layer.weight, args[0] if args else next(iter(kwargs.values()))
+            signs = 2 * torch.randint(0, 2, weight.shape, generator=generator) - 1  # noqa: B023
+            error = weight * signs.to(weight)
+            error = values.to(weight.dtype) @ (error.mT if isinstance(layer, nn.Linear) else error)
+            return (output.float() + ROUNDOFFS * UNIT_ROUNDOFF[weight.dtype] * error.float()).to(output.dtype)
+
+        handles = [
+            model.get_submodule(name).register_forward_hook(disturb, with_kwargs=True)
+            for name in names
+        ]
+        try:
+            moved = max(moved, largest_difference(expected, model_outputs(model, inputs)))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return moved
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:

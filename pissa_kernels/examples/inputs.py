@@ -1,0 +1,262 @@
+"""Inputs for one forward pass of a model of transformers: from its processor, or seeded random ones from its config."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .measure import model_outputs
+
+SENTENCES = [
+    "The principal components of a weight matrix carry most of its energy.",
+    "A frozen residual keeps the output of the model where it was.",
+]
+ROWS = len(SENTENCES)
+TOKENS = 16  # of a random text
+SIDE = 64  # of an image, for models that take any size
+SAMPLES = 8000  # of a random waveform
+TEXT, IMAGE, AUDIO = ("text", "decoder", "encoder"), ("vision", "image", "backbone", "encoder"), ("audio", "encoder")
+# In M-RoPE's token types, text is 0.
+PLACEHOLDERS = {"image": 1, "audio": 3}
+
+Inputs = dict[str, Tensor]
+
+
+def model_inputs(model: Any, processor: Any) -> Inputs:
+    """The first inputs that the model takes, those for most of its modalities before the others.
+
+    Args:
+        model: a model of transformers.
+        processor: its tokenizer, image processor, feature extractor, or a processor of several; None for none.
+
+    Raises:
+        ValueError: it takes none of the inputs that can be made.
+    """
+    failure: Exception | None = None
+    for inputs in _candidates(model, processor):
+        try:
+            model_outputs(model, inputs)
+            return inputs
+        except Exception as error:  # whatever a model raises for inputs that it does not take
+            failure = failure or error
+    reason = f" ({type(failure).__name__}: {' '.join(str(failure).split())[:200]})" if failure else ""
+    raise ValueError(
+        f"the demo cannot make inputs for {type(model).__name__}, whose main input is {model.main_input_name}{reason}; "
+        "pissa-kernels init initializes a checkpoint without running the model"
+    )
+
+
+def _candidates(model: Any, processor: Any) -> Iterator[Inputs]:
+    names = set(inspect.signature(model.forward).parameters)
+    generator = torch.Generator().manual_seed(0)
+    makers = [
+        lambda: _from_processor(processor, names, generator),
+        *(lambda frames=frames: _from_config(model, names, generator, frames) for frames in (False, True)),
+        lambda: {"input_ids": _token_ids(model.config, generator)} if "input_ids" in names else {},
+        lambda: dict(model.dummy_inputs),
+    ]
+    for make in makers:
+        made: Inputs = {}
+        with contextlib.suppress(Exception):  # as above, of processors and configs
+            made = make()
+        if made and "decoder_input_ids" in names and "decoder_input_ids" not in made:
+            rows = len(next(iter(made.values())))
+            made["decoder_input_ids"] = _decoder_ids(model.config, generator, rows)
+        if made:
+            move = {name: value.to(model.device) for name, value in made.items() if name in names}
+            yield {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in move.items()}
+
+
+def _from_processor(processor: Any, names: set[str], generator: torch.Generator) -> Inputs:
+    """What the processor makes of sentences, noisy images and a noisy waveform, as far as the model takes them."""
+    from PIL import Image
+    from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+
+    if processor is None:
+        return {}
+    several = isinstance(processor, ProcessorMixin)
+    part = vars(processor).get if several else lambda name: processor if name in _kind(processor) else None
+    tokenizer, extractor = part("tokenizer"), part("feature_extractor")
+    given: dict[str, Any] = {}
+    rows = ROWS
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and "input_ids" in names:
+        padded = tokenizer.pad_token is not None  # without padding, a batch has one sentence
+        rows = ROWS if padded else 1
+        mark = getattr(processor, "image_token", None) if "pixel_values" in names else None
+        given |= {"text": [f"{mark or ''}{sentence}" for sentence in SENTENCES[:rows]], "padding": padded}
+    if part("image_processor") is not None and "pixel_values" in names:
+        pixels = torch.randint(0, 256, (rows, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
+        given["images"] = [Image.fromarray(picture.numpy()) for picture in pixels]
+    if isinstance(extractor, FeatureExtractionMixin) and names & {"input_features", "input_values"}:
+        rate = extractor.sampling_rate
+        sound = torch.randn(rows, rate, generator=generator).numpy()
+        given |= {"audio" if several else "raw_speech": list(sound), "sampling_rate": rate}
+    made = processor(**given, return_tensors="pt") if given.keys() & {"text", "images", "audio", "raw_speech"} else {}
+    kept = {"input_ids", "attention_mask"} if processor is tokenizer else names - {"labels"}
+    return {name: value for name, value in made.items() if name in kept and isinstance(value, Tensor)}
+
+
+def _kind(processor: Any) -> tuple[str, ...]:
+    from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase
+
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return ("tokenizer",)
+    return ("feature_extractor",) if isinstance(processor, FeatureExtractionMixin) else ("image_processor",)
+
+
+def _from_config(model: Any, names: set[str], generator: torch.Generator, frames: bool) -> Inputs:
+    """Random inputs in the shapes that the config gives.
+
+    Args:
+        model: the model.
+        names: arguments of its forward pass.
+        generator: for the values.
+        frames: whether ``input_features`` are (batch, frames, features); they are (batch, features, frames) for others.
+    """
+    config = model.config
+    made: Inputs = {}
+    if "image_grid_thw" in names:
+        made |= _patches(config, generator)
+    elif "pixel_values" in names or "pixel_values_videos" in names:
+        made |= _pixels(model, names, generator)
+    if "input_features" in names:
+        made["input_features"] = _features(config, generator, frames)
+    if "input_values" in names:
+        made["input_values"] = _waveforms(config, generator)
+    if "past_values" in names:
+        shape = (ROWS, _setting(config, "context_length"), _setting(config, "num_input_channels", "input_size") or 1)
+        made["past_values"] = torch.randn(shape, generator=generator)
+    if "input_ids" in names:
+        made |= _text(model, names, generator, made)
+    return made
+
+
+def _text(model: Any, names: set[str], generator: torch.Generator, others: Inputs) -> Inputs:
+    """Token ids, with as many placeholders as the model makes features of the other inputs."""
+    before, after = _token_ids(model.config, generator).chunk(2, dim=1)
+    parts, types = [before], [0] * before.shape[1]
+    for kind, kind_id in PLACEHOLDERS.items():
+        token = _setting(model.config, f"{kind}_token_id", f"{kind}_token_index")
+        features = getattr(model, f"get_{kind}_features", None)
+        if token is None or features is None or not others:
+            continue
+        taken = set(inspect.signature(features).parameters)
+        like_the_model = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in others.items()
+            if name in taken
+        }
+        with torch.no_grad():
+            found = features(**like_the_model)
+        pooled = getattr(found, "pooler_output", None)
+        pooled = found if pooled is None else pooled
+        count = sum(math.prod(each.shape[:-1]) for each in (pooled if isinstance(pooled, (list, tuple)) else [pooled]))
+        parts.append(torch.full((ROWS, count // ROWS), token))
+        types += [kind_id] * (count // ROWS)
+    ids = torch.cat([*parts, after], dim=1)
+    types += [0] * after.shape[1]
+    return {"input_ids": ids, **({"mm_token_type_ids": torch.tensor([types] * ROWS)} if len(parts) > 1 else {})}
+
+
+def _token_ids(config: Any, generator: torch.Generator, rows: int = ROWS, parts: tuple[str, ...] = TEXT) -> Tensor:
+    """Random ids that mean text, with the end of the text where models look for it."""
+    size = _setting(config, "vocab_size", parts=parts)
+    places = _setting(config, "max_position_embeddings", "n_positions", "max_target_positions", parts=parts) or TOKENS
+    special = _special_tokens(config)
+    allowed = torch.tensor([token for token in range(size) if token not in special])
+    chosen = torch.randint(0, len(allowed), (rows, min(TOKENS, max(places - 4, 1))), generator=generator)
+    ids = allowed[chosen]
+    end = _setting(config, "eos_token_id", parts=parts)
+    end = end[0] if isinstance(end, list) else end
+    if end is not None and 0 <= end < size:
+        ids[:, -1] = end
+    return ids
+
+
+def _decoder_ids(config: Any, generator: torch.Generator, rows: int) -> Tensor:
+    parts = ("decoder", *TEXT)
+    ids = _token_ids(config, generator, rows, parts)
+    starts = (_setting(config, name, parts=parts) for name in ("decoder_start_token_id", "bos_token_id"))
+    ids[:, 0] = next((start for start in starts if start is not None), 0)
+    return ids
+
+
+def _pixels(model: Any, names: set[str], generator: torch.Generator) -> Inputs:
+    config = model.config
+    size = _setting(config, "image_size", "crop_size", parts=IMAGE) or SIDE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = [_setting(config, "num_channels", "in_channels", "in_chans", parts=IMAGE) or 3, height, width]
+    modalities = model.input_modalities
+    if "video" in modalities and "image" not in modalities:
+        shape.insert(0, _setting(config, "num_frames", "frames_per_clip", parts=IMAGE) or 1)
+    name = "pixel_values" if "pixel_values" in names else "pixel_values_videos"
+    return {name: torch.randn(ROWS, *shape, generator=generator)}
+
+
+def _patches(config: Any, generator: torch.Generator) -> Inputs:
+    """Flattened patches of one small image for each row, as the processors of Qwen2-VL and its successors make them."""
+    side = 2 * (_setting(config, "spatial_merge_size", parts=IMAGE) or 1)
+    channels = _setting(config, "in_channels", "in_chans", parts=IMAGE) or 3
+    values = channels * (_setting(config, "temporal_patch_size", parts=IMAGE) or 1)
+    values *= _setting(config, "patch_size", parts=IMAGE) ** 2
+    patches = torch.randn(ROWS * side * side, values, generator=generator)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]] * ROWS)}
+
+
+def _features(config: Any, generator: torch.Generator, frames: bool) -> Tensor:
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size", "input_dim")
+    bins = _setting(config, *names, parts=AUDIO)
+    length = TOKENS * 8 if frames else 2 * _setting(config, "max_source_positions", parts=AUDIO)  # a stride of 2
+    made = torch.randn(ROWS, length, bins, generator=generator)
+    return made if frames else made.mT.contiguous()
+
+
+def _waveforms(config: Any, generator: torch.Generator) -> Tensor:
+    """A waveform of each row, or a spectrogram for models that take one under this name."""
+    bins, length = _setting(config, "num_mel_bins", parts=AUDIO), _setting(config, "max_length", parts=AUDIO)
+    shape = (length, bins) if bins and length else (SAMPLES,)
+    return torch.randn(ROWS, *shape, generator=generator)
+
+
+def _special_tokens(config: Any) -> set[int]:
+    found: set[int] = set()
+    for part in _configs(config, ()):
+        for name, value in vars(part).items():
+            if name.endswith(("_token_id", "_token_index")):
+                found.update(value if isinstance(value, list) else () if value is None else (value,))
+    return found
+
+
+def _setting(config: Any, *names: str, parts: tuple[str, ...] = ()) -> Any:
+    """The first setting of these names in a config and the configs in it; None if there is none.
+
+    Args:
+        config: the model's config.
+        names: names of the setting in different architectures.
+        parts: words in the names of the configs to look into first.
+    """
+    for found in _configs(config, parts):
+        for name in names:
+            value = getattr(found, name, None)
+            if value is not None:
+                return value
+    return None
+
+
+def _configs(config: Any, parts: tuple[str, ...]) -> Iterator[Any]:
+    from transformers import PreTrainedConfig
+
+    inner = [(name, value) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
+    first = [value for part in parts for name, value in inner if part in name]
+    for value in first:
+        yield from _configs(value, parts)
+    yield config
+    for _, value in inner:
+        if not any(value is other for other in first):
+            yield from _configs(value, parts)

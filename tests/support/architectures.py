@@ -1,0 +1,196 @@
+"""Tiny models of many architectures, built from their configs: text, vision, speech, several modalities, experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENS = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**SMALL, **TOKENS, "max_position_embeddings": 64}
+GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
+IMAGE = {**SMALL, "image_size": 32, "patch_size": 8}
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SEQ2SEQ = {
+    **TOKENS, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+}  # fmt: skip
+WAVE = {
+    **SMALL, "vocab_size": 32, "conv_dim": (16, 16), "conv_kernel": (8, 4), "conv_stride": (4, 2),
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+TEXT_AND_IMAGE = {
+    "text_config": {**TEXT, "projection_dim": 32},
+    "vision_config": {**IMAGE, "projection_dim": 32},
+    "projection_dim": 32,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny model.
+
+    Attributes:
+        model: name of its class in transformers.
+        config: name of its config's class.
+        options: arguments of the config.
+        targets: modules to adapt; "all-linear" takes those that PEFT takes.
+        exclude: modules that ``init`` has to leave out, as its message asks.
+        refusal: part of the message with which ``init`` refuses the model; None where it does not.
+        left_out: parts of the names of layers that the demo leaves out.
+        demo_refusal: as ``refusal``, for the demo.
+    """
+
+    model: str
+    config: str
+    options: Mapping[str, Any]
+    targets: tuple[str, ...] = ("all-linear",)
+    exclude: tuple[str, ...] = ()
+    refusal: str | None = None
+    left_out: tuple[str, ...] = ()
+    demo_refusal: str | None = None
+
+    def build(self) -> Any:
+        """The model, with seeded random weights, in evaluation mode."""
+        import transformers
+
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.options)
+        model = getattr(transformers, self.model)(config)
+        torch.set_rng_state(state)
+        return model.eval()
+
+
+def _same(name: str, head: str, options: Mapping[str, Any], **more: Any) -> Architecture:
+    return Architecture(f"{name}{head}", f"{name}Config", options, **more)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # text
+    "gpt2": _same("GPT2", "LMHeadModel", {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": _same("GPTNeoX", "ForCausalLM", TEXT),
+    "opt": _same(
+        "OPT", "ForCausalLM",
+        {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    ),
+    "bloom": _same("Bloom", "ForCausalLM", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "llama": _same("Llama", "ForCausalLM", GROUPED),
+    "mistral": _same("Mistral", "ForCausalLM", GROUPED),
+    "qwen2": _same("Qwen2", "ForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen3": _same("Qwen3", "ForCausalLM", GROUPED),
+    "gemma2": _same("Gemma2", "ForCausalLM", GROUPED),
+    "phi3": _same("Phi3", "ForCausalLM", GROUPED),
+    "bert": _same("Bert", "Model", TEXT),
+    "roberta": _same("Roberta", "ForMaskedLM", TEXT),
+    "distilbert": _same(
+        "DistilBert", "ForSequenceClassification",
+        {"vocab_size": 99, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+    ),
+    "albert": _same("Albert", "ForMaskedLM", {**TEXT, "embedding_size": 16}),
+    "deberta_v2": _same(
+        "DebertaV2", "ForSequenceClassification",
+        {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+    ),
+    # experts, state space
+    "mixtral": _same("Mixtral", "ForCausalLM", {**EXPERTS, "num_local_experts": 4}),
+    "qwen3_moe": _same("Qwen3Moe", "ForCausalLM", {**EXPERTS, "num_experts": 4}),
+    "mamba": _same("Mamba", "ForCausalLM", {**TOKENS, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}),
+    # encoder and decoder
+    "t5": _same("T5", "ForConditionalGeneration", T5),
+    "mt5": _same("MT5", "ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
+    "bart": _same("Bart", "ForConditionalGeneration", SEQ2SEQ),
+    # vision
+    "vit": _same("ViT", "ForImageClassification", IMAGE),
+    "dinov2": _same("Dinov2", "Model", IMAGE),
+    "siglip_vision": _same("SiglipVision", "Model", IMAGE),
+    "clip_vision": _same("CLIPVision", "Model", IMAGE),
+    "swin": _same(
+        "Swin", "ForImageClassification",
+        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    ),
+    "resnet": _same(
+        "ResNet", "ForImageClassification",
+        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"},
+    ),
+    "convnext": _same("ConvNext", "ForImageClassification", {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
+    "depth_anything": Architecture(
+        "DepthAnythingForDepthEstimation", "DepthAnythingConfig",
+        {
+            "backbone_config": {
+                **SMALL, "model_type": "dinov2", "image_size": 32, "patch_size": 8, "reshape_hidden_states": False,
+                "out_indices": [1, 2], "apply_layernorm": True,
+            },
+            "reassemble_hidden_size": 32, "patch_size": 8, "reassemble_factors": [2, 1],
+            "neck_hidden_sizes": [16, 16], "fusion_hidden_size": 16, "head_hidden_size": 8,
+        },
+    ),
+    "detr": Architecture(
+        "DetrForObjectDetection", "DetrConfig",
+        {
+            "backbone_config": {
+                "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
+                "layer_type": "basic", "out_features": ["stage2"],
+            },
+            "use_timm_backbone": False, "use_pretrained_backbone": False, "d_model": 32, "encoder_layers": 1,
+            "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48, "num_queries": 6,
+        },
+    ),
+    # speech
+    "whisper": _same(
+        "Whisper", "ForConditionalGeneration",
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20,
+         "decoder_start_token_id": 1},
+    ),
+    "wav2vec2": _same("Wav2Vec2", "ForCTC", WAVE),
+    "hubert": _same("Hubert", "Model", WAVE),
+    # several modalities
+    "clip": _same("CLIP", "Model", TEXT_AND_IMAGE),
+    "siglip": _same("Siglip", "Model", TEXT_AND_IMAGE),
+    "blip": _same(
+        "Blip", "ForConditionalGeneration",
+        {"text_config": {**TEXT, "encoder_hidden_size": 32}, "vision_config": IMAGE, "projection_dim": 32},
+    ),
+    "llava": _same(
+        "Llava", "ForConditionalGeneration",
+        {
+            "text_config": {**GROUPED, "model_type": "llama"},
+            "vision_config": {**IMAGE, "model_type": "clip_vision_model"},
+            "image_token_id": 98, "image_seq_length": 16,
+        },
+    ),
+    "qwen2_vl": _same(
+        "Qwen2VL", "ForConditionalGeneration",
+        {
+            "text_config": {**GROUPED, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4,
+                              "mlp_ratio": 2},
+            "image_token_id": 95, "video_token_id": 96, "vision_start_token_id": 97, "vision_end_token_id": 98,
+        },
+    ),
+}  # fmt: skip
+
+
+def save_with_remote_code(folder: Path) -> Path:
+    """Save a Llama whose config names classes in a Python file beside it."""
+    ARCHITECTURES["llama"].build().save_pretrained(folder)
+    (folder / "modeling_own.py").write_text("raise RuntimeError('the code of the checkpoint ran')\n", encoding="utf-8")
+    path = folder / "config.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    }
+    path.write_text(json.dumps(record), encoding="utf-8")
+    return folder
