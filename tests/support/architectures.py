@@ -60,14 +60,22 @@ class Architecture:
     demo_refusal: str | None = None
 
     def build(self) -> Any:
-        """The model, with seeded random weights, in evaluation mode."""
+        """The model, with seeded random weights, in evaluation mode.
+
+        Weights and biases are large enough that every layer has a part in the output. Initial weights of transformers
+        are so small that a wrong one would hardly be noticed beside the residual stream.
+        """
         import transformers
 
-        state = torch.get_rng_state()
-        torch.manual_seed(0)
-        config = getattr(transformers, self.config)(**self.options)
-        model = getattr(transformers, self.model)(config)
-        torch.set_rng_state(state)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = getattr(transformers, self.config)(**self.options)
+            model = getattr(transformers, self.model)(config)
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+                elif parameter.ndim >= 2 and "parametrizations" not in name and not name.endswith("A_log"):
+                    torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         return model.eval()
 
 
@@ -179,6 +187,63 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
 }  # fmt: skip
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    """Inputs that reach every layer of an architecture."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    ids = torch.randint(5, 90, (2, 12), generator=generator)
+    text, image = {"input_ids": ids}, {"pixel_values": noise(2, 3, 32, 32)}
+    decoder = {"decoder_input_ids": torch.randint(5, 90, (2, 6), generator=generator)}
+    if name in ("t5", "mt5", "bart"):
+        return text | decoder
+    if name in ("vit", "dinov2", "siglip_vision", "clip_vision", "swin", "resnet", "convnext", "depth_anything"):
+        return image
+    if name == "detr":
+        return {"pixel_values": noise(2, 3, 64, 64)}
+    if name == "whisper":
+        return {"input_features": noise(2, 8, 40)} | decoder
+    if name in ("wav2vec2", "hubert"):
+        return {"input_values": noise(2, 400)}
+    if name in ("clip", "siglip", "blip"):
+        return text | image
+    if name == "llava":
+        return {"input_ids": torch.cat([ids, torch.full((2, 16), 98)], dim=1)} | image
+    if name == "qwen2_vl":
+        # a grid of 4×4 patches, of which four at a time become one token
+        marked = torch.cat([ids, torch.full((2, 4), 95)], dim=1)
+        types = (marked == 95).int()
+        patches, grid = noise(2 * 16, 3 * 2 * 4 * 4), torch.tensor([[1, 4, 4]] * 2)
+        return {"input_ids": marked, "mm_token_type_ids": types, "pixel_values": patches, "image_grid_thw": grid}
+    return text
+
+
+def outputs(name: str, model: Any) -> dict[str, torch.Tensor]:
+    """Every floating-point tensor that a model returns for :func:`inputs`, in float64."""
+
+    def tensors(where: str, value: Any) -> dict[str, torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            return {where: value.double()} if value.is_floating_point() else {}
+        items: Any = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, (tuple, list)):
+            items = enumerate(value)
+        return {key: tensor for part, item in items for key, tensor in tensors(f"{where}.{part}", item).items()}
+
+    with torch.no_grad():
+        return tensors(name, model(**inputs(name)))
+
+
+def difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> float:
+    """Largest ‖found − expected‖/‖expected‖ of any output."""
+    assert expected
+    assert expected.keys() == found.keys()
+    return max(float((found[key] - value).norm() / value.norm()) for key, value in expected.items())
 
 
 def save_with_remote_code(folder: Path) -> Path:
