@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ TEXT_AND_IMAGE = {
     "vision_config": {**IMAGE, "projection_dim": 32},
     "projection_dim": 32,
 }
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,17 @@ class Architecture:
         model: name of its class in transformers.
         config: name of its config's class.
         options: arguments of the config.
-        targets: modules to adapt; "all-linear" takes those that PEFT takes.
-        exclude: modules that ``init`` has to leave out, as its message asks.
-        refusal: part of the message with which ``init`` refuses the model; None where it does not.
-        left_out: parts of the names of layers that the demo leaves out.
-        demo_refusal: as ``refusal``, for the demo.
+        targets: modules to adapt, where ``init`` does not take all linear layers.
+        exclude: modules to leave out, where ``init`` does not take them.
+        left_out: names of the layers that ``demo`` leaves out, the last two parts of each.
     """
 
     model: str
     config: str
     options: Mapping[str, Any]
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    refusal: str | None = None
     left_out: tuple[str, ...] = ()
-    demo_refusal: str | None = None
 
     def build(self) -> Any:
         """The model, with seeded random weights, in evaluation mode.
@@ -103,34 +100,46 @@ ARCHITECTURES: dict[str, Architecture] = {
     "distilbert": _same(
         "DistilBert", "ForSequenceClassification",
         {"vocab_size": 99, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+        exclude=("classifier",),
     ),
     "albert": _same("Albert", "ForMaskedLM", {**TEXT, "embedding_size": 16}),
     "deberta_v2": _same(
         "DebertaV2", "ForSequenceClassification",
         {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+        exclude=("classifier",),
     ),
     # experts, state space
-    "mixtral": _same("Mixtral", "ForCausalLM", {**EXPERTS, "num_local_experts": 4}),
-    "qwen3_moe": _same("Qwen3Moe", "ForCausalLM", {**EXPERTS, "num_experts": 4}),
-    "mamba": _same("Mamba", "ForCausalLM", {**TOKENS, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}),
+    "mixtral": _same(
+        "Mixtral", "ForCausalLM", {**EXPERTS, "num_local_experts": 4}, targets=ATTENTION, left_out=("mlp.experts",)
+    ),
+    "qwen3_moe": _same(
+        "Qwen3Moe", "ForCausalLM", {**EXPERTS, "num_experts": 4}, targets=ATTENTION, left_out=("mlp.experts",)
+    ),
+    "mamba": _same(
+        "Mamba", "ForCausalLM", {**TOKENS, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
+        exclude=("out_proj", "dt_proj"), left_out=("mixer.out_proj", "mixer.dt_proj"),
+    ),
     # encoder and decoder
     "t5": _same("T5", "ForConditionalGeneration", T5),
     "mt5": _same("MT5", "ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
     "bart": _same("Bart", "ForConditionalGeneration", SEQ2SEQ),
     # vision
-    "vit": _same("ViT", "ForImageClassification", IMAGE),
+    "vit": _same("ViT", "ForImageClassification", {**IMAGE, "num_labels": 8}),
     "dinov2": _same("Dinov2", "Model", IMAGE),
-    "siglip_vision": _same("SiglipVision", "Model", IMAGE),
+    "siglip_vision": _same(
+        "SiglipVision", "Model", IMAGE, exclude=("head.attention.out_proj",), left_out=("attention.out_proj",)
+    ),
     "clip_vision": _same("CLIPVision", "Model", IMAGE),
     "swin": _same(
         "Swin", "ForImageClassification",
-        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4,
+         "num_labels": 8},
     ),
     "resnet": _same(
         "ResNet", "ForImageClassification",
-        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"},
+        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 8},
     ),
-    "convnext": _same("ConvNext", "ForImageClassification", {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
+    "convnext": _same("ConvNext", "ForImageClassification", {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 8}),
     "depth_anything": Architecture(
         "DepthAnythingForDepthEstimation", "DepthAnythingConfig",
         {
@@ -153,6 +162,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
             "decoder_ffn_dim": 48, "num_queries": 6,
         },
+        exclude=("class_labels_classifier",),
     ),
     # speech
     "whisper": _same(
@@ -164,10 +174,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hubert": _same("Hubert", "Model", WAVE),
     # several modalities
     "clip": _same("CLIP", "Model", TEXT_AND_IMAGE),
-    "siglip": _same("Siglip", "Model", TEXT_AND_IMAGE),
+    "siglip": _same(
+        "Siglip", "Model", TEXT_AND_IMAGE,
+        exclude=("vision_model.head.attention.out_proj",), left_out=("attention.out_proj",),
+    ),
     "blip": _same(
         "Blip", "ForConditionalGeneration",
         {"text_config": {**TEXT, "encoder_hidden_size": 32}, "vision_config": IMAGE, "projection_dim": 32},
+        exclude=("predictions.decoder",), left_out=("predictions.decoder",),
     ),
     "llava": _same(
         "Llava", "ForConditionalGeneration",
