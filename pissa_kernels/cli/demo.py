@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,6 @@ from .arguments import EXIT_FAILED, initializer, positive, quiet_libraries
 
 if TYPE_CHECKING:
     from ..examples.demo import DemoResult
-
-SHOWN = 4  # layers in a line
 
 
 def add_parser(commands: Any) -> None:
@@ -35,7 +34,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--init", type=initializer, default="pissa", help="pissa or pissa_niter_N (default: pissa)")
     parser.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
-        help="module names as PEFT takes them, or all-linear (default: all-linear)",
+        help="names of modules, one regular expression, or all-linear: the linear layers that PiSSA can initialize "
+        "(default: all-linear)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
@@ -52,14 +52,14 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo and print the result."""
     quiet_libraries()
+    from ..checkpoint.targets import module_names
     from ..examples.demo import demo_model, run_demo
 
-    targets = arguments.target_modules
     result = run_demo(
         arguments.model_dir or demo_model(),
         rank=arguments.rank,
         init=arguments.init,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=module_names(tuple(arguments.target_modules)),
         dtype=arguments.dtype,
         out=arguments.out,
         compare=not arguments.no_compare,
@@ -86,15 +86,15 @@ def _as_json(result: DemoResult) -> dict[str, Any]:
 
 
 def _as_lines(heading: str, layers: dict[str, str]) -> list[str]:
-    """A line for each reason, with the layers that it holds for."""
-    names: dict[str, list[str]] = {}
+    """A line for each reason, with the layers that it holds for; layers of different blocks count as one."""
+    names: dict[str, dict[str, None]] = {}
     for name, reason in layers.items():
-        names.setdefault(reason, []).append(name)
-    return [
-        f"{heading}: {', '.join(found[:SHOWN])}{f' and {len(found) - SHOWN} more' if len(found) > SHOWN else ''}"
-        + (f": {reason}" if reason else "")
-        for reason, found in names.items()
-    ]
+        names.setdefault(_any_block(reason), {})[_any_block(name)] = None
+    return [f"{heading}: {', '.join(found)}" + (f": {reason}" if reason else "") for reason, found in names.items()]
+
+
+def _any_block(text: str) -> str:
+    return re.sub(r"\.\d+\b", ".*", text)
 
 
 def _as_text(result: DemoResult) -> str:

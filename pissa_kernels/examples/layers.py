@@ -1,4 +1,4 @@
-"""The layers that the demo adapts: all linear layers that PiSSA can initialize, with a reason for each of the others."""
+"""The layers that the demo adapts: linear layers that PiSSA can initialize, with a reason for each of the others."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def choose_layers(model: Any, target_modules: str | Sequence[str]) -> Choice:
         ValueError: a name that no module has, or no layer is left.
     """
     if isinstance(target_modules, str) and target_modules != ALL_LINEAR:
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"--target-modules {target_modules!r} is not a regular expression: {error}") from None
         return Choice(target_modules)
     asked = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     named = [name for name in asked if name != ALL_LINEAR]
@@ -55,8 +59,8 @@ def choose_layers(model: Any, target_modules: str | Sequence[str]) -> Choice:
     if not taken + named:
         reason = f": {next(iter(left_out.values()))}" if left_out else ""
         raise ValueError(
-            f"{type(model).__name__} has no linear layer that PiSSA could initialize{reason}. PiSSA takes linear layers "
-            "with a 2-D weight; for convolutions and embeddings, use PEFT's init_lora_weights=True"
+            f"{type(model).__name__} has no linear layer that PiSSA could initialize{reason}; for other kinds of "
+            "layers, use PEFT's init_lora_weights=True"
         )
     exclude = f"(?:{'|'.join(map(re.escape, left_out))})" if left_out else None  # names alone would match longer ones
     return Choice(taken + named, exclude, left_out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
+
+PROCESSOR_FILES = ("*processor*.json", "tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -52,17 +55,13 @@ def model_class(folder: Path) -> Any:
 def _load_processor(folder: Path) -> Any:
     import transformers
 
-    from .inputs import SENTENCES
-
+    if not any(next(folder.glob(pattern), None) for pattern in PROCESSOR_FILES):
+        return None  # of nothing, transformers makes an empty tokenizer for some models
     for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
-        try:
+        with contextlib.suppress(Exception):  # whatever files of another kind or version raise
             processor = getattr(transformers, kind).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            # for some models, transformers makes an empty tokenizer
-            tokenizer = processor if isinstance(processor, transformers.PreTrainedTokenizerBase) else None
-            if tokenizer is None or tokenizer(SENTENCES[0])["input_ids"]:
+            if not isinstance(processor, transformers.PreTrainedTokenizerBase) or processor("text")["input_ids"]:
                 return processor
-        except Exception:  # whatever files of another kind or another version raise; inputs are made without it
-            continue
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,25 +94,28 @@ def rounding_allowed(model: Any, names: Sequence[str], inputs: Mapping[str, Tens
     """
     moved = 0.0
     for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-
-        def disturb(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            weight, values = layer.weight, args[0] if args else next(iter(kwargs.values()))
-            signs = 2 * torch.randint(0, 2, weight.shape, generator=generator) - 1  # noqa: B023
-            error = weight * signs.to(weight)
-            error = values.to(weight.dtype) @ (error.mT if isinstance(layer, nn.Linear) else error)
-            return (output.float() + ROUNDOFFS * UNIT_ROUNDOFF[weight.dtype] * error.float()).to(output.dtype)
-
-        handles = [
-            model.get_submodule(name).register_forward_hook(disturb, with_kwargs=True)
-            for name in names
-        ]
+        disturb = _disturbing(torch.Generator().manual_seed(seed))
+        handles = [model.get_submodule(name).register_forward_hook(disturb, with_kwargs=True) for name in names]
         try:
             moved = max(moved, largest_difference(expected, model_outputs(model, inputs)))
         finally:
             for handle in handles:
                 handle.remove()
     return moved
+
+
+def _disturbing(generator: torch.Generator) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+    """A hook that adds, to what a linear layer returns, what errors of random signs in its weight add."""
+
+    def disturb(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        weight, values = layer.weight, args[0] if args else next(iter(kwargs.values()))
+        signs = 2 * torch.randint(0, 2, weight.shape, generator=generator).to(weight) - 1
+        error = weight * signs
+        added = values.to(weight.dtype) @ (error.mT if isinstance(layer, nn.Linear) else error)
+        disturbed: Tensor = output.float() + ROUNDOFFS * UNIT_ROUNDOFF[weight.dtype] * added.float()
+        return disturbed.to(output.dtype)
+
+    return disturb
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:

@@ -15,7 +15,9 @@ import transformers
 
 from pissa_kernels.cli import main as cli
 from pissa_kernels.examples import demo
-from pissa_kernels.examples.measure import SENTENCES, model_inputs, worst_reconstruction
+from pissa_kernels.examples.inputs import SENTENCES, model_inputs
+from pissa_kernels.examples.layers import Choice
+from pissa_kernels.examples.measure import worst_reconstruction
 from pissa_kernels.peft import save as saving
 
 from ..support.models import build, output
@@ -155,7 +157,7 @@ def test_a_changed_output_exits_1(
     gpt2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A wrong decomposition is reported as wrong."""
-    inject = demo._inject
+    inject = demo.inject
 
     def spoiled(*arguments: Any) -> tuple[Any, float]:
         model, seconds = inject(*arguments)
@@ -164,7 +166,7 @@ def test_a_changed_output_exits_1(
             layer.lora_B["default"].weight.data[0, 0] += 0.01
         return model, seconds
 
-    monkeypatch.setattr(demo, "_inject", spoiled)
+    monkeypatch.setattr(demo, "inject", spoiled)
     assert cli.main(["demo", str(gpt2), "--no-compare", "--rank", "4"]) == 1
     assert "output CHANGED" in capsys.readouterr().out
 
@@ -183,7 +185,7 @@ def test_reconstruction_is_measured_against_the_bound() -> None:
 
     original = build("llama", torch.bfloat16)
     with patch_peft():
-        adapted, _ = demo._inject(original, 4, "pissa", ["q_proj"])
+        adapted, _ = demo.inject(original, 4, "pissa", Choice(["q_proj"]))
     assert 0.5 <= worst_reconstruction(original, adapted) <= 1
     weight = adapted.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     weight.data[0, 0] = torch.nextafter(weight.data[0, 0], torch.tensor(9.0, dtype=torch.bfloat16))

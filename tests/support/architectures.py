@@ -139,7 +139,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         "ResNet", "ForImageClassification",
         {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 8},
     ),
-    "convnext": _same("ConvNext", "ForImageClassification", {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 8}),
+    "convnext": _same(
+        "ConvNext", "ForImageClassification",
+        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 8},
+    ),
     "depth_anything": Architecture(
         "DepthAnythingForDepthEstimation", "DepthAnythingConfig",
         {
