@@ -110,6 +110,7 @@ def _as_text(result: DemoResult) -> str:
     ]
     failures = [f"{run.name} fails: {run.failed}" for run in result.runs if run.failed is not None]
     verdict = "unchanged" if result.holds else "CHANGED"
+    measured = ", measured on this model, which amplifies it," if result.rounding_measured else ""
     lines = [
         Report(layers=result.layers).table(),
         f"{result.model}: {len(result.layers)} layers, rank {result.rank}, {result.init}, {result.dtype}; "
@@ -121,8 +122,9 @@ def _as_text(result: DemoResult) -> str:
         "",
         *_as_lines("left out", result.left_out),
         *_as_lines("not called with these inputs, only the weights are compared", dict.fromkeys(result.not_called, "")),
-        f"output {verdict}: relative difference {result.output_moved:.1e}, bound from {result.dtype} rounding "
-        f"{result.output_allowed:.1e}; W_res + s·B·A equals W within {result.reconstruction:.2f} of the rounding bound",
+        f"output {verdict}: relative difference {result.output_moved:.1e}, bound from {result.dtype} rounding"
+        f"{measured} {result.output_allowed:.1e}; W_res + s·B·A equals W within {result.reconstruction:.2f} of the "
+        "rounding bound",
     ]
     if result.saved_to is not None:
         lines.append(
