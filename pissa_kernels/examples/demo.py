@@ -157,7 +157,7 @@ def run_demo(
         reconstruction=worst_reconstruction(original, adapted),
         machine=describe_machine(),
         runs=[Run(f"pissa_kernels {init}", seconds)],
-        inputs={name: list(value.shape) for name, value in inputs.items()},
+        inputs={name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)},
         left_out=choice.left_out,
         not_called=[name for name in names if name not in called],
     )

@@ -25,7 +25,8 @@ TEXT, IMAGE, AUDIO = ("text", "decoder", "encoder"), ("vision", "image", "backbo
 # In M-RoPE's token types, text is 0.
 PLACEHOLDERS = {"image": 1, "audio": 3}
 
-Inputs = dict[str, Tensor]
+# Tensors, and switches.
+Inputs = dict[str, Any]
 
 
 def model_inputs(model: Any, processor: Any) -> Inputs:
@@ -77,7 +78,8 @@ def _candidates(model: Any, processor: Any) -> Iterator[Inputs]:
                 rows = len(next(iter(made.values())))
                 made["decoder_input_ids"] = _decoder_ids(model.config, generator, rows)
         if made:
-            yield {name: _like(model, value) for name, value in made.items() if name in names}
+            taken = {name: _like(model, value) for name, value in made.items() if name in names}
+            yield taken | ({"use_cache": False} if "use_cache" in names else {})
 
 
 def _like(model: Any, value: Tensor) -> Tensor:
@@ -133,14 +135,15 @@ def _from_config(model: Any, names: set[str], generator: torch.Generator, *, fra
         model: the model.
         names: arguments of its forward pass.
         generator: for the values.
-        frames_first: whether ``input_features`` are (batch, frames, features), not (batch, features, frames).
+        frames_first: whether ``input_features`` are (batch, frames, features) and not (batch, features, frames), and
+            ``pixel_values`` several images, where the config has a number of them.
     """
     config = model.config
     made: Inputs = {}
     if "image_grid_thw" in names:
         made |= _patches(config, generator)
     elif "pixel_values" in names or "pixel_values_videos" in names:
-        made |= _pixels(model, names, generator)
+        made |= _pixels(config, names, generator, frames_first)
     if "input_features" in names:
         made["input_features"] = _features(config, generator, frames_first)
     if "input_values" in names:
@@ -210,15 +213,13 @@ def _decoder_ids(config: Any, generator: torch.Generator, rows: int) -> Tensor:
     return ids
 
 
-def _pixels(model: Any, names: set[str], generator: torch.Generator) -> Inputs:
-    config = model.config
+def _pixels(config: Any, names: set[str], generator: torch.Generator, frames_first: bool) -> Inputs:
     size = _setting(config, "image_size", "crop_size", parts=IMAGE) or SIDE
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     shape = [_setting(config, "num_channels", "in_channels", "in_chans", parts=IMAGE) or 3, height, width]
-    modalities = model.input_modalities
-    if "video" in modalities and "image" not in modalities:
-        shape.insert(0, _setting(config, "num_frames", "frames_per_clip", parts=IMAGE) or 1)
     name = "pixel_values" if "pixel_values" in names else "pixel_values_videos"
+    if frames_first or name == "pixel_values_videos":
+        shape.insert(0, _setting(config, "num_frames", "frames_per_clip", parts=IMAGE) or 1)
     return {name: torch.randn(ROWS, *shape, generator=generator)}
 
 

@@ -18,7 +18,7 @@ ROUNDOFFS = 8
 Outputs = dict[str, Tensor]
 
 
-def model_outputs(model: Any, inputs: Mapping[str, Tensor]) -> Outputs:
+def model_outputs(model: Any, inputs: Mapping[str, Any]) -> Outputs:
     """Every floating-point tensor that a forward pass returns, by its name in the output; float64.
 
     Raises:
@@ -46,7 +46,7 @@ def _floating(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _floating(f"{name}.{index}", item)
 
 
-def layers_called(adapted: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[set[str], Outputs]:
+def layers_called(adapted: nn.Module, inputs: Mapping[str, Any]) -> tuple[set[str], Outputs]:
     """Names of the LoRA layers that a forward pass calls, and its outputs."""
     called: set[str] = set()
     handles = [
@@ -78,7 +78,7 @@ def largest_difference(expected: Outputs, found: Outputs) -> float:
     return worst
 
 
-def rounding_allowed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor], expected: Outputs) -> float:
+def rounding_allowed(model: Any, names: Sequence[str], inputs: Mapping[str, Any], expected: Outputs) -> float:
     """How far outputs move if each of these linear layers is off by 8 unit roundoffs; largest of four seeds.
 
     The layer computes with a weight whose elements are off by that, in random directions, and rounds its result. In a

@@ -216,8 +216,8 @@ def test_a_left_out_layer_whose_name_ends_others(named: str) -> None:
 def test_shared_experts_beside_fused_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT takes the names of shared experts' layers for those of the fused experts."""
     config = transformers.DeepseekV3Config(
-        **TEXT, moe_intermediate_size=24, num_experts_per_tok=2, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=8,
-        q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+        **TEXT, moe_intermediate_size=24, num_experts_per_tok=2, n_routed_experts=4, n_group=1, topk_group=1,
+        first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
     transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
     assert main(["demo", str(tmp_path), "--rank", "4", "--no-compare"]) == 0
