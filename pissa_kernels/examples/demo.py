@@ -25,8 +25,8 @@ from .measure import (
     ROUNDOFFS,
     Outputs,
     largest_difference,
-    layers_called,
     model_outputs,
+    outputs_and_calls,
     rounding_allowed,
     worst_reconstruction,
 )
@@ -134,15 +134,14 @@ def run_demo(
             raise FileExistsError(f"{out} exists and is not an empty folder; choose another --out")
         check_apart([out], [model_dir])
     original, processor = load_model(model_dir, dtype)
-    choice = choose_layers(original, target_modules)
     inputs = model_inputs(original, processor)
-    expected = model_outputs(original, inputs)
+    expected, called = outputs_and_calls(original, inputs)
     _check_defined(original, expected)
+    choice = choose_layers(original, target_modules, called)
 
     choice, injection = _time_plain(original, rank, choice)
     with patch_peft() as report:
         adapted, seconds = inject(original, rank, init, choice)
-    called, outputs = layers_called(adapted, inputs)
     names = [layer.name for layer in report.layers]
     _check_initialized(adapted, names)
     result = DemoResult(
@@ -152,7 +151,7 @@ def run_demo(
         init=init,
         parameters=sum(parameter.numel() for parameter in original.parameters()),
         layers=report.layers,
-        output_moved=largest_difference(expected, outputs),
+        output_moved=largest_difference(expected, model_outputs(adapted, inputs)),
         output_allowed=_allowed(original, names),
         reconstruction=worst_reconstruction(original, adapted),
         machine=describe_machine(),

@@ -32,8 +32,13 @@ class Choice:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def choose_layers(model: Any, target_modules: str | Sequence[str]) -> Choice:
+def choose_layers(model: Any, target_modules: str | Sequence[str], called: Collection[str]) -> Choice:
     """Names for PEFT. Of "all-linear", the layers that PiSSA refuses are left out; other names are taken as they are.
+
+    Args:
+        model: the model.
+        target_modules: names, a regular expression, or "all-linear", also among the names.
+        called: names of the modules that a forward pass of the model calls.
 
     Raises:
         ValueError: a name that no module has, or no layer is left.
@@ -53,7 +58,7 @@ def choose_layers(model: Any, target_modules: str | Sequence[str]) -> Choice:
     if ALL_LINEAR not in asked:
         return Choice(named)
     linear = linear_layers(model)
-    left_out = refused_layers(model, linear)
+    left_out = refused_layers(model, linear, called)
     taken = [name for name in linear if name not in left_out]
     left_out |= _fused_experts(model)
     if not taken + named:
@@ -78,12 +83,14 @@ def linear_layers(model: Any) -> list[str]:
     ]
 
 
-def refused_layers(model: Any, names: Iterable[str]) -> dict[str, str]:
+def refused_layers(model: Any, names: Iterable[str], called: Collection[str]) -> dict[str, str]:
     """Layers that PiSSA cannot initialize, or whose adapter would not be part of what the model computes; with reasons.
 
     Args:
         model: the model.
         names: names of linear layers.
+        called: as for :func:`choose_layers`. A layer that is not called although another module reads its weight under
+            some condition is refused: in this model, the condition seems to hold.
     """
     import peft
     from peft.tuners.lora import LoraModel
@@ -93,9 +100,11 @@ def refused_layers(model: Any, names: Iterable[str]) -> dict[str, str]:
     compatible = getattr(LoraModel, "_check_target_module_compatiblity", lambda *_: None)
     ties, refused = Ties(model), {}
     for name in names:
-        layer = model.get_submodule(name)
+        layer, notices = model.get_submodule(name), Notices()
         try:
-            check_target(model, config, name, layer, None, Notices())
+            check_target(model, config, name, layer, None, notices)
+            if notices.read_elsewhere and name not in called:
+                raise ValueError("another module reads its weight, and the forward pass does not call the layer")
             compatible(None, config, model, name.rpartition(".")[2])
             if "weight" not in layer._parameters:
                 raise ValueError("its weight is computed from other parameters")

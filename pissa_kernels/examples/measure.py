@@ -46,14 +46,15 @@ def _floating(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _floating(f"{name}.{index}", item)
 
 
-def layers_called(adapted: nn.Module, inputs: Mapping[str, Any]) -> tuple[set[str], Outputs]:
-    """Names of the LoRA layers that a forward pass calls, and its outputs."""
+def outputs_and_calls(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Outputs, set[str]]:
+    """As :func:`model_outputs`, and the names of the modules that the forward pass calls."""
     called: set[str] = set()
     handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in lora_layers(adapted)
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
     ]
     try:
-        return called, model_outputs(adapted, inputs)
+        return model_outputs(model, inputs), called
     finally:
         for handle in handles:
             handle.remove()
