@@ -52,14 +52,13 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo and print the result."""
     quiet_libraries()
-    from ..checkpoint.targets import module_names
     from ..examples.demo import demo_model, run_demo
 
     result = run_demo(
         arguments.model_dir or demo_model(),
         rank=arguments.rank,
         init=arguments.init,
-        target_modules=module_names(tuple(arguments.target_modules)),
+        target_modules=arguments.target_modules,
         dtype=arguments.dtype,
         out=arguments.out,
         compare=not arguments.no_compare,

@@ -15,6 +15,8 @@ from ..peft.targets import check_target
 from ..peft.ties import Ties
 
 ALL_LINEAR = "all-linear"
+# A single name with one of these characters is a regular expression, as for ``init``.
+_EXPRESSION = re.compile(r"[*+?^$()\[\]{}|\\]")
 
 
 @dataclass
@@ -37,23 +39,23 @@ def choose_layers(model: Any, target_modules: str | Sequence[str], called: Colle
 
     Args:
         model: the model.
-        target_modules: names, a regular expression, or "all-linear", also among the names.
+        target_modules: names, a regular expression, or "all-linear", which may stand beside names.
         called: names of the modules that a forward pass of the model calls.
 
     Raises:
         ValueError: a name that no module has, or no layer is left.
     """
-    if isinstance(target_modules, str) and target_modules != ALL_LINEAR:
-        try:
-            re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(f"--target-modules {target_modules!r} is not a regular expression: {error}") from None
-        return Choice(target_modules)
-    asked = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    asked = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     named = [name for name in asked if name != ALL_LINEAR]
+    if len(asked) == 1 and _EXPRESSION.search(asked[0]):
+        try:
+            re.compile(asked[0])
+        except re.error as error:
+            raise ValueError(f"--target-modules {asked[0]!r} is not a regular expression: {error}") from None
+        return Choice(asked[0])
     modules = [name for name, _ in model.named_modules()]
     for name in named:
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
+        if not any(_is_named(module, name) for module in modules):
             raise ValueError(f"no module of {type(model).__name__} is named {name!r}, which --target-modules asks for")
     if ALL_LINEAR not in asked:
         return Choice(named)
@@ -61,6 +63,7 @@ def choose_layers(model: Any, target_modules: str | Sequence[str], called: Colle
     left_out = refused_layers(model, linear, called)
     taken = [name for name in linear if name not in left_out]
     left_out |= _fused_experts(model)
+    left_out = {name: reason for name, reason in left_out.items() if not any(_is_named(name, other) for other in named)}
     if not taken + named:
         reason = f": {next(iter(left_out.values()))}" if left_out else ""
         raise ValueError(
@@ -69,6 +72,11 @@ def choose_layers(model: Any, target_modules: str | Sequence[str], called: Colle
         )
     exclude = f"(?:{'|'.join(map(re.escape, left_out))})" if left_out else None  # names alone would match longer ones
     return Choice(taken + named, exclude, left_out)
+
+
+def _is_named(module: str, name: str) -> bool:
+    """Whether PEFT takes a name in a list for that of a module."""
+    return module == name or module.endswith(f".{name}")
 
 
 def linear_layers(model: Any) -> list[str]:

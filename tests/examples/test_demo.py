@@ -170,8 +170,9 @@ def test_a_regular_expression(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_named_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved("siglip_vision", tmp_path)
-    line = one_line(capsys, folder, "--target-modules", "fc1", "head.attention.out_proj")
-    assert "head.attention.out_proj" in line
+    for others in ("fc1", "all-linear"):
+        line = one_line(capsys, folder, "--target-modules", others, "head.attention.out_proj")
+        assert "'head.attention' reads the weight of this layer" in line
     assert "embed_tokens" in one_line(capsys, saved("llama", tmp_path / "llama"), "--target-modules", "embed_tokens")
 
 
