@@ -126,8 +126,8 @@ def run_demo(
 
     Raises:
         FileExistsError: ``out`` holds something, or lies in, under or above ``model_dir``.
-        OSError, ValueError: the model cannot be loaded or no inputs can be made for it, or a layer is refused. Nothing
-            has been saved then.
+        OSError, TypeError, ValueError: the model cannot be loaded, no inputs can be made for it, or a layer is refused.
+            Nothing has been saved then.
     """
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

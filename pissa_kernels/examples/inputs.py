@@ -89,8 +89,6 @@ def _like(model: Any, value: Tensor) -> Tensor:
 
 def _from_processor(processor: Any, names: set[str], generator: torch.Generator) -> Inputs:
     """What the processor makes of sentences, noisy images and a noisy waveform, as far as the model takes them."""
-    from PIL import Image
-
     parts = _parts(processor)
     tokenizer, extractor = parts.get("tokenizer"), parts.get("feature_extractor")
     given: dict[str, Any] = {}
@@ -101,6 +99,8 @@ def _from_processor(processor: Any, names: set[str], generator: torch.Generator)
         mark = getattr(processor, "image_token", None) if "pixel_values" in names else None
         given |= {"text": [f"{mark or ''}{sentence}" for sentence in SENTENCES[:rows]], "padding": padded}
     if "image_processor" in parts and "pixel_values" in names:
+        from PIL import Image
+
         pixels = torch.randint(0, 256, (rows, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
         given["images"] = [Image.fromarray(picture.numpy()) for picture in pixels]
     if extractor is not None and names & {"input_features", "input_values"}:

@@ -21,6 +21,7 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: there is no config.json.
+        TypeError: the model is quantized.
         ValueError: transformers does not have the class that the config names.
     """
     if not (folder / "config.json").is_file():
@@ -31,7 +32,11 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def model_class(folder: Path) -> Any:
-    """The class that config.json names; AutoModel, which loads a model without a head, where it names none."""
+    """The class that config.json names; AutoModel, which loads a model without a head, where it names none.
+
+    Raises:
+        TypeError, ValueError: as for :func:`load_model`.
+    """
     import transformers
 
     try:
@@ -43,6 +48,8 @@ def model_class(folder: Path) -> Any:
             f"{folder / 'config.json'} names Python code that comes with the model, which the demo does not run; "
             "pissa-kernels init --trust-remote-code initializes its checkpoint"
         ) from None
+    if getattr(config, "quantization_config", None):
+        raise TypeError(f"{folder} is quantized; PiSSA takes the float checkpoint that it was made from")
     name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
     if not hasattr(transformers, name):
         raise ValueError(

@@ -78,6 +78,14 @@ def test_an_image_processor_makes_the_inputs(tmp_path: Path) -> None:
     assert pixels.abs().max() <= 1, "normalized from bytes"
 
 
+def test_the_processor_is_saved_with_the_model(tmp_path: Path) -> None:
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    out = tmp_path / "out"
+    result = run_demo(saved("vit", tmp_path / "model", processor), rank=4, compare=False, out=out)
+    assert result.holds
+    assert transformers.AutoImageProcessor.from_pretrained(out).size == {"height": 32, "width": 32}
+
+
 def test_an_image_processor_of_another_model_is_passed_over(tmp_path: Path) -> None:
     processor = transformers.ViTImageProcessor(size={"height": 24, "width": 24})
     assert inputs_of(saved("vit", tmp_path, processor))["pixel_values"].shape == (2, 3, 32, 32)
@@ -136,6 +144,12 @@ def test_a_class_that_transformers_does_not_have(tmp_path: Path, capsys: pytest.
     folder = saved("llama", tmp_path / "model")
     config_without(folder, architectures=["LlamaForNothing"])
     assert "config.json names the class LlamaForNothing, which transformers" in one_line(capsys, folder)
+
+
+def test_a_quantized_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("llama", tmp_path / "model")
+    config_without(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "is quantized; PiSSA takes the float checkpoint" in one_line(capsys, folder)
 
 
 def test_without_a_class_the_model_has_no_head(tmp_path: Path) -> None:
