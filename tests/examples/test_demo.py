@@ -71,6 +71,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: object, code: int =
 # Inputs
 
 
+@pytest.mark.slow
 def test_an_image_processor_makes_the_inputs(tmp_path: Path) -> None:
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     pixels = inputs_of(saved("vit", tmp_path, processor))["pixel_values"]
@@ -78,6 +79,7 @@ def test_an_image_processor_makes_the_inputs(tmp_path: Path) -> None:
     assert pixels.abs().max() <= 1, "normalized from bytes"
 
 
+@pytest.mark.slow
 def test_the_processor_is_saved_with_the_model(tmp_path: Path) -> None:
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     out = tmp_path / "out"
@@ -152,6 +154,7 @@ def test_a_quantized_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is quantized; PiSSA takes the float checkpoint" in one_line(capsys, folder)
 
 
+@pytest.mark.slow
 def test_without_a_class_the_model_has_no_head(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path / "model")
     config_without(folder, architectures=None)
@@ -176,12 +179,14 @@ def test_a_name_that_no_module_has(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is not a regular expression" in one_line(capsys, folder, "--target-modules", "(q_proj")
 
 
+@pytest.mark.slow
 def test_a_regular_expression(tmp_path: Path) -> None:
     result = run_demo(saved("llama", tmp_path), rank=4, target_modules=r".*\.0\..*_proj", compare=False)
     assert len(result.layers) == 7
     assert result.holds
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_named_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved("siglip_vision", tmp_path)
     for others in ("fc1", "all-linear"):
@@ -256,6 +261,7 @@ def test_a_layer_whose_weight_is_read_under_some_condition(tmp_path: Path) -> No
     assert "model.layers.0.mamba.in_proj" in {layer.name for layer in result.layers}
 
 
+@pytest.mark.slow
 def test_layers_that_the_inputs_do_not_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +305,7 @@ def test_rounding_that_a_model_amplifies_is_measured(tmp_path: Path, capsys: pyt
     assert "rounding, measured on this model, which amplifies it," in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_adapter_of_a_vision_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pissa_kernels.examples import demo
 
@@ -326,6 +333,7 @@ def test_a_model_that_returns_nan(tmp_path: Path, capsys: pytest.CaptureFixture[
 # PEFT's own
 
 
+@pytest.mark.slow
 def test_an_initializer_of_peft_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
