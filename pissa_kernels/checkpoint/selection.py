@@ -62,13 +62,13 @@ def read_past(model: nn.Module, names: Sequence[str], options: AdapterOptions) -
             raise ValueError(f"layer {name!r}: {why}. Leave the layer out with --exclude-modules {name}")
     notes = []
     if left_out:
-        which = _listed([f"{name} (read by {readers[name].owner})" for name in left_out])
+        which = listed([f"{name} (read by {readers[name].owner})" for name in left_out])
         notes.append(f"left out of all-linear, as another module reads the weight without calling the layer: {which}")
     if conditional := [f"{name} (read by {reader.owner})" for name, reader in readers.items() if not reader.always]:
         notes.append(
             "another module reads the weight under some condition without its adapter, and then computes with the "
             "residual; --exclude-modules leaves the layer out, unless that condition never holds: "
-            + _listed(conditional)
+            + listed(conditional)
         )
     return left_out, notes
 
@@ -194,9 +194,10 @@ def _last_names(names: Iterable[str]) -> str:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return _listed([repr(name) for name in names])
+    return listed([repr(name) for name in names])
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many there are more."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more

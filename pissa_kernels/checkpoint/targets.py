@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter.layers import in_scope, lora_layers
 from ..adapter.names import factor_key
-from ..adapter.patterns import without_order
+from ..adapter.patterns import pattern_key, with_ranks, without_order
 from ..checks import check_rank, check_scaling, layer_context
 from ..files.folder import Checkpoint
 from ..files.header import TensorInfo
@@ -21,7 +21,7 @@ from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
 from .model import empty_model, tensors_of_parameters, tied_weights
 from .options import ALL_LINEAR, AdapterOptions, as_peft, is_all_linear
-from .selection import check_names, check_patterns, read_past
+from .selection import check_names, check_patterns, listed, read_past
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     layers = list(lora_layers(adapted))
     _check_kinds(layers)
     left_out, notes = read_past(adapted.get_base_model(), [name for name, _ in layers], options)
-    tensors, targets = checkpoint.tensors(), []
+    tensors, targets, limited = checkpoint.tensors(), [], []
     for name, layer in layers:
         if name in left_out:
             continue
@@ -118,7 +118,11 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
                 + "; leave the layer out with --exclude-modules"
             )
         shard, info = tensors[plain[weight][0]]
-        recipe = Recipe(int(layer.r["default"]), float(layer.scaling["default"]), options.init, options.seed)
+        rank, width = int(layer.r["default"]), min(layer.get_base_layer().weight.shape)
+        if width < rank and pattern_key(options.rank_pattern, name) is None:
+            limited.append(f"{name} (rank {width} instead of {rank})")
+            rank = width
+        recipe = Recipe(rank, float(layer.scaling["default"]), options.init, options.seed)
         target = Target(name, shard, info, bool(layer.fan_in_fan_out), recipe)
         with layer_context(target.label):
             _check_target(target, tuple(layer.get_base_layer().weight.shape))
@@ -127,9 +131,16 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
         raise ValueError(
             "PEFT found no layer to adapt" + "".join(f"; {name!r}: {why}" for name, why in left_out.items())
         )
+    if len(limited) == len(targets):
+        widest = max(targets, key=lambda target: min(target.shape))
+        with layer_context(widest.label):
+            check_rank(options.rank, widest.shape)
     names = [target.name for target in targets]
     check_patterns(options, names, modules)
     config = _config_record(adapted.peft_config["default"], options, names, list(left_out))
+    if limited:  # as the hook does it; the scalings stay
+        config = with_ranks(config, {target.name: target.recipe.rank for target in targets})
+        notes.append(f"narrower than the rank, and get all the rank that they have: {listed(limited)}")
     return Adapter(config, tuple(targets), left_out, tuple(notes))
 
 

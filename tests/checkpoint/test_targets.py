@@ -413,3 +413,51 @@ def test_a_reader_under_a_condition_is_named(tmp_path: Path) -> None:
     assert left_out == {}
     assert note.startswith("another module reads the weight under some condition without its adapter")
     assert note.endswith("(read by BloomMLP 'transformer.h.1.mlp') and 2 more")
+
+
+# Layers that are narrower than the rank
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=60, num_labels=3
+    )
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"query": 5}, "alpha": 8, "use_rslora": True}])
+def test_a_narrow_layer_gets_the_rank_that_it_has(options: dict[str, Any], classifier: Path, tmp_path: Path) -> None:
+    """The head of a classifier has three rows. The hook limits its rank in the same way."""
+    out, ids = tmp_path / "out", torch.arange(20).reshape(2, 10)
+    report = pk.init_checkpoint(classifier, out, rank=16, progress=False, **options)
+    ranks = {layer.name.rpartition(".")[2]: layer.rank for layer in report.layers}
+    assert ranks["classifier"] == 3
+    assert ranks["query"] == options.get("rank_pattern", {}).get("query", 16)
+    assert ranks["key"] == 16
+    assert {layer.scaling for layer in report.layers if layer.name.endswith(("key", "classifier"))} == {
+        8 / 4 if options else 1.0
+    }
+    assert report.notes == (
+        "narrower than the rank, and get all the rank that they have: classifier (rank 3 instead of 16)",
+    )
+    auto = transformers.AutoModelForSequenceClassification
+    with torch.no_grad():
+        expected = auto.from_pretrained(classifier).eval()(ids).logits
+        found = loaded(out, auto)(ids).logits
+    assert (found - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--rank-pattern", "classifier=4"), r"layer 'classifier', weight \(3, 32\): .* 1 ≤ r ≤ 3, got r=4"),
+        (("--rank", "49"), r"layer 'bert\S+', weight \(\d+, \d+\): .* 1 ≤ r ≤ 32, got r=49"),
+    ],
+)
+def test_a_rank_that_was_asked_for_is_not_lowered(
+    options: tuple[str, ...], words: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, words, classifier, tmp_path / "out", *options, left=("model",))
