@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pissa_kernels.files.folder import check_apart
+from pissa_kernels.files.apart import check_apart
 from pissa_kernels.files.places import Places
 
 from ..support.mounts import BindMounts

@@ -22,12 +22,13 @@ class BindMounts:
         for point in reversed(self._points):
             subprocess.run(["umount", point], check=True)
 
-    def add(self, folder: Path, point: Path) -> None:
+    def add(self, folder: Path, point: Path, *options: str) -> None:
         """Mount a folder at a second place with ``mount --bind``, or skip the test."""
         if os.geteuid() != 0:
             pytest.skip("mount --bind needs root")
         point.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["mount", "--bind", folder, point], capture_output=True, text=True)
+        command = ["mount", "--bind", *(f"-o{option}" for option in options), folder, point]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"mount --bind does not work here: {done.stderr.strip()}")
         self._points.append(point)
