@@ -93,21 +93,18 @@ def test_source_changed_during_the_run_is_not_published(
 
 @pytest.mark.parametrize("parents", ["", "a/b"])
 def test_nan_is_refused_and_leaves_nothing(
-    parents: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    parents: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / parents / "out"
     edit_tensor(model, f"{LAYER}.weight", spoil)
-    words = (
-        rf"layer '{LAYER}', weight \(32, 32\): .*NaN.*; the unfinished result is deleted: repair the weight, or exclude "
-        "the layer"
-    )
+    words = rf"layer '{LAYER}', weight \(32, 32\): .*NaN.*; the unfinished result is deleted: repair the weight, or "
+    words += "exclude the layer"
     refused(capsys, words, model, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     with pytest.MonkeyPatch.context() as patch:
         call_after(patch, 2, fail)
         refused(capsys, "Input/output error", model, out, left=(".out.unfinished",))
     refused(capsys, words, model, out, "--resume")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert init(model, out, "--exclude-modules", "q_proj") == 0
 
 
