@@ -93,10 +93,7 @@ def convert_adapter(
         name = str(base) if base is not None else original_name(pair.trained, pair.initial)
         if name is None:
             notes.append("the config names no base model, because only the residual one is known; base= names it")
-        models = _open_models(pair.initial, base, notes)
-        if models is not None:  # files, because OUT may lie beside them
-            check_apart([folder], [models[1].folder / shard for shard in models[1].shards])
-        checked = _check_layers(pair, models, notes)
+        checked = _check_layers(pair, _open_models(pair.initial, base, notes), notes)
         with atomic_folder(folder, replace=check_plain if force else None) as temporary:
             layers, loss = write_plain(plain, name, temporary)
     fsync(folder.resolve().parent)
