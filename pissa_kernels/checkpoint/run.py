@@ -175,6 +175,8 @@ def run_job(
             try:
                 kept = _work(job, journal, group, workers, on_tensor, progress)
             except (TypeError, ValueError) as error:
+                if not hasattr(error, "layer"):  # not of a weight, but of ``on_tensor``, for example
+                    raise
                 refusal = error
         if any(group.gather(refusal is not None)):
             with group.together():
@@ -194,8 +196,8 @@ def _discard(journal: Journal | None, refusal: TypeError | ValueError | None) ->
     if journal is not None:
         journal.discard()
     if refusal is not None:
-        reason = f"{refusal}; the unfinished result is deleted: repair the weight, or exclude the layer"
-        refusal.args = (reason,)
+        advice = "repair the weight, or leave the layer out with --exclude-modules"
+        refusal.args = (f"{refusal}; the unfinished result is deleted: {advice}",)
         raise refusal
 
 

@@ -39,7 +39,8 @@ def destination(out: Path, *, may_be_mounted: bool = False) -> Path:
         what = "a symbolic link that leads nowhere" if changed.is_symlink() else "not a folder"
         raise NotADirectoryError(f"{out} cannot be made: {changed} is {what}")
     if not os.access(changed, os.W_OK | os.X_OK):
-        raise PermissionError(f"{out} cannot be made: the folder {changed} cannot be written in; choose another")
+        what, other = ("replaced", "a folder in it") if out.exists() and not mounted else ("made", "another")
+        raise PermissionError(f"{out} cannot be {what}: the folder {changed} cannot be written in; choose {other}")
     return out
 
 

@@ -98,7 +98,7 @@ def test_nan_is_refused_and_leaves_nothing(
     out = tmp_path / parents / "out"
     edit_tensor(model, f"{LAYER}.weight", spoil)
     words = rf"layer '{LAYER}', weight \(32, 32\): .*NaN.*; the unfinished result is deleted: repair the weight, or "
-    words += "exclude the layer"
+    words += "leave the layer out with --exclude-modules"
     refused(capsys, words, model, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     with pytest.MonkeyPatch.context() as patch:
@@ -118,6 +118,10 @@ def test_nan_keeps_the_result_that_was_to_be_replaced(
     assert witness(tmp_path / "out") == before
 
 
+def refuse(record: dict[str, Any]) -> None:
+    raise ValueError("of the caller")
+
+
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_other_failures_can_be_resumed(
     error: type[Exception], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +133,8 @@ def test_other_failures_can_be_resumed(
     with pytest.raises(error, match="broken"):
         pk.init_checkpoint(model, tmp_path / "out", rank=4, progress=False)
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="of the caller"):
+        pk.init_checkpoint(model, tmp_path / "out", rank=4, progress=False, resume=True, on_tensor=refuse)
     assert pk.init_checkpoint(model, tmp_path / "out", rank=4, progress=False, resume=True).kept
 
 
@@ -185,4 +191,9 @@ def test_parent_that_is_a_file(model: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_parent_without_write_permission(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
-    refused(capsys, "Permission denied.*locked", model, tmp_path / "locked" / "out")
+    refused(
+        capsys,
+        "out cannot be made: the folder .*locked cannot be written in; choose another",
+        model,
+        tmp_path / "locked" / "out",
+    )

@@ -131,6 +131,15 @@ def test_dangling_and_looping_links_inside(root: Path) -> None:
     assert "holds" in refusal(root / "a", root / "a" / "model")
 
 
+def test_links_to_folders_above_them(root: Path) -> None:
+    """Each of the links would double the folders of each level."""
+    for name in "lmno":
+        (root / "a" / "model" / name).symlink_to(".")
+        (root / "a" / "model" / "code" / name).symlink_to("..")
+    check_apart([root / "b"], [root / "a" / "model"])
+    assert "is in" in refusal(root / "a" / "model" / "code" / "out", root / "a" / "model")
+
+
 def test_same_inode(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As through a bind mount where the system does not list mounts, and for names that differ in case."""
     stat = os.stat
