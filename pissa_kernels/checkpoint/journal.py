@@ -67,6 +67,7 @@ class Journal:
                 raise FileExistsError(f"{path} is a symbolic link, which init has not made; move it away")
             if path.is_file() and path.stat().st_nlink > 1:
                 copy_file(path, path)
+        self.placement.check_replaced()
 
     def _known_files(self) -> set[str]:
         """What a run writes into the folder, by its plan."""
@@ -156,6 +157,7 @@ class Journal:
 
     def _empty(self) -> None:
         """Delete the contents of the folder but for the plan."""
+        self.placement.delete_replaced()
         for path in self.folder.iterdir():
             if path.name != PLAN:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

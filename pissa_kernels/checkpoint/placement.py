@@ -78,13 +78,25 @@ class Placement:
     def set_aside(self) -> None:
         """Move what is at ``out`` to ``replaced``. The manifest goes last: what is left is a result of ``init``."""
         if not self.mounted:
-            if self.replaced.exists():  # set aside by a killed run, and something else has come to be at ``out``
-                shutil.rmtree(self.replaced)
+            self.delete_replaced()  # by a killed run, after which another result has come to be at ``out``
             os.replace(self.out, self.replaced)
             return
         self.replaced.mkdir(exist_ok=True)
         for path in sorted(self._entries(), key=lambda path: (path.name == MANIFEST, path.name != CONFIG)):
             os.replace(path, self.replaced / path.name)
+
+    def check_replaced(self) -> None:
+        """Refuse to delete what is in ``replaced`` if it holds more than the result that was set aside."""
+        if self.replaced.is_dir() and any(self.replaced.iterdir()):
+            half = self.mounted and not (self.replaced / MANIFEST).exists()
+            check_result(self.replaced, manifest_in=self.out if half else None)
+
+    def delete_replaced(self) -> None:
+        """Delete ``replaced``, its manifest last, so that a killed run leaves a folder that can be checked."""
+        if self.replaced.exists():
+            for path in sorted(self.replaced.iterdir(), key=lambda path: path.name == MANIFEST):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            self.replaced.rmdir()
 
     def place(self) -> None:
         """Move what is complete to ``out``, or what a killed run has left of it.
@@ -134,7 +146,7 @@ def is_result_of(out: Path, plan: object) -> bool:
     return (out / MANIFEST).is_file() and bool(Manifest.read(out).plan == plan)
 
 
-def check_result(folder: Path, besides: Collection[str] = ()) -> None:
+def check_result(folder: Path, besides: Collection[str] = (), manifest_in: Path | None = None) -> None:
     """Refuse to delete a folder that holds anything but a result of ``init``.
 
     The names of all files are compared with the manifest. A file is hashed only if it is newer than the manifest, which
@@ -143,12 +155,13 @@ def check_result(folder: Path, besides: Collection[str] = ()) -> None:
     Args:
         folder: the folder.
         besides: entries that are not deleted.
+        manifest_in: where its manifest is, if the folder holds a part of a result.
 
     Raises:
         FileExistsError: the folder holds something else, or has no valid manifest.
     """
     try:
-        manifest = Manifest.read(folder)
+        manifest = Manifest.read(manifest_in or folder)
     except (FileNotFoundError, ValueError) as error:
         found = sorted(path.name for path in folder.iterdir() if path.name not in besides)
         reason = str(error) if isinstance(error, ValueError) else f"it has no {MANIFEST}"
@@ -156,7 +169,7 @@ def check_result(folder: Path, besides: Collection[str] = ()) -> None:
             f"{folder} holds {found[0]}, and is not a result of init: {reason}; move it away, or choose another folder"
         ) from None
     check_deletable(folder, {*manifest.files, MANIFEST, REPORT, REPORT_DIGEST}, "init", besides)
-    written = (folder / MANIFEST).stat().st_mtime_ns
+    written = ((manifest_in or folder) / MANIFEST).stat().st_mtime_ns
     for name, about in manifest.files.items():
         path = folder / name
         if path.is_file() and path.stat().st_mtime_ns > written and not _is_as_written(path, about):

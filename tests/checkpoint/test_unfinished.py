@@ -14,6 +14,8 @@ from ..support.crashing import KILLED, Child
 from ..support.mounts import BindMounts
 from ..support.refusing import init, refused
 
+OLD = Path(__file__).parents[1] / "fixtures" / "0.1.0" / "residual"
+
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,6 +57,11 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file in a folder": (hidden("mine/notes"), "holds mine, which init has not made"),
     "a file in the result": (hidden("out/notes.txt"), r"holds out/notes\.txt, which init has not made"),
     "a file in a folder of the result": (hidden("out/code/more.py"), r"holds out/code, which|holds out/code/more\.py,"),
+    "a file where the old result is": (hidden("replaced/mine"), "replaced holds mine, and is not a result of init"),
+    "a file in the old result": (
+        lambda folder: [shutil.copytree(OLD, folder / "replaced"), (folder / "replaced" / "mine").touch()],
+        "replaced holds mine, which init has not written",
+    ),
     "a link": (lambda folder: (folder / "link").symlink_to("../source"), "holds link, which init has not made"),
     "a file that is a link": (
         lambda folder: [(folder / "out" / "config.json").symlink_to("../../source/model/config.json")],
