@@ -110,8 +110,8 @@ def init_checkpoint(
         FileNotFoundError, NotADirectoryError: no checkpoint at ``model``.
         OSError: reading or writing failed. The run can be resumed, and the source is unchanged.
         RuntimeError: another process writes to ``out``, or ``device`` is not available.
-        TypeError, ValueError: a layer or an option is refused; the message names it. Or the unfinished run had other
-            options or another source.
+        TypeError, ValueError: a layer or an option is refused; the message names it, and no unfinished run is left. Or
+            the unfinished run had other options or another source.
 
     Examples:
         >>> import pathlib, tempfile, torch, transformers
