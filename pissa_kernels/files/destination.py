@@ -29,19 +29,25 @@ def destination(out: Path, *, may_be_mounted: bool = False) -> Path:
         )
     if os.path.lexists(out) and not out.is_dir():
         raise FileExistsError(f"{out} exists and is not a folder; choose another name")
+    above = _nearest_above(out)
+    if not above.is_dir():
+        what = "a symbolic link that leads nowhere" if above.is_symlink() else "not a folder"
+        raise NotADirectoryError(f"{out} cannot be made: {above} is {what}")
     if out.is_symlink() or out.name == "" or ".." in out.parts:
         out = out.resolve()
     mounted = Places().is_mount(out)
     if mounted and not may_be_mounted:
         raise FileExistsError(f"{out} is a mount point, which cannot be replaced; choose a folder in it")
-    changed = out if mounted else next(path for path in out.absolute().parents if os.path.lexists(path))
-    if not changed.is_dir():
-        what = "a symbolic link that leads nowhere" if changed.is_symlink() else "not a folder"
-        raise NotADirectoryError(f"{out} cannot be made: {changed} is {what}")
+    changed = out if mounted else _nearest_above(out)
     if not os.access(changed, os.W_OK | os.X_OK):
         what, other = ("replaced", "a folder in it") if out.exists() and not mounted else ("made", "another")
         raise PermissionError(f"{out} cannot be {what}: the folder {changed} cannot be written in; choose {other}")
     return out
+
+
+def _nearest_above(path: Path) -> Path:
+    """The nearest folder above a path that exists, or what is in its place."""
+    return next(above for above in path.absolute().parents if os.path.lexists(above))
 
 
 def check_deletable(folder: Path, files: Collection[str], maker: str, besides: Collection[str] = ()) -> None:

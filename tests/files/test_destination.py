@@ -24,6 +24,14 @@ def test_links_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert destination(Path("new")) == Path("new")
 
 
+@pytest.mark.parametrize("target", ["loop", "nowhere"])
+@pytest.mark.parametrize("below", ["out", "a/b/out", "../out"])
+def test_links_above_it_that_lead_nowhere(target: str, below: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(target)
+    with pytest.raises(NotADirectoryError, match=r"out cannot be made: .*/loop is a symbolic link that leads nowhere"):
+        destination(tmp_path / "loop" / below)
+
+
 def test_a_mount_of_a_folder_of_the_same_file_system(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     with BindMounts() as mount:
