@@ -1,5 +1,7 @@
 """The unfinished result: a hidden folder beside OUT, with a journal of its tensors, which is renamed to OUT at the end.
 
+The plan is written first and deleted last: a folder that holds something and no plan is not that of a run.
+
 A journal line is written after its tensor and holds the hashes of the tensor's bytes. Lines and bytes may reach the
 disk in any order: ``--resume`` re-hashes every tensor in the journal, and writes those again whose bytes are missing.
 """
@@ -16,9 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..files import system
-from ..files.atomic import RESUMABLE, write_text
+from ..files.atomic import RESUMABLE, copy_file, temporary_path, write_text
+from ..files.destination import first_unlisted
 from ..files.header import write_at
-from .plan import CheckpointJob, unfinished_folder
+from ..report.strict import load
+from .manifest import MANIFEST, REPORT, REPORT_DIGEST
+from .placement import Placement, appeared, is_result_of
+from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob
 
 PLAN = "plan.json"
 
@@ -30,23 +36,55 @@ class Journal:
         out: folder of the result.
 
     Attributes:
+        placement: where the result is moved to.
         result: folder of the result.
         folder: the hidden folder beside it, with the plan, the journals and ``out``.
-        out: what is renamed to ``result`` at the end.
+        out: what is moved to ``result`` at the end.
     """
 
     def __init__(self, out: Path) -> None:
-        self.result = out
-        self.folder = unfinished_folder(out)
-        self.out = self.folder / "out"
-        self._replaced = self.folder / "replaced"
+        self.placement = Placement(out)
+        self.result, self.folder, self.out = out, self.placement.folder, self.placement.unplaced
 
     def exists(self) -> bool:
         """Whether there is an unfinished run."""
         return (self.folder / PLAN).is_file()
 
+    def check_folder(self) -> None:
+        """Refuse a folder that holds what no run has made, before it is changed.
+
+        Files with several names get bytes of their own, so that a copy made of hard links keeps what it has.
+
+        Raises:
+            FileExistsError: the message names what it holds.
+        """
+        if found := first_unlisted(self.folder, self._known_files(), besides=[self.placement.replaced.name]):
+            raise FileExistsError(
+                f"{self.folder} holds {found}, which init has not made; move it away, or choose another OUT"
+            )
+        for path in self.folder.rglob("*"):
+            if self.placement.replaced in path.parents:
+                continue
+            if path.is_symlink():
+                raise FileExistsError(f"{path} is a symbolic link, which init has not made; move it away")
+            if path.is_file() and path.stat().st_nlink > 1:
+                copy_file(path, path)
+        self.placement.check_replaced()
+
+    def _known_files(self) -> set[str]:
+        """What a run writes into the folder, by its plan."""
+        known = {PLAN}
+        if self.exists():
+            source = self._plan()["plan"]["fingerprint"]
+            written = {*source, MANIFEST, REPORT, REPORT_DIGEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+            known |= {path.name for path in self.folder.glob("journal-*.jsonl")}
+            known |= {
+                f"{folder}/{name}" for folder in (self.out.name, self.placement.complete.name) for name in written
+            }
+        return known | {str(temporary_path(Path(name), RESUMABLE)) for name in known}
+
     def begin(self, job: CheckpointJob, *, replace: bool) -> None:
-        """Create every file that tensors are written into, at its full size, and then write the plan.
+        """Write the plan, and create every file that tensors are written into, at its full size.
 
         Args:
             job: the run.
@@ -56,14 +94,12 @@ class Journal:
             OSError: no space for the whole result, or no permission. Nothing is left behind.
         """
         try:
-            if os.path.lexists(self._replaced) and not os.path.lexists(self.result):
-                os.replace(self._replaced, self.result)  # an earlier run was killed between two renames
             self._empty()
-            self.lay_out(job)
             text = json.dumps({"replace": replace, "plan": job.record()}, sort_keys=True) + "\n"
             write_text(self.folder / PLAN, text, suffix=RESUMABLE)
+            self.lay_out(job)
         except OSError as error:
-            self._empty()
+            self.discard()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(
                     error.errno, f"no space for the {job.size / 1e9:.3g} GB of {self.result} ({error.strerror})"
@@ -112,21 +148,33 @@ class Journal:
             )
 
     def _plan(self) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((self.folder / PLAN).read_text(encoding="utf-8"))
-        return record
+        """The plan of the unfinished run.
 
-    def _empty(self, keep: str = "") -> None:
-        """Delete the contents of the folder but for the file ``keep``."""
-        if not keep:
-            (self.folder / PLAN).unlink(missing_ok=True)  # first: a folder without a plan cannot be resumed
+        Raises:
+            FileExistsError: it is damaged, so that nobody knows what is in the folder.
+        """
+        try:
+            match load((self.folder / PLAN).read_text(encoding="utf-8")):
+                case {"replace": bool(), "plan": {"fingerprint": dict(), **_other}} as record:
+                    return record
+            raise ValueError("it is not a plan")
+        except ValueError as error:
+            raise FileExistsError(
+                f"{self.folder} is not of a run of init, as its {PLAN} is damaged ({error}); move it away, or choose "
+                "another OUT"
+            ) from None
+
+    def _empty(self) -> None:
+        """Delete the contents of the folder but for the plan."""
+        self.placement.delete_replaced()
         for path in self.folder.iterdir():
-            if path.name != keep:
+            if path.name != PLAN:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def discard(self) -> None:
         """Delete the folder, its plan last: until all else is deleted, there is a run that can be resumed."""
-        self._empty(keep=PLAN)
         self._empty()
+        (self.folder / PLAN).unlink(missing_ok=True)
         self.folder.rmdir()
 
     @contextlib.contextmanager
@@ -154,8 +202,8 @@ class Journal:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
-            with contextlib.suppress(OSError):  # folders that hold something are kept
-                for folder in (self.folder, *missing):
+            for folder in (self.folder, *missing):
+                with contextlib.suppress(OSError):  # folders that hold something are kept
                     folder.rmdir()
 
     def open(self, process: int) -> IO[str]:
@@ -176,10 +224,10 @@ class Journal:
                         yield record
 
     def publish(self, *, replace: bool = False) -> None:
-        """fsync everything, rename ``out`` to ``result``, and delete the folder.
+        """fsync everything, move ``out`` to ``result``, and delete the folder.
 
         Args:
-            replace: replace what is at ``result``, even if the run was not started to do so.
+            replace: replace the result of ``init`` at ``result``, even if the run was not started to do so.
 
         Raises:
             FileExistsError: ``result`` is not an empty folder, and is not to be replaced.
@@ -188,18 +236,23 @@ class Journal:
             for name in files:
                 system.flush(Path(path, name))
             system.flush(Path(path))
-        if os.path.lexists(self.result) and (replace or self.replaces()):
-            os.replace(self.result, self._replaced)
-        try:
-            os.replace(self.out, self.result)  # rename(2) replaces an empty folder, and nothing else
-        except OSError:
-            if not os.path.lexists(self.result):
-                raise
-            raise FileExistsError(
-                f"{self.result} has come to exist during the run; --resume --force replaces it"
-            ) from None
-        system.flush(self.result.parent)
+        if self.placement.occupied():
+            if not (replace or self.replaces()):
+                raise appeared(self.result)
+            self.placement.check(replace=True)  # hours after the first check
+            self.placement.set_aside()
+        os.replace(self.out, self.placement.complete)
+        self.placement.place()
         self.discard()
+
+    def finish(self, job: CheckpointJob) -> bool:
+        """Finish the publication that a killed run has begun. False if there is work to do before."""
+        if self.placement.complete.exists():
+            self.placement.place()
+        elif self.out.exists() or not is_result_of(self.result, job.record()):
+            return False
+        self.discard()
+        return True
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> set[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +13,14 @@ import torch
 from .. import ops
 from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
-from ..files.folder import Checkpoint, check_apart, open_checkpoint
+from ..files.apart import check_apart
+from ..files.destination import destination
+from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, sha256
 from ..files.walk import printable
 from ..svd.cost import choose_plan, machine_of, workspace
 from .options import AdapterOptions
+from .placement import Placement
 from .targets import Adapter, Target, find_targets
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
@@ -131,17 +132,17 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
 
     Raises:
         FileExistsError: ``out`` lies in, under or above a file that is read, or in the folder of an unfinished run, or
-            it is a mount point.
+            it is a file or a link that leads nowhere.
         OSError, TypeError, ValueError: the checkpoint cannot be read, it is a residual already, or as for
             :func:`pissa_kernels.checkpoint.targets.find_targets`.
     """
     checkpoint = _without_adapter(open_checkpoint(model))
     if own := [name for name in (*checkpoint.others, *checkpoint.left_out) if name.startswith(f"{ADAPTER_FOLDER}/")]:
         raise ValueError(f"{model} is a residual already, as {own[0]} says; take the checkpoint that it was made of")
-    if out.is_dir() and (out.is_symlink() or out.name in ("", "..")):
-        out = out.resolve()  # a rename does not follow links, nor replace "."
-    _check_out(out)
-    check_apart([out, unfinished_folder(out)], [model])
+    out = destination(out, may_be_mounted=True)
+    placement = Placement(out)
+    placement.check_folder()
+    check_apart([out, placement.folder], [model])
     adapter = find_targets(checkpoint, options)
     tensors = _in_order(checkpoint, adapter.targets, device)
     return CheckpointJob(checkpoint, out, options, adapter, _adapter_header(adapter.targets), tuple(tensors), device)
@@ -167,19 +168,6 @@ def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
         CONFIG_NAME: "its adapter has no weights there, which transformers would look for",
     }
     return replace(checkpoint, others=others, left_out=left_out)
-
-
-def unfinished_folder(out: Path) -> Path:
-    """The hidden folder beside ``out`` in which a run builds its result."""
-    return out.parent / f".{out.name}.unfinished"
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a folder that a run cannot rename its result to, or that another run would delete."""
-    if os.path.ismount(out):
-        raise FileExistsError(f"{out} is a mount point, which a finished result cannot replace; choose a folder in it")
-    if unfinished := [part for part in out.resolve().parts if re.fullmatch(r"\..+\.unfinished", part)]:
-        raise FileExistsError(f"{out}: {unfinished[0]} is named like the folder of an unfinished run; choose another")
 
 
 def _in_order(checkpoint: Checkpoint, targets: Sequence[Target], device: str) -> list[TensorJob]:

@@ -20,8 +20,9 @@ from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
 from .journal import Journal
-from .manifest import MANIFEST, REPORT, Manifest
+from .manifest import REPORT
 from .options import ALL_LINEAR, AdapterOptions, entries
+from .placement import is_result_of
 from .plan import CheckpointJob, TensorJob, plan_checkpoint
 from .publish import by_tensor, collect_records, publish, tensor_key
 from .worker import Record, Worker
@@ -84,7 +85,8 @@ def init_checkpoint(
 
     Args:
         model: folder with config.json and safetensors.
-        out: folder of the result. It may exist empty; a symbolic link to a folder is followed.
+        out: folder of the result. It may exist empty; a symbolic link to a folder is followed, and a mount point is
+            written into.
         rank: r of every layer.
         alpha: ``lora_alpha``; None for the rank, a scaling of 1.
         target_modules: names of modules, with "all-linear" among them or alone, or one regular expression, as for PEFT;
@@ -98,7 +100,8 @@ def init_checkpoint(
         device: "cpu" or "cuda", where the weights are decomposed.
         workers: weights at a time in this process; None for as many as torch has threads, two on a GPU.
         resume: continue an unfinished run, if there is one.
-        force: replace a finished result, and start an unfinished run again unless ``resume``.
+        force: replace a result of this function that holds no other files, and start an unfinished run again unless
+            ``resume``.
         progress: show a bar where stderr is a terminal.
         on_plan: called with the plan before anything is written.
         on_tensor: called with the journal record of each tensor of this process.
@@ -107,13 +110,13 @@ def init_checkpoint(
         The report of all layers, in the model's order.
 
     Raises:
-        FileExistsError: ``out`` exists, a run is unfinished, ``out`` lies in, under or above the source, or it is a
-            mount point.
+        FileExistsError: ``out`` exists, or with ``force`` holds files that no run has written; a run is unfinished; or
+            ``out`` lies in, under or above the source.
         FileNotFoundError, NotADirectoryError: no checkpoint at ``model``.
         OSError: reading or writing failed. The run can be resumed, and the source is unchanged.
         RuntimeError: another process writes to ``out``, or ``device`` is not available.
-        TypeError, ValueError: a layer or an option is refused; the message names it. Or the unfinished run had other
-            options or another source.
+        TypeError, ValueError: a layer or an option is refused; the message names it, and no unfinished run is left. Or
+            the unfinished run had other options or another source.
 
     Examples:
         >>> import pathlib, tempfile, torch, transformers
@@ -168,8 +171,17 @@ def run_job(
         if any(group.gather(finished)):
             return _report(job, kept=len(job.tensors))
         began, peak = time.perf_counter(), Peak()
+        refusal: TypeError | ValueError | None = None
         with group.together(), peak:
-            kept = _work(job, journal, group, workers, on_tensor, progress)
+            try:
+                kept = _work(job, journal, group, workers, on_tensor, progress)
+            except (TypeError, ValueError) as error:
+                if not hasattr(error, "layer"):  # not of a weight, but of ``on_tensor``, for example
+                    raise
+                refusal = error
+        if any(group.gather(refusal is not None)):
+            with group.together():
+                _discard(journal if group.first else None, refusal)
         kept = sum(group.gather(kept))
         with group.together():
             if group.first:
@@ -178,6 +190,16 @@ def run_job(
                 seconds = time.perf_counter() - began if not kept else None
                 publish(job, journal, records, seconds, peak.extra_bytes, replace=force)
         return _report(job, kept)
+
+
+def _discard(journal: Journal | None, refusal: TypeError | ValueError | None) -> None:
+    """Delete the unfinished run after a weight was refused: the same plan is refused again, and no other resumes it."""
+    if journal is not None:
+        journal.discard()
+    if refusal is not None:
+        advice = "repair the weight, or leave the layer out with --exclude-modules"
+        refusal.args = (f"{refusal}; the unfinished result is deleted: {advice}",)
+        raise refusal
 
 
 def _report(job: CheckpointJob, kept: int) -> CheckpointReport:
@@ -196,29 +218,24 @@ def _report(job: CheckpointJob, kept: int) -> CheckpointReport:
 
 def _begin(job: CheckpointJob, journal: Journal, resume: bool, force: bool) -> bool:
     """Create the folder of the run, or check that it can be resumed. False where the result is complete already."""
-    unfinished, occupied = journal.exists(), _is_occupied(job.out)
+    journal.check_folder()
+    placement, unfinished = journal.placement, journal.exists()
     if unfinished and not (resume or force):
         raise FileExistsError(f"{job.out} has an unfinished run; --resume continues it, --force starts again")
     if unfinished and resume:
         journal.check(job)
-        if not journal.out.exists():  # the run was killed after it had renamed its result
-            journal.discard()
+        if journal.finish(job):
             return False
-        if occupied and not (force or journal.replaces()):
-            raise FileExistsError(f"{job.out} exists and is not an empty folder; --resume --force replaces it")
+        placement.check(force or journal.replaces())
         journal.lay_out(job)  # no journal says whether the headers were flushed to the disk
         return True
-    if occupied and not force:
-        if resume and (job.out / MANIFEST).is_file() and Manifest.read(job.out).plan == job.record():
-            return False
-        raise FileExistsError(f"{job.out} exists and is not an empty folder; --force replaces it at the end")
+    if unfinished:
+        placement.recover()
+    if resume and not force and is_result_of(job.out, job.record()):
+        return False
+    placement.check(force)
     journal.begin(job, replace=force)
     return True
-
-
-def _is_occupied(out: Path) -> bool:
-    """Whether there is anything but an empty folder, which a rename replaces."""
-    return os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()))
 
 
 def _work(

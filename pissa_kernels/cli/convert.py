@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "--base", metavar="BASE",
         help="the original model, for the config; a folder is compared with the residual checkpoint around INIT",
     )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="replace an adapter in OUT")
+    parser.add_argument("--force", action="store_true", help="replace an adapter in OUT that convert has made")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
 

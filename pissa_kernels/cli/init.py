@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument(
         "--force", action="store_true",
-        help="replace OUT at the end, if it exists; without --resume, start an unfinished run again",
+        help="replace an OUT that init has made, at the end; without --resume, start an unfinished run again",
     )  # fmt: skip
     group.add_argument("--dry-run", action="store_true", help="print the plan with its sizes, and write nothing")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code of MODEL to build its model")

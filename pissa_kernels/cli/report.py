@@ -38,6 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the report, and write the pictures and the page if requested."""
     report = Report.read(find_report(arguments.source))
     shares = sorted(set(arguments.share or [0.9]))
+    if arguments.html is not None:
+        from ..report.page import check_page
+
+        check_page(arguments.html)  # before the pictures are drawn
     drawn = []
     if arguments.pictures is not None:
         from ..report.pictures import draw

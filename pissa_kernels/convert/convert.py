@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..adapter.names import CONFIG_NAME
 from ..checks import layer_context
+from ..files.apart import check_apart
 from ..files.atomic import atomic_folder
-from ..files.folder import Checkpoint, check_apart, open_checkpoint
+from ..files.destination import destination
+from ..files.folder import Checkpoint, open_checkpoint
 from ..files.system import flush
 from .adapter import AdapterFile
 from .check_base import check_base
 from .origin import is_hub_name, original_name, residual_folder
 from .pair import AdapterPair, open_pair
-from .plain import plan_plain, write_plain
+from .plain import check_plain, plan_plain, write_plain
 from .report import ConversionReport
 from .swapped import SwapCheck
 
@@ -49,13 +50,13 @@ def convert_adapter(
             its own. None for rank 2r, which is exact, in the adapter's dtype.
         base: folder of the original model, or its name on a hub, for the config. If it is a folder, and the initial
             adapter lies in a residual checkpoint, the two models are compared weight by weight.
-        force: replace an adapter in ``out``.
+        force: replace an adapter in ``out`` that this function wrote and that is as it was written.
 
     Returns:
         The report of all layers.
 
     Raises:
-        FileExistsError: ``out`` holds something, or lies in, under or above a folder that is read.
+        FileExistsError: ``out`` holds something, is a file or a mount point, or lies in, under or above what is read.
         FileNotFoundError, NotADirectoryError: a file or folder is missing.
         OSError: reading or writing failed. Nothing has been written to ``out`` then.
         ValueError: a file is damaged, the adapters do not belong together or are swapped, the rank is out of range, a
@@ -84,8 +85,9 @@ def convert_adapter(
         >>> folder.cleanup()
     """
     trained, initial, out = Path(trained), Path(initial), Path(out)
-    check_apart([out], [trained, initial, *([] if base is None else [Path(base)])])
-    _check_replaceable(out, force)
+    folder = destination(out)
+    check_apart([folder], [trained, initial, *([] if base is None else [Path(base)])])
+    _check_replaceable(folder, force)
     notes: list[str] = []
     with open_pair(trained, initial) as pair:
         plain = plan_plain(pair, rank)
@@ -93,9 +95,9 @@ def convert_adapter(
         if name is None:
             notes.append("the config names no base model, because only the residual one is known; base= names it")
         checked = _check_layers(pair, _open_models(pair.initial, base, notes), notes)
-        with atomic_folder(out, replace=force) as temporary:
+        with atomic_folder(folder, replace=check_plain if force else None) as temporary:
             layers, loss = write_plain(plain, name, temporary)
-    flush(out.resolve().parent)
+    flush(folder.resolve().parent)
     return ConversionReport(
         layers=layers,
         out=out,
@@ -108,15 +110,12 @@ def convert_adapter(
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
-    """Refuse to replace anything but an adapter, and that without ``force``."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} exists and is not a folder")
-    if not out.exists() or not any(out.iterdir()):
+    """Refuse to replace anything but an adapter of this function, and that without ``force``."""
+    if not out.is_dir() or not any(out.iterdir()):
         return
     if not force:
-        raise FileExistsError(f"{out} exists and is not an empty folder; force replaces an adapter")
-    if not (out / CONFIG_NAME).is_file() or any(path.is_dir() for path in out.iterdir()):
-        raise FileExistsError(f"{out} is not just an adapter, and force replaces nothing else; choose another folder")
+        raise FileExistsError(f"{out} exists and is not an empty folder; force replaces an adapter that convert wrote")
+    check_plain(out)
 
 
 def _open_models(initial: AdapterFile, base: str | os.PathLike[str] | None, notes: list[str]) -> Models | None:

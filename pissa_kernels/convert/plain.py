@@ -16,7 +16,8 @@ from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
 from ..adapter.patterns import same, with_ranks
 from ..checks import layer_context
 from ..files.atomic import write_text
-from ..files.header import Header, bytes_of, chunks, plan_header, write_at
+from ..files.destination import check_deletable
+from ..files.header import Header, bytes_of, chunks, plan_header, read_header, write_at
 from ..files.system import flush
 from .adapter import read_adapter
 from .lowrank import stacked, truncated
@@ -25,6 +26,9 @@ from .report import ConvertedLayer
 
 # Lists of a config that are sets: PEFT saves them in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
+# In the header of the weights. PEFT's save_pretrained writes another header: an adapter that was trained further in its
+# folder is known by that.
+MARK = {"written_by": "pissa-kernels convert"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,28 @@ def plan_plain(pair: AdapterPair, rank: int | None) -> PlainLora:
         if info.torch_dtype is None:
             raise ValueError(f"{trained.path}: {info.name!r} has dtype {info.dtype}, which this package does not write")
         tensors.append((info.name, info.torch_dtype, info.shape))
-    return PlainLora(pair, ranks, truncate=rank is not None, header=plan_header(tensors))
+    return PlainLora(pair, ranks, truncate=rank is not None, header=plan_header(tensors, MARK))
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse to delete a folder that holds anything but what :func:`write_plain` wrote.
+
+    Raises:
+        FileExistsError: the message names what it holds.
+    """
+    check_deletable(folder, (CONFIG_NAME, WEIGHTS_NAME), "convert")
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise FileExistsError(f"{folder} holds {CONFIG_NAME} without {WEIGHTS_NAME}, which convert does not leave")
+    try:
+        ours = MARK.items() <= read_header(weights).metadata.items()
+    except ValueError:
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"{weights} is not as convert writes it: it was trained further or saved by another program, and would be "
+            "lost; move it away, or choose another folder"
+        )
 
 
 def write_plain(plain: PlainLora, base: str | None, folder: Path) -> tuple[list[ConvertedLayer], float]:

@@ -12,7 +12,8 @@ import torch
 
 from ..adapter.layers import in_scope, lora_layers
 from ..adapter.names import ADAPTER_FOLDER
-from ..files.folder import check_apart
+from ..files.apart import check_apart
+from ..files.destination import destination
 from ..numerics import UNIT_ROUNDOFF
 from ..peft.patch import patch_peft
 from ..peft.save import save_pissa
@@ -125,14 +126,15 @@ def run_demo(
         compare: also time PEFT's ``pissa`` and ``pissa_niter_4`` on copies of the model.
 
     Raises:
-        FileExistsError: ``out`` holds something, or lies in, under or above ``model_dir``.
+        FileExistsError: ``out`` holds something, is a file or a mount point, or lies in, under or above ``model_dir``.
         OSError, TypeError, ValueError: the model cannot be loaded, no inputs can be made for it, or a layer is refused.
             Nothing has been saved then.
     """
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        folder = destination(out)
+        if folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"{out} exists and is not an empty folder; choose another --out")
-        check_apart([out], [model_dir])
+        check_apart([folder], [model_dir])
     original, processor = load_model(model_dir, dtype)
     inputs = model_inputs(original, processor)
     expected, called = outputs_and_calls(original, inputs)

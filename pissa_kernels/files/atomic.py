@@ -7,9 +7,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .destination import destination
 from .system import flush
 
 # Temporary name of a file inside a folder that a killed run leaves behind: the run that resumes overwrites it. A random
@@ -18,20 +19,26 @@ RESUMABLE = ".new"
 
 
 @contextlib.contextmanager
-def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path, *, replace: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """A temporary folder beside ``out`` that is renamed to ``out`` at the end, or deleted after an exception.
 
     Args:
         out: a folder that does not exist or is empty; a symbolic link is followed.
-        replace: whether ``out`` may hold files. They are deleted once the new folder has taken their place.
+        replace: called with an ``out`` that holds something, before that is deleted. It raises where nothing may be
+            deleted. None refuses such a folder.
+
+    Raises:
+        FileExistsError, NotADirectoryError, PermissionError: of
+            :func:`pissa_kernels.files.destination.destination`, before anything is written.
     """
-    out = out.resolve()
+    out = destination(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        if replace and out.exists():
+        if replace is not None and out.exists():
+            replace(out)
             _exchange(temporary, out)
             return
         if out.exists():
@@ -70,7 +77,7 @@ def atomic_file(path: Path, *, suffix: str | None = None, mode: int = 0o644) -> 
         os.close(handle)
         temporary = Path(name)
     else:
-        temporary = path.with_name(f".{path.name}{suffix}")
+        temporary = temporary_path(path, suffix)
     try:
         yield temporary
         flush(temporary)
@@ -79,6 +86,11 @@ def atomic_file(path: Path, *, suffix: str | None = None, mode: int = 0o644) -> 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_path(path: Path, suffix: str) -> Path:
+    """Where :func:`atomic_file` writes a file with a suffix."""
+    return path.with_name(f".{path.name}{suffix}")
 
 
 def write_text(path: Path, text: str, *, suffix: str | None = None) -> None:
@@ -108,14 +120,30 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_writable_target(path: Path) -> None:
-    """Refuse a path that cannot become a file, before any work is done for it.
+def check_writable_target(path: Path, kind: str, recognizes: Callable[[Path], bool]) -> Path:
+    """Refuse a path that cannot become a file, and a file of another kind, before any work is done for it.
+
+    Args:
+        path: the file.
+        kind: what is written, for the message.
+        recognizes: whether a file may be replaced. An empty file always may.
+
+    Returns:
+        The path with links followed, because a rename replaces a link itself.
 
     Raises:
-        FileExistsError: ``path`` is a folder.
+        FileExistsError: ``path`` is a folder, a link that leads nowhere, or a file that must not be replaced.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path.name}: the folder {path.parent} does not exist")
+    if not os.path.lexists(path):
+        return path
+    if not path.is_file():
+        what = f"a link to {os.readlink(path)}, which is no file" if path.is_symlink() else "not a regular file"
+        raise FileExistsError(f"{path} is {what}; give another name")
+    if path.stat().st_size and not recognizes(path):
+        raise FileExistsError(f"{path} exists and is not {kind}, so it is not replaced; give another name")
+    return path.resolve()

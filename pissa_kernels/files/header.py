@@ -124,14 +124,17 @@ def read_header(path: Path) -> Header:
     return Header(encoded, {info.name: info.shifted(len(encoded)) for info in tensors}, metadata, size)
 
 
-def plan_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Header:
+def plan_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], marks: Mapping[str, str] | None = None
+) -> Header:
     """Header of a file to be written.
 
     Args:
         tensors: name, dtype and shape of each tensor. Larger dtypes are placed first, which aligns every tensor to its
             own dtype; equal ones keep the given order.
+        marks: more strings for the header.
     """
-    metadata = {"format": "pt"}  # transformers and PEFT refuse a file without it
+    metadata = {"format": "pt", **(marks or {})}  # transformers and PEFT refuse a file without the format
     record: dict[str, Any] = {"__metadata__": metadata}
     placed, offset = [], 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):

@@ -64,6 +64,11 @@ class Places:
         real = path.resolve()
         return [mount.point for mount in self._innermost_first if real in mount.point.parents]
 
+    def is_mount(self, path: Path) -> bool:
+        """Whether a path is a mount point, also that of a folder of the same file system (``mount --bind``)."""
+        real = path.resolve()
+        return os.path.ismount(real) or any(mount.point == real for mount in self._innermost_first)
+
     def _in_file_system(self, real: Path) -> tuple[str, Path] | None:
         lineage = {real, *real.parents}
         mount = next((mount for mount in self._innermost_first if mount.point in lineage), None)

@@ -43,18 +43,29 @@ def write_page(report: Report, path: str | Path, shares: Sequence[float] = (0.9,
 
     Args:
         report: a report with at least one layer.
-        path: the file; an existing one is replaced.
+        path: the file; a link is followed. An existing page is replaced.
         shares: shares of the captured energy to suggest ranks for, each above 0 and at most 1.
         title: title of the page, as plain text.
 
     Raises:
         ImportError: matplotlib or Jinja2 is not installed; the message names the extra.
+        FileExistsError: there is something else than a web page at ``path``.
         OSError: the file cannot be written, or its folder does not exist.
         ValueError: the report has no layer, a share is out of range, or a number is NaN or infinite.
     """
-    path = Path(path)
-    check_writable_target(path)
+    path = check_page(Path(path))
     write_text(path, render_page(report, shares, title))
+
+
+def check_page(path: Path) -> Path:
+    """Refuse a path that cannot become a page, or that holds anything else. Returns it with links followed."""
+    return check_writable_target(path, "a web page", _is_page)
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html"))
 
 
 def render_page(report: Report, shares: Sequence[float] = (0.9,), title: str | None = None) -> str:

@@ -6,12 +6,14 @@ colors are from viridis, whose lightness increases evenly and which is readable 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files.atomic import atomic_file, check_writable_target
 from .curves import ranks_figure, spectra_figure
 from .figures import new_figure, shorten
 from .layer import rank_range
@@ -24,6 +26,9 @@ WIDE_CELL, NARROW_CELL, ROW = 0.36, 0.16, 0.34  # inches
 # Most depths that get a label.
 DEPTH_LABELS = 48
 DPI = 160
+# In the metadata of a picture, so that no other picture is replaced; the keys are matplotlib's, by format.
+DRAWN_BY = "pissa-kernels report"
+MARKED_BY = {"png": "Software", "svg": "Creator", "pdf": "Creator"}
 
 
 def draw(report: Report, folder: str | Path, shares: Sequence[float] = (0.9,), suffix: str = "png") -> list[Path]:
@@ -31,7 +36,8 @@ def draw(report: Report, folder: str | Path, shares: Sequence[float] = (0.9,), s
 
     Args:
         report: a report with at least one layer.
-        folder: folder of energy.png, spectra.png and ranks.png; existing files of these names are replaced.
+        folder: folder of energy.png, spectra.png and ranks.png. Files of these names that this function drew are
+            replaced.
         shares: shares of the captured energy whose ranks are marked, each above 0 and at most 1.
         suffix: "png", "svg" or another format of matplotlib's.
 
@@ -40,16 +46,26 @@ def draw(report: Report, folder: str | Path, shares: Sequence[float] = (0.9,), s
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
+        FileExistsError: ``folder`` is a file, or one of the names is taken by something else. Nothing is drawn then.
         OSError: the folder cannot be written.
         ValueError: the report has no layer, or a share is out of range.
     """
     figures = report_figures(report, shares)
     folder = Path(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise FileExistsError(f"{folder} exists and is not a folder; give the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=DPI)
+    places = [check_writable_target(path, "a picture of a report", _is_drawn) for path in paths]
+    mark = {MARKED_BY[suffix]: DRAWN_BY} if suffix in MARKED_BY else None
+    for place, figure in zip(places, figures.values(), strict=True):
+        with atomic_file(place) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=DPI, metadata=mark)
     return paths
+
+
+def _is_drawn(path: Path) -> bool:
+    return DRAWN_BY.encode() in path.read_bytes()
 
 
 def report_figures(report: Report, shares: Sequence[float] = (0.9,)) -> dict[str, Any]:

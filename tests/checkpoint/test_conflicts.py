@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+import pissa_kernels as pk
+
+from ..support.checkpoints import witness
 from ..support.refusing import LAYER, call_after, edit_tensor, init, refused, shard_of
 
 # Changes during the run
@@ -88,15 +91,51 @@ def test_source_changed_during_the_run_is_not_published(
     assert not (tmp_path / "out").exists()
 
 
-def test_nan_is_refused_and_a_repaired_source_is_another_one(
+@pytest.mark.parametrize("parents", ["", "a/b"])
+def test_nan_is_refused_and_leaves_nothing(
+    parents: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / parents / "out"
+    edit_tensor(model, f"{LAYER}.weight", spoil)
+    words = rf"layer '{LAYER}', weight \(32, 32\): .*NaN.*; the unfinished result is deleted: repair the weight, or "
+    words += "leave the layer out with --exclude-modules"
+    refused(capsys, words, model, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with pytest.MonkeyPatch.context() as patch:
+        call_after(patch, 2, fail)
+        refused(capsys, "Input/output error", model, out, left=(".out.unfinished",))
+    refused(capsys, words, model, out, "--resume")
+    assert init(model, out, "--exclude-modules", "q_proj") == 0
+
+
+def test_nan_keeps_the_result_that_was_to_be_replaced(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left = (".out.unfinished",)
+    assert init(model, tmp_path / "out") == 0
+    before = witness(tmp_path / "out")
     edit_tensor(model, f"{LAYER}.weight", spoil)
-    refused(capsys, rf"layer '{LAYER}', weight \(32, 32\): .*NaN", model, tmp_path / "out", left=left)
-    refused(capsys, rf"layer '{LAYER}', weight \(32, 32\): .*NaN", model, tmp_path / "out", "--resume", left=left)
-    edit_tensor(model, f"{LAYER}.weight", torch.Tensor.nan_to_num)
-    refused(capsys, "model has changed since", model, tmp_path / "out", "--resume", left=left)
+    refused(capsys, "NaN", model, tmp_path / "out", "--force", left=("out",))
+    assert witness(tmp_path / "out") == before
+
+
+def refuse(record: dict[str, Any]) -> None:
+    raise ValueError("of the caller")
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_other_failures_can_be_resumed(
+    error: type[Exception], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise error("broken")
+
+    call_after(monkeypatch, 5, broken)
+    with pytest.raises(error, match="broken"):
+        pk.init_checkpoint(model, tmp_path / "out", rank=4, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="of the caller"):
+        pk.init_checkpoint(model, tmp_path / "out", rank=4, progress=False, resume=True, on_tensor=refuse)
+    assert pk.init_checkpoint(model, tmp_path / "out", rank=4, progress=False, resume=True).kept
 
 
 def test_lock_of_another_process(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,4 +191,9 @@ def test_parent_that_is_a_file(model: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_parent_without_write_permission(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
-    refused(capsys, "Permission denied.*locked", model, tmp_path / "locked" / "out")
+    refused(
+        capsys,
+        "out cannot be made: the folder .*locked cannot be written in; choose another",
+        model,
+        tmp_path / "locked" / "out",
+    )

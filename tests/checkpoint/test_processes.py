@@ -20,6 +20,7 @@ from pissa_kernels.checkpoint.run import run_job
 
 from ..support.checkpoints import small, untimed
 from ..support.crashing import KILLED, OPTIONS, Child
+from ..support.refusing import edit_tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,6 +197,26 @@ def test_error_of_one_process_ends_all(
     first, second = outcomes(children)
     assert "exists and is not an empty folder" in first
     assert second == f"RuntimeError: process 0: {first.partition(': ')[2]}"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_refused_weight_of_one_process_leaves_nothing(process: int, model: Path, out: Path, tmp_path: Path) -> None:
+    """The process that meets the weight names it, whichever it is, and the others end with it."""
+    spoiled = Path(shutil.copytree(model, tmp_path / "model"))
+    (tensor,) = plan_checkpoint(model, out, OPTIONS).share(process, 2)[:1]
+    assert tensor.target is not None
+    edit_tensor(spoiled, tensor.info.name, lambda weight: weight * float("nan"))
+    killed = start(spoiled, out, 2, {1 - process: ("journal", 0)})
+    assert killed[1 - process].ended() == KILLED
+    assert (out.parent / ".out.unfinished").exists()
+    killed[process].kill()
+    killed[process].ended()
+    children = start(spoiled, out, 2)
+    assert [child.ended() for child in children] == [1, 1]
+    found = outcomes(children)
+    assert found[process].startswith(f"ValueError: layer '{tensor.target.name}'")
+    assert found[1 - process] == f"RuntimeError: process {process}: {found[process].partition(': ')[2]}"
+    assert list(out.parent.iterdir()) == []
 
 
 def test_lock_of_another_run_ends_all_processes(model: Path, out: Path) -> None:

@@ -23,6 +23,8 @@ from ..support.crashing import KILLED, OPTIONS, TORN, Child
 # Kills of test_killed_at_any_moment. With more than there are steps, test_killed_at_each_step takes all of them.
 KILLS = int(os.environ.get("PISSA_KERNELS_KILLS", "25"))
 TENSORS = 12
+# A result of another run, by version 0.1.0.
+OLD = Path(__file__).parents[1] / "fixtures" / "0.1.0" / "residual"
 
 
 @dataclass
@@ -120,12 +122,14 @@ def test_killed_at_each_step(undisturbed: Undisturbed) -> None:
 def test_killed_while_a_result_is_replaced(undisturbed: Undisturbed) -> None:
     """The old result is at OUT or in the folder of the run until the new one is at OUT."""
     for step in range(len(undisturbed.steps) - 10, len(undisturbed.steps) + 3):
-        undisturbed.out.mkdir()
-        (undisturbed.out / "old").write_text("old")
+        shutil.copytree(OLD, undisturbed.out)
         child = Child(undisturbed.model, undisturbed.out, workers=1, step=step, force=True, resume=False)
         assert child.ended() == KILLED
         found = contents(undisturbed.out.parent)
-        assert "out/old" in found or ".out.unfinished/replaced/old" in found or "out/pissa_manifest.json" in found
+        old = {name: content for name, content in contents(OLD).items() if content is not None}
+        places = [{name: found.get(f"{place}/{name}") for name in old} for place in ("out", ".out.unfinished/replaced")]
+        new = {name: content for name, content in undisturbed.expected.items() if name.startswith("out/")}
+        assert old in places or {f"out/{name}": content for name, content in untimed(undisturbed.out).items()} == new
         resume(undisturbed)
         undisturbed.check(f"killed at step {step} of a run that replaces a result")
 

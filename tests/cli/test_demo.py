@@ -20,7 +20,9 @@ from pissa_kernels.examples.layers import Choice
 from pissa_kernels.examples.measure import worst_reconstruction
 from pissa_kernels.peft import save as saving
 
+from ..support.checkpoints import witness
 from ..support.models import build, output
+from ..support.mounts import BindMounts
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -151,6 +153,29 @@ def test_out_in_the_model_folder_is_refused_before_the_model_is_loaded(
         with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
             demo.run_demo(gpt2, out=out)
     assert {path: path.read_bytes() for path in sorted(gpt2.iterdir())} == before
+
+
+def test_an_out_that_cannot_be_made_is_refused_before_the_model_is_loaded(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    words = {
+        "file": "file exists and is not a folder; choose another name",
+        "file/out": "file/out cannot be made: .*/file is not a folder",
+        "dangling": "dangling is a symbolic link to nowhere, which does not exist; make that folder, or choose another",
+        "dangling/out": "dangling/out cannot be made: .*/dangling is a symbolic link that leads nowhere",
+        "mounted": "mounted is a mount point, which cannot be replaced; choose a folder in it",
+    }
+    with BindMounts() as mount:
+        mount.add(tmp_path / "disk", tmp_path / "mounted")
+        before = witness(tmp_path)
+        for out, found in words.items():
+            with pytest.raises((FileExistsError, NotADirectoryError), match=found):
+                demo.run_demo(gpt2, out=tmp_path / out)
+            assert witness(tmp_path) == before
 
 
 def test_a_changed_output_exits_1(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import weakref
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 
 from pissa_kernels.convert import plain
@@ -16,6 +18,7 @@ from pissa_kernels.convert.pair import AdapterPair
 from pissa_kernels.files import header
 
 from ..peft.test_models import config
+from ..support.mounts import BindMounts
 from .adapters import rewrite
 
 
@@ -76,13 +79,104 @@ def test_only_force_replaces_an_adapter_and_nothing_else(copied: Path) -> None:
         convert_adapter(trained, initial, out)
     assert convert_adapter(trained, initial, out, rank=1, force=True).layers[0].rank == 1
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 1
-    (out / "more").mkdir()
-    with pytest.raises(FileExistsError, match="is not just an adapter, and force replaces nothing else"):
+    for name in "README.md", "more/README.md":
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+        words = f"lora holds {Path(name).parts[0]}, which convert has not written and which would be lost; move it away"
+        with pytest.raises(FileExistsError, match=words):
+            convert_adapter(trained, initial, out, force=True)
+        (out / name).unlink()
+    (out / "more").rmdir()
+    (out / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileExistsError, match=r"holds adapter_config\.json without adapter_model\.safetensors"):
         convert_adapter(trained, initial, out, force=True)
     (copied / "file").touch()
-    with pytest.raises(FileExistsError, match="is not a folder"):
-        convert_adapter(trained, initial, copied / "file", force=True)
-    assert sorted(path.name for path in copied.iterdir()) == ["base", "file", "lora", "residual", "trained"]
+    (copied / "dangling").symlink_to("nowhere")
+    (copied / "to file").symlink_to("file")
+    for name, words in (
+        ("file", "not a folder"),
+        ("to file", "not a folder"),
+        ("dangling", "a symbolic link to nowhere"),
+    ):
+        with pytest.raises(FileExistsError, match=words):
+            convert_adapter(trained, initial, copied / name, force=True)
+    for name in "file", "to file", "dangling":
+        (copied / name).unlink()
+    assert sorted(path.name for path in copied.iterdir()) == ["base", "lora", "residual", "trained"]
+
+
+def test_an_adapter_that_was_trained_further_is_kept(llama: tuple[Path, Any, Any], copied: Path) -> None:
+    """PEFT loads the result, and what it saves over it has no mark of this package."""
+    trained, initial, out = copied / "trained", copied / "residual", copied / "lora"
+    convert_adapter(trained, initial, out)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(llama[1]), out, is_trainable=True)
+    model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)
+    before = contents(out)
+    with pytest.raises(
+        FileExistsError, match=r"adapter_model\.safetensors is not as convert writes it: it was trained"
+    ):
+        convert_adapter(trained, initial, out, force=True)
+    (out / "adapter_model.safetensors").write_text("damaged")
+    with pytest.raises(FileExistsError, match="is not as convert writes it"):
+        convert_adapter(trained, initial, out, force=True)
+    (out / "adapter_model.safetensors").write_bytes(before[str(out / "adapter_model.safetensors")] or b"")
+    assert contents(out) == before
+    from transformers import AutoModelForCausalLM
+
+    convert_adapter(trained, initial, copied / "again")
+    loaded = AutoModelForCausalLM.from_pretrained(copied / "base")
+    loaded.load_adapter(str(copied / "again"))
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_what_is_saved_during_the_conversion_is_kept(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, initial, out = copied / "trained", copied / "residual", copied / "lora"
+    convert_adapter(trained, initial, out)
+    write = plain.write_plain
+
+    def written(*arguments: Any) -> Any:
+        (out / "README.md").write_text("mine")
+        return write(*arguments)
+
+    monkeypatch.setattr("pissa_kernels.convert.convert.write_plain", written)
+    with pytest.raises(FileExistsError, match=r"lora holds README\.md, which convert has not written"):
+        convert_adapter(trained, initial, out, rank=1, force=True)
+    assert (out / "README.md").read_text() == "mine"
+    assert json.loads((out / "adapter_config.json").read_text())["r"] > 1
+    assert sorted(path.name for path in copied.iterdir()) == ["base", "lora", "residual", "trained"]
+
+
+def test_mount_points_and_links(copied: Path) -> None:
+    trained, initial = copied / "trained", copied / "residual"
+    (copied / "disk").mkdir()
+    (copied / "link").symlink_to("disk")
+    with BindMounts() as mount:
+        mount.add(copied / "disk", copied / "mounted")
+        before = contents(copied)
+        with pytest.raises(
+            FileExistsError, match="mounted is a mount point, which cannot be replaced; choose a folder in"
+        ):
+            convert_adapter(trained, initial, copied / "mounted", force=True)
+        assert contents(copied) == before
+        convert_adapter(trained, initial, copied / "mounted" / "in")
+    convert_adapter(trained, initial, copied / "link" / "in", force=True)
+    (copied / "to").symlink_to("disk/in")
+    convert_adapter(trained, initial, copied / "to", force=True)
+    assert (copied / "to").is_symlink()
+    assert sorted(path.name for path in (copied / "disk").iterdir()) == ["in"]
+
+
+def test_the_model_around_the_initial_adapter_is_kept(copied: Path) -> None:
+    """OUT may lie in it, where it replaces nothing."""
+    initial = copied / "residual" / "pissa_init"
+    (copied / "weights").mkdir()
+    shard = next((copied / "residual").glob("*.safetensors"))
+    shard.rename(copied / "weights" / shard.name)
+    shard.symlink_to(f"../weights/{shard.name}")
+    with pytest.raises(FileExistsError, match=r"weights holds model\S*, which convert has not written"):
+        convert_adapter(copied / "trained", initial, copied / "weights", base=copied / "base", force=True)
+    convert_adapter(copied / "trained", initial, copied / "residual" / "lora", base=copied / "base")
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

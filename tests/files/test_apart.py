@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pissa_kernels.files.folder import check_apart
+from pissa_kernels.files.apart import check_apart
 from pissa_kernels.files.places import Places
 
 from ..support.mounts import BindMounts
@@ -129,6 +129,15 @@ def test_dangling_and_looping_links_inside(root: Path) -> None:
     (root / "a" / "model" / "loop").symlink_to("loop")
     check_apart([root / "b"], [root / "a" / "model"])
     assert "holds" in refusal(root / "a", root / "a" / "model")
+
+
+def test_links_to_folders_above_them(root: Path) -> None:
+    """Each of the links would double the folders of each level."""
+    for name in "lmno":
+        (root / "a" / "model" / name).symlink_to(".")
+        (root / "a" / "model" / "code" / name).symlink_to("..")
+    check_apart([root / "b"], [root / "a" / "model"])
+    assert "is in" in refusal(root / "a" / "model" / "code" / "out", root / "a" / "model")
 
 
 def test_same_inode(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

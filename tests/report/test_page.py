@@ -227,7 +227,7 @@ def test_a_users_matplotlibrc_does_not_matter() -> None:
 
 def test_writes_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
-    path.write_text("old")
+    path.write_text("\n<!doctype HTML><title>old</title>")
     write_page(SMALL, str(path))
     assert path.read_text(encoding="utf-8").endswith("</html>\n")
     assert path.stat().st_mode & 0o777 == 0o644
@@ -265,6 +265,28 @@ def test_refusals_write_nothing(
     with pytest.raises(error, match=words):
         write_page(report, tmp_path / path, shares)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "old", "<svg></svg>", "\0\1<html>"])
+def test_only_a_page_is_replaced(content: str, tmp_path: Path) -> None:
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_text(content)
+    link.symlink_to("file")
+    for target in path, link:
+        with pytest.raises(FileExistsError, match=f"{target} exists and is not a web page, so it is not replaced"):
+            write_page(SMALL, target)
+    assert path.read_text() == content
+    path.write_text("")
+    write_page(SMALL, link)  # an empty file, where the link leads
+    write_page(SMALL, link)
+    assert link.is_symlink()
+    assert path.read_text(encoding="utf-8").endswith("</html>\n")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="dangling is a link to nowhere, which is no file"):
+        write_page(SMALL, tmp_path / "dangling")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe is not a regular file"):
+        write_page(SMALL, tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -216,6 +217,30 @@ def test_draw_writes_three_files(tmp_path: Path) -> None:
     vector = draw(SMALL, str(tmp_path), suffix="svg")
     assert [path.name for path in vector] == ["energy.svg", "spectra.svg", "ranks.svg"]
     assert all("<svg" in path.read_text() for path in vector)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_only_its_own_pictures_are_replaced(suffix: str, tmp_path: Path) -> None:
+    drawn = draw(SMALL, tmp_path, suffix=suffix)
+    os.link(drawn[0], tmp_path / "kept")
+    before = (tmp_path / "kept").read_bytes()
+    draw(Report([layer("another")]), tmp_path, suffix=suffix)
+    assert (tmp_path / "kept").read_bytes() == before, "a second name keeps its bytes"
+    assert drawn[0].read_bytes() != before
+    figure = energy_figure(SMALL)
+    figure.savefig(drawn[2])  # as a user draws
+    (tmp_path / "weights").write_text("weights")
+    drawn[1].unlink()
+    drawn[1].symlink_to("weights")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=rf"spectra.{suffix} exists and is not a picture of a report"):
+        draw(SMALL, tmp_path, suffix=suffix)
+    drawn[1].unlink()
+    with pytest.raises(FileExistsError, match=rf"ranks.{suffix} exists and is not a picture of a report"):
+        draw(SMALL, tmp_path, suffix=suffix)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {
+        path: content for path, content in before.items() if path != drawn[1]
+    }
 
 
 def test_nothing_is_written_for_a_report_that_cannot_be_drawn(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bind mounts for the time of a test, where the system allows them."""
+"""Mounts for the time of a test, where the system allows them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ class BindMounts:
         for point in reversed(self._points):
             subprocess.run(["umount", point], check=True)
 
-    def add(self, folder: Path, point: Path) -> None:
+    def add(self, folder: Path, point: Path, *options: str) -> None:
         """Mount a folder at a second place with ``mount --bind``, or skip the test."""
+        self._mount(point, "--bind", *(f"-o{option}" for option in options), folder)
+
+    def add_tmpfs(self, point: Path) -> None:
+        """Mount a file system of its own, or skip the test."""
+        self._mount(point, "-ttmpfs", "tmpfs")
+
+    def _mount(self, point: Path, *arguments: str | Path) -> None:
         if os.geteuid() != 0:
-            pytest.skip("mount --bind needs root")
+            pytest.skip("mount needs root")
         point.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["mount", "--bind", folder, point], capture_output=True, text=True)
+        done = subprocess.run(["mount", *arguments, point], capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"mount --bind does not work here: {done.stderr.strip()}")
+            pytest.skip(f"mount does not work here: {done.stderr.strip()}")
         self._points.append(point)
