@@ -16,8 +16,10 @@ from torch.nn.modules import module as hooks
 from ..files.folder import Checkpoint
 
 # Keys of a number of modules, and of a length of a weight.
-_COUNT = re.compile(r"(^|_)(layers?|blocks|experts|depths?)$")
+_COUNT = re.compile(r"^(num|n)_(.*_)?(layers?|blocks)$|_layers$|^depths?$")
 _LENGTH = re.compile(r"(^|_)(size|dims?|heads?|embd|inner|model|ff|kv|channels|width)$")
+# Below it, a length is not doubted: parts of a model that the checkpoint does not have keep the sizes of the default.
+_SPARED = 1 << 24
 # Lengths that no weight need have.
 _OF_NO_WEIGHT = re.compile(r"max|window|chunk|image|cache|buffer|batch|block_size|crop|token")
 
@@ -45,13 +47,14 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         )
     tensors = [info for _, info in checkpoint.tensors().values()]
     elements = sum(torch.Size(info.shape).numel() for info in tensors)
+    longest = max(elements, _SPARED)
     for key, value in _integers(record):
         name = key.rpartition(".")[2].partition("[")[0]
-        if _COUNT.search(name) and value < 0:
+        if _COUNT.search(name) and value < 0 and name.startswith(("num_", "n_")):
             raise ValueError(f"{path}: {key} is {value}, which is negative")
         if _COUNT.search(name) and value > most_modules(checkpoint):
             raise ValueError(f"{path}: {key} is {value}, but the checkpoint has only {len(tensors)} tensors")
-        if _LENGTH.search(name) and not _OF_NO_WEIGHT.search(name) and value > max(elements, 1):
+        if _LENGTH.search(name) and not _OF_NO_WEIGHT.search(name) and value > longest:
             raise ValueError(f"{path}: {key} is {value}, but all tensors together have only {elements} elements")
     return record
 

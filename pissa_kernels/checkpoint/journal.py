@@ -154,10 +154,11 @@ class Journal:
             FileExistsError: it is damaged, so that nobody knows what is in the folder.
         """
         try:
-            match load((self.folder / PLAN).read_text(encoding="utf-8")):
-                case {"replace": bool(), "plan": {"fingerprint": dict(), **_other}} as record:
-                    return record
-            raise ValueError("it is not a plan")
+            record = load((self.folder / PLAN).read_text(encoding="utf-8"))
+            plan = record.get("plan") if isinstance(record, dict) else None
+            if not (isinstance(plan, dict) and isinstance(plan.get("fingerprint"), dict)):
+                raise ValueError("it is not a plan")
+            return {"replace": False, **record}  # type: ignore[dict-item]
         except ValueError as error:
             raise FileExistsError(
                 f"{self.folder} is not of a run of init, as its {PLAN} is damaged ({error}); move it away, or choose "

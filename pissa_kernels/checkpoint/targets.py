@@ -104,6 +104,8 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     layers = list(lora_layers(adapted))
     _check_kinds(layers)
     left_out, notes = read_past(adapted.get_base_model(), [name for name, _ in layers], options)
+    if not getattr(model.config, "architectures", None):
+        notes.append(f"config.json names no class; the tensors are those of {type(model).__name__}, which is taken")
     tensors, targets, limited = checkpoint.tensors(), [], []
     for name, layer in layers:
         if name in left_out:

@@ -9,14 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from ..adapter.patterns import has_name
+from ..checkpoint.options import ALL_LINEAR, check_expression, is_expression
 from ..checks import check_weight
 from ..peft.notices import Notices
 from ..peft.targets import check_target
 from ..peft.ties import Ties
-
-ALL_LINEAR = "all-linear"
-# A single name with one of these characters is a regular expression, as for ``init``.
-_EXPRESSION = re.compile(r"[*+?^$()\[\]{}|\\]")
 
 
 @dataclass
@@ -47,15 +45,12 @@ def choose_layers(model: Any, target_modules: str | Sequence[str], called: Colle
     """
     asked = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     named = [name for name in asked if name != ALL_LINEAR]
-    if len(asked) == 1 and _EXPRESSION.search(asked[0]):
-        try:
-            re.compile(asked[0])
-        except re.error as error:
-            raise ValueError(f"--target-modules {asked[0]!r} is not a regular expression: {error}") from None
+    if len(asked) == 1 and is_expression(asked[0]):
+        check_expression(asked[0])
         return Choice(asked[0])
     modules = [name for name, _ in model.named_modules()]
     for name in named:
-        if not any(_is_named(module, name) for module in modules):
+        if not any(has_name(name, module) for module in modules):
             raise ValueError(f"no module of {type(model).__name__} is named {name!r}, which --target-modules asks for")
     if ALL_LINEAR not in asked:
         return Choice(named)
@@ -63,7 +58,7 @@ def choose_layers(model: Any, target_modules: str | Sequence[str], called: Colle
     left_out = refused_layers(model, linear, called)
     taken = [name for name in linear if name not in left_out]
     left_out |= _fused_experts(model)
-    left_out = {name: reason for name, reason in left_out.items() if not any(_is_named(name, other) for other in named)}
+    left_out = {name: reason for name, reason in left_out.items() if not any(has_name(other, name) for other in named)}
     if not taken + named:
         reason = f": {next(iter(left_out.values()))}" if left_out else ""
         raise ValueError(
@@ -72,11 +67,6 @@ def choose_layers(model: Any, target_modules: str | Sequence[str], called: Colle
         )
     exclude = f"(?:{'|'.join(map(re.escape, left_out))})" if left_out else None  # names alone would match longer ones
     return Choice(taken + named, exclude, left_out)
-
-
-def _is_named(module: str, name: str) -> bool:
-    """Whether PEFT takes a name in a list for that of a module."""
-    return module == name or module.endswith(f".{name}")
 
 
 def linear_layers(model: Any) -> list[str]:

@@ -46,7 +46,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 # what is no object at all
 BROKEN = {
-    "empty": "",
     "an array": "[1]",
     "a number": "3",
     "cut short": '{"model_type": "llama"',
@@ -65,6 +64,11 @@ def test_wrong_values_are_one_line(
     refused(capsys, rf"{path}:? .*{WRONG[changes][1]}" if "quant" not in changes else WRONG[changes][1], model,
             tmp_path / "out")  # fmt: skip
     assert time.perf_counter() - began < 20
+
+
+def test_an_empty_config_is_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "config.json").write_bytes(b"")
+    refused(capsys, f"{model}/config.json is empty; download it again", model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("text", BROKEN)
@@ -129,7 +133,8 @@ def test_the_adapter_of_a_missing_class_fits_what_people_load(tmp_path: Path) ->
     original = tied_llama()
     original.save_pretrained(tmp_path / "model")
     no_class(tmp_path / "model")
-    pk.init_checkpoint(tmp_path / "model", tmp_path / "out", rank=4, progress=False)
+    report = pk.init_checkpoint(tmp_path / "model", tmp_path / "out", rank=4, progress=False)
+    assert report.notes == ("config.json names no class; the tensors are those of LlamaForCausalLM, which is taken",)
     residual = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     loaded = peft.PeftModel.from_pretrained(residual, tmp_path / "out", subfolder="pissa_init").eval()
     expected = output(original)
