@@ -24,7 +24,7 @@ from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
 from .check_layer import LayerCheck, check_layer
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
-from .plan import ADAPTER_WEIGHTS
+from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 class Finding(NamedTuple):
@@ -195,7 +195,9 @@ def _check_files(base: Checkpoint, out: Path, manifest: Manifest, verification: 
             continue
         if not _holds(out / name, about["sha256"]):
             verification.note(name, "its bytes are not those that were written")
-        elif name in base.others and not _holds(base.folder / name, about["sha256"]):
+        elif name != ADAPTER_CONFIG and not (base.folder / name).is_file():
+            verification.note(name, f"is not a file in {base.folder}")
+        elif name != ADAPTER_CONFIG and not _holds(base.folder / name, about["sha256"]):
             verification.note(name, f"differs from the file in {base.folder}")
         else:
             verification.files += 1

@@ -242,7 +242,7 @@ def test_on_tensor(pristine: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"rank": 17}, ValueError, r"layer 'model\.layers\.0\.self_attn\.k_proj', weight \(16, 32\): .*got r=17"),
+        ({"rank": 33}, ValueError, r"layer 'model\.layers\.0\.self_attn\.q_proj', weight \(32, 32\): .*got r=33"),
         ({"rank": 0}, ValueError, ".*rank|.*`r`"),
         ({"alpha": 0.0}, ValueError, r"alpha must be a finite number above 0, got 0\.0"),
         (

@@ -120,8 +120,8 @@ def test_spoilt_checkpoint(what: str, model: Path, tmp_path: Path, capsys: pytes
 # by name: options, words of the message
 ARGUMENTS: dict[str, tuple[list[object], str]] = {
     "rank too high": (
-        ["--rank", 17],
-        r"layer 'model\.layers\.0\.self_attn\.k_proj', weight \(16, 32\): .*1 ≤ r ≤ 16, got r=17",
+        ["--rank", 33],
+        r"layer 'model\.layers\.0\.self_attn\.q_proj', weight \(32, 32\): .*1 ≤ r ≤ 32, got r=33",
     ),
     "rank of one layer too high": (
         ["--rank-pattern", "v_proj=20"],

@@ -267,11 +267,13 @@ def test_a_pipe_in_the_place_of_a_file(pristine: Path, out: Path, name: str) -> 
     assert found[name] == "is not a regular file"
 
 
-def test_a_pipe_in_the_base(model: Path, written: Path) -> None:
+@pytest.mark.parametrize("what", ["a pipe", "nothing"])
+def test_a_file_that_the_base_lacks(what: str, model: Path, written: Path) -> None:
     (model / "tokenizer.json").unlink()
-    os.mkfifo(model / "tokenizer.json")
+    if what == "a pipe":
+        os.mkfifo(model / "tokenizer.json")
     found = dict(pk.verify_checkpoint(model, written, progress=False))
-    assert found == {"tokenizer.json": f"differs from the file in {model}"}
+    assert found == {"tokenizer.json": f"is not a file in {model}"}
 
 
 def test_weights_of_zeros(tmp_path: Path) -> None:
