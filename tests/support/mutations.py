@@ -49,7 +49,7 @@ def _damage(path: Path, rng: random.Random) -> str:
 
 
 def _json(path: Path, rng: random.Random) -> str:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8"))
         what = _change(record, rng)
         path.write_text(json.dumps(record), encoding="utf-8")
@@ -62,7 +62,7 @@ def _header(path: Path, rng: random.Random) -> str:
     length = int.from_bytes(data[:8], "little")
     try:
         record = json.loads(data[8 : 8 + length])
-    except ValueError:
+    except (ValueError, RecursionError):
         return _bytes(path, rng)
     what = _change(record, rng)
     text = json.dumps(record).encode()
