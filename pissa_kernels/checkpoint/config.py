@@ -29,8 +29,8 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises:
         TypeError: the checkpoint is quantized.
-        ValueError: the file is not a JSON object, or describes a model with more layers or larger weights than the
-            checkpoint can hold.
+        ValueError: the file is not a JSON object, has an empty quantization_config, or describes a model with more
+            layers or larger weights than the checkpoint can hold.
     """
     path = checkpoint.folder / "config.json"
     try:
@@ -45,6 +45,8 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.folder} is quantized ({method or 'quantization_config'}); PiSSA takes the float checkpoint "
             "that it was made from"
         )
+    if record.get("quantization_config") is not None:
+        raise ValueError(f"{path}: quantization_config is empty, and transformers refuses it; delete the entry")
     tensors = [info for _, info in checkpoint.tensors().values()]
     elements = sum(torch.Size(info.shape).numel() for info in tensors)
     longest = max(elements, _SPARED)
@@ -78,7 +80,7 @@ def making_model(checkpoint: Checkpoint, record: dict[str, Any]) -> Iterator[Non
             yield
     except (OSError, ImportError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # remote code may raise anything
         reason = str(error).partition("\nException raised from")[0]
         if isinstance(error, KeyError) and error.args:
             found = [key for key, value in _values(record) if value == error.args[0]]

@@ -19,7 +19,8 @@ from ..files.folder import Checkpoint
 from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
-from .model import empty_model, tensors_of_parameters, tied_weights
+from .classes import tensors_of_parameters
+from .model import empty_model, tied_weights
 from .options import ALL_LINEAR, AdapterOptions, as_peft, is_all_linear
 from .selection import check_names, check_patterns, listed, read_past
 
@@ -86,14 +87,15 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
 
     Raises:
         TypeError: a target is quantized, or its dtype is not float32, float16 or bfloat16.
-        ValueError: nothing to adapt; a target that is tied, fused from several tensors, read by another module, or not
-            a linear layer; a rank or scaling out of range; a name or pattern that decides for no layer. The message
-            names the layer or the option.
+        ValueError: nothing to adapt; a tensor of another shape than the model's; a target that is tied, fused from
+            several tensors, read by another module, or not a linear layer; a rank or scaling out of range; a name or
+            pattern that decides for no layer. The message names the layer, the tensor or the option.
     """
     model = empty_model(checkpoint, options.trust_remote_code)
     check_names(model, options)
     modules = [name for name, _ in model.named_modules()]
     plain, transformed = tensors_of_parameters(model, checkpoint)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = tied_weights(model)
     modules_to_adapt = as_peft(options.target_modules)
     if isinstance(modules_to_adapt, list) and any(map(is_all_linear, modules_to_adapt)):
@@ -104,8 +106,9 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     layers = list(lora_layers(adapted))
     _check_kinds(layers)
     left_out, notes = read_past(adapted.get_base_model(), [name for name, _ in layers], options)
-    if not getattr(model.config, "architectures", None):
-        notes.append(f"config.json names no class; the tensors are those of {type(model).__name__}, which is taken")
+    kind, named = type(model).__name__, (getattr(model.config, "architectures", None) or ["no class"])[0]
+    if kind != named:
+        notes.append(f"config.json names {named}; the tensors are those of {kind}, which is taken")
     tensors, targets, limited = checkpoint.tensors(), [], []
     for name, layer in layers:
         if name in left_out:
@@ -129,6 +132,7 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
         with layer_context(target.label):
             _check_target(target, tuple(layer.get_base_layer().weight.shape))
         targets.append(target)
+    _check_shapes(shapes, checkpoint, plain)
     if not targets:
         raise ValueError(
             "PEFT found no layer to adapt" + "".join(f"; {name!r}: {why}" for name, why in left_out.items())
@@ -194,6 +198,21 @@ def _check_kinds(layers: Sequence[tuple[str, Any]]) -> None:
 
 def _is_linear(layer: Any) -> bool:
     return in_scope(layer) and not isinstance(layer.get_base_layer(), nn.Embedding)
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, plain: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse tensors that transformers would not load into the model, whether they are targets or not."""
+    tensors = checkpoint.tensors()
+    for name, keys in plain.items():
+        for key in keys if name in shapes else ():
+            found, expected = tensors[key][1].shape, shapes[name]
+            if found != expected:
+                raise ValueError(
+                    f"{checkpoint.folder}: tensor {key!r} has shape {found}, and the model of config.json has one of "
+                    f"shape {expected}; give the config that belongs to the weights"
+                )
 
 
 def _check_untied(name: str, layer: Any, tied: Mapping[str, str]) -> None:

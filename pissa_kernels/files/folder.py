@@ -119,7 +119,9 @@ def _indexed(folder: Path) -> dict[str, Header]:
     path = folder / INDEX
     check_text(path)
     try:
-        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map: dict[str, str] = index["weight_map"]
+        index["metadata"]  # transformers loads no index without it
         listed = {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not an index of shards: {type(error).__name__} {error}") from None

@@ -42,6 +42,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a class of another model": ({"architectures": ["WhisperModel"]}, "transformers makes no model of it"),
     "a string for classes": ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; accepted"),
     "a number among classes": ({"architectures": [7]}, r"architectures is \[7\]; accepted is a list"),
+    "an empty quantization": ({"quantization_config": {}}, "quantization_config is empty, and transformers refuses it"),
     "a list for a quantization": ({"quantization_config": [1]}, r"is quantized \(quantization_config\)"),
 }
 # what is no object at all
@@ -61,9 +62,16 @@ def test_wrong_values_are_one_line(
     path = model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | WRONG[changes][0]))
     began = time.perf_counter()
-    refused(capsys, rf"{path}:? .*{WRONG[changes][1]}" if "quant" not in changes else WRONG[changes][1], model,
-            tmp_path / "out")  # fmt: skip
+    words = WRONG[changes][1]
+    refused(capsys, words if words.startswith("is quant") else rf"{path}:? .*{words}", model, tmp_path / "out")
     assert time.perf_counter() - began < 20
+
+
+def test_tensors_of_other_shapes_are_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 101}))
+    words = r"tensor 'model\.embed_tokens\.weight' has shape \(100, 32\), and the model of config.json has one of shape"
+    refused(capsys, words, model, tmp_path / "out")
 
 
 def test_an_empty_config_is_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +148,57 @@ def test_the_adapter_of_a_missing_class_fits_what_people_load(tmp_path: Path) ->
     expected = output(original)
     assert (output(residual) - expected).norm() < 2e-6 * expected.norm()  # the residual has the adapter's layers now
     assert (output(loaded) - expected).norm() < 2e-6 * expected.norm()
+
+
+# The class that a config names where the tensors are those of another, and the class that people load.
+OTHERS = {
+    "a head in the file alone": ("LlamaForCausalLM", "LlamaModel", transformers.AutoModelForCausalLM),
+    "a head in the config alone": ("LlamaModel", "LlamaForCausalLM", transformers.AutoModel),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_class_of_the_tensors_is_taken_if_another_is_named(case: str, tmp_path: Path) -> None:
+    stored, named, loader = OTHERS[case]
+    original = getattr(transformers, stored)(build("llama", width=32, layers=1).config).eval()
+    original.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [named]}))
+    report = pk.init_checkpoint(tmp_path / "model", tmp_path / "out", rank=4, progress=False)
+    assert report.notes == (f"config.json names {named}; the tensors are those of {stored}, which is taken",)
+    residual = loader.from_pretrained(tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(residual, tmp_path / "out", subfolder="pissa_init").eval()
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected, found = original(input_ids=ids)[0], loaded(input_ids=ids)[0]
+    assert (found - expected).norm() < 2e-6 * expected.norm()
+
+
+def test_a_tied_head_under_the_names_of_the_model_without_it(tmp_path: Path) -> None:
+    """As in the checkpoint of GPT-2: the class that the config names is right, although it adds a prefix."""
+    build("gpt2", width=32, layers=1).transformer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["GPT2LMHeadModel"]}))
+    job = plan_checkpoint(tmp_path / "model", tmp_path / "out", AdapterOptions(rank=2))
+    assert job.notes() == ()
+    assert all(target.name.startswith("transformer.h.") for target in job.adapter.targets)
+
+
+def test_kernels_of_attention_are_not_needed(model: Path, tmp_path: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_attn_implementation": "flash_attention_2"}))
+    assert len(plan_checkpoint(model, tmp_path / "out", AdapterOptions(rank=2)).adapter.targets) == 7
+
+
+def test_remote_code_that_ends_the_process(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", leave)
+    refused(capsys, "config.json: transformers makes no model of it: SystemExit 3", model, tmp_path / "out")
 
 
 def test_a_class_that_nothing_fits_is_asked_for(

@@ -266,6 +266,11 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], int, str]] = {
         2,
         "tokenizer.json is a link to .*; complete the download",
     ),
+    "an index without metadata": (
+        lambda m: write(m / INDEX, {"weight_map": json.loads((m / INDEX).read_text())["weight_map"]}),
+        1,
+        f"{INDEX} is not an index of shards: KeyError 'metadata'",
+    ),
     "shards missing": (
         lose_shards,
         2,
