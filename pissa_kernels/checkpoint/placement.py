@@ -2,7 +2,8 @@
 
 A finished folder is renamed to OUT. A mount point cannot be renamed, so a run builds its result inside it, in a hidden
 folder, and moves the entries one by one. config.json moves first out of an old result and last out of a new one, so
-that no loader accepts a folder that is moved in part. A killed run has left all entries on one side or the other.
+that no loader accepts a folder that is moved in part. A killed run has left all entries on one side or the other. A
+move changes the time of an entry, so the manifest moves after the files that it is compared with.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Placement:
                     raise
                 raise appeared(self.out) from None
             return
-        for path in sorted(source.iterdir(), key=lambda path: path.name == CONFIG):
+        for path in sorted(source.iterdir(), key=lambda path: (path.name == CONFIG, path.name == MANIFEST)):
             place = self.out / path.name
             if os.path.lexists(place):
                 raise appeared(place)
@@ -153,8 +154,9 @@ def is_result_of(out: Path, plan: object) -> bool:
 def check_result(folder: Path, besides: Collection[str] = (), manifest_in: Path | None = None) -> None:
     """Refuse to delete a folder that holds anything but a result of ``init``.
 
-    The names of all files are compared with the manifest. A file is hashed only if it is newer than the manifest, which
-    a run writes last: to hash a checkpoint takes minutes, and what is saved into a result is newer than the result.
+    The names of all files are compared with the manifest. A file is hashed only if it came to the folder after the
+    manifest, which a run writes last: to hash a checkpoint takes minutes. Copies may keep the time of their original
+    (``cp -p``, ``rsync -a``), but not the time at which the file was made or changed here.
 
     Args:
         folder: the folder.
@@ -173,14 +175,20 @@ def check_result(folder: Path, besides: Collection[str] = (), manifest_in: Path 
             f"{folder} holds {found[0]}, and is not a result of init: {reason}; move it away, or choose another folder"
         ) from None
     check_deletable(folder, {*manifest.files, MANIFEST, REPORT, REPORT_DIGEST}, "init", besides)
-    written = ((manifest_in or folder) / MANIFEST).stat().st_mtime_ns
+    written = _changed((manifest_in or folder) / MANIFEST)
     for name, about in manifest.files.items():
         path = folder / name
-        if path.is_file() and path.stat().st_mtime_ns > written and not _is_as_written(path, about):
+        if path.is_file() and _changed(path) > written and not _is_as_written(path, about):
             raise FileExistsError(
                 f"{folder} holds {name}, which has changed since init wrote it and which would be lost; move it away, "
                 "or choose another folder"
             )
+
+
+def _changed(path: Path) -> int:
+    """When a file or its status was last changed, in ns. Windows has the time of its creation instead of the latter."""
+    status = path.stat()
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _is_as_written(path: Path, about: object) -> bool:

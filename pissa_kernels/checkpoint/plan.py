@@ -19,6 +19,7 @@ from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, sha256
 from ..files.walk import printable
 from ..svd.cost import choose_plan, machine_of, workspace
+from .manifest import MANIFEST
 from .options import AdapterOptions
 from .placement import Placement
 from .targets import Adapter, Target, find_targets
@@ -137,7 +138,9 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
             :func:`pissa_kernels.checkpoint.targets.find_targets`.
     """
     checkpoint = _without_adapter(open_checkpoint(model))
-    if own := [name for name in (*checkpoint.others, *checkpoint.left_out) if name.startswith(f"{ADAPTER_FOLDER}/")]:
+    names = (*checkpoint.others, *checkpoint.left_out)
+    own = [name for name in names if name.startswith(f"{ADAPTER_FOLDER}/")]
+    if own := own or [name for name in names if name == MANIFEST]:  # the adapter may have been moved away
         raise ValueError(f"{model} is a residual already, as {own[0]} says; take the checkpoint that it was made of")
     out = destination(out, may_be_mounted=True)
     placement = Placement(out)

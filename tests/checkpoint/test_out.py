@@ -49,6 +49,8 @@ USED: dict[str, tuple[Callable[[Path], object], str]] = {
                          "pissa_init/adapter_config.json, which has changed since init wrote it"),
     "trained factors": (lambda out: save_file({"a": torch.ones(2)}, out / "pissa_init" / "adapter_model.safetensors"),
                         "pissa_init/adapter_model.safetensors, which has changed since init wrote it"),
+    "an older file in the place of weights": (lambda out: older(out / "pissa_init" / "adapter_model.safetensors"),
+                                              "pissa_init/adapter_model.safetensors, which has changed since init"),
     "no manifest": (lambda out: (out / "pissa_manifest.json").unlink(),
                     r"code, and is not a result of init: it has no pissa_manifest\.json"),
     "a damaged manifest": (lambda out: (out / "pissa_manifest.json").write_text("{}"),
@@ -60,6 +62,12 @@ USED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def edit(path: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(path.read_text()))
+
+
+def older(path: Path) -> None:
+    """Put trained factors in the place of a file, with the time of their original, as ``cp -p`` and ``rsync -a`` do."""
+    save_file({"a": torch.ones(2)}, path)
+    os.utime(path, ns=(0, 0))
 
 
 @pytest.mark.parametrize("case", USED)
@@ -93,7 +101,9 @@ def test_a_folder_that_init_has_not_made_is_kept(
 def test_results_that_were_copied_or_written_by_an_earlier_version_are_replaced(model: Path, tmp_path: Path) -> None:
     for place, source in ("old", FIXTURE), ("copy", tmp_path / "old"):
         shutil.copytree(source, tmp_path / place, copy_function=shutil.copyfile)  # times of the copy
-        os.utime(tmp_path / place / "pissa_manifest.json", ns=(0, 0))
+        for path in (tmp_path / place).rglob("*"):
+            if path.name != "pissa_manifest.json":
+                os.utime(path)  # after the manifest
         assert init(model, tmp_path / place, "--force") == 0
         assert (tmp_path / place / "tokenizer.json").exists()
 
@@ -198,6 +208,8 @@ def test_residual_checkpoint_is_refused(model: Path, tmp_path: Path, capsys: pyt
         if path.suffix != ".safetensors":
             path.unlink()
     refused(capsys, "is a residual already, as pissa_init/adapter_model.safetensors", residual, tmp_path / "out")
+    (residual / "pissa_init").rename(tmp_path / "source" / "adapter")
+    refused(capsys, "is a residual already, as pissa_manifest.json says", residual, tmp_path / "out")
 
 
 def test_empty_folder_is_filled(model: Path, tmp_path: Path) -> None:
