@@ -15,6 +15,8 @@ from torch import Tensor
 from .ops import WEIGHT_DTYPES
 
 # PEFT raises a TypeError that starts with this sentence, and callers match it.
+# With a smaller scaling A and B exceed float32's range, and with a larger one B·A falls below it.
+_SMALLEST_SCALING, _LARGEST_SCALING = 1e-30, 1e30
 DTYPE_SENTENCE = "Please initialize PiSSA under float32, float16, or bfloat16."
 
 
@@ -129,10 +131,15 @@ def check_scaling(scaling: float) -> None:
     """Refuse a scaling that the singular values cannot be divided by.
 
     Raises:
-        ValueError: not a finite number above zero.
+        ValueError: not a finite number above zero, or one with which s·B·A leaves the range of float32.
     """
     if not (math.isfinite(scaling) and scaling > 0):
         raise ValueError(f"PiSSA divides by the scaling (lora_alpha/r), which must be above 0, got {scaling}")
+    if not _SMALLEST_SCALING <= scaling <= _LARGEST_SCALING:
+        raise ValueError(
+            f"the scaling (lora_alpha/r) is {scaling:.3g}, and the factors of the weight would leave the range of "
+            f"float32; accepted is {_SMALLEST_SCALING:g} to {_LARGEST_SCALING:g}"
+        )
 
 
 def check_accuracy(tol: float, niter: int | None) -> None:

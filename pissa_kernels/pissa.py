@@ -183,18 +183,22 @@ def rounded_factors(
     """A and B of each weight (out, in) from its triplets, rounded to the dtype that will store them.
 
     Raises:
-        ValueError: A or B overflow ``dtype``, or the residual overflows the weight's dtype.
+        ValueError: A or B overflow or underflow ``dtype``, or the residual overflows the weight's dtype.
     """
     with exact_arithmetic(weights[0].device):
         S = torch.stack([svd.S for svd in svds])
         root = torch.stack([svd.S / scaling for svd, scaling in zip(svds, scalings, strict=True)]).sqrt()
-        lora_A = (root[:, :, None] * torch.stack([svd.Vh for svd in svds])).to(dtype).float()
+        exact_A = root[:, :, None] * torch.stack([svd.Vh for svd in svds])
+        lora_A = exact_A.to(dtype).float()
         lora_B = (torch.stack([svd.U for svd in svds]) * root[:, None, :]).to(dtype).float()
-        finite = torch.isfinite(lora_A).all(-1).all(-1) & torch.isfinite(lora_B).all(-1).all(-1)
+        in_range = torch.isfinite(lora_A).all(-1).all(-1) & torch.isfinite(lora_B).all(-1).all(-1)
+        if torch.finfo(dtype).tiny > torch.finfo(torch.float32).tiny:
+            largest_A, rounded = exact_A.abs().amax((-1, -2)), lora_A.abs().amax((-1, -2))
+            in_range &= rounded >= largest_A / 2  # otherwise A is rounded to 0, and training would not move B
         found = []
-        for index, (in_range, largest) in enumerate(torch.stack([finite, S[:, 0]], dim=-1).tolist()):
-            if not in_range:
-                raise ValueError(f"the factors of the weight exceed the range of {dtype}")
+        for index, (holds, largest) in enumerate(torch.stack([in_range, S[:, 0]], dim=-1).tolist()):
+            if not holds:
+                raise ValueError(f"the factors of the weight leave the range of {dtype}; choose another lora_alpha")
             factors = Factors(lora_A[index], lora_B[index], S[index], svds[index].certificate)
             _check_residual_range(weights[index], factors, scalings[index], largest)
             found.append(factors)

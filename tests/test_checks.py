@@ -205,9 +205,15 @@ def test_check_rank_refuses(rank: int) -> None:
         check_rank(rank, (4, 5))
 
 
-@pytest.mark.parametrize("scaling", [1e-30, 0.5, 1, 64.0])
+@pytest.mark.parametrize("scaling", [1e-30, 0.5, 1, 64.0, 1e30])
 def test_check_scaling_accepts(scaling: float) -> None:
     check_scaling(scaling)
+
+
+@pytest.mark.parametrize("scaling", [1e-31, 1e31, 1e300])
+def test_check_scaling_refuses_what_leaves_the_range_of_float32(scaling: float) -> None:
+    with pytest.raises(ValueError, match=r"is 1e[-+]\d+, and the factors .* float32; accepted is 1e-30 to 1e\+30$"):
+        check_scaling(scaling)
 
 
 @pytest.mark.parametrize("scaling", [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf])

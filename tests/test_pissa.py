@@ -60,6 +60,16 @@ def test_factors_and_residual(dtype: torch.dtype, fan_in_fan_out: bool, scaling:
         torch.testing.assert_close(squares * scaling, exact[:8], rtol=1e-5 + 2 * ROUNDOFF[dtype], atol=0)
 
 
+def test_factors_that_would_be_rounded_to_zero() -> None:
+    """Training cannot move A and B away from 0."""
+    W = realistic(60, 40).half()
+    pk.decompose(W, 4, scaling=1e6)
+    pk.decompose(torch.zeros_like(W), 4, scaling=1e6)
+    pk.decompose(W.bfloat16(), 4, scaling=1e20)
+    with pytest.raises(ValueError, match=r"^the factors of the weight leave the range of torch.float16"):
+        pk.decompose(W, 4, scaling=1e20)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2"])
 def test_layout_and_storage(init: str) -> None:
     W = realistic(60, 40).bfloat16()
