@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME, factor_key, module_name
+from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, factor_key, module_name
 from ..adapter.patterns import rank_of, scaling_of
 from ..checks import layer_context
 from ..files.header import DTYPES, Header, TensorInfo, read_header, read_tensor
@@ -105,9 +105,10 @@ def read_adapter(folder: Path) -> AdapterFile:
     factors: dict[str, dict[str, TensorInfo]] = {}
     others = []
     for info in read_header(path).tensors.values():
-        if match := _FACTOR.fullmatch(info.name):
+        match = _FACTOR.fullmatch(info.name)
+        if match and match["layer"].startswith(KEY_PREFIX):
             factors.setdefault(module_name(match["layer"]), {})[match["linear"] or match["embedding"]] = info
-        elif _MALFORMED_FACTOR.search(info.name):
+        elif match or _MALFORMED_FACTOR.search(info.name):
             raise ValueError(f"{path}: PEFT saves no factor under the key {info.name!r}; save the adapter with PEFT")
         else:
             others.append(info)

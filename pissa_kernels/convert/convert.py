@@ -86,15 +86,16 @@ def convert_adapter(
     """
     trained, initial, out = Path(trained), Path(initial), Path(out)
     folder = destination(out)
-    check_apart([folder], [trained, initial, *([] if base is None else [Path(base)])])
-    _check_replaceable(folder, force)
     notes: list[str] = []
     with open_pair(trained, initial) as pair:
+        models = _open_models(pair.initial, base, notes)
+        check_apart([folder], [trained, initial, *([] if base is None else [Path(base)])])
+        _check_replaceable(folder, force)
         plain = plan_plain(pair, rank)
         name = str(base) if base is not None else original_name(pair.trained, pair.initial)
         if name is None:
             notes.append("the config names no base model, because only the residual one is known; base= names it")
-        checked = _check_layers(pair, _open_models(pair.initial, base, notes), notes)
+        checked = _check_layers(pair, models, notes)
         with atomic_folder(folder, replace=check_plain if force else None) as temporary:
             layers, loss = write_plain(plain, name, temporary)
     flush(folder.resolve().parent)

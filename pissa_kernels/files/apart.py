@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def _paths_read(read: Sequence[Path]) -> Iterator[Path]:
     for source in sources:
         for path, folders, files in walk(source):
             yield from (path / name for name in folders)
-            yield from (link for name in files if (link := path / name).is_symlink() and link.exists())
+            yield from (link for name in files if (link := path / name).is_symlink() and os.path.exists(link))
 
 
 def _look_up(keys: Iterable[Key], paths: Mapping[Key, Path]) -> Path | None:

@@ -113,6 +113,41 @@ def test_swapped_inputs_are_refused(name: str, dtype: torch.dtype, size: float, 
     convert_adapter(tmp_path / "trained", tmp_path / "residual", tmp_path / "lora")
 
 
+def test_an_adapter_is_not_its_own_initial_one(tmp_path: Path) -> None:
+    small_steps("llama", tmp_path, torch.float32, 1e-6)
+    (tmp_path / "trained" / "pissa_initial.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"trained/\S+ is given as the trained and as the initial adapter; give the"):
+        convert_adapter(tmp_path / "trained", tmp_path / "trained", tmp_path / "lora")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 0.01), (torch.bfloat16, 0.2)])
+def test_another_trained_adapter_is_not_the_initial_one(dtype: torch.dtype, size: float, tmp_path: Path) -> None:
+    for name, moved_by in ("one", size), ("two", 3 * size):
+        small_steps("llama", tmp_path / name, dtype, moved_by)
+        (tmp_path / name / "trained" / "pissa_initial.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"two/trained/\S+ does not have the factors that PiSSA starts from, but"):
+        convert_adapter(tmp_path / "one" / "trained", tmp_path / "two" / "trained", tmp_path / "lora")
+    convert_adapter(tmp_path / "one" / "trained", tmp_path / "two" / "residual", tmp_path / "lora")
+
+
+def test_the_initial_adapter_of_another_model(tmp_path: Path) -> None:
+    small_steps("llama", tmp_path / "one", torch.float32, 0.1)
+    torch.manual_seed(1)
+    other = type(build("llama"))(build("llama").config)
+    with pk.patch_peft():
+        pk.save_pissa(peft.get_peft_model(other, config("llama")), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"one/trained/\S+ was not trained from \S+other/pissa_init/\S+: their prod"):
+        convert_adapter(tmp_path / "one" / "trained", tmp_path / "other", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_trained_adapter_of_zeros_is_not_taken_for_swapped(tmp_path: Path) -> None:
+    small_steps("llama", tmp_path, torch.float32, 0.1)
+    path = tmp_path / "trained" / "adapter_model.safetensors"
+    retensor(path, lambda tensors: tensors.update({key: torch.zeros_like(value) for key, value in tensors.items()}))
+    convert_adapter(tmp_path / "trained", tmp_path / "residual", tmp_path / "lora")
+
+
 def test_swapped_inputs_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_steps("llama", tmp_path, torch.float32, 0.1)
     arguments = [str(tmp_path / "residual" / "pissa_init"), str(tmp_path / "trained"), str(tmp_path / "lora")]

@@ -22,7 +22,7 @@ Weights = dict[str, torch.Tensor]
 def write_adapter(folder: Path, factors: Weights, **changes: Any) -> None:
     """Write an adapter as PEFT saves it, without PEFT."""
     folder.mkdir(exist_ok=True)
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa", "target_modules": ["w"]}
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "olora", "target_modules": ["w"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

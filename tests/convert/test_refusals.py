@@ -70,6 +70,12 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         spoil_trained(lambda t: [t.pop(f"{Q}.lora_{factor}.weight") for factor in "AB"]),
         r"layer 'model\S+0\.self_attn\.q_proj' is in \S+pissa_init\S+ but not in \S+trained\S+ \(1 such layers\)",
     ),
+    "keys without PEFT's prefix": (
+        spoil_trained(
+            lambda t: [t.update({key.removeprefix("base_model.model."): t.pop(key)}) for key in list(t)]
+        ),
+        r"PEFT saves no factor under the key 'model\.layers\S+; save the adapter with PEFT",
+    ),
     "half": (spoil_trained(lambda t: t.pop(Q + ".lora_B.weight")), r"layer 'model\S+q_proj' in \S+: lora_B is missing"),
     "none": (
         spoil_trained(lambda t: [t.pop(key) for key in list(t)] and t.update(x=torch.ones(1))),
