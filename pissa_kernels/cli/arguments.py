@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from .streams import one_line
+
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
@@ -57,8 +59,13 @@ def pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars, logs and warnings of transformers and PEFT: what they raise is reported."""
+    """Silence the progress bars, logs and warnings of transformers and PEFT: what they raise is reported.
+
+    The package's own warnings are one line, as its errors.
+    """
     import transformers
+
+    warnings.formatwarning = lambda message, *_, **__: f"pissa-kernels: warning: {one_line(str(message))}\n"
 
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..convert.convert import convert_adapter
 from .arguments import positive
+from .streams import output
 
 
 def add_parser(commands: Any) -> None:
@@ -45,5 +46,5 @@ def run(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         force=arguments.force,
     )
-    print(report.to_json() if arguments.json else report.table())
+    output(report.to_json() if arguments.json else report.table())
     return 0

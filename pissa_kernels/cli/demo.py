@@ -13,6 +13,7 @@ from ..adapter.names import ADAPTER_FOLDER
 from ..report import Report
 from ..report.tables import text_table
 from .arguments import EXIT_FAILED, initializer, positive, quiet_libraries
+from .streams import output
 
 if TYPE_CHECKING:
     from ..examples.demo import DemoResult
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         compare=not arguments.no_compare,
     )
-    print(json.dumps(_as_json(result)) if arguments.json else _as_text(result))
+    output(json.dumps(_as_json(result)) if arguments.json else _as_text(result))
     return 0 if result.holds else EXIT_FAILED
 
 

@@ -16,6 +16,7 @@ from ..checkpoint.plan import CheckpointJob, plan_checkpoint
 from ..checkpoint.run import CheckpointReport, init_checkpoint
 from ..report.tables import text_table
 from .arguments import initializer, pattern, positive, quiet_libraries
+from .streams import output
 
 MIB = 2**20
 
@@ -141,13 +142,13 @@ def run(arguments: argparse.Namespace) -> int:
             print(note, file=sys.stderr)
 
     def print_tensor(record: dict[str, Any]) -> None:
-        print(json.dumps({"event": "tensor", **record}), flush=True)
+        output(json.dumps({"event": "tensor", **record}))
 
     if arguments.dry_run:
         job = plan_checkpoint(arguments.model, arguments.out, AdapterOptions(**options), arguments.device)
         announce(job)
         if first:
-            print(json.dumps(_plan_record(job)) if arguments.json else _plan_text(job))
+            output(json.dumps(_plan_record(job)) if arguments.json else _plan_text(job))
         return 0
     report = init_checkpoint(
         arguments.model,
@@ -162,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
         on_tensor=print_tensor if arguments.json else None,
     )
     if first:
-        print(json.dumps(_as_json(report)) if arguments.json else _as_text(report))
+        output(json.dumps(_as_json(report)) if arguments.json else _as_text(report))
     return 0
 
 

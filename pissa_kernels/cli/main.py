@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import NoReturn
 from .._version import __version__
 from . import convert, demo, init, report, verify
 from .arguments import EXIT_FAILED, EXIT_USAGE
-from .streams import abandon_stdout, accept_all_text, one_line
+from .streams import accept_all_text, one_line
 
 _EXTRA = ". The command line needs its extra: pip install 'pissa-kernels[demo]'"
 
@@ -36,17 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_all_text()
     arguments = _parser().parse_args(argv)
     try:
-        status = int(arguments.run(arguments))
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a failure of the output is reported here, and not by Python at its exit
-        return status
+        return int(arguments.run(arguments))
     except KeyboardInterrupt:
         return _fail(f"interrupted; {getattr(arguments, 'interrupted', 'nothing was saved')}", EXIT_FAILED)
     except Exception as error:
         if arguments.traceback:
             traceback.print_exc()
         if isinstance(error, BrokenPipeError):
-            abandon_stdout()
+            kept = getattr(arguments, "interrupted", "")
+            return _fail(f"nothing reads the output any more{kept and f'; {kept}'}", EXIT_FAILED)
         return _fail(*_described(error))
 
 
@@ -57,8 +56,10 @@ def _described(error: Exception) -> tuple[str, int]:
     """
     text = str(error)
     if isinstance(error, ImportError):
-        hint = "" if "pip install" in text else _EXTRA  # the message may name its extra
-        return text + hint, EXIT_FAILED
+        missing = isinstance(error, ModuleNotFoundError) and "pip install" not in text  # it may name its extra
+        return text + _EXTRA * missing, EXIT_FAILED
+    if isinstance(error, FileNotFoundError) and error.errno is not None and error.filename is None:
+        return "the current directory does not exist any more; change to another one", EXIT_USAGE
     if isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError)):
         return text, EXIT_USAGE
     if isinstance(error, MemoryError):
@@ -69,7 +70,8 @@ def _described(error: Exception) -> tuple[str, int]:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"pissa-kernels: error: {one_line(text)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk, for example: the status still tells
+        print(f"pissa-kernels: error: {one_line(text)}", file=sys.stderr, flush=True)
     return code
 
 

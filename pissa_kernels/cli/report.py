@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..report import Report, find_report
 from ..report.spectrum import suggestion
 from .arguments import share
+from .streams import output
 
 
 def add_parser(commands: Any) -> None:
@@ -36,6 +38,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, and write the pictures and the page if requested."""
+    # of matplotlib: names may have signs that its font lacks
+    warnings.filterwarnings("ignore", category=UserWarning, message="Glyph")
     report = Report.read(find_report(arguments.source))
     shares = sorted(set(arguments.share or [0.9]))
     if arguments.html is not None:
@@ -52,13 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         write_page(report, arguments.html, shares, f"PiSSA initialization of {arguments.source.resolve().name}")
     if arguments.json:
-        print(report.to_json())
+        output(report.to_json())
         return 0
-    print(report.table())
+    output(report.table())
     for q in shares if report.layers else []:
-        print(suggestion(report.layers, q))
+        output(suggestion(report.layers, q))
     for path in drawn:
-        print(f"drew {path}")
+        output(f"drew {path}")
     if arguments.html is not None:
-        print(f"wrote {arguments.html}")
+        output(f"wrote {arguments.html}")
     return 0

@@ -40,6 +40,20 @@ def accept_all_text() -> None:
             reconfigure(errors=_NEAREST)
 
 
+def output(text: str) -> None:
+    """Print to standard output at once, so that a failure is reported by the command and not by Python at its exit.
+
+    Raises:
+        OSError: of the system, with the name of the stream.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        abandon_stdout()
+        error.filename = "standard output"
+        raise
+
+
 def abandon_stdout() -> None:
     """Send what is left of the output nowhere, once its reader is gone. Python would fail on it at its exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

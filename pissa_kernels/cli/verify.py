@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.verify import Verification, verify_checkpoint
 from ..report.tables import text_table
 from .arguments import EXIT_FAILED, positive
+from .streams import output
 
 DESCRIPTION = """\
 Check a result of pissa-kernels init against the original checkpoint. Both are
@@ -47,9 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify the checkpoint and print the findings."""
     findings = verify_checkpoint(arguments.base, arguments.out, workers=arguments.workers, progress=not arguments.json)
     if arguments.json:
-        print(json.dumps(_as_json(findings)))
+        output(json.dumps(_as_json(findings)))
     else:
-        print(_as_text(findings))
+        output(_as_text(findings))
         if findings:
             where = ", ".join(dict.fromkeys(finding.where for finding in findings))
             print(f"pissa-kernels: error: {arguments.out} does not hold: {where}", file=sys.stderr)

@@ -44,8 +44,9 @@ def atomic_folder(out: Path, *, replace: Callable[[Path], None] | None = None) -
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name(error, out)
         raise
 
 
@@ -83,9 +84,16 @@ def atomic_file(path: Path, *, suffix: str | None = None, mode: int = 0o644) -> 
         flush(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Name what is written in an error of the system that names no file, such as one of a full disk."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = os.fspath(path)
 
 
 def temporary_path(path: Path, suffix: str) -> Path:

@@ -46,8 +46,9 @@ def destination(out: Path, *, may_be_mounted: bool = False) -> Path:
 
 
 def _nearest_above(path: Path) -> Path:
-    """The nearest folder above a path that exists, or what is in its place."""
-    return next(above for above in path.absolute().parents if os.path.lexists(above))
+    """The nearest folder above a path that exists, or what is in its place. The root is above itself."""
+    path = path.absolute()
+    return next((above for above in path.parents if os.path.lexists(above)), path)
 
 
 def check_deletable(folder: Path, files: Collection[str], maker: str, besides: Collection[str] = ()) -> None:

@@ -30,6 +30,15 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return captured.out
 
 
+def raising(error: BaseException) -> Any:
+    """A function that raises an error."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(["--version"], capsys) == f"pissa-kernels {pk.__version__}\n"
 
@@ -91,6 +100,9 @@ def test_help_of_init_has_the_options_by_group(capsys: pytest.CaptureFixture[str
         (RuntimeError("a run"), 1, "a run"),
         (ModuleNotFoundError("No module named 'peft'"), 1, "No module named 'peft'. The command line needs its extra: "
          "pip install 'pissa-kernels[demo]'"),
+        (ImportError("a kernel is missing"), 1, "a kernel is missing"),
+        (BrokenPipeError(32, "Broken pipe"), 1, "nothing reads the output any more; finished tensors are kept, and "
+         "--resume continues the run"),
         (ImportError("matplotlib is missing: pip install 'pissa-kernels[report]'"), 1,
          "matplotlib is missing: pip install 'pissa-kernels[report]'"),
         (KeyboardInterrupt(), 1, "interrupted; finished tensors are kept, and --resume continues the run"),
@@ -100,10 +112,7 @@ def test_help_of_init_has_the_options_by_group(capsys: pytest.CaptureFixture[str
 def test_errors_are_one_line(
     error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(init_command, "init_checkpoint", fail)
+    monkeypatch.setattr(init_command, "init_checkpoint", raising(error))
     assert main(["init", "MODEL", "OUT"]) == code
     assert capsys.readouterr() == ("", f"pissa-kernels: error: {line}\n")
 
@@ -185,14 +194,31 @@ def test_a_terminal_of_any_encoding(encoding: str, name: str, head: str, report:
     assert text.splitlines()[2].startswith(f"{name} ")
 
 
+def test_a_current_directory_that_was_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    try:
+        Path().absolute()
+    except OSError as error:
+        monkeypatch.setattr(init_command, "init_checkpoint", raising(error))
+    assert main(["init", "MODEL", "OUT"]) == 2
+    assert capsys.readouterr().err == (
+        "pissa-kernels: error: the current directory does not exist any more; change to another one\n"
+    )
+
+
 @pytest.mark.slow
 def test_an_output_that_cannot_be_written(report: Path) -> None:
     reads, writes = os.pipe()
     os.close(reads)
     with open(writes, "wb") as closed:
         done = run_report(report, closed)
-    assert (done.returncode, done.stderr) == (1, b"pissa-kernels: error: [Errno 32] Broken pipe\n")
+    assert (done.returncode, done.stderr) == (1, b"pissa-kernels: error: nothing reads the output any more\n")
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
             done = run_report(report, full)
-        assert (done.returncode, done.stderr) == (1, b"pissa-kernels: error: [Errno 28] No space left on device\n")
+        message = b"pissa-kernels: error: [Errno 28] No space left on device: 'standard output'\n"
+        assert (done.returncode, done.stderr) == (1, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import weakref
@@ -12,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 
+from pissa_kernels.cli import main as cli
 from pissa_kernels.convert import plain
 from pissa_kernels.convert.convert import convert_adapter
 from pissa_kernels.convert.pair import AdapterPair
@@ -215,3 +217,23 @@ def test_the_same_folder_under_another_name_is_not_written_to(copied: Path, monk
     with pytest.raises(FileExistsError, match="which is read"):
         convert_adapter(copied / "trained", copied / "residual", copied / "mounted" / "new")
     assert contents(copied) == before
+
+
+def test_a_full_disk_is_named(
+    llama: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as os.pwrite does, without a file
+
+    monkeypatch.setattr(plain, "write_at", full)
+    out = tmp_path / "lora"
+    assert cli.main(["convert", str(llama[0] / "trained"), str(llama[0] / "residual"), str(out)]) == 1
+    assert capsys.readouterr().err == f"pissa-kernels: error: [Errno 28] No space left on device: '{out}'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_is_no_model_is_refused_before_its_folders_are_walked(
+    llama: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^/ is not a model folder: it has no config\.json"):
+        convert_adapter(llama[0] / "trained", llama[0] / "residual", tmp_path / "lora", base="/")

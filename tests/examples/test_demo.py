@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from pissa_kernels.cli.main import main
 from pissa_kernels.examples import initializers
@@ -151,7 +155,56 @@ def test_a_class_that_transformers_does_not_have(tmp_path: Path, capsys: pytest.
 def test_a_quantized_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved("llama", tmp_path / "model")
     config_without(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "is quantized; PiSSA takes the float checkpoint" in one_line(capsys, folder)
+    assert "is quantized (gptq); PiSSA takes the float checkpoint" in one_line(capsys, folder)
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pointer": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        "model.safetensors is a Git LFS pointer and not the file itself",
+    ),
+    "a download cut short": (
+        lambda folder: os.truncate(folder / "model.safetensors", 20_000), "model.safetensors is damaged or truncated"
+    ),
+    "layers without end": (
+        lambda folder: config_without(folder, num_hidden_layers=10**7), "num_hidden_layers is 10000000, but the check"
+    ),
+    "a config of other sizes": (
+        lambda folder: config_without(folder, vocab_size=7), "has shape (99, 32), and the model of config.json has one"
+    ),
+    "a string for a size": (
+        lambda folder: config_without(folder, hidden_size="x"), "config.json: transformers makes no model of it: Stri"
+    ),
+    "a string for classes": (
+        lambda folder: config_without(folder, architectures="LlamaModel"), "architectures is 'LlamaModel'; accepted is"
+    ),
+    "a class of no model": (
+        lambda folder: config_without(folder, architectures=["Trainer"]), "names the class Trainer, which transformers"
+    ),
+    "weights of another model": (
+        lambda folder: save_file({"x": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"}),
+        "does not have the weights of LlamaForCausalLM: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_models_are_one_line(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("llama", tmp_path / "model")
+    damage, words = DAMAGED[what]
+    damage(folder)
+    assert words in one_line(capsys, folder, "--rank", 4)
+
+
+@pytest.mark.slow
+def test_warnings_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As that of a layer that is narrower than the rank."""
+    folder = saved("llama", tmp_path / "model")
+    command = [sys.executable, "-m", "pissa_kernels", "demo", str(folder), "--rank", "1000", "--no-compare"]
+    assert subprocess.run(command, check=False).returncode == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("pissa-kernels: warning: ") for line in lines)
 
 
 @pytest.mark.slow

@@ -24,6 +24,11 @@ def test_links_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert destination(Path("new")) == Path("new")
 
 
+def test_the_root_is_a_mount_point() -> None:
+    with pytest.raises(FileExistsError, match=r"^/ is a mount point, which cannot be replaced; choose a folder in it"):
+        destination(Path("/"))
+
+
 @pytest.mark.parametrize("target", ["loop", "nowhere"])
 @pytest.mark.parametrize("below", ["out", "a/b/out", "../out"])
 def test_links_above_it_that_lead_nowhere(target: str, below: str, tmp_path: Path) -> None:
