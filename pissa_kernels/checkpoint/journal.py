@@ -93,16 +93,20 @@ class Journal:
         Raises:
             OSError: no space for the whole result, or no permission. Nothing is left behind.
         """
+        others = sum((job.checkpoint.folder / name).stat().st_size for name in job.checkpoint.others)
         try:
             self._empty()
             text = json.dumps({"replace": replace, "plan": job.record()}, sort_keys=True) + "\n"
             write_text(self.folder / PLAN, text, suffix=RESUMABLE)
             self.lay_out(job)
+            if others > shutil.disk_usage(self.folder).free:  # they are copied at the end, after all the work
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self.discard()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(
-                    error.errno, f"no space for the {job.size / 1e9:.3g} GB of {self.result} ({error.strerror})"
+                    error.errno,
+                    f"no space for the {(job.size + others) / 1e9:.3g} GB of {self.result} ({error.strerror})",
                 ) from None
             raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,12 @@ def run_demo(
     choice = choose_layers(original, target_modules, called)
 
     choice, injection = _time_plain(original, rank, choice)
-    with patch_peft() as report:
+    with patch_peft() as report, warnings.catch_warnings(record=True) as warned:
         adapted, seconds = inject(original, rank, init, choice)
     names = [layer.name for layer in report.layers]
     _check_initialized(adapted, names)
+    for warning in warned:  # not beside a refusal
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     result = DemoResult(
         model=model_dir.parent.name if model_dir.name == "model" else model_dir.name,
         dtype=str(original.dtype).removeprefix("torch."),

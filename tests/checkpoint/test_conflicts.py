@@ -164,6 +164,15 @@ def test_full_disk_fails_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_files_that_are_copied_need_space_too(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = sum(path.stat().st_size for path in (model / "code").iterdir())
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - space, space)  # after the tensors; the tokenizer is left
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refused(capsys, r"no space for the \S+ GB of .*out \(No space left", model, tmp_path / "out")
+
+
 def test_disk_that_fails_during_the_run(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,10 @@ def test_warnings_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     lines = capfd.readouterr().err.splitlines()
     assert lines
     assert all(line.startswith("pissa-kernels: warning: ") for line in lines)
+    command += ["--target-modules", "embed_tokens"]
+    assert subprocess.run(command, check=False).returncode == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "PEFT initializes an adapter of Embedding as plain LoRA" in line
 
 
 @pytest.mark.slow
