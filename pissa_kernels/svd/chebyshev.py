@@ -23,6 +23,9 @@ from .stopping import GUARD_VECTORS, Subspace, estimated_deficit
 # digits of the last one.
 MAX_SPREAD = 1e4
 MAX_DEGREE = 16
+# Smallest degree of the first filter, and of the others. No sketch is good enough without one: if the matrix has a few
+# more nonzero singular values than the block has columns, its range has some leading directions and none of the others.
+MIN_DEGREES = 4, 2
 # Smallest edge of the unwanted part relative to θ_1: smaller eigenvalues are below round-off in float32.
 MIN_EDGE = 1e-6
 
@@ -42,6 +45,7 @@ def chebyshev_subspace(
     """
     X, _ = orthonormalize(operator.sketch(block, seed))
     products = 0
+    least, later = MIN_DEGREES
     while True:
         matrix, HX, _ = operator.project(X)
         products += 1
@@ -54,22 +58,25 @@ def chebyshev_subspace(
         deficit = estimated_deficit(wanted, residuals, guard_value)
         # the only transfer to the host in a round
         figures = torch.stack([deficit.float(), values[:, 0], values[:, -rank], values[:, -1]], dim=-1).tolist()
-        if all(estimate <= tol for estimate, *_ in figures) or products >= max_products:
+        met = products > 1 and all(estimate <= tol for estimate, *_ in figures)
+        if met or products >= max_products:
             return Subspace(X[:, :, -rank:], None, functools.partial(estimated_deficit, edge=guard_value))
         edge = torch.maximum(values[:, 0], MIN_EDGE * values[:, -1])
         edge = torch.where(edge > 0, edge, 1.0)[:, None, None]  # a zero matrix of the batch stays zero
-        X, _ = orthonormalize(_filtered(operator, X, HX, edge, degree := _degree(figures, tol)))
+        X, _ = orthonormalize(_filtered(operator, X, HX, edge, degree := _degree(figures, tol, least)))
         products += degree - 1
+        least = later
 
 
-def _degree(figures: list[list[float]], tol: float) -> int:
+def _degree(figures: list[list[float]], tol: float, least: int) -> int:
     """Degree that the slowest matrix of the batch needs, limited by the precision of float32.
 
     Args:
         figures: for each matrix of the batch, its estimated deficit and the Ritz values θ_b, θ_r and θ_1.
         tol: tolerance on the energy deficit.
+        least: the smallest degree, where the precision allows it.
     """
-    needed, allowed = 2, MAX_DEGREE
+    needed, allowed = least, MAX_DEGREE
     for deficit, edge, last, first in figures:
         edge = max(edge, MIN_EDGE * first)
         if not (deficit > tol and edge > 0):

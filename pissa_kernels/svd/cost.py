@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -132,6 +132,13 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "
     return dense + _krylov_plans(constants, m, n, rank, call) + _chebyshev_plans(constants, m, n, rank, call, gram)
 
 
+def widened(plan: SolverPlan, rank: int) -> SolverPlan:
+    """A Krylov plan whose block has more columns than are wanted, so that it sees that many directions of a cluster."""
+    block = _multiple_of_16(rank + 2 * GUARD_VECTORS)
+    smallest = rank + GUARD_VECTORS + 2 * block
+    return replace(plan, block=block, limit=block * math.ceil(max(plan.limit, smallest) / block))
+
+
 def workspace(m: int, n: int, rank: int, niter: int | None, *, machine: str, batch: int = 1) -> int:
     """Upper estimate of the bytes that the SVDs of a batch of weights take beyond the weights, factors included.
 
@@ -159,7 +166,8 @@ def _workspace_alone(m: int, n: int, rank: int, niter: int | None, machine: str)
     elif chosen.method == "gram":
         matrices = 32 * n * n  # in float64, where float32 is not accurate enough, with two work matrices of LAPACK
     elif chosen.method == "krylov":
-        matrices = 4 * ((m + n) * chosen.limit + 4 * chosen.limit**2)
+        limit = chosen.limit if chosen.steps is not None else widened(chosen, rank).limit
+        matrices = 4 * ((m + n) * limit + 4 * limit**2)
     else:
         matrices = 4 * (4 * n * chosen.block + (2 * n * n if chosen.through_gram else 0))
     return panels + matrices + ROW_BLOCK_BYTES.get(machine, ROW_BLOCK_BYTES["cuda"])

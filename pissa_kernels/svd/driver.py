@@ -21,7 +21,7 @@ from ..checks import check_accuracy, check_rank, check_weight
 from ..numerics import exact_arithmetic
 from . import fixed
 from .chebyshev import chebyshev_subspace
-from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of
+from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of, widened
 from .krylov import block_krylov
 from .operators import GramOperator, WeightOperator
 from .rayleigh_ritz import Triplets, certified, dense_triplets, gram_triplets, rayleigh_ritz
@@ -207,16 +207,26 @@ def _iterate(
     if plan.method == "chebyshev":
         subspace = chebyshev_subspace(H, rank, block=plan.block, tol=tol, max_products=MAX_STEPS, seed=seed)
         return _evaluated(operator, subspace, tol)
-    krylov = functools.partial(block_krylov, H, rank, limit=plan.limit, tol=tol, max_steps=MAX_STEPS, seed=seed)
-    subspace = krylov(block=plan.block, steps=plan.steps, check_every=plan.check_every)
+    krylov = functools.partial(block_krylov, H, rank, tol=tol, max_steps=MAX_STEPS, seed=seed)
+    subspace = krylov(block=plan.block, limit=plan.limit, steps=plan.steps, check_every=plan.check_every)
     triplets, converged = _evaluated(operator, subspace, tol)
     if plan.steps is not None:
         if (triplets.S[:, -1] < STEEP * triplets.S[:, 0]).any().item():
             # float32 squares mix directions with singular values this small, which subspace iteration would separate
             triplets = rayleigh_ritz(operator, operator.adjoint(triplets.U))
-    elif not all(converged) and operator.passes < 2 * MAX_STEPS:
+        return triplets, converged
+    columns = rank
+    if not all(converged) and _hides_energy(subspace, triplets, tol):
+        plan = widened(plan, rank)
+        columns = plan.block
+        if plan.limit + plan.block > operator.shape[-1]:
+            return triplets, converged
+        subspace = krylov(block=plan.block, limit=plan.limit, check_every=plan.check_every)
+        triplets, converged = _evaluated(operator, subspace, tol)
+    if not all(converged) and operator.passes < 2 * MAX_STEPS:
         # the last step reduced the deficit by less than the stopping rule predicted
-        subspace = krylov(block=rank, start=triplets.V)
+        start = torch.cat([triplets.V, H.sketch(columns - rank, seed)], dim=-1) if columns > rank else triplets.V
+        subspace = krylov(block=columns, limit=plan.limit, start=start)
         triplets, converged = _evaluated(operator, subspace, tol)
     return triplets, converged
 
@@ -225,5 +235,14 @@ def _evaluated(operator: WeightOperator, subspace: Subspace, tol: float) -> tupl
     """Triplets on a subspace, and for each weight whether their estimated energy deficit is at most ``tol``."""
     triplets = rayleigh_ritz(operator, subspace.V, subspace.AV)
     # the residual of an eigenpair of AᵀA is σ times that of the triplet
-    deficit = subspace.deficit(triplets.S.square(), triplets.residuals * triplets.S)
+    measured = triplets.S.square(), triplets.residuals * triplets.S
+    deficit = subspace.deficit(*measured)
+    if subspace.hidden is not None:
+        deficit = torch.maximum(deficit, subspace.hidden(*measured))
     return triplets, (deficit <= tol).tolist()
+
+
+def _hides_energy(subspace: Subspace, triplets: Triplets, tol: float) -> bool:
+    """Whether only a wider block can tell that the triplets of every weight meet the tolerance."""
+    assert subspace.hidden is not None
+    return bool((subspace.hidden(triplets.S.square(), triplets.residuals * triplets.S) > tol).any())

@@ -108,6 +108,7 @@ class LanczosBasis:
 
     Attributes:
         operator: H.
+        block: columns of a panel.
         rows: (batch, limit, n) Qᵀ in its first ``size`` rows.
         T: (batch, limit, limit), lower triangle.
         size: columns of Q.
@@ -122,6 +123,7 @@ class LanczosBasis:
         self.operator = operator
         self.rows = torch.empty(batch, limit, n, dtype=torch.float32, device=operator.device)
         self.T = torch.zeros(batch, limit, limit, dtype=torch.float32, device=operator.device)
+        self.block = block
         self.size = self.newest = 0
         self.off_diagonal = self.rows.new_zeros(batch, 0, block)
         self.AQ_blocks: list[Tensor] = []
@@ -162,10 +164,13 @@ class LanczosBasis:
         return norms
 
     def unresolved(self, values: Tensor, rank: int) -> UnresolvedSpectrum:
-        """Where the unresolved spectrum begins, from the Ritz values (batch, size) and the newest panel."""
+        """What is known of the unresolved spectrum, from the Ritz values (batch, size) and the newest panel."""
         newest = self.T[:, self.newest : self.size, self.newest : self.size]
         edge = torch.linalg.eigvalsh(newest)[:, -1]
-        return UnresolvedSpectrum(edge, values[:, max(0, self.size - rank - GUARD_VECTORS)])
+        guard_value = values[:, max(0, self.size - rank - GUARD_VECTORS)]
+        others = max(self.block, GUARD_VECTORS) - 1
+        following = values[:, max(0, self.size - rank - others) : self.size - rank].flip(-1)
+        return UnresolvedSpectrum(edge, guard_value, following, self.block)
 
     def leading(self, vectors: Tensor, rank: int, unresolved: UnresolvedSpectrum) -> Subspace:
         """The ``rank`` leading Ritz vectors, with A·V where ``AQ_blocks`` covers all of Q."""
@@ -178,7 +183,7 @@ class LanczosBasis:
             # panel by panel: concatenating A·Q first takes as long as the product
             for AQ, part in zip(self.AQ_blocks[1:], others, strict=True):
                 AV.baddbmm_(AQ, part)
-        return Subspace(self.rows[:, : self.size].mT @ wanted, AV, unresolved.deficit)
+        return Subspace(self.rows[:, : self.size].mT @ wanted, AV, unresolved.deficit, unresolved.hidden)
 
     def restart(self, values: Tensor, vectors: Tensor, keep: int) -> None:
         """Replace Q by its ``keep`` leading Ritz vectors (thick restart, Wu & Simon 2000)."""

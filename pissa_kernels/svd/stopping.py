@@ -13,6 +13,14 @@ from torch import Tensor
 GUARD_VECTORS = 8
 # Relative gap between θ_r and the guard value below which θ_r belongs to a cluster.
 CLUSTER_GAP = 2e-3
+# Multiple of their residuals within which Ritz values may belong to one cluster: the Ritz values of a random part of a
+# cluster are that far apart at most, with margin.
+SEPARATION = 10.0
+# Largest difference of the Ritz values of a cluster, relative to the first. At loose tolerances, residuals are larger
+# than the distances of ordinary singular values.
+CLUSTER_WIDTH = 1e-2
+# Round-off of residuals and of equal Ritz values, relative to θ_1.
+ROUNDOFF = 2e-6
 # Smallest factor by which one step with a block of r columns is expected to reduce the energy deficit.
 FASTEST_DECAY = 0.02
 
@@ -25,11 +33,13 @@ class Subspace(NamedTuple):
         AV: (batch, m, r) A·V where the iteration has computed it on the way, else None.
         deficit: function of the Ritz values θᵢ = ‖A·vᵢ‖² (batch, r) and the residuals ‖H·vᵢ − θᵢ·vᵢ‖ (batch, r), both
             measured again after the iteration; returns the estimated energy deficit (batch,).
+        hidden: function of the same, for the energy that a wider block may find besides; None where none would.
     """
 
     V: Tensor
     AV: Tensor | None
     deficit: Callable[[Tensor, Tensor], Tensor]
+    hidden: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def estimated_deficit(ritz_values: Tensor, residuals: Tensor, edge: Tensor) -> Tensor:
@@ -52,20 +62,58 @@ def estimated_deficit(ritz_values: Tensor, residuals: Tensor, edge: Tensor) -> T
     edge = edge.double() if edge.ndim == 2 else edge.double().unsqueeze(-1)
     gaps = (ritz_values - edge).clamp(min=0) + residuals
     errors = torch.where(gaps > 0, residuals.square() / gaps, 0.0).sum(-1)
-    total = ritz_values.clamp(min=0).sum(-1)
-    return torch.where(total > 0, errors / total, 0.0)
+    return _share(errors, ritz_values)
+
+
+class Clusters(NamedTuple):
+    """The groups of consecutive Ritz values, as many as ``width``, that start with a wanted one.
+
+    Attributes:
+        found: (batch, k) whether the values of each group agree within :data:`SEPARATION` times their residuals.
+        reach: (batch, k) how far above the first value of the group eigenvalues of the same cluster may lie.
+    """
+
+    found: Tensor
+    reach: Tensor
+
+    @classmethod
+    def among(cls, wanted: Tensor, following: Tensor, residuals: Tensor, width: int) -> Clusters:
+        """The clusters of ``width`` values.
+
+        Args:
+            wanted: (batch, r) Ritz values, descending.
+            following: (batch, k) Ritz values after these, descending.
+            residuals: (batch, r) of the wanted ones.
+            width: number of values, at most r + k.
+        """
+        groups = torch.cat([wanted, following], dim=-1).unfold(-1, width, 1)[:, : wanted.shape[-1]]
+        # those beyond r have not converged, so their residuals do not count
+        largest = torch.nn.functional.pad(residuals, (0, width - 1)).unfold(-1, width, 1).amax(-1)
+        first, last = groups[:, :, 0], groups[:, :, -1]
+        roundoff = ROUNDOFF * wanted[:, :1]
+        measurable = (largest[:, : groups.shape[1]] - roundoff).clamp(min=0)
+        reach = torch.minimum(SEPARATION * measurable, CLUSTER_WIDTH * first)
+        return cls(first - last <= reach + roundoff, reach)
 
 
 class UnresolvedSpectrum(NamedTuple):
-    """Upper edge of the eigenvalues of H that a Krylov basis has not resolved, estimated in two ways.
+    """What a Krylov basis tells about the eigenvalues of H that it has not resolved.
+
+    A block of b random columns sees b directions of a cluster of equal eigenvalues. Those of nearly equal ones it
+    separates as slowly as their small differences let it, so until then it sees few of them, and their Ritz vectors
+    have small residuals: the rest of the cluster is hidden.
 
     Attributes:
         edge: (batch,) largest eigenvalue of H projected onto the newest panel, which nearly contains every residual.
         guard_value: (batch,) Ritz value GUARD_VECTORS places after θ_r.
+        following: (batch, k) Ritz values after θ_r, descending, as many as a group that starts with θ_r may have.
+        block: b.
     """
 
     edge: Tensor
     guard_value: Tensor
+    following: Tensor
+    block: int
 
     def deficit(self, ritz_values: Tensor, residuals: Tensor) -> Tensor:
         """:func:`estimated_deficit` with a safety factor of 2.
@@ -78,13 +126,56 @@ class UnresolvedSpectrum(NamedTuple):
 
         In a cluster (hundreds of singular values that agree to three digits) the newest panel may lie outside the
         cluster before the basis spans all of it, so there the gap to ``guard_value`` is used as well. Elsewhere that
-        gap overestimates the deficit up to ten times.
+        gap overestimates the deficit up to ten times. Where a wide block has found a cluster that it has not resolved,
+        no gap is known, and the errors are of first order.
         """
         estimate = 2 * estimated_deficit(ritz_values, residuals, self.edge)
-        cautious = 2 * estimated_deficit(ritz_values, residuals, self.guard_value)
+        # round-off in the residuals of equal values is no error of theirs
+        measurable = (residuals - ROUNDOFF * ritz_values.amax(-1, keepdim=True)).clamp(min=0)
+        cautious = 2 * estimated_deficit(ritz_values, measurable, self.guard_value)
         last = ritz_values.amin(-1)
         clustered = last - self.guard_value < CLUSTER_GAP * last
-        return torch.where(clustered, torch.maximum(estimate, cautious), estimate)
+        estimate = torch.where(clustered, torch.maximum(estimate, cautious), estimate)
+        wanted, residuals = _descending(ritz_values, residuals)
+        if self._narrow(wanted) or wanted.shape[-1] + self.following.shape[-1] < GUARD_VECTORS:
+            return estimate
+        first_order = _share(measurable.double().sum(-1), wanted)
+        unresolved = Clusters.among(wanted, self.following.double(), residuals, GUARD_VECTORS).found.any(-1)
+        return torch.where(unresolved, torch.maximum(estimate, first_order), estimate)
+
+    def hidden(self, ritz_values: Tensor, residuals: Tensor) -> Tensor:
+        """Energy deficit that the hidden part of a cluster may cause, if its directions displace all that follow.
+
+        It is 0 unless b consecutive values form a cluster, and for blocks of more than r columns, which the errors in
+        :meth:`deficit` are for.
+
+        Args:
+            ritz_values: (batch, r) θᵢ.
+            residuals: (batch, r) ‖H·vᵢ − θᵢ·vᵢ‖.
+
+        Returns:
+            (batch,) float64.
+        """
+        wanted, residuals = _descending(ritz_values, residuals)
+        if not self._narrow(wanted) or wanted.shape[-1] + self.following.shape[-1] < self.block:
+            return torch.zeros_like(wanted[:, 0])
+        found, reach = Clusters.among(wanted, self.following.double(), residuals, self.block)
+        above = (wanted[:, : found.shape[1]] + reach).unsqueeze(-1)
+        displaced = (above - wanted.unsqueeze(1)).clamp(min=0).triu().sum(-1)
+        return _share(torch.where(found, displaced, 0.0).amax(-1), wanted)
+
+    def _narrow(self, wanted: Tensor) -> bool:
+        return self.block < wanted.shape[-1] + GUARD_VECTORS
+
+
+def _descending(ritz_values: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+    values, order = ritz_values.double().sort(dim=-1, descending=True)
+    return values, residuals.double().gather(-1, order)
+
+
+def _share(errors: Tensor, ritz_values: Tensor) -> Tensor:
+    total = ritz_values.clamp(min=0).sum(-1)
+    return torch.where(total > 0, errors / total, 0.0)
 
 
 class StoppingRule:

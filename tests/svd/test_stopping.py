@@ -11,6 +11,8 @@ from pissa_kernels.svd.stopping import (
     CLUSTER_GAP,
     FASTEST_DECAY,
     GUARD_VECTORS,
+    ROUNDOFF,
+    SEPARATION,
     StoppingRule,
     UnresolvedSpectrum,
     estimated_deficit,
@@ -40,12 +42,50 @@ def test_a_zero_matrix_has_no_deficit() -> None:
     assert estimated_deficit(zeros, zeros, torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
+def unresolved(guard_value: float, following: list[float], block: int) -> UnresolvedSpectrum:
+    return UnresolvedSpectrum(torch.tensor([0.5]), torch.tensor([guard_value]), torch.tensor([following]), block)
+
+
 def test_in_a_cluster_the_gap_to_the_guard_value_counts() -> None:
     ritz_values, residuals = torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 1e-3]])
-    edge = torch.tensor([0.5])
-    for guard_value, gap in ((1 - 2 * CLUSTER_GAP, 0.5), (1 - CLUSTER_GAP / 2, CLUSTER_GAP / 2)):
-        estimate = UnresolvedSpectrum(edge, torch.tensor([guard_value])).deficit(ritz_values, residuals)
-        assert float(estimate) == pytest.approx(2 * 1e-6 / (gap + 1e-3) / 3, rel=1e-3)
+    far, near = (1 - 2 * CLUSTER_GAP, 0.5, 0.0), (1 - CLUSTER_GAP / 2, CLUSTER_GAP / 2, -2 * ROUNDOFF)
+    for guard_value, gap, extra in (far, near):
+        estimate = unresolved(guard_value, [], 4).deficit(ritz_values, residuals)
+        assert float(estimate) == pytest.approx(2 * (1e-3 + extra) ** 2 / (gap + 1e-3 + extra) / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_as_many_equal_values_as_a_narrow_block_has_columns_hide_others(ascending: bool) -> None:
+    ritz_values, residuals = torch.tensor([[4.0, 3.0, 3.0, 1.0]]), torch.tensor([[0.0, 1e-4, 2e-4, 0.0]])
+    if ascending:
+        ritz_values, residuals = ritz_values.flip(-1), residuals.flip(-1)
+    hidden = float(unresolved(0.5, [0.5], 2).hidden(ritz_values, residuals))
+    # the third and the fourth value may be 3 as well
+    assert hidden == pytest.approx((3 + SEPARATION * 2e-4 - 1) / 11, rel=1e-2)
+    assert float(unresolved(0.5, [0.6, 0.5], 3).hidden(ritz_values, residuals)) == 0.0, "there is room for a third"
+
+
+def test_values_that_their_residuals_separate_hide_nothing() -> None:
+    ritz_values = torch.tensor([[4.0, 3.0, 2.999, 1.0]])
+    for residual, any_hidden in ((1e-3 / SEPARATION * 0.9, False), (1e-3 / SEPARATION * 1.1, True)):
+        hidden = unresolved(0.5, [0.5], 2).hidden(ritz_values, torch.full((1, 4), residual))
+        assert (float(hidden) > 0) == any_hidden
+
+
+def test_a_cluster_across_index_r_hides_values() -> None:
+    ritz_values, residuals = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.full((1, 4), 1e-4)
+    for following, any_hidden in (([1.0, 1.0], True), ([1.0, 0.9], False)):
+        hidden = float(unresolved(0.5, following, 3).hidden(ritz_values, residuals))
+        assert hidden == (pytest.approx(SEPARATION * (1e-4 - 4 * ROUNDOFF) / 10, rel=1e-2) if any_hidden else 0.0)
+
+
+def test_the_errors_of_an_unresolved_cluster_in_a_wide_block_are_of_first_order() -> None:
+    ritz_values, residuals = torch.ones(1, 4), torch.full((1, 4), 1e-3)
+    for value, first_order in ((1.0, True), (0.5, False)):
+        spectrum = unresolved(0.4, [value] * GUARD_VECTORS, 4 + GUARD_VECTORS)
+        estimate = float(spectrum.deficit(ritz_values, residuals))
+        assert estimate == pytest.approx(1e-3 if first_order else 2 * 1e-6 / 0.5, rel=1e-2)
+        assert float(spectrum.hidden(ritz_values, residuals)) == 0.0
 
 
 def rule(**changes: float) -> StoppingRule:
