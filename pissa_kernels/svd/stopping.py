@@ -146,8 +146,8 @@ class UnresolvedSpectrum(NamedTuple):
     def hidden(self, ritz_values: Tensor, residuals: Tensor) -> Tensor:
         """Energy deficit that the hidden part of a cluster may cause, if its directions displace all that follow.
 
-        It is 0 unless b consecutive values form a cluster, and for blocks of more than r columns, which the errors in
-        :meth:`deficit` are for.
+        It is 0 unless nearly b consecutive values form a cluster. For a block of more than r columns it is 0: it sees
+        enough directions of any cluster, and :meth:`deficit` counts their errors.
 
         Args:
             ritz_values: (batch, r) θᵢ.
@@ -157,9 +157,10 @@ class UnresolvedSpectrum(NamedTuple):
             (batch,) float64.
         """
         wanted, residuals = _descending(ritz_values, residuals)
-        if not self._narrow(wanted) or wanted.shape[-1] + self.following.shape[-1] < self.block:
+        width = self.block - self.block // 4  # the last of b directions of a cluster converge late
+        if not self._narrow(wanted) or wanted.shape[-1] + self.following.shape[-1] < width:
             return torch.zeros_like(wanted[:, 0])
-        found, reach = Clusters.among(wanted, self.following.double(), residuals, self.block)
+        found, reach = Clusters.among(wanted, self.following.double(), residuals, width)
         above = (wanted[:, : found.shape[1]] + reach).unsqueeze(-1)
         displaced = (above - wanted.unsqueeze(1)).clamp(min=0).triu().sum(-1)
         return _share(torch.where(found, displaced, 0.0).amax(-1), wanted)
