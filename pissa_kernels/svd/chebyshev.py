@@ -58,7 +58,9 @@ def chebyshev_subspace(
         deficit = estimated_deficit(wanted, residuals, guard_value)
         # the only transfer to the host in a round
         figures = torch.stack([deficit.float(), values[:, 0], values[:, -rank], values[:, -1]], dim=-1).tolist()
-        met = products > 1 and all(estimate <= tol for estimate, *_ in figures)
+        filtered = products > 1
+        # a block whose last Ritz value is zero spans the whole range
+        met = all(estimate <= tol and (filtered or last <= MIN_EDGE * first) for estimate, last, _, first in figures)
         if met or products >= max_products:
             return Subspace(X[:, :, -rank:], None, functools.partial(estimated_deficit, edge=guard_value))
         edge = torch.maximum(values[:, 0], MIN_EDGE * values[:, -1])

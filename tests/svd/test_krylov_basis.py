@@ -72,7 +72,7 @@ def test_A_times_the_ritz_vectors_is_known_until_the_first_restart(weights: Tens
         basis.append(panel)
         basis.complete(*operator.compress(panel))
         values, vectors = basis.eigh()
-        V, AV, deficit = basis.leading(vectors, 4, basis.unresolved(values, 4))
+        V, AV, deficit, _ = basis.leading(vectors, 4, basis.unresolved(values, 4))
     if restarted:
         assert AV is None
     else:
