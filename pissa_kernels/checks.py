@@ -15,9 +15,9 @@ from torch import Tensor
 from .ops import WEIGHT_DTYPES
 
 # PEFT raises a TypeError that starts with this sentence, and callers match it.
+DTYPE_SENTENCE = "Please initialize PiSSA under float32, float16, or bfloat16."
 # With a smaller scaling A and B exceed float32's range, and with a larger one B·A falls below it.
 _SMALLEST_SCALING, _LARGEST_SCALING = 1e-30, 1e30
-DTYPE_SENTENCE = "Please initialize PiSSA under float32, float16, or bfloat16."
 
 
 @contextlib.contextmanager

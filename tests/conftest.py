@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,27 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .support.checkpoints import small
 
     return small(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="session")
+def written(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What init makes of it at rank 4, not to be written to."""
+    import pissa_kernels as pk
+
+    out = tmp_path_factory.mktemp("written") / "out"
+    pk.init_checkpoint(pristine, out, rank=4, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_thread_and_few_collections() -> Iterator[None]:
+    """The demo collects garbage before it measures time; without torch's and transformers' modules that is quick."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -97,12 +97,7 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     plain, transformed = tensors_of_parameters(model, checkpoint)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = tied_weights(model)
-    modules_to_adapt = as_peft(options.target_modules)
-    if isinstance(modules_to_adapt, list) and any(map(is_all_linear, modules_to_adapt)):
-        linear = _inject(empty_model(checkpoint, options.trust_remote_code), options, ALL_LINEAR)
-        _check_kinds(list(lora_layers(linear)))
-        modules_to_adapt = sorted({*linear.peft_config["default"].target_modules, *options.named})
-    adapted = _inject(model, options, modules_to_adapt)
+    adapted = _adapt(model, checkpoint, options)
     layers = list(lora_layers(adapted))
     _check_kinds(layers)
     left_out, notes = read_past(adapted.get_base_model(), [name for name, _ in layers], options)
@@ -113,16 +108,8 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     for name, layer in layers:
         if name in left_out:
             continue
-        weight = f"{name}.weight"
         _check_untied(name, layer, tied)
-        if weight in transformed or len(plain[weight]) != 1:
-            found = transformed.get(weight) or plain[weight]
-            raise ValueError(
-                f"layer {name!r}: its weight is not a tensor of its own in {checkpoint.folder}"
-                + (f", transformers makes it of {', '.join(map(repr, found[:3]))}" if found else "")
-                + "; leave the layer out with --exclude-modules"
-            )
-        shard, info = tensors[plain[weight][0]]
+        shard, info = tensors[_only_tensor(name, checkpoint, plain, transformed)]
         rank, width = int(layer.r["default"]), min(layer.get_base_layer().weight.shape)
         if width < rank and pattern_key(options.rank_pattern, name) is None:
             limited.append(f"{name} (rank {width} instead of {rank})")
@@ -148,6 +135,35 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
         config = with_ranks(config, {target.name: target.recipe.rank for target in targets})
         notes.append(f"narrower than the rank, and get all the rank that they have: {listed(limited)}")
     return Adapter(config, tuple(targets), left_out, tuple(notes))
+
+
+def _adapt(model: nn.Module, checkpoint: Checkpoint, options: AdapterOptions) -> Any:
+    """The model with the adapter. PEFT knows all-linear alone, so beside names it becomes names first."""
+    target_modules = as_peft(options.target_modules)
+    if isinstance(target_modules, list) and any(map(is_all_linear, target_modules)):
+        linear = _inject(empty_model(checkpoint, options.trust_remote_code), options, ALL_LINEAR)
+        _check_kinds(list(lora_layers(linear)))
+        target_modules = sorted({*linear.peft_config["default"].target_modules, *options.named})
+    return _inject(model, options, target_modules)
+
+
+def _only_tensor(
+    name: str, checkpoint: Checkpoint, plain: Mapping[str, list[str]], transformed: Mapping[str, list[str]]
+) -> str:
+    """Key of the tensor that is the weight of a layer.
+
+    Raises:
+        ValueError: transformers makes the weight of other tensors, or of none.
+    """
+    weight = f"{name}.weight"
+    found = transformed.get(weight) or plain.get(weight, [])
+    if weight in transformed or len(found) != 1:
+        raise ValueError(
+            f"layer {name!r}: its weight is not a tensor of its own in {checkpoint.folder}"
+            + (f", transformers makes it of {', '.join(map(repr, found[:3]))}" if found else "")
+            + "; leave the layer out with --exclude-modules"
+        )
+    return found[0]
 
 
 def _inject(model: nn.Module, options: AdapterOptions, target_modules: str | list[str]) -> Any:

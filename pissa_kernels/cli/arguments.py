@@ -21,26 +21,27 @@ def positive(text: str) -> int:
     return value
 
 
+def checked(text: str, check: Callable[[Any], object], kind: Callable[[str], Any] = str) -> Any:
+    """The value of an argument, once ``check`` has accepted it: its ValueError is argparse's message."""
+    try:
+        check(value := kind(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
 def initializer(text: str) -> str:
     """An initializer: pissa, or pissa_niter_N."""
     from ..checks import parse_init
 
-    try:
-        parse_init(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+    return str(checked(text, parse_init))
 
 
 def share(text: str) -> float:
     """A share of the captured energy, above 0 and at most 1."""
     from ..report.spectrum import check_share
 
-    try:
-        check_share(value := float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return value
+    return float(checked(text, check_share, float))
 
 
 def pattern(kind: type[int] | type[float]) -> Callable[[str], tuple[str, Any]]:
@@ -66,7 +67,6 @@ def quiet_libraries() -> None:
     import transformers
 
     warnings.formatwarning = lambda message, *_, **__: f"pissa-kernels: warning: {one_line(str(message))}\n"
-
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

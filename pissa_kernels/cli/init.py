@@ -15,7 +15,7 @@ from ..checkpoint.options import ALL_LINEAR, AdapterOptions, check_expression, e
 from ..checkpoint.plan import CheckpointJob, plan_checkpoint
 from ..checkpoint.run import CheckpointReport, init_checkpoint
 from ..report.tables import text_table
-from .arguments import initializer, pattern, positive, quiet_libraries
+from .arguments import checked, initializer, pattern, positive, quiet_libraries
 from .streams import output
 
 MIB = 2**20
@@ -97,11 +97,7 @@ def _add_adapter_options(group: Any) -> None:
 
 def _module(text: str) -> str:
     """A name of modules, or a regular expression."""
-    try:
-        check_expression(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+    return str(checked(text, check_expression))
 
 
 class _Pattern(argparse.Action):

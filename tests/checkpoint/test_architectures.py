@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,7 @@ from ..support.checkpoints import witness
 ROUNDING = 5e-6
 RANK = 4
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_few_collections() -> Iterator[None]:
-    """The demo collects garbage before it measures time; without torch's and transformers' modules that is quick."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread_and_few_collections")]
 
 
 Source = Callable[[str], tuple[Path, dict[str, torch.Tensor]]]

@@ -24,13 +24,6 @@ MANIFEST = "pissa_manifest.json"
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(scope="module")
-def written(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("written") / "out"
-    pk.init_checkpoint(pristine, out, rank=4, progress=False)
-    return out
-
-
 @pytest.fixture
 def out(written: Path, tmp_path: Path) -> Path:
     """A result to spoil."""

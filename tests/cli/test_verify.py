@@ -9,24 +9,16 @@ from pathlib import Path
 
 import pytest
 
-import pissa_kernels as pk
 from pissa_kernels.cli.main import main
 
 from ..support.checkpoints import ADAPTER, witness
 from ..support.refusing import LAYER
 
 
-@pytest.fixture(scope="module")
-def result(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("result") / "out"
-    pk.init_checkpoint(pristine, out, rank=4, progress=False)
-    return out
-
-
 @pytest.fixture
-def damaged(result: Path, tmp_path: Path) -> Path:
-    """A copy of the result with one wrong byte in the adapter, and another file."""
-    out = Path(shutil.copytree(result, tmp_path / "out"))
+def damaged(written: Path, tmp_path: Path) -> Path:
+    """A copy of the written with one wrong byte in the adapter, and another file."""
+    out = Path(shutil.copytree(written, tmp_path / "out"))
     data = bytearray((out / ADAPTER).read_bytes())
     data[-1] ^= 1
     (out / ADAPTER).write_bytes(data)
@@ -34,9 +26,9 @@ def damaged(result: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_table(pristine: Path, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = witness(result)
-    assert main(["verify", str(pristine), str(result), "--workers", "2"]) == 0
+def test_table(pristine: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = witness(written)
+    assert main(["verify", str(pristine), str(written), "--workers", "2"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = captured.out.splitlines()
@@ -49,7 +41,7 @@ def test_table(pristine: Path, result: Path, capsys: pytest.CaptureFixture[str])
         r"to one rounding",
         lines[-1],
     )
-    assert witness(result) == before
+    assert witness(written) == before
 
 
 def test_table_of_a_damaged_result(pristine: Path, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,11 +52,11 @@ def test_table_of_a_damaged_result(pristine: Path, damaged: Path, capsys: pytest
     assert re.search(r"lora_[AB]\.weight's bytes are not those that were written", line)
     assert captured.err == f"pissa-kernels: error: {damaged} does not hold: {tensor}\n"
     assert captured.out.splitlines()[-1].endswith(" other files: 1 problem")
-    assert "not part of the result: added.txt" in captured.out
+    assert "not part of the written: added.txt" in captured.out
 
 
-def test_json(pristine: Path, result: Path, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(pristine), str(result), "--json"]) == 0
+def test_json(pristine: Path, written: Path, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(pristine), str(written), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["holds"] is True
     assert (len(record["layers"]), record["copied"], record["problems"], record["extra"]) == (7, 5, [], [])
@@ -80,13 +72,13 @@ def test_json(pristine: Path, result: Path, damaged: Path, capsys: pytest.Captur
     assert record["extra"] == ["added.txt"]
 
 
-def test_mistakes_get_one_line(pristine: Path, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_line(pristine: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for base, out, words in [
         (pristine, pristine, "has no pissa_manifest.json: give a folder that pissa-kernels init has written"),
-        (pristine, result / "missing", "missing does not exist"),
-        (pristine, result / "config.json", "config.json is not a folder"),
-        (result / "missing", result, "missing does not exist"),
-        (result / "pissa_init", result, "is not a model folder: it has no config.json"),
+        (pristine, written / "missing", "missing does not exist"),
+        (pristine, written / "config.json", "config.json is not a folder"),
+        (written / "missing", written, "missing does not exist"),
+        (written / "pissa_init", written, "is not a model folder: it has no config.json"),
     ]:
         assert main(["verify", str(base), str(out)]) == 2
         captured = capsys.readouterr()

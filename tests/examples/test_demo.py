@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,7 @@ from pissa_kernels.examples.loading import load_model
 
 from ..support.architectures import ARCHITECTURES, GROUPED, IMAGE, TEXT
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_few_collections() -> Iterator[None]:
-    """The demo collects garbage before it measures time; without torch's and transformers' modules that is quick."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_few_collections")
 
 
 def saved(name: str, folder: Path, *processors: Any) -> Path:
