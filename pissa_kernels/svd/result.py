@@ -18,9 +18,8 @@ class Certificate:
         residual: max ρ/σ₁ with ρᵢ = max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖). The triplets are exact triplets of a matrix
             within √2·max ρ of W. Measured in float32; includes an upper bound on the round-off of the measurement.
         converged: whether the energy deficit, estimated from the residuals, is at most the tolerance; always true for
-            the dense methods. Where singular values cluster around index r, the true deficit can be two or three times
-            the estimate, and ten times at tolerances between 1e-5 and 1e-3; half a dozen singular values within 1 % are
-            enough for that.
+            the dense methods. It is an estimate and no proof: where singular values cluster around index r, the true
+            deficit is usually up to three times the estimate, and seldom more than ten times.
         method: "krylov" or "chebyshev"; "fixed", the schedule for GPUs; or one of the dense methods "gram" and "svd".
 
     Examples:

@@ -17,7 +17,7 @@ from ..support.refusing import LAYER
 
 @pytest.fixture
 def damaged(written: Path, tmp_path: Path) -> Path:
-    """A copy of the written with one wrong byte in the adapter, and another file."""
+    """A copy of the result with one wrong byte in the adapter, and another file."""
     out = Path(shutil.copytree(written, tmp_path / "out"))
     data = bytearray((out / ADAPTER).read_bytes())
     data[-1] ^= 1
@@ -52,7 +52,7 @@ def test_table_of_a_damaged_result(pristine: Path, damaged: Path, capsys: pytest
     assert re.search(r"lora_[AB]\.weight's bytes are not those that were written", line)
     assert captured.err == f"pissa-kernels: error: {damaged} does not hold: {tensor}\n"
     assert captured.out.splitlines()[-1].endswith(" other files: 1 problem")
-    assert "not part of the written: added.txt" in captured.out
+    assert "not part of the result: added.txt" in captured.out
 
 
 def test_json(pristine: Path, written: Path, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
