@@ -5,9 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pissa_kernels, library) {
-  library.def("matmul(Tensor weight, Tensor X) -> Tensor");
-  library.def("rmatmul(Tensor weight, Tensor Y) -> Tensor");
-  library.def("normal(Tensor weight, Tensor X) -> (Tensor, Tensor)");
+  library.def("matmul(Tensor weight, Tensor X, int pieces=3) -> Tensor");
+  library.def("rmatmul(Tensor weight, Tensor Y, int pieces=3) -> Tensor");
+  library.def("normal(Tensor weight, Tensor X, int pieces=3) -> (Tensor, Tensor)");
   library.def("sum_of_squares(Tensor weights) -> Tensor");
   library.def("gram_schmidt(Tensor panel, Tensor basis) -> (Tensor, Tensor, Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "multiply.h"
 #include "panels.h"
+#include "products.h"
 
 namespace pissa::cpu {
 namespace {
@@ -83,11 +84,13 @@ Tensor product(const Tensor& weight, const Tensor& panel, bool adjoint) {
   return result;
 }
 
-Tensor matmul(const Tensor& weight, const Tensor& X) { return product(weight, X, false); }
+}  // namespace
 
-Tensor rmatmul(const Tensor& weight, const Tensor& Y) { return product(weight, Y, true); }
+Tensor matmul(const Tensor& weight, const Tensor& X, int64_t) { return product(weight, X, false); }
 
-std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X) {
+Tensor rmatmul(const Tensor& weight, const Tensor& Y, int64_t) { return product(weight, Y, true); }
+
+std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X, int64_t) {
   check_operands(weight, X, false);
   const Matrices weights = matrices_of(weight);
   if (weights.empty() || !weights[0].row_contiguous()) {  // Wᵀ·Y needs the whole of Y
@@ -103,7 +106,6 @@ std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X) {
   return {Y, Z};
 }
 
-}  // namespace
 }  // namespace pissa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {

@@ -101,13 +101,13 @@ def _register_fakes() -> None:
     ) -> None:
         return None
 
-    def matmul(weight: Tensor, X: Tensor) -> Tensor:
+    def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
         return X.new_empty(*weight.shape[:-1], X.shape[-1])
 
-    def rmatmul(weight: Tensor, Y: Tensor) -> Tensor:
+    def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
         return matmul(weight.mT, Y)
 
-    def normal(weight: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
         return matmul(weight, X), rmatmul(weight, X)
 
     def gram_schmidt(panel: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +125,7 @@ def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
     """W·X in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.matmul`."""
     if X.shape[-1] == 1:
         return reference.matmul(weight, X)
-    result: Tensor = torch.ops.pissa_kernels.matmul(weight, X)
+    result: Tensor = torch.ops.pissa_kernels.matmul(weight, X, pieces)
     return result
 
 
@@ -133,7 +133,7 @@ def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
     """Wᵀ·Y in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.rmatmul`."""
     if Y.shape[-1] == 1:
         return reference.rmatmul(weight, Y)
-    result: Tensor = torch.ops.pissa_kernels.rmatmul(weight, Y)
+    result: Tensor = torch.ops.pissa_kernels.rmatmul(weight, Y, pieces)
     return result
 
 
@@ -141,7 +141,7 @@ def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
     """Y = W·X and Wᵀ·Y in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.normal`."""
     if X.shape[-1] == 1:
         return reference.normal(weight, X)
-    result: tuple[Tensor, Tensor] = torch.ops.pissa_kernels.normal(weight, X)
+    result: tuple[Tensor, Tensor] = torch.ops.pissa_kernels.normal(weight, X, pieces)
     return result
 
 
