@@ -25,7 +25,10 @@ DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 # kernels.cpp is compiled for each; the library chooses at run time.
-INSTRUCTION_SETS = {"generic": [], **({"avx2": ["-mavx2", "-mfma", "-mf16c"]} if X86 else {})}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+INSTRUCTION_SETS = {"generic": [], **({"avx2": AVX2, "avx512": AVX512} if X86 else {})}
 # In pissa_kernels/ops/csrc.py, too, which refuses devices that the library has neither code nor PTX for.
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 CUDA_PTX = "90"
@@ -91,8 +94,10 @@ class BuildLibraries(build_ext):
 
     def cpu_objects(self) -> list[str]:
         flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
-        sources = ("registration.cpp", "cpu/verbs.cpp", "cpu/products.cpp", "cpu/gram_schmidt.cpp")
+        sources = ["registration.cpp", "cpu/isa.cpp", "cpu/verbs.cpp", "cpu/products.cpp", "cpu/gram_schmidt.cpp"]
+        sources += ["cpu/amx_products.cpp"] if X86 else []
         objects = [self.compile(CSRC / name, flags) for name in sources]
+        objects += [self.compile(CSRC / "cpu/amx.cpp", [*flags, *AMX])] if X86 else []
         for name, options in INSTRUCTION_SETS.items():
             body = [*flags, *options, f"-DPISSA_ISA={name}"]
             objects.append(self.compile(CSRC / "cpu" / "kernels.cpp", body, suffix=name))

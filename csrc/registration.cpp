@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
   library.def("rmatmul(Tensor weight, Tensor Y, int pieces=3) -> Tensor");
   library.def("normal(Tensor weight, Tensor X, int pieces=3) -> (Tensor, Tensor)");
   library.def("sum_of_squares(Tensor weights) -> Tensor");
+  library.def("instruction_sets() -> Tensor");
+  library.def("use_instruction_set(int index) -> ()");
   library.def("gram_schmidt(Tensor panel, Tensor basis) -> (Tensor, Tensor, Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");
   // Returns nothing, because torch.compile cannot functionalize an operator that returns the argument it mutates.

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../tensors.h"
+#include "isa.h"
 #include "kernels.h"
 #include "multiply.h"
 #include "panels.h"

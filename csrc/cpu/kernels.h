@@ -1,4 +1,4 @@
-// The CPU kernels. kernels.cpp is compiled once per instruction set; kernels() returns the best set for this CPU.
+// The CPU kernels. kernels.cpp is compiled once per instruction set; isa.h chooses one for this CPU.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 
 namespace pissa::cpu {
 
-// Rows of a product that are computed together: two register tiles of 6 × 16, or one of 12 × 8.
+// Rows of a product that are computed together: two register tiles of 6 × 16 (one of 12 × 16 with AVX-512), or one of
+// 12 × 8.
 constexpr int64_t STRIP_ROWS = 12;
 // Columns of W in a block, hence rows of Wᵀ·Y that it contributes to. A block stays in L1.
 constexpr int64_t BLOCK_COLS = 8 * STRIP_ROWS;
@@ -63,7 +64,5 @@ struct Kernels {
   void (*gram)(const Panel& panel, double* gram);
   void (*transform)(const Panel& panel, const float* M);
 };
-
-const Kernels& kernels();
 
 }  // namespace pissa::cpu

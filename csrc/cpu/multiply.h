@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "isa.h"
 #include "kernels.h"
 #include "panels.h"
 

@@ -16,15 +16,15 @@ constexpr int64_t DEPTH = 128;
 // Floats between rows of the block for W·X. With DEPTH, reads down a column would conflict in the banks of the cache.
 constexpr int64_t PITCH = DEPTH + LANES;
 
-// out[i] += Σ_s block[i·OUT + s·SUM]·panel[s] for the rows of a register tile.
-template <int VECTORS, int64_t OUT, int64_t SUM>
+// out[i] += Σ_s block[i·OUT + s·SUM]·panel[s] for ROWS rows of VECTORS vectors, a register tile.
+template <class Vector, int VECTORS, int ROWS, int64_t OUT, int64_t SUM>
 inline void multiply_tile(const float* block, const float* panel, int64_t count, float* out) {
-  constexpr int ROWS = STRIP_ROWS / VECTORS, WIDTH = VECTORS * LANES;
-  f32x8 sum[ROWS][VECTORS] = {};
+  constexpr int SIZE = sizeof(Vector) / sizeof(float), WIDTH = VECTORS * SIZE;
+  Vector sum[ROWS][VECTORS] = {};
   for (int64_t s = 0; s < count; ++s, block += SUM, panel += WIDTH) {
-    f32x8 row[VECTORS];
+    Vector row[VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) row[v] = load<f32x8>(panel + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) row[v] = load<Vector>(panel + v * SIZE);
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
@@ -34,8 +34,8 @@ inline void multiply_tile(const float* block, const float* panel, int64_t count,
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
-      float* const to = out + i * WIDTH + v * LANES;
-      store(to, load<f32x8>(to) + sum[i][v]);
+      float* const to = out + i * WIDTH + v * SIZE;
+      store(to, load<Vector>(to) + sum[i][v]);
     }
 }
 
@@ -46,13 +46,18 @@ inline void multiply_strip(const float* block, const Panel& panel, int64_t row, 
   for (int64_t tile = 0; tile < panel.columns; tile += TILE) {
     const float* const from = panel.data + tile * panel.rows;
     float* const to = out.data + tile * out.rows;
-    if (panel.columns - tile > LANES) {
-      multiply_tile<2, OUT, SUM>(block, from + row * TILE, count, to + out_row * TILE);
-      multiply_tile<2, OUT, SUM>(block + STRIP_ROWS / 2 * OUT, from + row * TILE, count,
-                                 to + (out_row + STRIP_ROWS / 2) * TILE);
-    } else {
-      multiply_tile<1, OUT, SUM>(block, from + row * LANES, count, to + out_row * LANES);
+    if (panel.columns - tile <= LANES) {
+      multiply_tile<f32x8, 1, STRIP_ROWS, OUT, SUM>(block, from + row * LANES, count, to + out_row * LANES);
+      continue;
     }
+#if defined(__AVX512F__)
+    multiply_tile<f32x16, 1, STRIP_ROWS, OUT, SUM>(block, from + row * TILE, count, to + out_row * TILE);
+#else
+    constexpr int HALF_STRIP = STRIP_ROWS / 2;
+    for (int64_t i = 0; i < STRIP_ROWS; i += HALF_STRIP)
+      multiply_tile<f32x8, 2, HALF_STRIP, OUT, SUM>(block + i * OUT, from + row * TILE, count,
+                                                    to + (out_row + i) * TILE);
+#endif
   }
 }
 

@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "../tensors.h"
+#include "amx_products.h"
+#include "isa.h"
 #include "kernels.h"
 #include "multiply.h"
 #include "panels.h"
@@ -21,7 +23,8 @@ Matrices transposed(Matrices matrices) {
   return matrices;
 }
 
-void check_operands(const Tensor& weight, const Tensor& panel, bool adjoint) {
+void check_operands(const Tensor& weight, const Tensor& panel, int64_t pieces, bool adjoint) {
+  STD_TORCH_CHECK(1 <= pieces && pieces <= 3, "pissa_kernels: pieces must be 1, 2 or 3, got ", pieces);
   const int64_t axes = weight.dim();
   STD_TORCH_CHECK(axes == 2 || axes == 3, "pissa_kernels: a weight must be 2-D, or 3-D for a batch");
   const int64_t rows = weight.size(axes - (adjoint ? 2 : 1));
@@ -69,37 +72,46 @@ void multiply_columns(const Matrices& weights, const Panels& Y, const Matrices& 
   });
 }
 
-Tensor product(const Tensor& weight, const Tensor& panel, bool adjoint) {
-  check_operands(weight, panel, adjoint);
+Tensor product(const Tensor& weight, const Tensor& panel, int64_t pieces, bool adjoint) {
+  check_operands(weight, panel, pieces, adjoint);
   Tensor result = empty_result(weight, panel, adjoint);
   Matrices weights = matrices_of(weight);
   if (weights.empty()) return result;
   if (adjoint) weights = transposed(std::move(weights));
-  const Matrices factors = matrices_of(panel);
-  if (weights[0].row_contiguous()) {
-    multiply_rows(weights, packed(factors, layout_along_rows(weights[0], factors[0].cols)), matrices_of(result));
+  const Matrices factors = matrices_of(panel), out = matrices_of(result);
+  const bool by_rows = weights[0].row_contiguous();
+  if (!by_rows) weights = transposed(std::move(weights));
+#if defined(PISSA_X86)
+  const auto by_tiles = by_rows ? amx::multiply_rows : amx::multiply_columns;
+  if (amx::suits(weights[0]) && by_tiles(weights, factors, pieces, out)) return result;
+#endif
+  if (by_rows) {
+    multiply_rows(weights, packed(factors, layout_along_rows(weights[0], factors[0].cols)), out);
   } else {
-    multiply_columns(transposed(std::move(weights)), packed(factors, Layout::tiles), matrices_of(result));
+    multiply_columns(weights, packed(factors, Layout::tiles), out);
   }
   return result;
 }
 
 }  // namespace
 
-Tensor matmul(const Tensor& weight, const Tensor& X, int64_t) { return product(weight, X, false); }
+Tensor matmul(const Tensor& weight, const Tensor& X, int64_t pieces) { return product(weight, X, pieces, false); }
 
-Tensor rmatmul(const Tensor& weight, const Tensor& Y, int64_t) { return product(weight, Y, true); }
+Tensor rmatmul(const Tensor& weight, const Tensor& Y, int64_t pieces) { return product(weight, Y, pieces, true); }
 
-std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X, int64_t) {
-  check_operands(weight, X, false);
+std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X, int64_t pieces) {
+  check_operands(weight, X, pieces, false);
   const Matrices weights = matrices_of(weight);
   if (weights.empty() || !weights[0].row_contiguous()) {  // Wᵀ·Y needs the whole of Y
-    Tensor Y = product(weight, X, false);
-    return {Y, product(weight, Y, true)};
+    Tensor Y = product(weight, X, pieces, false);
+    return {Y, product(weight, Y, pieces, true)};
   }
   Tensor Y = empty_result(weight, X, false), Z = empty_result(weight, Y, true);
-  const Matrices out = matrices_of(Z);
-  multiply_normal(weights, packed(matrices_of(X), layout_along_rows(weights[0], out[0].cols)), matrices_of(Y),
+  const Matrices factors = matrices_of(X), out = matrices_of(Z);
+#if defined(PISSA_X86)
+  if (amx::suits(weights[0]) && amx::multiply_normal(weights, factors, pieces, matrices_of(Y), out)) return {Y, Z};
+#endif
+  multiply_normal(weights, packed(factors, layout_along_rows(weights[0], out[0].cols)), matrices_of(Y),
                   [&](int64_t index, const Panel& sum, int64_t begin, int64_t end) {
                     unpack(sum, begin, end, out[index], 0);
                   });

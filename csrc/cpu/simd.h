@@ -18,6 +18,7 @@ namespace {
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef float f32x16 __attribute__((vector_size(64)));
 constexpr int LANES = 8;
 constexpr int64_t LINE_BYTES = 64;
 

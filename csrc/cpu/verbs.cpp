@@ -7,26 +7,10 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "isa.h"
 #include "kernels.h"
 
 namespace pissa::cpu {
-
-extern const Kernels generic;
-#if defined(PISSA_X86)
-extern const Kernels avx2;
-#endif
-
-const Kernels& kernels() {
-#if defined(PISSA_X86)
-  static const Kernels& best = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                       __builtin_cpu_supports("f16c")
-                                   ? avx2
-                                   : generic;
-  return best;
-#else
-  return generic;
-#endif
-}
 
 namespace {
 

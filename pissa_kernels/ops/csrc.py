@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
+from . import isa, reference
 
 VERBS: dict[str, tuple[str, ...]] = {"cuda": ("transpose_cast", "subtract_lowrank_")}
 VERBS["cpu"] = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt", *VERBS["cuda"])
@@ -85,6 +85,7 @@ def _load(device: str) -> str | None:
     except OSError as error:
         return f"its library does not load: {error}"
     if device == "cpu":
+        isa.choose()
         _register_fakes()
     return None
 
@@ -122,7 +123,7 @@ def _register_fakes() -> None:
 
 
 def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
-    """W·X in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.matmul`."""
+    """W·X in float32, or in ``pieces`` bfloat16 pieces on AMX. See :func:`pissa_kernels.ops.matmul`."""
     if X.shape[-1] == 1:
         return reference.matmul(weight, X)
     result: Tensor = torch.ops.pissa_kernels.matmul(weight, X, pieces)
@@ -130,7 +131,7 @@ def matmul(weight: Tensor, X: Tensor, pieces: int = 3) -> Tensor:
 
 
 def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
-    """Wᵀ·Y in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.rmatmul`."""
+    """Wᵀ·Y in float32, or in ``pieces`` bfloat16 pieces on AMX. See :func:`pissa_kernels.ops.rmatmul`."""
     if Y.shape[-1] == 1:
         return reference.rmatmul(weight, Y)
     result: Tensor = torch.ops.pissa_kernels.rmatmul(weight, Y, pieces)
@@ -138,7 +139,7 @@ def rmatmul(weight: Tensor, Y: Tensor, pieces: int = 3) -> Tensor:
 
 
 def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
-    """Y = W·X and Wᵀ·Y in float32; ``pieces`` is ignored. See :func:`pissa_kernels.ops.normal`."""
+    """Y = W·X and Wᵀ·Y in float32, or in ``pieces`` bfloat16 pieces on AMX. See :func:`pissa_kernels.ops.normal`."""
     if X.shape[-1] == 1:
         return reference.normal(weight, X)
     result: tuple[Tensor, Tensor] = torch.ops.pissa_kernels.normal(weight, X, pieces)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pissa_kernels as pk
-from pissa_kernels.ops import dispatch, reference
+from pissa_kernels.ops import dispatch, isa, reference
 
 from ..support.backends import DTYPES, LAYOUTS, randn, shapes
 from .test_verbs import layouts
@@ -51,23 +51,25 @@ def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str,
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
     threads=st.integers(1, 3),
+    name=st.sampled_from(isa.NAMES),
 )
 def test_products_of_any_shape_are_within_their_roundoff(
-    batch: int, m: int, n: int, columns: int, dtype: torch.dtype, layout: str, threads: int
+    batch: int, m: int, n: int, columns: int, dtype: torch.dtype, layout: str, threads: int, name: str
 ) -> None:
     weights = [layouts(randn(m, n, seed=seed).cpu().to(dtype))[layout] for seed in range(max(batch, 1))]
     W = torch.stack([weight.mT for weight in weights]).mT if layout == "column" else torch.stack(weights)
     W = W if batch else weights[0]
     X = randn(*W.shape[:-2], columns, n, seed=8).cpu().mT  # a panel that is not contiguous
     Y = randn(*W.shape[:-1], columns, seed=9).cpu()
-    if dispatch.unsupported_reasons("matmul", W)["csrc"]:
+    if dispatch.unsupported_reasons("matmul", W)["csrc"] or isa.unsupported_reasons()[name]:
         return
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         csrc = dispatch.load("csrc")
-        got = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
-        again = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
+        with isa.using(name):
+            got = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
+            again = [csrc.matmul(W, X), csrc.rmatmul(W, Y), *csrc.normal(W, X)]
     finally:
         torch.set_num_threads(before)
     A = W.double()

@@ -1,0 +1,310 @@
+// The kernels of amx.h. Compiled with AMX and AVX-512, so no inline function of the standard library may be used here.
+#include "amx.h"
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace pissa::cpu::amx {
+namespace {
+
+// Columns of W whose products are summed in tiles before they are added in memory: rounding errors grow with the length
+// of a sum, and 64 rows of so many columns stay in L1.
+constexpr int64_t RUN = 256;
+constexpr int64_t SUM_SIZE = TILE * TILE;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : (1u << (count > 0 ? count : 0)) - 1; }
+
+inline __mmask32 first32(int64_t count) { return count >= 32 ? 0xffffffffu : (1u << (count > 0 ? count : 0)) - 1; }
+
+// The next piece of sixteen numbers, which keep the rest.
+inline __m256i take_piece(__m512& values) {
+  const __m256i piece = (__m256i)_mm512_cvtneps_pbh(values);
+  values = _mm512_sub_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(piece), 16)));
+  return piece;
+}
+
+// Transposes sixteen vectors of sixteen floats.
+inline void transpose(__m512 (&v)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+      v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Up to 16 elements of a row of a float32 matrix, followed by zeros; zeros where the matrix has no such row.
+inline __m512 load_row(const Matrix& X, int64_t row, int64_t col) {
+  if (row >= X.rows) return _mm512_setzero_ps();
+  const float* const from = static_cast<const float*>(X.data) + row * X.row_stride + col * X.col_stride;
+  const __mmask16 mask = first16(X.cols - col);
+  if (X.col_stride == 1) return _mm512_maskz_loadu_ps(mask, from);
+  alignas(64) float values[16] = {};
+  for (int64_t j = 0; j < smaller(X.cols - col, 16); ++j) values[j] = from[j * X.col_stride];
+  return _mm512_load_ps(values);
+}
+
+// sums[i] += tile i, for the tiles 0 to 3.
+inline void add_sums(float* const (&sums)[SUMS]) {
+  alignas(64) float tile[SUMS][SUM_SIZE];
+  _tile_stored(0, tile[0], 64);
+  _tile_stored(1, tile[1], 64);
+  _tile_stored(2, tile[2], 64);
+  _tile_stored(3, tile[3], 64);
+  for (int64_t i = 0; i < SUMS; ++i)
+    for (int64_t j = 0; j < SUM_SIZE; j += 16)
+      _mm512_storeu_ps(sums[i] + j, _mm512_add_ps(_mm512_loadu_ps(sums[i] + j), _mm512_load_ps(tile[i] + j)));
+}
+
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Tiles 5 to 7 = the pieces, one after another in memory.
+template <int PIECES>
+inline __attribute__((always_inline)) void load_pieces(const uint16_t* pieces) {
+  _tile_loadd(5, pieces, 64);
+  if constexpr (PIECES > 1) _tile_loadd(6, pieces + TILE_SIZE, 64);
+  if constexpr (PIECES > 2) _tile_loadd(7, pieces + 2 * TILE_SIZE, 64);
+}
+
+// 64 rows of W over `steps` steps, times a packed tile of X.
+template <int PIECES>
+inline void multiply_group(const uint16_t* W, int64_t stride, int64_t steps, const uint16_t* X, float* const (&Y)[SUMS]) {
+  zero_sums();
+  for (int64_t s = 0; s < steps; ++s, X += PIECES * TILE_SIZE, W += STEP) {
+    load_pieces<PIECES>(X);
+#define PISSA_ROWS(i)                                        \
+  _tile_loadd(4, W + (i) * TILE * stride, stride * 2);       \
+  _tile_dpbf16ps(i, 4, 5);                                   \
+  if constexpr (PIECES > 1) _tile_dpbf16ps(i, 4, 6);         \
+  if constexpr (PIECES > 2) _tile_dpbf16ps(i, 4, 7);
+    PISSA_ROWS(0) PISSA_ROWS(1) PISSA_ROWS(2) PISSA_ROWS(3)
+#undef PISSA_ROWS
+  }
+  add_sums(Y);
+}
+
+// Copies rows × cols elements into a block of 64 × RUN, and pads them with zeros to 64 rows and whole steps.
+inline void copy_padded(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* block) {
+  for (int64_t i = 0; i < GROUP; ++i)
+    for (int64_t j = 0; j < cols; j += STEP)
+      _mm512_store_si512(block + i * RUN + j,
+                         _mm512_maskz_loadu_epi16(i < rows ? first32(cols - j) : 0, W + i * stride + j));
+}
+
+template <int PIECES>
+void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t tiles, float* Y) {
+  const int64_t all_steps = steps_of(weight.cols);
+  alignas(64) uint16_t block[GROUP * RUN];
+  for (int64_t i = 0; i < tiles * BAND * TILE; i += 16) _mm512_storeu_ps(Y + i, _mm512_setzero_ps());
+  for (int64_t col = 0; col < weight.cols; col += RUN) {
+    const int64_t cols = smaller(RUN, weight.cols - col), steps = steps_of(cols);
+    for (int64_t group = 0; group < rows; group += GROUP) {
+      const uint16_t* W = static_cast<const uint16_t*>(weight.data) + (row + group) * weight.row_stride + col;
+      int64_t stride = weight.row_stride;
+      if (rows - group < GROUP || cols % STEP != 0 || tiles > 1) {
+        copy_padded(W, stride, rows - group, cols, block);
+        W = block;
+        stride = RUN;
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        float* const y = Y + (tile * BAND + group) * TILE;
+        float* const sums[SUMS] = {y, y + SUM_SIZE, y + 2 * SUM_SIZE, y + 3 * SUM_SIZE};
+        multiply_group<PIECES>(W, stride, steps, X + (tile * all_steps + col / STEP) * PIECES * TILE_SIZE, sums);
+      }
+    }
+  }
+}
+
+// Pairs of rows of W, interleaved, for 64 columns: V[step][SUMS][16 pairs][16 columns][2].
+inline void interleave_rows(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* V) {
+  const __mmask32 left = first32(cols), right = first32(cols - STEP);
+  for (int64_t pair = 0; pair < steps_of(rows) * TILE; ++pair) {
+    uint16_t* const to = V + pair / TILE * SUMS * TILE_SIZE + pair % TILE * STEP;
+    const uint16_t* const even = W + 2 * pair * stride;
+    const uint16_t* const odd = even + stride;
+    const bool has_even = 2 * pair < rows, has_odd = 2 * pair + 1 < rows;
+    const __m512i a = _mm512_maskz_loadu_epi16(has_even ? left : 0, even);
+    const __m512i b = _mm512_maskz_loadu_epi16(has_odd ? left : 0, odd);
+    const __m512i c = _mm512_maskz_loadu_epi16(has_even ? right : 0, even + STEP);
+    const __m512i d = _mm512_maskz_loadu_epi16(has_odd ? right : 0, odd + STEP);
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_store_si512(to + TILE_SIZE, _mm512_unpackhi_epi16(a, b));
+    _mm512_store_si512(to + 2 * TILE_SIZE, _mm512_unpacklo_epi16(c, d));
+    _mm512_store_si512(to + 3 * TILE_SIZE, _mm512_unpackhi_epi16(c, d));
+  }
+}
+
+template <int PIECES>
+void adjoint_pieces(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const uint16_t* Y,
+                    int64_t tiles, float* Z) {
+  alignas(64) uint16_t V[BAND_STEPS * SUMS * TILE_SIZE];
+  const int64_t steps = steps_of(rows);
+  for (int64_t group = begin; group < end; ++group) {
+    const uint16_t* W = static_cast<const uint16_t*>(weight.data) + row * weight.row_stride + group * GROUP;
+    interleave_rows(W, weight.row_stride, rows, weight.cols - group * GROUP, V);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      zero_sums();
+      const uint16_t* y = Y + tile * BAND_STEPS * PIECES * TILE_SIZE;
+      for (int64_t s = 0; s < steps; ++s, y += PIECES * TILE_SIZE) {
+        load_pieces<PIECES>(y);
+#define PISSA_COLUMNS(i)                                     \
+  _tile_loadd(4, V + (s * SUMS + (i)) * TILE_SIZE, 64);      \
+  _tile_dpbf16ps(i, 5, 4);                                   \
+  if constexpr (PIECES > 1) _tile_dpbf16ps(i, 6, 4);         \
+  if constexpr (PIECES > 2) _tile_dpbf16ps(i, 7, 4);
+        PISSA_COLUMNS(0) PISSA_COLUMNS(1) PISSA_COLUMNS(2) PISSA_COLUMNS(3)
+#undef PISSA_COLUMNS
+      }
+      float* const z = Z + (group * tiles + tile) * SUMS * SUM_SIZE;
+      float* const sums[SUMS] = {z, z + SUM_SIZE, z + 2 * SUM_SIZE, z + 3 * SUM_SIZE};
+      add_sums(sums);
+    }
+  }
+}
+
+bool cpu_has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  const unsigned tiles = 1u << 22 | 1u << 24;                         // AMX-BF16, AMX-TILE
+  if ((b & avx512) != avx512 || (d & tiles) != tiles) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);  // AVX512-BF16
+}
+
+// The state of the tiles is large, so Linux asks a process to request it.
+bool kernel_permits() {
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+}
+
+// Eight tiles of 16 rows of 64 bytes. A constant in memory, because GCC's intrinsic reads the first eight bytes only as far
+// as the optimizer knows.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64, "as the processor reads it");
+constexpr TileConfig CONFIG;
+
+}  // namespace
+
+bool available() {
+  static const bool found = cpu_has_amx() && kernel_permits();
+  return found;
+}
+
+Session::Session() { _tile_loadconfig(&CONFIG); }
+
+Session::~Session() { _tile_release(); }
+
+void pack(const Matrix& X, int64_t pieces, int64_t begin, int64_t end, uint16_t* out) {
+  const int64_t steps = steps_of(X.rows);
+  for (int64_t tile = 0; tile < tiles_of(X.cols); ++tile) {
+    for (int64_t step = begin; step < end; ++step) {
+      uint16_t* const to = out + (tile * steps + step) * pieces * TILE_SIZE;
+      for (int64_t pair = 0; pair < TILE; ++pair) {
+        const int64_t row = step * STEP + 2 * pair;
+        __m512 even = load_row(X, row, tile * TILE), odd = load_row(X, row + 1, tile * TILE);
+        for (int64_t p = 0; p < pieces; ++p) {
+          const __m512i low = _mm512_cvtepu16_epi32(take_piece(even)), high = _mm512_cvtepu16_epi32(take_piece(odd));
+          _mm512_storeu_si512(to + p * TILE_SIZE + pair * STEP, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+      }
+    }
+  }
+}
+
+void load_band(const Matrix& matrix, int64_t row, int64_t rows, float* Y) {
+  for (int64_t tile = 0; tile < tiles_of(matrix.cols); ++tile)
+    for (int64_t i = 0; i < steps_of(rows) * STEP; ++i)
+      _mm512_storeu_ps(Y + (tile * BAND + i) * TILE,
+                       i < rows ? load_row(matrix, row + i, tile * TILE) : _mm512_setzero_ps());
+}
+
+void pack_band(const float* Y, int64_t rows, int64_t pieces, int64_t tiles, uint16_t* out) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t row = 0; row < steps_of(rows) * STEP; row += TILE) {
+      __m512 columns[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) columns[i] = _mm512_loadu_ps(Y + (tile * BAND + row + i) * TILE);
+      transpose(columns);
+      uint16_t* const to = out + (tile * BAND_STEPS + row / STEP) * pieces * TILE_SIZE + row % STEP;
+      for (int64_t p = 0; p < pieces; ++p)
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + p * TILE_SIZE + i * STEP), take_piece(columns[i]));
+    }
+  }
+}
+
+void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles,
+              float* Y) {
+  if (pieces == 1) return multiply_pieces<1>(weight, row, rows, X, tiles, Y);
+  if (pieces == 2) return multiply_pieces<2>(weight, row, rows, X, tiles, Y);
+  return multiply_pieces<3>(weight, row, rows, X, tiles, Y);
+}
+
+void multiply_adjoint(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const uint16_t* Y,
+                      int64_t pieces, int64_t tiles, float* Z) {
+  if (pieces == 1) return adjoint_pieces<1>(weight, row, rows, begin, end, Y, tiles, Z);
+  if (pieces == 2) return adjoint_pieces<2>(weight, row, rows, begin, end, Y, tiles, Z);
+  return adjoint_pieces<3>(weight, row, rows, begin, end, Y, tiles, Z);
+}
+
+void unpack(const float* Z, int64_t begin, int64_t end, int64_t tiles, const Matrix& out) {
+  for (int64_t group = begin; group < end; ++group) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const __mmask16 mask = first16(out.cols - tile * TILE);
+      for (int64_t i = 0; i < SUMS; ++i) {
+        const float* const from = Z + ((group * tiles + tile) * SUMS + i) * SUM_SIZE;
+        __m512 rows[16];
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) rows[j] = _mm512_loadu_ps(from + j * TILE);
+        transpose(rows);
+        // unpacklo and unpackhi work on lanes of eight 16-bit elements: four columns of a lane go to each
+        const int64_t first = group * GROUP + i / 2 * STEP + i % 2 * 4;
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) {
+          const int64_t row = first + j / 4 * 8 + j % 4;
+          float* const to = static_cast<float*>(out.data) + row * out.cols + tile * TILE;
+          if (row < out.rows) _mm512_mask_storeu_ps(to, mask, rows[j]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace pissa::cpu::amx

@@ -1,0 +1,216 @@
+// The loops around the kernels of amx.h: threads, bands of rows, and the order of the sums.
+#include "amx_products.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include "amx.h"
+#include "isa.h"
+#include "panels.h"
+
+namespace pissa::cpu::amx {
+namespace {
+
+// Bounds of the largest element of a panel, and of a product relative to it. Between them, what tiles flush to zero is
+// less than float32's round-off, and no piece overflows.
+constexpr float SMALLEST = 1e-26f, LARGEST = 1e30f;
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), ALIGNMENT))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t ALIGNMENT{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, ALIGNMENT); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// The largest absolute value; NaN if there is one. Without the sign bit, floats are ordered as their bits are.
+float largest(const Matrices& matrices) {
+  uint32_t result = 0;
+  for (const Matrix& matrix : matrices) {
+    const bool by_rows = matrix.row_stride >= matrix.col_stride;
+    const int64_t outer = by_rows ? matrix.rows : matrix.cols, inner = by_rows ? matrix.cols : matrix.rows;
+    const int64_t outer_stride = std::max(matrix.row_stride, matrix.col_stride);
+    const int64_t stride = std::min(matrix.row_stride, matrix.col_stride);
+    for (int64_t i = 0; i < outer; ++i) {
+      const auto* const bits = static_cast<const uint32_t*>(matrix.data) + i * outer_stride;
+      uint32_t most = 0;
+      if (stride == 1) {
+        for (int64_t j = 0; j < inner; ++j) most = std::max(most, bits[j] & 0x7fffffffu);
+      } else {
+        for (int64_t j = 0; j < inner; ++j) most = std::max(most, bits[j * stride] & 0x7fffffffu);
+      }
+      result = std::max(result, most);
+    }
+  }
+  float value;
+  std::memcpy(&value, &result, sizeof(value));
+  return value;
+}
+
+bool in_range(float value, float scale) { return value > SMALLEST * scale && value > SMALLEST && value < LARGEST; }
+
+struct Shape {
+  int64_t rows, cols, columns;
+  int64_t tiles, steps, groups, bands;
+
+  Shape(const Matrix& weight, int64_t columns)
+      : rows(weight.rows),
+        cols(weight.cols),
+        columns(columns),
+        tiles(tiles_of(columns)),
+        steps(steps_of(cols)),
+        groups(groups_of(cols)),
+        bands(ceil_div(rows, BAND)) {}
+  int64_t packed_size(int64_t pieces) const { return tiles * steps * pieces * TILE_SIZE; }
+  int64_t band_size() const { return tiles * BAND * TILE; }
+  int64_t packed_band_size(int64_t pieces) const { return tiles * BAND_STEPS * pieces * TILE_SIZE; }
+  int64_t group_size() const { return tiles * SUMS * TILE * TILE; }
+  int64_t sums_size() const { return groups * group_size(); }
+};
+
+Buffer<uint16_t> packed(const Matrices& X, const Shape& shape, int64_t pieces) {
+  const int64_t size = shape.packed_size(pieces);
+  Buffer<uint16_t> result(X.size() * size);
+  parallel_ranges(X.size(), shape.steps, STEP * shape.columns, [&](int64_t index, int64_t begin, int64_t end) {
+    pack(X[index], pieces, begin, end, result.get() + index * size);
+  });
+  return result;
+}
+
+void store_band(const float* Y, int64_t row, int64_t rows, const Matrix& out) {
+  for (int64_t col = 0; col < out.cols; col += TILE)
+    for (int64_t i = 0; i < rows; ++i)
+      std::copy_n(Y + (col / TILE * BAND + i) * TILE, std::min(out.cols - col, TILE),
+                  static_cast<float*>(out.data) + (row + i) * out.cols + col);
+}
+
+// The number of parts that the rows of each of `count` weights are split into, so that threads share the work evenly:
+// none of fewer than 2^20 multiplications, which take as long as starting a thread.
+int64_t parts_of(const Shape& shape, int64_t count) {
+  const int64_t threads = torch::stable::get_num_threads(), work = shape.rows * shape.cols * shape.columns;
+  return std::clamp<int64_t>(threads / std::gcd(threads, count), 1,
+                             std::max<int64_t>(std::min(ceil_div(shape.rows, GROUP), work >> 20), 1));
+}
+
+// The first row of a part, a multiple of GROUP but for the end.
+int64_t first_row(const Shape& shape, int64_t part, int64_t parts) {
+  return std::min(ceil_div(shape.rows, GROUP) * part / parts * GROUP, shape.rows);
+}
+
+// Rows of W in one partial sum of Wᵀ·Y: with all rows in one sum, its rounding error grows with their number.
+constexpr int64_t SUM_ROWS = 16 * BAND;
+
+// total[0 : size] = the sum of what f(sum, row, rows) adds to it for the bands of rows [first, last).
+template <class F>
+void sum_bands(float* total, int64_t size, int64_t first, int64_t last, const F& f) {
+  std::fill_n(total, size, 0.0f);
+  const Buffer<float> scratch(last - first > SUM_ROWS ? size : 0);
+  for (int64_t begin = first; begin < last; begin += SUM_ROWS) {
+    float* const sum = begin == first ? total : scratch.get();
+    if (sum != total) std::fill_n(sum, size, 0.0f);
+    const int64_t end = std::min(begin + SUM_ROWS, last);
+    for (int64_t row = begin; row < end; row += BAND) f(sum, row, std::min(end - row, BAND));
+    if (sum != total)
+      for (int64_t i = 0; i < size; ++i) total[i] += sum[i];
+  }
+}
+
+}  // namespace
+
+bool suits(const Matrix& weight) {
+  return weight.dtype == Dtype::bf16 && uses_amx();
+}
+
+bool multiply_rows(const Matrices& weights, const Matrices& X, int64_t pieces, const Matrices& out) {
+  const Shape shape(weights[0], out[0].cols);
+  const float size = largest(X);
+  if (!in_range(size, 0.0f)) return false;
+  const Buffer<uint16_t> panels = packed(X, shape, pieces);
+  const int64_t count = weights.size(), parts = parts_of(shape, count);
+  parallel_ranges(count * parts, 1, shape.rows * shape.cols * shape.columns / parts,
+                  [&](int64_t item, int64_t, int64_t) {
+                    const int64_t index = item / parts, part = item % parts;
+                    const Session session;
+                    const Buffer<float> Y(shape.band_size());
+                    const int64_t end = first_row(shape, part + 1, parts);
+                    for (int64_t row = first_row(shape, part, parts); row < end; row += BAND) {
+                      const int64_t rows = std::min(end - row, BAND);
+                      multiply(weights[index], row, rows, panels.get() + index * shape.packed_size(pieces), pieces,
+                               shape.tiles, Y.get());
+                      store_band(Y.get(), row, rows, out[index]);
+                    }
+                  });
+  return in_range(largest(out), size);
+}
+
+bool multiply_columns(const Matrices& weights, const Matrices& Y, int64_t pieces, const Matrices& out) {
+  const Shape shape(weights[0], out[0].cols);
+  const float size = largest(Y);
+  if (!in_range(size, 0.0f)) return false;
+  const int64_t count = weights.size(), work = GROUP * shape.rows * shape.columns;
+  const Buffer<float> Z(count * shape.sums_size());
+  parallel_ranges(count, shape.groups, work, [&](int64_t index, int64_t begin, int64_t end) {
+    const Session session;
+    const int64_t offset = begin * shape.group_size();
+    float* const sums = Z.get() + index * shape.sums_size();
+    const Buffer<float> band(shape.band_size());
+    const Buffer<uint16_t> packed(shape.packed_band_size(pieces));
+    sum_bands(sums + offset, end * shape.group_size() - offset, 0, shape.rows,
+              [&](float* sum, int64_t row, int64_t rows) {
+                load_band(Y[index], row, rows, band.get());
+                pack_band(band.get(), rows, pieces, shape.tiles, packed.get());
+                multiply_adjoint(weights[index], row, rows, begin, end, packed.get(), pieces, shape.tiles, sum - offset);
+              });
+    unpack(sums, begin, end, shape.tiles, out[index]);
+  });
+  return in_range(largest(out), size);
+}
+
+bool multiply_normal(const Matrices& weights, const Matrices& X, int64_t pieces, const Matrices& Y, const Matrices& Z) {
+  const Shape shape(weights[0], Y[0].cols);
+  const float size = largest(X);
+  if (!in_range(size, 0.0f)) return false;
+  const Buffer<uint16_t> panels = packed(X, shape, pieces);
+  const int64_t count = weights.size(), parts = parts_of(shape, count), sums_size = shape.sums_size();
+  const Buffer<float> sums(count * parts * sums_size);
+  parallel_ranges(
+      count * parts, 1, 2 * shape.rows * shape.cols * shape.columns / parts, [&](int64_t item, int64_t, int64_t) {
+        const int64_t index = item / parts, part = item % parts;
+        const Session session;
+        const Buffer<float> band(shape.band_size());
+        const Buffer<uint16_t> packed(shape.packed_band_size(pieces));
+        const uint16_t* const panel = panels.get() + index * shape.packed_size(pieces);
+        sum_bands(sums.get() + item * sums_size, sums_size, first_row(shape, part, parts),
+                  first_row(shape, part + 1, parts), [&](float* sum, int64_t row, int64_t rows) {
+                    multiply(weights[index], row, rows, panel, pieces, shape.tiles, band.get());
+                    store_band(band.get(), row, rows, Y[index]);
+                    pack_band(band.get(), rows, pieces, shape.tiles, packed.get());
+                    multiply_adjoint(weights[index], row, rows, 0, shape.groups, packed.get(), pieces, shape.tiles, sum);
+                  });
+      });
+  const int64_t group = shape.group_size();
+  parallel_ranges(count, shape.groups, group * parts, [&](int64_t index, int64_t begin, int64_t end) {
+    float* const total = sums.get() + index * parts * sums_size;
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* const other = total + part * sums_size;
+      for (int64_t i = begin * group; i < end * group; ++i) total[i] += other[i];
+    }
+    unpack(total, begin, end, shape.tiles, Z[index]);
+  });
+  const float middle = largest(Y);
+  return in_range(middle, size) && in_range(largest(Z), middle);
+}
+
+}  // namespace pissa::cpu::amx

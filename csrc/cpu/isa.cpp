@@ -1,0 +1,247 @@
+#include "isa.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../tensors.h"
+#include "amx.h"
+#include "panels.h"
+
+namespace pissa::cpu {
+
+extern const Kernels generic;
+#if defined(PISSA_X86)
+extern const Kernels avx512, avx2;
+#endif
+
+namespace {
+
+constexpr int64_t COUNT = static_cast<int64_t>(Isa::count);
+// Largest difference from the generic kernels relative to the largest element: the sums have a few hundred terms.
+constexpr float TOLERANCE = 1e-5f;
+
+const Kernels* table(Isa isa) {
+#if defined(PISSA_X86)
+  if (isa == Isa::avx2) return &avx2;
+  if (isa == Isa::amx || isa == Isa::avx512) return &avx512;
+#endif
+  return &generic;
+}
+
+bool present(Isa isa) {
+#if defined(PISSA_X86)
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::amx) return has_avx512 && amx::available();
+  if (isa == Isa::avx512) return has_avx512;
+  if (isa == Isa::avx2) return has_avx2;
+#endif
+  return isa == Isa::generic;
+}
+
+// A weight and a panel whose sizes are no multiples of any tile's.
+struct Sample {
+  static constexpr int64_t ROWS = 29, COLS = 141, COLUMNS = 19;
+  std::vector<float> weight = random(ROWS * COLS), X = random(COLS * COLUMNS), Y = random(ROWS * COLUMNS);
+  std::vector<uint16_t> half = rounded(weight);
+
+  // Numbers between −1 and 1, from a linear congruential generator.
+  static std::vector<float> random(int64_t count) {
+    std::vector<float> values(count);
+    uint32_t state = 1;
+    for (float& value : values) {
+      state = state * 1664525u + 1013904223u;
+      value = static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
+    }
+    return values;
+  }
+
+  // Sixteen bits that are ordinary numbers both as bfloat16 and as float16.
+  static std::vector<uint16_t> rounded(const std::vector<float>& values) {
+    std::vector<uint16_t> halves;
+    for (const float value : values) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      halves.push_back(static_cast<uint16_t>((bits >> 16 & 0x83ffu) | 0x3c00u));
+    }
+    return halves;
+  }
+
+  Matrix matrix(Dtype dtype) const {
+    const void* const data = dtype == Dtype::f32 ? static_cast<const void*>(weight.data()) : half.data();
+    return {const_cast<void*>(data), dtype, ROWS, COLS, COLS, 1};
+  }
+  static Matrix panel(const std::vector<float>& values, int64_t rows, int64_t columns) {
+    return {const_cast<float*>(values.data()), Dtype::f32, rows, columns, COLUMNS, 1};
+  }
+};
+
+typedef std::vector<float> Values;
+
+// W·X and Wᵀ·Y by a table of kernels, as panels.
+Values products(const Kernels& body, const Sample& sample, Dtype dtype, int64_t columns) {
+  const Matrix W = sample.matrix(dtype);
+  const int64_t padded_rows = ceil_div(W.rows, BLOCK_ROWS) * BLOCK_ROWS;
+  const int64_t padded_cols = ceil_div(W.cols, BLOCK_COLS) * BLOCK_COLS;
+  const Layout along_rows = layout_along_rows(W, columns);
+  const Panels X(1, W.cols, columns, along_rows), Y(1, padded_rows, columns, Layout::tiles);
+  const Panels left(1, W.rows, columns, Layout::tiles), Z(1, padded_cols, columns, along_rows);
+  pack(Sample::panel(sample.X, W.cols, columns), X[0], 0, X[0].rows);
+  pack(Sample::panel(sample.Y, W.rows, columns), left[0], 0, W.rows);
+  clear(Y[0], 0, Y[0].rows);
+  clear(Z[0], 0, Z[0].rows);
+  for (int64_t row = 0; row < W.rows; row += BLOCK_ROWS) {
+    const int64_t rows = std::min(W.rows - row, BLOCK_ROWS);
+    const Panels block(1, BLOCK_ROWS, columns, Layout::tiles);
+    clear(block[0], 0, BLOCK_ROWS);
+    body.multiply(W, row, rows, 0, W.cols, X[0], block[0]);
+    body.multiply_adjoint(W, row, rows, 0, W.cols, left[0], row, Z[0]);
+    for_tile_rows(block[0], 0, rows, [&](int64_t i, int64_t column, const float* from, int64_t width, int64_t) {
+      std::copy_n(from, width, Y[0].data + column * padded_rows + (row + i) * width);
+    });
+  }
+  Values result(W.rows * columns + W.cols * columns);
+  unpack(Y[0], 0, W.rows, {result.data(), Dtype::f32, W.rows, columns, columns, 1}, 0);
+  unpack(Z[0], 0, W.cols, {result.data() + W.rows * columns, Dtype::f32, W.cols, columns, columns, 1}, 0);
+  return result;
+}
+
+// What the other kernels compute of one weight.
+Values others(const Kernels& body, const Sample& sample, Dtype dtype) {
+  const Matrix W = sample.matrix(dtype);
+  Values result(W.rows * W.cols);
+  body.transpose_cast(W, {result.data(), Dtype::f32, W.cols, W.rows, W.rows, 1}, 0, W.cols);
+  std::vector<double> sums(W.rows);
+  body.sum_of_squares(W, 0, W.rows, sums.data());
+  result.insert(result.end(), sums.begin(), sums.end());
+  // the residual W − ½·L·R, in the weight's dtype and then widened by the transpose
+  const int64_t bytes = W.rows * W.cols * (dtype == Dtype::f32 ? 4 : 2);
+  std::vector<char> copy(bytes);
+  std::memcpy(copy.data(), W.data, bytes);
+  Matrix residual = W;
+  residual.data = copy.data();
+  Values workspace(body.subtract_workspace(Sample::COLUMNS));
+  body.subtract_lowrank(residual, Sample::panel(sample.Y, W.rows, Sample::COLUMNS),
+                        Sample::panel(sample.X, W.cols, Sample::COLUMNS).transposed(), 0.5f, 0, W.rows,
+                        workspace.data());
+  if (dtype == Dtype::f32) {
+    const float* const values = reinterpret_cast<const float*>(copy.data());
+    result.insert(result.end(), values, values + W.rows * W.cols);
+  }
+  return result;
+}
+
+bool agree(const Values& values, const Values& expected) {
+  float largest = 0.0f, difference = 0.0f;
+  for (size_t i = 0; i < values.size(); ++i) {
+    largest = std::max(largest, std::fabs(expected[i]));
+    const float error = std::fabs(values[i] - expected[i]);
+    if (!(error <= difference)) difference = error;
+    if (std::isnan(difference)) return false;
+  }
+  return difference <= TOLERANCE * largest;
+}
+
+bool agrees(const Kernels& body) {
+  const Sample sample;
+  for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+    for (const int64_t columns : {int64_t{5}, Sample::COLUMNS})
+      if (!agree(products(body, sample, dtype, columns), products(generic, sample, dtype, columns))) return false;
+    if (!agree(others(body, sample, dtype), others(generic, sample, dtype))) return false;
+  }
+  return true;
+}
+
+#if defined(PISSA_X86)
+// W·X and Wᵀ·Y on tiles, in three pieces.
+bool tiles_agree() {
+  const Sample sample;
+  const Matrix W = sample.matrix(Dtype::bf16);
+  constexpr int64_t columns = Sample::COLUMNS, pieces = 3, tiles = amx::tiles_of(columns);
+  Values result(W.rows * columns + W.cols * columns), band(tiles * amx::BAND * amx::TILE);
+  std::vector<uint16_t> X(tiles * amx::steps_of(W.cols) * pieces * amx::TILE_SIZE);
+  std::vector<uint16_t> Y(tiles * amx::BAND_STEPS * pieces * amx::TILE_SIZE);
+  Values Z(amx::groups_of(W.cols) * tiles * amx::SUMS * amx::TILE * amx::TILE);
+  const amx::Session session;
+  amx::pack(Sample::panel(sample.X, W.cols, columns), pieces, 0, amx::steps_of(W.cols), X.data());
+  amx::multiply(W, 0, W.rows, X.data(), pieces, tiles, band.data());
+  for (int64_t i = 0; i < W.rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      result[i * columns + j] = band[(j / amx::TILE * amx::BAND + i) * amx::TILE + j % amx::TILE];
+  amx::load_band(Sample::panel(sample.Y, W.rows, columns), 0, W.rows, band.data());
+  amx::pack_band(band.data(), W.rows, pieces, tiles, Y.data());
+  amx::multiply_adjoint(W, 0, W.rows, 0, amx::groups_of(W.cols), Y.data(), pieces, tiles, Z.data());
+  amx::unpack(Z.data(), 0, amx::groups_of(W.cols), tiles,
+              {result.data() + W.rows * columns, Dtype::f32, W.cols, columns, columns, 1});
+  return agree(result, products(generic, sample, Dtype::bf16, columns));
+}
+#endif
+
+Status find_status(Isa isa) {
+  if (!present(isa)) return Status::missing;
+  if (isa == Isa::generic) return Status::usable;
+#if defined(PISSA_X86)
+  if (isa == Isa::amx)
+    return status_of(Isa::avx512) == Status::usable && tiles_agree() ? Status::usable : Status::differs;
+#endif
+  return agrees(*table(isa)) ? Status::usable : Status::differs;
+}
+
+Isa best() {
+  for (int64_t index = 0; index < COUNT; ++index)
+    if (status_of(static_cast<Isa>(index)) == Status::usable) return static_cast<Isa>(index);
+  return Isa::generic;
+}
+
+std::atomic<int64_t>& current() {
+  static std::atomic<int64_t> isa{static_cast<int64_t>(best())};
+  return isa;
+}
+
+torch::stable::Tensor instruction_sets() {
+  const std::array<int64_t, 1> shape{COUNT + 1};
+  torch::stable::Tensor result = torch::stable::empty(shape, torch::headeronly::ScalarType::Long);
+  auto* const values = static_cast<int64_t*>(result.data_ptr());
+  for (int64_t index = 0; index < COUNT; ++index)
+    values[index] = static_cast<int64_t>(status_of(static_cast<Isa>(index)));
+  values[COUNT] = static_cast<int64_t>(current_isa());
+  return result;
+}
+
+void use_instruction_set(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index < COUNT && status_of(static_cast<Isa>(index)) == Status::usable,
+                  "pissa_kernels: instruction set ", index, " cannot be used");
+  use_isa(static_cast<Isa>(index));
+}
+
+}  // namespace
+
+Status status_of(Isa isa) {
+  static std::array<std::atomic<int64_t>, COUNT> known{};  // 0, or the status plus one
+  std::atomic<int64_t>& entry = known[static_cast<int64_t>(isa)];
+  if (entry == 0) entry = static_cast<int64_t>(find_status(isa)) + 1;
+  return static_cast<Status>(entry - 1);
+}
+
+Isa current_isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
+
+void use_isa(Isa isa) { current() = static_cast<int64_t>(isa); }
+
+const Kernels& kernels() { return *table(current_isa()); }
+
+bool uses_amx() { return current_isa() == Isa::amx; }
+
+}  // namespace pissa::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CompositeExplicitAutograd, library) {
+  library.impl("instruction_sets", TORCH_BOX(&pissa::cpu::instruction_sets));
+  library.impl("use_instruction_set", TORCH_BOX(&pissa::cpu::use_instruction_set));
+}

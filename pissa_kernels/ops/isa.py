@@ -1,0 +1,70 @@
+"""The instruction set of csrc's kernels for CPUs.
+
+The library has kernels for several sets and chooses the best that the CPU and the operating system support. Before it
+uses a set, it compares that set's kernels with the generic ones on small matrices: where they are wrong, the next set is
+used. ``PISSA_KERNELS_ISA=name`` chooses a set by name and raises where it cannot be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+VARIABLE = "PISSA_KERNELS_ISA"
+# In the order of csrc/cpu/isa.h, the best first. "amx" is AVX-512 with bfloat16 products on AMX tiles.
+NAMES = ("amx", "avx512", "avx2", "generic")
+MISSING, DIFFERS = 1, 2
+REASONS = {
+    MISSING: "this CPU, its operating system or the library does not support it",
+    DIFFERS: "its kernels disagree with the generic ones on this CPU",
+}
+
+
+def unsupported_reasons() -> dict[str, str | None]:
+    """For each of :data:`NAMES`, why it cannot be used; None if it can. Takes up to 3 ms the first time."""
+    statuses = torch.ops.pissa_kernels.instruction_sets().tolist()
+    return {name: REASONS.get(status) for name, status in zip(NAMES, statuses, strict=False)}
+
+
+def current() -> str:
+    """Name of the set in use."""
+    return NAMES[torch.ops.pissa_kernels.instruction_sets()[-1]]
+
+
+def choose() -> None:
+    """Use the set that ``PISSA_KERNELS_ISA`` names. Without it, warn if a better set disagrees with the generic one.
+
+    Raises:
+        ValueError: the variable names no set.
+        RuntimeError: the set that it names cannot be used.
+    """
+    name = os.environ.get(VARIABLE)
+    if not name:
+        for better, reason in unsupported_reasons().items():
+            if reason == REASONS[DIFFERS]:
+                warnings.warn(f"pissa_kernels: {better} is not used: {reason}", stacklevel=2)
+        return
+    if name not in NAMES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(NAMES)}, got {name!r}")
+    if reason := unsupported_reasons()[name]:
+        raise RuntimeError(f"{VARIABLE}={name} cannot be used: {reason}")
+    torch.ops.pissa_kernels.use_instruction_set(NAMES.index(name))
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use a set, in all threads, for the duration of the context.
+
+    Raises:
+        RuntimeError: the set cannot be used.
+    """
+    before = current()
+    torch.ops.pissa_kernels.use_instruction_set(NAMES.index(name))
+    try:
+        yield
+    finally:
+        torch.ops.pissa_kernels.use_instruction_set(NAMES.index(before))
