@@ -115,26 +115,54 @@ inline void multiply_group(const uint16_t* W, int64_t stride, int64_t steps, con
   add_sums(Y);
 }
 
-// Copies rows × cols elements into a block of 64 × RUN, and pads them with zeros to 64 rows and whole steps.
-inline void copy_padded(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* block) {
-  for (int64_t i = 0; i < GROUP; ++i)
-    for (int64_t j = 0; j < cols; j += STEP)
-      _mm512_store_si512(block + i * RUN + j,
-                         _mm512_maskz_loadu_epi16(i < rows ? first32(cols - j) : 0, W + i * stride + j));
+// Reads 64 rows of W over at most RUN columns, of which the matrix may have fewer: into a block of 64 × RUN, if it is not
+// null, and interleaved into V, if that is not null (see interleave()). Both are padded with zeros to 64 rows and to whole
+// steps. Each line of W is read once: its rows are often a power of two apart, so that their lines evict each other.
+inline void read_block(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* block, uint16_t* V,
+                       int64_t V_steps) {
+  for (int64_t pair = 0; pair < GROUP / 2; ++pair, W += 2 * stride) {
+    const __mmask32 even = 2 * pair < rows ? 0xffffffffu : 0, odd = 2 * pair + 1 < rows ? 0xffffffffu : 0;
+    for (int64_t col = 0; col < cols; col += STEP) {
+      const __mmask32 mask = first32(cols - col);
+      const __m512i a = _mm512_maskz_loadu_epi16(even & mask, W + col);
+      const __m512i b = _mm512_maskz_loadu_epi16(odd & mask, W + stride + col);
+      if (block != nullptr) {
+        _mm512_store_si512(block + 2 * pair * RUN + col, a);
+        _mm512_store_si512(block + (2 * pair + 1) * RUN + col, b);
+      }
+      if (V != nullptr) {
+        uint16_t* const to = V + ((col / GROUP * V_steps + pair / TILE) * SUMS + col % GROUP / TILE) * TILE_SIZE;
+        _mm512_store_si512(to + pair % TILE * STEP, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(to + TILE_SIZE + pair % TILE * STEP, _mm512_unpackhi_epi16(a, b));
+      }
+    }
+  }
+  if (V == nullptr || cols % GROUP == 0 || cols % GROUP > STEP) return;
+  for (int64_t step = 0; step < GROUP / STEP; ++step) {  // the second half of the last group
+    uint16_t* const to = V + ((cols / GROUP * V_steps + step) * SUMS + SUMS / 2) * TILE_SIZE;
+    for (int64_t i = 0; i < SUMS / 2 * TILE_SIZE; i += STEP) _mm512_store_si512(to + i, _mm512_setzero_si512());
+  }
 }
 
 template <int PIECES>
-void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t tiles, float* Y) {
-  const int64_t all_steps = steps_of(weight.cols);
+void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t tiles, float* Y,
+                     uint16_t* V) {
+  const int64_t all_steps = steps_of(weight.cols), V_steps = band_steps(rows);
   alignas(64) uint16_t block[GROUP * RUN];
-  for (int64_t i = 0; i < tiles * BAND * TILE; i += 16) _mm512_storeu_ps(Y + i, _mm512_setzero_ps());
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    for (int64_t i = 0; i < V_steps * STEP * TILE; i += 16)
+      _mm512_storeu_ps(Y + tile * BAND * TILE + i, _mm512_setzero_ps());
   for (int64_t col = 0; col < weight.cols; col += RUN) {
     const int64_t cols = smaller(RUN, weight.cols - col), steps = steps_of(cols);
     for (int64_t group = 0; group < rows; group += GROUP) {
       const uint16_t* W = static_cast<const uint16_t*>(weight.data) + (row + group) * weight.row_stride + col;
       int64_t stride = weight.row_stride;
-      if (rows - group < GROUP || cols % STEP != 0 || tiles > 1) {
-        copy_padded(W, stride, rows - group, cols, block);
+      const bool copy = rows - group < GROUP || cols % STEP != 0 || tiles > 1;
+      if (copy || V != nullptr) {
+        uint16_t* const v = V == nullptr ? nullptr : V + (col / GROUP * V_steps + group / STEP) * SUMS * TILE_SIZE;
+        read_block(W, stride, rows - group, cols, copy ? block : nullptr, v, V_steps);
+      }
+      if (copy) {
         W = block;
         stride = RUN;
       }
@@ -147,34 +175,10 @@ void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint
   }
 }
 
-// Pairs of rows of W, interleaved, for 64 columns: V[step][SUMS][16 pairs][16 columns][2].
-inline void interleave_rows(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* V) {
-  const __mmask32 left = first32(cols), right = first32(cols - STEP);
-  for (int64_t pair = 0; pair < steps_of(rows) * TILE; ++pair) {
-    uint16_t* const to = V + pair / TILE * SUMS * TILE_SIZE + pair % TILE * STEP;
-    const uint16_t* const even = W + 2 * pair * stride;
-    const uint16_t* const odd = even + stride;
-    const bool has_even = 2 * pair < rows, has_odd = 2 * pair + 1 < rows;
-    const __m512i a = _mm512_maskz_loadu_epi16(has_even ? left : 0, even);
-    const __m512i b = _mm512_maskz_loadu_epi16(has_odd ? left : 0, odd);
-    const __m512i c = _mm512_maskz_loadu_epi16(has_even ? right : 0, even + STEP);
-    const __m512i d = _mm512_maskz_loadu_epi16(has_odd ? right : 0, odd + STEP);
-    _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
-    _mm512_store_si512(to + TILE_SIZE, _mm512_unpackhi_epi16(a, b));
-    _mm512_store_si512(to + 2 * TILE_SIZE, _mm512_unpacklo_epi16(c, d));
-    _mm512_store_si512(to + 3 * TILE_SIZE, _mm512_unpackhi_epi16(c, d));
-  }
-}
-
 template <int PIECES>
-void adjoint_pieces(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const uint16_t* Y,
-                    int64_t tiles, float* Z) {
-  alignas(64) uint16_t V[BAND_STEPS * SUMS * TILE_SIZE];
-  const int64_t steps = steps_of(rows);
-  for (int64_t group = begin; group < end; ++group) {
-    const uint16_t* W = static_cast<const uint16_t*>(weight.data) + row * weight.row_stride + group * GROUP;
-    interleave_rows(W, weight.row_stride, rows, weight.cols - group * GROUP, V);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+void adjoint_pieces(const uint16_t* V, int64_t steps, int64_t groups, const uint16_t* Y, int64_t tiles, float* Z) {
+  for (int64_t group = 0; group < groups; ++group, V += steps * SUMS * TILE_SIZE) {
+    for (int64_t tile = 0; tile < tiles; ++tile, Z += SUMS * SUM_SIZE) {
       zero_sums();
       const uint16_t* y = Y + tile * BAND_STEPS * PIECES * TILE_SIZE;
       for (int64_t s = 0; s < steps; ++s, y += PIECES * TILE_SIZE) {
@@ -187,8 +191,7 @@ void adjoint_pieces(const Matrix& weight, int64_t row, int64_t rows, int64_t beg
         PISSA_COLUMNS(0) PISSA_COLUMNS(1) PISSA_COLUMNS(2) PISSA_COLUMNS(3)
 #undef PISSA_COLUMNS
       }
-      float* const z = Z + (group * tiles + tile) * SUMS * SUM_SIZE;
-      float* const sums[SUMS] = {z, z + SUM_SIZE, z + 2 * SUM_SIZE, z + 3 * SUM_SIZE};
+      float* const sums[SUMS] = {Z, Z + SUM_SIZE, Z + 2 * SUM_SIZE, Z + 3 * SUM_SIZE};
       add_sums(sums);
     }
   }
@@ -249,14 +252,14 @@ void pack(const Matrix& X, int64_t pieces, int64_t begin, int64_t end, uint16_t*
 
 void load_band(const Matrix& matrix, int64_t row, int64_t rows, float* Y) {
   for (int64_t tile = 0; tile < tiles_of(matrix.cols); ++tile)
-    for (int64_t i = 0; i < steps_of(rows) * STEP; ++i)
+    for (int64_t i = 0; i < band_steps(rows) * STEP; ++i)
       _mm512_storeu_ps(Y + (tile * BAND + i) * TILE,
                        i < rows ? load_row(matrix, row + i, tile * TILE) : _mm512_setzero_ps());
 }
 
 void pack_band(const float* Y, int64_t rows, int64_t pieces, int64_t tiles, uint16_t* out) {
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    for (int64_t row = 0; row < steps_of(rows) * STEP; row += TILE) {
+    for (int64_t row = 0; row < band_steps(rows) * STEP; row += TILE) {
       __m512 columns[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) columns[i] = _mm512_loadu_ps(Y + (tile * BAND + row + i) * TILE);
@@ -270,18 +273,30 @@ void pack_band(const float* Y, int64_t rows, int64_t pieces, int64_t tiles, uint
   }
 }
 
-void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles,
-              float* Y) {
-  if (pieces == 1) return multiply_pieces<1>(weight, row, rows, X, tiles, Y);
-  if (pieces == 2) return multiply_pieces<2>(weight, row, rows, X, tiles, Y);
-  return multiply_pieces<3>(weight, row, rows, X, tiles, Y);
+void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles, float* Y,
+              uint16_t* V) {
+  if (pieces == 1) return multiply_pieces<1>(weight, row, rows, X, tiles, Y, V);
+  if (pieces == 2) return multiply_pieces<2>(weight, row, rows, X, tiles, Y, V);
+  return multiply_pieces<3>(weight, row, rows, X, tiles, Y, V);
 }
 
-void multiply_adjoint(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const uint16_t* Y,
-                      int64_t pieces, int64_t tiles, float* Z) {
-  if (pieces == 1) return adjoint_pieces<1>(weight, row, rows, begin, end, Y, tiles, Z);
-  if (pieces == 2) return adjoint_pieces<2>(weight, row, rows, begin, end, Y, tiles, Z);
-  return adjoint_pieces<3>(weight, row, rows, begin, end, Y, tiles, Z);
+void interleave(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, uint16_t* V) {
+  const int64_t steps = band_steps(rows), last = smaller(end * GROUP, weight.cols);
+  for (int64_t col = begin * GROUP; col < last; col += RUN) {
+    for (int64_t group = 0; group < rows; group += GROUP) {
+      const uint16_t* W = static_cast<const uint16_t*>(weight.data) + (row + group) * weight.row_stride + col;
+      uint16_t* const v = V + ((col / GROUP - begin) * steps + group / STEP) * SUMS * TILE_SIZE;
+      read_block(W, weight.row_stride, rows - group, smaller(RUN, last - col), nullptr, v, steps);
+    }
+  }
+}
+
+void multiply_adjoint(const uint16_t* V, int64_t rows, int64_t groups, const uint16_t* Y, int64_t pieces, int64_t tiles,
+                      float* Z) {
+  const int64_t steps = band_steps(rows);
+  if (pieces == 1) return adjoint_pieces<1>(V, steps, groups, Y, tiles, Z);
+  if (pieces == 2) return adjoint_pieces<2>(V, steps, groups, Y, tiles, Z);
+  return adjoint_pieces<3>(V, steps, groups, Y, tiles, Z);
 }
 
 void unpack(const float* Z, int64_t begin, int64_t end, int64_t tiles, const Matrix& out) {

@@ -61,9 +61,12 @@ float largest(const Matrices& matrices) {
 
 bool in_range(float value, float scale) { return value > SMALLEST * scale && value > SMALLEST && value < LARGEST; }
 
+// Bytes of an interleaved band, which stay in L2.
+constexpr int64_t INTERLEAVED_BYTES = 1 << 20;
+
 struct Shape {
   int64_t rows, cols, columns;
-  int64_t tiles, steps, groups, bands;
+  int64_t tiles, steps, groups, band;
 
   Shape(const Matrix& weight, int64_t columns)
       : rows(weight.rows),
@@ -72,10 +75,11 @@ struct Shape {
         tiles(tiles_of(columns)),
         steps(steps_of(cols)),
         groups(groups_of(cols)),
-        bands(ceil_div(rows, BAND)) {}
+        band(std::clamp(INTERLEAVED_BYTES / (2 * groups * GROUP) / GROUP * GROUP, GROUP, BAND)) {}
   int64_t packed_size(int64_t pieces) const { return tiles * steps * pieces * TILE_SIZE; }
   int64_t band_size() const { return tiles * BAND * TILE; }
   int64_t packed_band_size(int64_t pieces) const { return tiles * BAND_STEPS * pieces * TILE_SIZE; }
+  int64_t interleaved_group() const { return band_steps(band) * SUMS * TILE_SIZE; }
   int64_t group_size() const { return tiles * SUMS * TILE * TILE; }
   int64_t sums_size() const { return groups * group_size(); }
 };
@@ -112,16 +116,16 @@ int64_t first_row(const Shape& shape, int64_t part, int64_t parts) {
 // Rows of W in one partial sum of Wᵀ·Y: with all rows in one sum, its rounding error grows with their number.
 constexpr int64_t SUM_ROWS = 16 * BAND;
 
-// total[0 : size] = the sum of what f(sum, row, rows) adds to it for the bands of rows [first, last).
+// total[0 : size] = the sum of what f(sum, row, rows) adds to it for the bands of rows [first, last), of `band` rows.
 template <class F>
-void sum_bands(float* total, int64_t size, int64_t first, int64_t last, const F& f) {
+void sum_bands(float* total, int64_t size, int64_t first, int64_t last, int64_t band, const F& f) {
   std::fill_n(total, size, 0.0f);
   const Buffer<float> scratch(last - first > SUM_ROWS ? size : 0);
   for (int64_t begin = first; begin < last; begin += SUM_ROWS) {
     float* const sum = begin == first ? total : scratch.get();
     if (sum != total) std::fill_n(sum, size, 0.0f);
     const int64_t end = std::min(begin + SUM_ROWS, last);
-    for (int64_t row = begin; row < end; row += BAND) f(sum, row, std::min(end - row, BAND));
+    for (int64_t row = begin; row < end; row += band) f(sum, row, std::min(end - row, band));
     if (sum != total)
       for (int64_t i = 0; i < size; ++i) total[i] += sum[i];
   }
@@ -148,7 +152,7 @@ bool multiply_rows(const Matrices& weights, const Matrices& X, int64_t pieces, c
                     for (int64_t row = first_row(shape, part, parts); row < end; row += BAND) {
                       const int64_t rows = std::min(end - row, BAND);
                       multiply(weights[index], row, rows, panels.get() + index * shape.packed_size(pieces), pieces,
-                               shape.tiles, Y.get());
+                               shape.tiles, Y.get(), nullptr);
                       store_band(Y.get(), row, rows, out[index]);
                     }
                   });
@@ -167,11 +171,13 @@ bool multiply_columns(const Matrices& weights, const Matrices& Y, int64_t pieces
     float* const sums = Z.get() + index * shape.sums_size();
     const Buffer<float> band(shape.band_size());
     const Buffer<uint16_t> packed(shape.packed_band_size(pieces));
-    sum_bands(sums + offset, end * shape.group_size() - offset, 0, shape.rows,
+    const Buffer<uint16_t> V((end - begin) * shape.interleaved_group());
+    sum_bands(sums + offset, end * shape.group_size() - offset, 0, shape.rows, shape.band,
               [&](float* sum, int64_t row, int64_t rows) {
                 load_band(Y[index], row, rows, band.get());
                 pack_band(band.get(), rows, pieces, shape.tiles, packed.get());
-                multiply_adjoint(weights[index], row, rows, begin, end, packed.get(), pieces, shape.tiles, sum - offset);
+                interleave(weights[index], row, rows, begin, end, V.get());
+                multiply_adjoint(V.get(), rows, end - begin, packed.get(), pieces, shape.tiles, sum);
               });
     unpack(sums, begin, end, shape.tiles, out[index]);
   });
@@ -191,13 +197,14 @@ bool multiply_normal(const Matrices& weights, const Matrices& X, int64_t pieces,
         const Session session;
         const Buffer<float> band(shape.band_size());
         const Buffer<uint16_t> packed(shape.packed_band_size(pieces));
+        const Buffer<uint16_t> V(shape.groups * shape.interleaved_group());
         const uint16_t* const panel = panels.get() + index * shape.packed_size(pieces);
         sum_bands(sums.get() + item * sums_size, sums_size, first_row(shape, part, parts),
-                  first_row(shape, part + 1, parts), [&](float* sum, int64_t row, int64_t rows) {
-                    multiply(weights[index], row, rows, panel, pieces, shape.tiles, band.get());
+                  first_row(shape, part + 1, parts), shape.band, [&](float* sum, int64_t row, int64_t rows) {
+                    multiply(weights[index], row, rows, panel, pieces, shape.tiles, band.get(), V.get());
                     store_band(band.get(), row, rows, Y[index]);
                     pack_band(band.get(), rows, pieces, shape.tiles, packed.get());
-                    multiply_adjoint(weights[index], row, rows, 0, shape.groups, packed.get(), pieces, shape.tiles, sum);
+                    multiply_adjoint(V.get(), rows, shape.groups, packed.get(), pieces, shape.tiles, sum);
                   });
       });
   const int64_t group = shape.group_size();

@@ -170,15 +170,16 @@ bool tiles_agree() {
   std::vector<uint16_t> X(tiles * amx::steps_of(W.cols) * pieces * amx::TILE_SIZE);
   std::vector<uint16_t> Y(tiles * amx::BAND_STEPS * pieces * amx::TILE_SIZE);
   Values Z(amx::groups_of(W.cols) * tiles * amx::SUMS * amx::TILE * amx::TILE);
+  alignas(64) uint16_t V[amx::groups_of(Sample::COLS) * amx::band_steps(Sample::ROWS) * amx::SUMS * amx::TILE_SIZE];
   const amx::Session session;
   amx::pack(Sample::panel(sample.X, W.cols, columns), pieces, 0, amx::steps_of(W.cols), X.data());
-  amx::multiply(W, 0, W.rows, X.data(), pieces, tiles, band.data());
+  amx::multiply(W, 0, W.rows, X.data(), pieces, tiles, band.data(), V);
   for (int64_t i = 0; i < W.rows; ++i)
     for (int64_t j = 0; j < columns; ++j)
       result[i * columns + j] = band[(j / amx::TILE * amx::BAND + i) * amx::TILE + j % amx::TILE];
   amx::load_band(Sample::panel(sample.Y, W.rows, columns), 0, W.rows, band.data());
   amx::pack_band(band.data(), W.rows, pieces, tiles, Y.data());
-  amx::multiply_adjoint(W, 0, W.rows, 0, amx::groups_of(W.cols), Y.data(), pieces, tiles, Z.data());
+  amx::multiply_adjoint(V, W.rows, amx::groups_of(W.cols), Y.data(), pieces, tiles, Z.data());
   amx::unpack(Z.data(), 0, amx::groups_of(W.cols), tiles,
               {result.data() + W.rows * columns, Dtype::f32, W.cols, columns, columns, 1});
   return agree(result, products(generic, sample, Dtype::bf16, columns));

@@ -1,8 +1,8 @@
 """The instruction set of csrc's kernels for CPUs.
 
 The library has kernels for several sets and chooses the best that the CPU and the operating system support. Before it
-uses a set, it compares that set's kernels with the generic ones on small matrices: where they are wrong, the next set is
-used. ``PISSA_KERNELS_ISA=name`` chooses a set by name and raises where it cannot be used.
+uses a set, it compares that set's kernels with the generic ones on small matrices: where they are wrong, the next$
+set is used. ``PISSA_KERNELS_ISA=name`` chooses a set by name and raises where it cannot be used.
 """
 
 from __future__ import annotations
