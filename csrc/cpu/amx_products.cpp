@@ -75,7 +75,7 @@ struct Shape {
         tiles(tiles_of(columns)),
         steps(steps_of(cols)),
         groups(groups_of(cols)),
-        band(std::clamp(INTERLEAVED_BYTES / (2 * groups * GROUP) / GROUP * GROUP, GROUP, BAND)) {}
+        band(std::clamp(INTERLEAVED_BYTES / (2 * GROUP * (groups + 1)) / GROUP * GROUP, GROUP, BAND)) {}
   int64_t packed_size(int64_t pieces) const { return tiles * steps * pieces * TILE_SIZE; }
   int64_t band_size() const { return tiles * BAND * TILE; }
   int64_t packed_band_size(int64_t pieces) const { return tiles * BAND_STEPS * pieces * TILE_SIZE; }
