@@ -36,6 +36,7 @@ TOOLS = {
     "table": Command("tools.table", "print rows as a table"),
     "plot": Command("tools.plot", "plot accuracy against time"),
     "split": Command("tools.split", "split the time of truncated_svd into its parts"),
+    "calibrate": Command("tools.calibrate", "measure the constants of the cost model on this CPU"),
     "compiled": Command(
         "tools.compiled", "compile every GPU kernel without a GPU and check registers, spills and instructions"
     ),

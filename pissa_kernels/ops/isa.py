@@ -8,6 +8,7 @@ set is used. ``PISSA_KERNELS_ISA=name`` chooses a set by name and raises where i
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def unsupported_reasons() -> dict[str, str | None]:
     return {name: REASONS.get(status) for name, status in zip(NAMES, statuses, strict=False)}
 
 
+@functools.cache
 def current() -> str:
     """Name of the set in use."""
     return NAMES[torch.ops.pissa_kernels.instruction_sets()[-1]]
@@ -52,7 +54,7 @@ def choose() -> None:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(NAMES)}, got {name!r}")
     if reason := unsupported_reasons()[name]:
         raise RuntimeError(f"{VARIABLE}={name} cannot be used: {reason}")
-    torch.ops.pissa_kernels.use_instruction_set(NAMES.index(name))
+    _use(name)
 
 
 @contextlib.contextmanager
@@ -63,8 +65,13 @@ def using(name: str) -> Iterator[None]:
         RuntimeError: the set cannot be used.
     """
     before = current()
-    torch.ops.pissa_kernels.use_instruction_set(NAMES.index(name))
+    _use(name)
     try:
         yield
     finally:
-        torch.ops.pissa_kernels.use_instruction_set(NAMES.index(before))
+        _use(before)
+
+
+def _use(name: str) -> None:
+    torch.ops.pissa_kernels.use_instruction_set(NAMES.index(name))
+    current.cache_clear()

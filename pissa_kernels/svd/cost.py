@@ -1,7 +1,8 @@
 """Cost model: the fastest method for a weight, its block width, and its workspace.
 
-Times are estimated from a handful of constants per kind of device. They only have to rank methods whose times differ
-by much. The tests fix the choice where it was measured; ``python -m bench engine`` times the chosen method.
+Times are estimated from a handful of constants per kind of device and, on a CPU, per instruction set. They only have to
+rank methods whose times differ by much. The tests fix the choice where it was measured; ``python -m bench engine`` times
+the chosen method.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import isa
 from . import fixed
 from .krylov import steps_for_niter
 from .stopping import GUARD_VECTORS
@@ -20,22 +23,22 @@ from .stopping import GUARD_VECTORS
 
 @dataclass(frozen=True)
 class Machine:
-    """Constants of a kind of device.
+    """Constants of a kind of device, as ``python -m bench calibrate`` measures them.
 
     Attributes:
-        flops: float32 operations per second in a matrix product.
-        read: seconds to read one element of a weight and upcast it.
+        flops: float32 operations per second in products of panels and in Gram matrices.
+        products: operations per second in a product of a weight with a panel.
+        read: seconds to read one element of a weight in such a product.
         call: seconds for one small operation: its launch, or its overhead in Python.
         eigh: coefficients (n, n², n³) of the seconds for ``eigh`` in float32.
-        overhead: fixed cost of a product with a panel, as a number of additional columns.
         min_block: columns of the narrowest Krylov block worth considering.
     """
 
     flops: float
+    products: float
     read: float
     call: float
     eigh: tuple[float, float, float]
-    overhead: int = 4
     min_block: int = 16
 
     def eigenproblem(self, n: int) -> float:
@@ -45,19 +48,24 @@ class Machine:
 
     def product(self, m: int, n: int, columns: int) -> float:
         """Seconds for a product of an m×n weight with a panel."""
-        return self.read * m * n + 2 * m * n * (columns + self.overhead) / self.flops + self.call
+        return self.read * m * n + 2 * m * n * columns / self.products + self.call
 
 
+AVX2_EIGH, AVX512_EIGH = (0.0, 3.3e-8, 5e-11), (8.9e-7, 1.7e-8, 6.5e-11)
 MACHINES = {
-    # measured on two AVX2 cores: products by BLAS, and by csrc
-    "cpu": Machine(flops=1.5e11, read=1.5e-10, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11)),
-    "cpu csrc": Machine(flops=1.5e11, read=2e-11, call=6e-6, eigh=(0.0, 3.3e-8, 5e-11), overhead=2, min_block=8),
+    # two threads of an AMD EPYC with AVX2: products in torch, and in csrc, whose generic kernels have not been measured
+    "cpu": Machine(flops=1.5e11, products=1.5e11, read=2e-10, call=6e-6, eigh=AVX2_EIGH),
+    "cpu avx2": Machine(flops=1.5e11, products=1.5e11, read=4.7e-11, call=6e-6, eigh=AVX2_EIGH, min_block=8),
+    # one thread of an Intel Xeon with AMX. Tiles have 16 columns.
+    "cpu avx512": Machine(flops=1.35e11, products=1.4e11, read=8e-11, call=2.6e-6, eigh=AVX512_EIGH, min_block=8),
+    "cpu amx": Machine(flops=1.35e11, products=3.6e11, read=7e-11, call=2.6e-6, eigh=AVX512_EIGH),
     # estimated for an H100, for weights that the fixed schedule does not solve: float32 without TF32 at 40 TFLOP/s,
     # 2 bytes per element at 2 TB/s, cuSOLVER's syevd
-    "cuda": Machine(flops=4e13, read=1e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
+    "cuda": Machine(flops=4e13, products=4e13, read=1.2e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
+MACHINES["cpu generic"] = MACHINES["cpu avx2"]
 # The upcast block of rows in plain torch, and on a CPU its product.
-ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cpu csrc": 8 << 20, "cuda": 64 << 20}
+ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
 PANEL_CALLS = 50
 ROUND_CALLS = 20
@@ -93,7 +101,10 @@ class SolverPlan:
 def machine_of(weight: Tensor) -> str:
     """The key of :data:`MACHINES` for products with this weight; a device type that is no key counts as a GPU."""
     device = weight.device.type
-    return "cpu csrc" if device == "cpu" and ops.backend("normal", weight) == "csrc" else device
+    if device != "cpu" or ops.backend("normal", weight) != "csrc":
+        return device
+    name = isa.current()
+    return "cpu avx512" if name == "amx" and weight.dtype != torch.bfloat16 else f"cpu {name}"
 
 
 def choose_plan(
@@ -122,7 +133,7 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "
     """
     constants = MACHINES.get(machine, MACHINES["cuda"])
     call = constants.call
-    gram = 2 * constants.read * m * n + 2 * m * n * n / constants.flops
+    gram = constants.read * m * n + 2 * m * n * n / constants.flops
     # LAPACK's SVD of a tall matrix starts with a QR factorization; the Gram method ends with a small SVD in float64
     full_svd = 2.4 * constants.eigenproblem(n) + (4 * m * n * n / constants.flops if m > n else 0.0)
     through_gram = gram + constants.eigenproblem(n) + 6 * constants.eigenproblem(rank) + DENSE_CALLS * call
@@ -170,7 +181,7 @@ def _workspace_alone(m: int, n: int, rank: int, niter: int | None, machine: str)
         matrices = 4 * ((m + n) * limit + 4 * limit**2)
     else:
         matrices = 4 * (4 * n * chosen.block + (2 * n * n if chosen.through_gram else 0))
-    return panels + matrices + ROW_BLOCK_BYTES.get(machine, ROW_BLOCK_BYTES["cuda"])
+    return panels + matrices + ROW_BLOCK_BYTES.get(machine.partition(" ")[0], ROW_BLOCK_BYTES["cuda"])
 
 
 def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:

@@ -66,7 +66,7 @@ def test_excluded_methods_are_not_chosen() -> None:
     extra=st.integers(0, 100000),
     fraction=st.floats(0, 1),
     niter=st.sampled_from([None, 0, 1, 4, 16]),
-    machine=st.sampled_from(["cpu", "cpu csrc", "cuda", "mps"]),
+    machine=st.sampled_from([*cost.MACHINES, "mps"]),
 )
 def test_every_candidate_fits(n: int, extra: int, fraction: float, niter: int | None, machine: str) -> None:
     rank = 1 + int(fraction * (n - 1))

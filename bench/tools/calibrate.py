@@ -1,0 +1,119 @@
+"""The constants of the cost model for this CPU: one :class:`pissa_kernels.svd.cost.Machine` for each set of kernels.
+
+Products with weights of several sizes and panels of several widths are timed, then products of panels, small operations
+and eigenproblems, all with the threads that torch has (``OMP_NUM_THREADS``). Each group is fitted by least squares of
+the relative errors. The output is Python: entries of ``MACHINES`` in ``pissa_kernels/svd/cost.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from pissa_kernels.ops import csrc, isa, reference
+
+from .. import commands
+from ..harness.environment import machine
+
+SIZES = (512, 1024, 2048, 4096)
+COLUMNS = (8, 16, 32, 64, 128)
+EIGENPROBLEMS = (16, 32, 64, 128, 192, 256, 384, 512, 768)
+REPEATS = 7
+Product = Callable[[torch.Tensor, torch.Tensor], object]
+
+
+def seconds(function: Callable[[], object], repeats: int = REPEATS) -> float:
+    """The shortest of several times of a call."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def fitted(terms: Iterable[Sequence[float]], times: Sequence[float]) -> list[float]:
+    """Coefficients ≥ 0 of the sums of terms that are closest to the times, by relative error."""
+    rows = np.array([np.array(row) / time for row, time in zip(terms, times, strict=True)])
+    kept = list(range(rows.shape[1]))
+    while True:
+        found = np.linalg.lstsq(rows[:, kept], np.ones(len(rows)), rcond=None)[0]
+        if (found >= 0).all():
+            break
+        kept = [index for index, value in zip(kept, found, strict=True) if value >= 0]
+    result = np.zeros(rows.shape[1])
+    result[kept] = found
+    return [float(value) for value in result]
+
+
+def product_constants(normal: Product, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations per second in a product of a weight with a panel, and seconds to read one element of the weight.
+
+    ``normal`` is two products.
+    """
+    terms, times = [], []
+    for n in SIZES:
+        weight = torch.randn(n, n).to(dtype)
+        for k in COLUMNS:
+            panel = torch.randn(n, k)
+            times.append(seconds(lambda weight=weight, panel=panel: normal(weight, panel)))  # type: ignore[misc]
+            terms.append((4 * n * n * k, 2 * n * n))
+    operation, read = fitted(terms, times)
+    return 1 / operation, read
+
+
+def panel_flops() -> float:
+    """Operations per second in the projection of a panel against a basis."""
+    basis, panel = torch.randn(256, 4096), torch.randn(4096, 32)
+    return 4 * 256 * 4096 * 32 / seconds(lambda: torch.addmm(panel, basis.mT, basis @ panel, alpha=-1), 30)
+
+
+def small_call() -> float:
+    """Seconds of a small operation: the mean of a product, a sum of squares and a Cholesky factorization."""
+    X = torch.randn(64, 16)
+    gram = X.mT @ X
+    functions = (lambda: X.mT @ X, lambda: torch.linalg.vector_norm(X, dim=0), lambda: torch.linalg.cholesky_ex(gram))
+    return sum(seconds(function, 100) for function in functions) / len(functions)
+
+
+def eigh_constants() -> tuple[float, float, float]:
+    """Coefficients (n, n², n³) of the seconds for ``eigh``."""
+    times = []
+    for n in EIGENPROBLEMS:
+        X = torch.randn(n, n)
+        gram = X @ X.mT
+        times.append(seconds(lambda gram=gram: torch.linalg.eigh(gram)))  # type: ignore[misc]
+    linear, square, cube = fitted([(n, n**2, n**3) for n in EIGENPROBLEMS], times)
+    return linear, square, cube
+
+
+def kernels() -> Iterator[tuple[str, Product, torch.dtype, contextlib.AbstractContextManager[None]]]:
+    """Key in ``MACHINES``, product, dtype of the weight, and a context, for each set of kernels that runs here."""
+    yield "cpu", reference.normal, torch.bfloat16, contextlib.nullcontext()
+    if csrc.unsupported_reasons("normal", torch.ones(2, 2)):
+        return
+    for name, reason in isa.unsupported_reasons().items():
+        if reason is None:
+            yield f"cpu {name}", csrc.normal, torch.bfloat16, isa.using(name)
+
+
+def main(name: str, argv: Sequence[str]) -> int:
+    commands.parser(name).parse_args(argv)
+    about = machine("cpu")
+    print(f"# {about['cpu']}, {about['cores']} threads, torch {torch.__version__}")
+    torch.manual_seed(0)
+    flops, call, eigh = panel_flops(), small_call(), eigh_constants()
+    for key, normal, dtype, context in kernels():
+        with context:
+            products, read = product_constants(normal, dtype)
+        coefficients = ", ".join(f"{value:.1e}" for value in eigh)
+        print(
+            f'"{key}": Machine(flops={flops:.1e}, products={products:.1e}, read={read:.1e}, call={call:.1e}, '
+            f"eigh=({coefficients})),",
+            flush=True,
+        )
+    return 0
