@@ -1,8 +1,8 @@
 """Cost model: the fastest method for a weight, its block width, and its workspace.
 
 Times are estimated from a handful of constants per kind of device and, on a CPU, per instruction set. They only have to
-rank methods whose times differ by much. The tests fix the choice where it was measured; ``python -m bench engine`` times
-the chosen method.
+rank methods whose times differ by much. The tests fix the choice where it was measured; ``python -m bench engine``
+times the chosen method.
 """
 
 from __future__ import annotations
