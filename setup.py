@@ -84,10 +84,11 @@ class BuildLibraries(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # linked by the compilers themselves, because Python's link command may have options of another compiler. nvcc
-        # links the CUDA runtime statically, so that no version of it need be installed. libstdc++ comes first, because
-        # torch's wheels export functions of a newer libstdc++ than they require, without a version, by accident.
-        paths = [f"-L{path}" for path in library_paths(device_type=device)]
-        libraries = [*paths, "-lstdc++", "-lc10", "-ltorch_cpu"]
+        # links the CUDA runtime statically, so that no version of it need be installed.
+        libraries = [f"-L{path}" for path in library_paths(device_type=device)]
+        # before torch's libraries, which export some functions of libstdc++ as well, without versions
+        libraries += ["-lstdc++"] if platform.system() == "Linux" else []
+        libraries += ["-lc10", "-ltorch_cpu"]
         libraries += ["-ltorch_cuda"] if device == "cuda" else []
         linker = "nvcc" if device == "cuda" else None
         self.run_compiler([*objects, "-shared", "-o", str(target), *libraries], linker)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from .check_install import check, without_compiler
 ROOT = Path(__file__).parents[2]
 LIBRARY = csrc.FOLDER / csrc.LIBRARIES["cpu"]
 pytestmark = pytest.mark.slow
+needs_library = pytest.mark.skipif(csrc._failure("cpu") is not None, reason=str(csrc._failure("cpu")))
 
 # In place of a compiler, because compiling takes long: it reads what it should compile, and links the library that the
 # checkout has.
@@ -84,7 +87,18 @@ def test_the_sdist_installs_without_a_compiler(sdist: Path, tmp_path: Path) -> N
     assert check(sys.executable, "torch", tmp_path, without_compiler(tmp_path)).endswith("torch")
 
 
-@pytest.mark.skipif(csrc._failure("cpu") is not None, reason=str(csrc._failure("cpu")))
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+@pytest.mark.skipif(platform.system() != "Linux", reason="symbols have versions on Linux")
+def test_the_library_names_the_versions_of_libstdcxx_that_it_needs() -> None:
+    """Otherwise auditwheel cannot tell the platforms that the library runs on."""
+    done = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)
+    standard = [name for name in done.stdout.split() if re.match("_ZN?K?S", name)]
+    assert standard
+    assert all("@GLIBCXX" in name for name in standard), standard
+
+
+@needs_library
 def test_a_wheel_from_the_sdist_has_the_library_for_every_python(sdist: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
