@@ -4,8 +4,9 @@
     PISSA_KERNELS_BUILD=cuda pip install --no-build-isolation .    also CUDA C++; needs nvcc, but no GPU
     PISSA_KERNELS_BUILD=0    (or unset)                            nothing: the verbs run in Triton or plain torch
 
-The build needs torch's headers, hence no build isolation. A library that cannot be built is skipped, with the reason:
-the package works without it.
+The build needs torch's headers, hence no build isolation. An ordinary `pip install .` is isolated and has no torch, so
+nothing is built unless it is asked for; wheels are built with PISSA_KERNELS_BUILD=cpu. A library that cannot be built
+is skipped, with the reason: the package works without it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
@@ -86,7 +88,10 @@ class BuildLibraries(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # linked by the compilers themselves, because Python's link command may have options of another compiler. nvcc
         # links the CUDA runtime statically, so that no version of it need be installed.
-        libraries = [f"-L{path}" for path in library_paths(device_type=device)] + ["-lc10", "-ltorch_cpu"]
+        libraries = [f"-L{path}" for path in library_paths(device_type=device)]
+        # before torch's libraries, which export some functions of libstdc++ as well, without versions
+        libraries += ["-lstdc++"] if platform.system() == "Linux" else []
+        libraries += ["-lc10", "-ltorch_cpu"]
         libraries += ["-ltorch_cuda"] if device == "cuda" else []
         linker = "nvcc" if device == "cuda" else None
         self.run_compiler([*objects, "-shared", "-o", str(target), *libraries], linker)
@@ -121,7 +126,18 @@ class BuildLibraries(build_ext):
         subprocess.run([compiler or os.environ.get("CXX", "c++"), *arguments], check=True)
 
 
+class TagWheel(bdist_wheel):
+    """Tags a wheel with libraries py3-none-PLATFORM, and one without them py3-none-any.
+
+    The libraries call nothing of Python, so that they need no version of it. An abi3 tag would promise an extension
+    module for CPython alone.
+    """
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[Extension(f"pissa_kernels.ops._csrc_{device}", sources=[]) for device in requested_devices()],
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": TagWheel},
 )
