@@ -3,8 +3,11 @@
 
 #include <cpuid.h>
 #include <immintrin.h>
+
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 namespace pissa::cpu::amx {
 namespace {
@@ -208,8 +211,12 @@ bool cpu_has_amx() {
 
 // The state of the tiles is large, so Linux asks a process to request it.
 bool kernel_permits() {
+#if defined(__linux__)
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+#else
+  return false;
+#endif
 }
 
 // Eight tiles of 16 rows of 64 bytes. A constant in memory, because GCC's intrinsic reads the first eight bytes only as far

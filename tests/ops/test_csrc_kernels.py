@@ -58,7 +58,7 @@ def missing_features(flags: list[str]) -> set[str]:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
-@pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
+@pytest.mark.parametrize("instruction_set", ["generic", "avx2", "avx512"])
 def test_kernels(instruction_set: str, build: dict[str, Any], tmp_path: Path) -> None:
     if instruction_set not in build["INSTRUCTION_SETS"]:
         pytest.skip(f"{instruction_set} is not built on this architecture")
