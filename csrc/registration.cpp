@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
   library.def("matmul(Tensor weight, Tensor X, int pieces=3) -> Tensor");
   library.def("rmatmul(Tensor weight, Tensor Y, int pieces=3) -> Tensor");
   library.def("normal(Tensor weight, Tensor X, int pieces=3) -> (Tensor, Tensor)");
+  library.def("gram(Tensor weights) -> Tensor");
   library.def("sum_of_squares(Tensor weights) -> Tensor");
   library.def("instruction_sets() -> Tensor");
   library.def("use_instruction_set(int index) -> ()");

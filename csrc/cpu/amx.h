@@ -66,4 +66,16 @@ void multiply_adjoint(const uint16_t* V, int64_t rows, int64_t groups, const uin
 // The groups [begin, end) of Z, `tiles` wide, into rows of a contiguous matrix (n, k).
 void unpack(const float* Z, int64_t begin, int64_t end, int64_t tiles, const Matrix& out);
 
+// out[tile][BAND_STEPS][16 columns][32 rows] = the first `groups` groups of an interleaved band, transposed: columns of W
+// in the place of those of Y, for multiply_adjoint() in one piece.
+void transpose_band(const uint16_t* V, int64_t rows, int64_t groups, uint16_t* out);
+
+// The same two operands for W·Wᵀ: at most BAND columns of W from `col` on, for the first `groups` groups of rows, which
+// keep their order.
+void pack_columns(const Matrix& weight, int64_t col, int64_t cols, int64_t groups, uint16_t* V, uint16_t* out);
+
+// Z[tile][SUMS][16][16], a group of sums with the tiles of this group and of those before it, into the rows and columns of
+// a contiguous symmetric matrix. `ordered`: whether the operands were packed by pack_columns().
+void unpack_symmetric(const float* Z, int64_t group, bool ordered, const Matrix& out);
+
 }  // namespace pissa::cpu::amx

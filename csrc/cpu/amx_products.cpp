@@ -220,4 +220,38 @@ bool multiply_normal(const Matrices& weights, const Matrices& X, int64_t pieces,
   return in_range(middle, size) && in_range(largest(Z), middle);
 }
 
+bool multiply_gram(const Matrices& weights, bool of_rows, const Matrices& out) {
+  const Shape shape(of_rows ? weights[0].transposed() : weights[0], 0);
+  const int64_t count = weights.size(), groups = shape.groups, unit = GROUP * GROUP * SUMS;
+  const auto offset = [](int64_t group) { return group * (group + 1) / 2 * SUMS * SUMS * TILE * TILE; };
+  const Buffer<float> Z(count * offset(groups));
+  const auto compute = [&](int64_t index, int64_t first, int64_t last) {
+    const Matrix& W = weights[index];
+    float* const sums = Z.get() + index * offset(groups);
+    const Buffer<uint16_t> V(last * shape.interleaved_group()), packed(last * SUMS * BAND_STEPS * TILE_SIZE);
+    sum_bands(sums + offset(first), offset(last) - offset(first), 0, shape.rows, shape.band,
+              [&](float* sum, int64_t row, int64_t rows) {
+                if (of_rows) {
+                  pack_columns(W, row, rows, last, V.get(), packed.get());
+                } else {
+                  interleave(W, row, rows, 0, last, V.get());
+                  transpose_band(V.get(), rows, last, packed.get());
+                }
+                for (int64_t group = first; group < last; ++group)
+                  multiply_adjoint(V.get() + group * band_steps(rows) * SUMS * TILE_SIZE, rows, 1, packed.get(), 1,
+                                   (group + 1) * SUMS, sum + offset(group) - offset(first));
+              });
+    for (int64_t group = first; group < last; ++group)
+      unpack_symmetric(sums + offset(group), group, of_rows, out[index]);
+  };
+  // A group is multiplied by itself and by those before it. The first and the last are together as much work as the
+  // second and the last but one.
+  parallel_ranges(count, ceil_div(groups, 2), unit * shape.rows * groups, [&](int64_t index, int64_t begin, int64_t end) {
+    const Session session;
+    compute(index, begin, end);
+    if (groups - begin > end) compute(index, std::max(end, groups - end), groups - begin);
+  });
+  return in_range(largest(out), 0.0f);
+}
+
 }  // namespace pissa::cpu::amx

@@ -20,4 +20,7 @@ bool multiply_columns(const Matrices& weights, const Matrices& Y, int64_t pieces
 // Y = W·X and Z = Wᵀ·Y.
 bool multiply_normal(const Matrices& weights, const Matrices& X, int64_t pieces, const Matrices& Y, const Matrices& Z);
 
+// WᵀW; W·Wᵀ if `of_rows`.
+bool multiply_gram(const Matrices& weights, bool of_rows, const Matrices& out);
+
 }  // namespace pissa::cpu::amx

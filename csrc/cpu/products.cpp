@@ -118,10 +118,28 @@ std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X, int64_t
   return {Y, Z};
 }
 
+// WᵀW of each weight. Without tiles a weight is copied to float32.
+Tensor gram(const Tensor& weights) {
+  STD_TORCH_CHECK(weights.dim() == 3, "pissa_kernels: expected a batch of weights");
+  const int64_t n = weights.size(2);
+  Tensor result = torch::stable::new_empty(weights, {weights.size(0), n, n}, torch::headeronly::ScalarType::Float);
+  Matrices matrices = matrices_of(weights);
+  if (matrices.empty()) return result;
+  const bool by_rows = matrices[0].row_contiguous();
+  if (!by_rows) matrices = transposed(std::move(matrices));
+  STD_TORCH_CHECK(matrices[0].row_contiguous(), "pissa_kernels: one dimension of the weight must be contiguous");
+#if defined(PISSA_X86)
+  if (amx::suits(matrices[0]) && amx::multiply_gram(matrices, !by_rows, matrices_of(result))) return result;
+#endif
+  const Tensor wide = torch::stable::to(weights, torch::headeronly::ScalarType::Float);
+  return torch::stable::matmul(torch::stable::transpose(wide, 1, 2), wide);
+}
+
 }  // namespace pissa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {
   library.impl("matmul", TORCH_BOX(&pissa::cpu::matmul));
   library.impl("rmatmul", TORCH_BOX(&pissa::cpu::rmatmul));
   library.impl("normal", TORCH_BOX(&pissa::cpu::normal));
+  library.impl("gram", TORCH_BOX(&pissa::cpu::gram));
 }
