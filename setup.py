@@ -91,7 +91,8 @@ class BuildLibraries(build_ext):
 
     def cpu_objects(self) -> list[str]:
         flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
-        sources = ("registration.cpp", "cpu/verbs.cpp", "cpu/products.cpp", "cpu/gram_schmidt.cpp")
+        steps = ("cpu/gram_schmidt.cpp", "cpu/orthonormalize.cpp", "cpu/chebyshev.cpp", "cpu/ritz.cpp")
+        sources = ("registration.cpp", "cpu/verbs.cpp", "cpu/products.cpp", *steps)
         objects = [self.compile(CSRC / name, flags) for name in sources]
         for name, options in INSTRUCTION_SETS.items():
             body = [*flags, *options, f"-DPISSA_ISA={name}"]
