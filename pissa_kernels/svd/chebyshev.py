@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from .operators import FILTER_PIECES, Operator
+from .operators import Operator
 from .orthogonalize import orthonormalize
 from .stopping import GUARD_VECTORS, Subspace, estimated_deficit
 
@@ -25,6 +25,11 @@ MAX_DEGREE = 16
 # Smallest degree of the first filter, and of the others. No sketch is good enough without one: if the matrix has a few
 # more nonzero singular values than the block has columns, its range has some leading directions and none of the others.
 MIN_DEGREES = 4, 2
+# Estimated energy deficit above which a filter that cannot be the last takes one bfloat16 piece of the panel in all
+# products: rounding leaves about 1e-6. The first other filter takes two pieces in its last product, and further ones
+# three; the products before take one piece less, because the last one damps their rounding errors. Ritz pairs, hence
+# the estimate, are in float32.
+ROUGH_DEFICIT = 1e-3
 # Smallest edge of the unwanted part relative to θ_1: smaller eigenvalues are below round-off in float32.
 MIN_EDGE = 1e-6
 
@@ -43,7 +48,7 @@ def chebyshev_subspace(
         seed: seed of the sketch.
     """
     X, _ = orthonormalize(operator.sketch(block, seed))
-    products = 0
+    products, pieces = 0, 2
     least, later = MIN_DEGREES
     while True:
         X, HX, values, residuals = operator.ritz(X, rank)
@@ -62,9 +67,11 @@ def chebyshev_subspace(
             return Subspace(X[:, -rank:], None, functools.partial(estimated_deficit, edge=guard_value))
         edge = max(smallest, MIN_EDGE * first)
         degree, sufficient = _degree(deficit, edge, last, first, tol, least)
-        pieces = FILTER_PIECES[0 if sufficient else 1]
+        rough = deficit > ROUGH_DEFICIT and not sufficient
         # a zero matrix has no edge
-        X, _ = orthonormalize(operator.filter(X, HX, edge if edge > 0 else 1.0, degree, pieces))
+        Z = operator.filter(X, HX, edge if edge > 0 else 1.0, degree, 1 if rough else pieces)
+        X, _ = orthonormalize(Z)
+        pieces = pieces if rough else 3
         products += degree - 1
         least = later
 

@@ -6,6 +6,7 @@ transpose. Panels are (n, k) float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -17,10 +18,8 @@ from .. import ops
 from ..ops import dispatch, reference
 from ..ops.panels import column_residuals, recurrence, rotated
 
-# Number of bfloat16 pieces of a panel in the last product of a filter that is expected to be the last one, and in that
-# of the others. A filter's other products take one piece less. Errors of 2⁻¹⁷ in the last product change the energy by
-# their squares; the Rayleigh–Ritz projection that follows is in float32.
-FILTER_PIECES = 2, 1
+# Elements of a Gaussian matrix that is kept for the next weight: 512 KiB.
+KEPT_ELEMENTS = 1 << 17
 
 
 class Projection(NamedTuple):
@@ -247,9 +246,18 @@ class GramOperator:
 
 
 def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """Gaussian matrix (rows, columns) float32, the same on every device, from a generator of its own."""
+    """Gaussian matrix (rows, columns) float32, the same on every device, from a generator of its own. It is shared."""
+    draw = _recently_drawn if rows * columns <= KEPT_ELEMENTS else _drawn
+    return draw(rows, columns, seed).to(device)
+
+
+def _drawn(rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+
+
+# Layers of one shape start from the same matrix, and drawing it takes a twentieth of the time of a small SVD.
+_recently_drawn = functools.lru_cache(maxsize=4)(_drawn)
 
 
 def random_signs(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
