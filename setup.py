@@ -99,7 +99,8 @@ class BuildLibraries(build_ext):
 
     def cpu_objects(self) -> list[str]:
         flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
-        sources = ["registration.cpp", "cpu/isa.cpp", "cpu/verbs.cpp", "cpu/products.cpp", "cpu/gram_schmidt.cpp"]
+        steps = ("cpu/gram_schmidt.cpp", "cpu/orthonormalize.cpp", "cpu/chebyshev.cpp", "cpu/ritz.cpp")
+        sources = ["registration.cpp", "cpu/isa.cpp", "cpu/verbs.cpp", "cpu/products.cpp", *steps]
         sources += ["cpu/amx_products.cpp"] if X86 else []
         objects = [self.compile(CSRC / name, flags) for name in sources]
         objects += [self.compile(CSRC / "cpu/amx.cpp", [*flags, *AMX])] if X86 else []

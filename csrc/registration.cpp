@@ -8,11 +8,18 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
   library.def("matmul(Tensor weight, Tensor X, int pieces=3) -> Tensor");
   library.def("rmatmul(Tensor weight, Tensor Y, int pieces=3) -> Tensor");
   library.def("normal(Tensor weight, Tensor X, int pieces=3) -> (Tensor, Tensor)");
-  library.def("gram(Tensor weights) -> Tensor");
+  library.def("gram(Tensor weight) -> Tensor");
   library.def("sum_of_squares(Tensor weights) -> Tensor");
   library.def("instruction_sets() -> Tensor");
   library.def("use_instruction_set(int index) -> ()");
-  library.def("gram_schmidt(Tensor panel, Tensor basis) -> (Tensor, Tensor, Tensor)");
+  library.def("orthonormalize(Tensor panel, Tensor basis, int near=0) -> (Tensor, Tensor)");
+  library.def(
+      "chebyshev_filter(Tensor weight, Tensor X, Tensor HX, float edge, int degree, int pieces=3, bool gram=False) "
+      "-> Tensor");
+  library.def("ritz(Tensor weight, Tensor Q, int rank, bool gram=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "triplets(Tensor weight, Tensor Q, Tensor Y, Tensor V, Tensor X, Tensor S, Tensor Z) -> (Tensor, Tensor, "
+      "Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");
   // Returns nothing, because torch.compile cannot functionalize an operator that returns the argument it mutates.
   library.def(

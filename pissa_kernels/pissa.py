@@ -186,15 +186,15 @@ def rounded_factors(
         ValueError: A or B overflow or underflow ``dtype``, or the residual overflows the weight's dtype.
     """
     with exact_arithmetic(weights[0].device):
-        S = torch.stack([svd.S for svd in svds])
-        root = torch.stack([svd.S / scaling for svd, scaling in zip(svds, scalings, strict=True)]).sqrt()
-        exact_A = root[:, :, None] * torch.stack([svd.Vh for svd in svds])
+        S = _stacked([svd.S for svd in svds])
+        root = _stacked([svd.S / scaling for svd, scaling in zip(svds, scalings, strict=True)]).sqrt()
+        exact_A = root[:, :, None] * _stacked([svd.Vh for svd in svds])
         lora_A = exact_A.to(dtype).float()
-        lora_B = (torch.stack([svd.U for svd in svds]) * root[:, None, :]).to(dtype).float()
-        in_range = torch.isfinite(lora_A).all(-1).all(-1) & torch.isfinite(lora_B).all(-1).all(-1)
+        lora_B = (_stacked([svd.U for svd in svds]) * root[:, None, :]).to(dtype).float()
+        largest_A = _largest(lora_A)
+        in_range = torch.isfinite(largest_A) & torch.isfinite(_largest(lora_B))
         if torch.finfo(dtype).tiny > torch.finfo(torch.float32).tiny:
-            largest_A, rounded = exact_A.abs().amax((-1, -2)), lora_A.abs().amax((-1, -2))
-            in_range &= rounded >= largest_A / 2  # otherwise A is rounded to 0, and training would not move B
+            in_range &= largest_A >= _largest(exact_A) / 2  # otherwise A is rounded to 0, and training would not move B
         found = []
         for index, (holds, largest) in enumerate(torch.stack([in_range, S[:, 0]], dim=-1).tolist()):
             if not holds:
@@ -203,6 +203,16 @@ def rounded_factors(
             _check_residual_range(weights[index], factors, scalings[index], largest)
             found.append(factors)
     return found
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """A batch of the tensors; a view of a single one."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def _largest(batch: Tensor) -> Tensor:
+    """The largest |element| of each matrix of a batch; NaN where there is one."""
+    return batch.abs().amax((-2, -1))
 
 
 def _check_residual_range(weight: Tensor, factors: Factors, scaling: float, largest: float) -> None:

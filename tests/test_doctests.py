@@ -13,7 +13,7 @@ EXAMPLES = {
     "pissa": {"decompose"},
     "numerics": {"exact_arithmetic"},
     "checks": {"layer_context", "parse_init"},
-    "ops": {"backend", "gram_schmidt", "matmul", "normal", "rmatmul", "subtract_lowrank_", "transpose_cast"},
+    "ops": {"backend", "matmul", "normal", "orthonormalize", "rmatmul", "subtract_lowrank_", "transpose_cast"},
 }
 
 

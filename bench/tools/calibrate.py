@@ -7,14 +7,16 @@ the relative errors. The output is Python: entries of ``MACHINES`` in ``pissa_ke
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from unittest import mock
 
 import numpy as np
 import torch
 
-from pissa_kernels.ops import csrc, isa, reference
+from pissa_kernels.ops import dispatch, isa
 
 from .. import commands
 from ..harness.environment import machine
@@ -22,8 +24,8 @@ from ..harness.environment import machine
 SIZES = (512, 1024, 2048, 4096)
 COLUMNS = (8, 16, 32, 64, 128)
 EIGENPROBLEMS = (16, 32, 64, 128, 192, 256, 384, 512, 768)
+GRAMS = ((384, 384), (1536, 576), (2048, 1024))
 REPEATS = 7
-Product = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def seconds(function: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -50,20 +52,27 @@ def fitted(terms: Iterable[Sequence[float]], times: Sequence[float]) -> list[flo
     return [float(value) for value in result]
 
 
-def product_constants(normal: Product, dtype: torch.dtype) -> tuple[float, float]:
-    """Operations per second in a product of a weight with a panel, and seconds to read one element of the weight.
-
-    ``normal`` is two products.
-    """
+def product_constants() -> tuple[float, float]:
+    """Operations per second in a product of a weight with a panel, and seconds to read one element of the weight."""
     terms, times = [], []
     for n in SIZES:
-        weight = torch.randn(n, n).to(dtype)
+        weight = torch.randn(n, n).bfloat16()
+        normal = dispatch.bind("normal", weight)
         for k in COLUMNS:
             panel = torch.randn(n, k)
-            times.append(seconds(lambda weight=weight, panel=panel: normal(weight, panel)))  # type: ignore[misc]
-            terms.append((4 * n * n * k, 2 * n * n))
+            times.append(seconds(functools.partial(normal, weight, panel)))
+            terms.append((4 * n * n * k, 2 * n * n))  # two products
     operation, read = fitted(terms, times)
     return 1 / operation, read
+
+
+def gram_flops() -> float:
+    """Operations per second in the Gram matrix of a weight, for sizes at which it is formed."""
+    rates = []
+    for m, n in GRAMS:
+        weight = torch.randn(m, n).bfloat16()
+        rates.append(2 * m * n * n / seconds(functools.partial(dispatch.bind("gram", weight), weight)))
+    return float(np.median(rates))
 
 
 def panel_flops() -> float:
@@ -85,20 +94,20 @@ def eigh_constants() -> tuple[float, float, float]:
     times = []
     for n in EIGENPROBLEMS:
         X = torch.randn(n, n)
-        gram = X @ X.mT
-        times.append(seconds(lambda gram=gram: torch.linalg.eigh(gram)))  # type: ignore[misc]
+        times.append(seconds(functools.partial(torch.linalg.eigh, X @ X.mT)))
     linear, square, cube = fitted([(n, n**2, n**3) for n in EIGENPROBLEMS], times)
     return linear, square, cube
 
 
-def kernels() -> Iterator[tuple[str, Product, torch.dtype, contextlib.AbstractContextManager[None]]]:
-    """Key in ``MACHINES``, product, dtype of the weight, and a context, for each set of kernels that runs here."""
-    yield "cpu", reference.normal, torch.bfloat16, contextlib.nullcontext()
-    if csrc.unsupported_reasons("normal", torch.ones(2, 2)):
-        return
-    for name, reason in isa.unsupported_reasons().items():
-        if reason is None:
-            yield f"cpu {name}", csrc.normal, torch.bfloat16, isa.using(name)
+def kernels() -> Iterator[str]:
+    """Key in ``MACHINES`` of each set of kernels that runs here. While it is out, the verbs are bound to these."""
+    with mock.patch.dict(os.environ, {dispatch.VARIABLE: "torch"}):
+        yield "cpu"
+    if not dispatch.unsupported_reasons("normal", torch.ones(2, 2))["csrc"]:
+        for name, reason in isa.unsupported_reasons().items():
+            if reason is None:
+                with isa.using(name):
+                    yield f"cpu {name}"
 
 
 def main(name: str, argv: Sequence[str]) -> int:
@@ -107,13 +116,12 @@ def main(name: str, argv: Sequence[str]) -> int:
     print(f"# {about['cpu']}, {about['cores']} threads, torch {torch.__version__}")
     torch.manual_seed(0)
     flops, call, eigh = panel_flops(), small_call(), eigh_constants()
-    for key, normal, dtype, context in kernels():
-        with context:
-            products, read = product_constants(normal, dtype)
+    for key in kernels():
+        (products, read), gram = product_constants(), gram_flops()
         coefficients = ", ".join(f"{value:.1e}" for value in eigh)
         print(
-            f'"{key}": Machine(flops={flops:.1e}, products={products:.1e}, read={read:.1e}, call={call:.1e}, '
-            f"eigh=({coefficients})),",
+            f'"{key}": Machine(flops={flops:.1e}, products={products:.1e}, gram={gram:.1e}, read={read:.1e}, '
+            f"call={call:.1e}, eigh=({coefficients})),",
             flush=True,
         )
     return 0

@@ -31,7 +31,10 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
         (WeightOperator, "adjoint"),
         (WeightOperator, "_both"),
         (WeightOperator, "gram"),
-        (GramOperator, "multiply"),
+        (WeightOperator, "filter"),
+        (WeightOperator, "ritz"),
+        (GramOperator, "ritz"),
+        (GramOperator, "filter"),
     ),
     "orthonormalization": (
         (krylov, "orthonormalize"),
@@ -39,7 +42,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
         (rayleigh_ritz, "orthonormalize"),
     ),
     "small problems": ((torch.linalg, "eigh"), (torch.linalg, "eigvalsh"), (torch.linalg, "svd")),
-    "residual": ((rayleigh_ritz, "_measured"),),
+    "residual": ((WeightOperator, "triplets"), (WeightOperator, "residuals")),
 }
 REST = "rest"
 

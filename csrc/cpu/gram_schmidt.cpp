@@ -1,15 +1,13 @@
-// The operator gram_schmidt for CPU tensors: one round of block Gram–Schmidt with CholeskyQR for panels of at most
-// eight columns. In torch the overhead of the calls takes most of the time of such a round.
-#include <torch/csrc/stable/library.h>
+// One round of block Gram–Schmidt with CholeskyQR, for panels of at most eight columns.
+#include "gram_schmidt.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 
 #include "../tensors.h"
 #include "isa.h"
-#include "kernels.h"
 #include "multiply.h"
 #include "panels.h"
 
@@ -81,35 +79,19 @@ void project_out(const Tensor& basis, const Panels& panels, int64_t columns) {
                   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> gram_schmidt(const Tensor& panel, const Tensor& basis) {
-  const auto is_float = [](const Tensor& tensor) { return dtype_of(tensor.scalar_type()) == Dtype::f32; };
-  STD_TORCH_CHECK(panel.dim() == 3 && is_float(panel) && panel.size(2) >= 1 && panel.size(2) <= MAX_COLUMNS,
-                  "pissa_kernels: expected a batch of float32 panels of at most ", MAX_COLUMNS, " columns");
-  const int64_t count = panel.size(0), n = panel.size(1), columns = panel.size(2);
-  STD_TORCH_CHECK(basis.dim() == 3 && is_float(basis) && basis.size(0) == count && basis.size(2) == n &&
-                      (basis.stride(2) == 1 || n <= 1),
-                  "pissa_kernels: expected float32 bases of contiguous rows of ", n, " elements");
-  Tensor result = torch::stable::new_empty(panel, {count, n, columns});
-  Tensor pivots = torch::stable::new_empty(panel, {count}), shortest = torch::stable::new_empty(panel, {count});
-  if (count == 0) return {result, pivots, shortest};
-  const Panels panels = packed(matrices_of(panel), Layout::transposed);
-  if (basis.size(1) > 0) project_out(basis, panels, columns);
-  const Matrices out = matrices_of(result);
-  parallel_ranges(count, 1, 2 * n * columns * columns, [&](int64_t index, int64_t, int64_t) {
-    double gram[MAX_COLUMNS * MAX_COLUMNS];
-    kernels().gram(panels[index], gram);
-    const Transform transform = cholesky(gram, columns);
-    kernels().transform(panels[index], transform.matrix);
-    unpack(panels[index], 0, n, out[index], 0);
-    static_cast<float*>(pivots.data_ptr())[index] = transform.pivot;
-    static_cast<float*>(shortest.data_ptr())[index] = transform.shortest;
-  });
-  return {result, pivots, shortest};
-}
-
 }  // namespace
-}  // namespace pissa::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {
-  library.impl("gram_schmidt", TORCH_BOX(&pissa::cpu::gram_schmidt));
+Round narrow_round(const Tensor& panel, const Tensor& basis) {
+  const int64_t n = panel.size(0), columns = panel.size(1);
+  Tensor result = torch::stable::new_empty(panel, {n, columns});
+  const Panels panels = packed(matrices_of(panel), Layout::transposed);
+  if (basis.size(0) > 0) project_out(basis, panels, columns);
+  double gram[MAX_COLUMNS * MAX_COLUMNS];
+  kernels().gram(panels[0], gram);
+  const Transform transform = cholesky(gram, columns);
+  kernels().transform(panels[0], transform.matrix);
+  unpack(panels[0], 0, n, matrix_of(result), 0);
+  return {result, transform.pivot, transform.shortest};
 }
+
+}  // namespace pissa::cpu

@@ -118,21 +118,19 @@ std::tuple<Tensor, Tensor> normal(const Tensor& weight, const Tensor& X, int64_t
   return {Y, Z};
 }
 
-// WᵀW of each weight. Without tiles a weight is copied to float32.
-Tensor gram(const Tensor& weights) {
-  STD_TORCH_CHECK(weights.dim() == 3, "pissa_kernels: expected a batch of weights");
-  const int64_t n = weights.size(2);
-  Tensor result = torch::stable::new_empty(weights, {weights.size(0), n, n}, torch::headeronly::ScalarType::Float);
-  Matrices matrices = matrices_of(weights);
-  if (matrices.empty()) return result;
-  const bool by_rows = matrices[0].row_contiguous();
-  if (!by_rows) matrices = transposed(std::move(matrices));
-  STD_TORCH_CHECK(matrices[0].row_contiguous(), "pissa_kernels: one dimension of the weight must be contiguous");
+// WᵀW of one weight. Without tiles it is copied to float32.
+Tensor gram(const Tensor& weight) {
+  const Matrix W = matrix_of(weight);
+  const bool by_rows = W.row_contiguous();
+  STD_TORCH_CHECK(by_rows || W.transposed().row_contiguous(),
+                  "pissa_kernels: one dimension of the weight must be contiguous");
 #if defined(PISSA_X86)
-  if (amx::suits(matrices[0]) && amx::multiply_gram(matrices, !by_rows, matrices_of(result))) return result;
+  Tensor result = torch::stable::new_empty(weight, {W.cols, W.cols}, torch::headeronly::ScalarType::Float);
+  const Matrices weights{by_rows ? W : W.transposed()};
+  if (amx::suits(weights[0]) && amx::multiply_gram(weights, !by_rows, matrices_of(result))) return result;
 #endif
-  const Tensor wide = torch::stable::to(weights, torch::headeronly::ScalarType::Float);
-  return torch::stable::matmul(torch::stable::transpose(wide, 1, 2), wide);
+  const Tensor wide = torch::stable::to(weight, torch::headeronly::ScalarType::Float);
+  return torch::stable::matmul(torch::stable::transpose(wide, 0, 1), wide);
 }
 
 }  // namespace pissa::cpu

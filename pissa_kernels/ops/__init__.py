@@ -19,10 +19,10 @@ __all__ = [
     "BACKENDS",
     "WEIGHT_DTYPES",
     "backend",
-    "gram_schmidt",
     "has_overlap",
     "matmul",
     "normal",
+    "orthonormalize",
     "rmatmul",
     "subtract_lowrank_",
     "sum_of_squares",
@@ -242,17 +242,24 @@ def sum_of_squares(weights: Tensor) -> Tensor:
     return result
 
 
-def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One round of block Gram–Schmidt: the part of a panel orthogonal to a basis, orthonormalized by one CholeskyQR.
+def orthonormalize(panel: Tensor, basis: Tensor | None = None, near: int = 0) -> tuple[Tensor, Tensor]:
+    """Block Gram–Schmidt with CholeskyQR: an orthonormal panel of the part of a panel that is orthogonal to a basis.
+
+    Projections against the basis, each followed by a round of CholeskyQR, until a projection removes nothing. Two
+    rounds are enough (Giraud et al. 2005) unless the first leaves only round-off. Round-off can point in any direction,
+    also along the basis, and would then carry an orthogonality error of the basis over to the panel.
 
     Args:
-        panel: (batch, n, b), float32 or float64, b ≥ 1.
-        basis: (batch, k, n), orthonormal rows, of the panel's dtype and device; None for an empty one.
+        panel: (n, b), float32 or float64.
+        basis: (k, n), orthonormal rows, of the panel's dtype and device, k + b ≤ n; None for an empty one.
+        near: first of the rows that the panel is not orthogonal to in exact arithmetic, if that is known: the first
+            projection uses only the rows from this one on.
 
     Returns:
-        With P = panel − basisᵀ·basis·panel: its columns orthonormalized to ε·cond(P)² (batch, n, b); the smallest pivot
-        (batch,) of the Cholesky factor of PᵀP scaled to a unit diagonal, 0 or NaN where the factorization failed; and
-        the norm (batch,) of the shortest column of P.
+        The panel (n, b), and the figures (3,): the smallest pivot of the Cholesky factor in the first round and in the
+        last, 0 or NaN where the factorization failed; and the length that the first projection has left of the shortest
+        column, relative to the longest column before it, 1 without a basis. Pivots below 1e-3 mean that the panel is
+        not orthonormal: it is too close to being rank-deficient.
 
     Raises:
         TypeError: another dtype.
@@ -261,16 +268,16 @@ def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
     Examples:
         >>> import torch
         >>> import pissa_kernels as pk
-        >>> Z = torch.tensor([[[3.0], [4.0]]])
-        >>> Q, pivot, norm = pk.ops.gram_schmidt(Z)
-        >>> norm
-        tensor([5.])
+        >>> Z = torch.tensor([[3.0], [4.0]])
+        >>> Q, (first_pivot, last_pivot, kept) = pk.ops.orthonormalize(Z)
         >>> torch.allclose(Q, Z / 5)
         True
+        >>> first_pivot
+        tensor(1.)
     """
-    checks.check_orthogonalization(panel, basis)
+    checks.check_orthonormalization(panel, basis, near)
     with torch.no_grad():
-        result: tuple[Tensor, Tensor, Tensor] = dispatch.bind("gram_schmidt", panel, panel.dtype)(panel, basis)
+        result: tuple[Tensor, Tensor] = dispatch.bind("orthonormalize", panel, panel.dtype)(panel, basis, near)
     return result
 
 

@@ -5,9 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt")
+VERBS = (
+    "matmul",
+    "rmatmul",
+    "normal",
+    "transpose_cast",
+    "subtract_lowrank_",
+    "sum_of_squares",
+    "gram",
+    "orthonormalize",
+    "chebyshev_filter",
+    "ritz",
+    "triplets",
+)
 # Verbs that also take a batch of weights (batch, m, n), with a batch of panels.
-STACK_VERBS = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt")
+STACK_VERBS = ("matmul", "rmatmul", "normal", "sum_of_squares")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,22 +65,22 @@ def check_panel(verb: str, weight: Tensor, panel: Tensor, axis: int) -> None:
         raise ValueError(f"{verb}: weight is on {weight.device}, the panel on {panel.device}")
 
 
-def check_orthogonalization(panel: Tensor, basis: Tensor | None) -> None:
+def check_orthonormalization(panel: Tensor, basis: Tensor | None, near: int) -> None:
     if panel.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"gram_schmidt: the panel must be float32 or float64, got {panel.dtype}")
-    if panel.ndim != 3 or not panel.shape[-1]:
-        raise ValueError(f"gram_schmidt: panel must be a batch (batch, n, b), b ≥ 1, got shape {tuple(panel.shape)}")
+        raise TypeError(f"orthonormalize: the panel must be float32 or float64, got {panel.dtype}")
+    if panel.ndim != 2 or not panel.numel():
+        raise ValueError(f"orthonormalize: panel must be (n, b), n and b ≥ 1, got shape {tuple(panel.shape)}")
     if basis is None:
         return
-    batch, n, _ = panel.shape
-    if basis.ndim != 3 or (basis.shape[0], basis.shape[2]) != (batch, n):
-        raise ValueError(
-            f"gram_schmidt: panel {tuple(panel.shape)} takes a basis ({batch}, k, {n}), got {tuple(basis.shape)}"
-        )
+    n, _ = panel.shape
+    if basis.ndim != 2 or basis.shape[1] != n:
+        raise ValueError(f"orthonormalize: panel {tuple(panel.shape)} takes a basis (k, {n}), got {tuple(basis.shape)}")
     if (basis.dtype, basis.device) != (panel.dtype, panel.device):
         raise ValueError(
-            f"gram_schmidt: panel is {panel.dtype} on {panel.device}, the basis {basis.dtype} on {basis.device}"
+            f"orthonormalize: panel is {panel.dtype} on {panel.device}, the basis {basis.dtype} on {basis.device}"
         )
+    if not 0 <= near <= len(basis):
+        raise ValueError(f"orthonormalize: near must be a row of the basis, 0 to {len(basis)}, got {near!r}")
 
 
 def check_subtraction(weight: Tensor, lora_B: Tensor, lora_A: Tensor, fan_in_fan_out: bool) -> None:

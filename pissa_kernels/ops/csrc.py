@@ -18,7 +18,18 @@ from torch import Tensor
 from . import isa, reference
 
 VERBS: dict[str, tuple[str, ...]] = {"cuda": ("transpose_cast", "subtract_lowrank_")}
-VERBS["cpu"] = ("matmul", "rmatmul", "normal", "sum_of_squares", "gram_schmidt", *VERBS["cuda"])
+VERBS["cpu"] = (
+    "matmul",
+    "rmatmul",
+    "normal",
+    "sum_of_squares",
+    "gram",
+    "orthonormalize",
+    "chebyshev_filter",
+    "ritz",
+    "triplets",
+    *VERBS["cuda"],
+)
 # The CPU library also defines the schemas, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
@@ -27,8 +38,6 @@ OLDEST_TORCH = (2, 10)
 # its minor version on; PTX is compiled by the driver for every device that is not older.
 CUDA_CODE = ((8, 0), (9, 0), (10, 0), (12, 0))
 CUDA_PTX = (9, 0)
-# Columns up to which Gram–Schmidt runs here. Wider panels run in torch, where fewer and larger calls handle them.
-MAX_COLUMNS = 8
 # For each device, why its library cannot be loaded; None if it was loaded.
 _FAILURES: dict[str, str | None] = {}
 
@@ -111,14 +120,30 @@ def _register_fakes() -> None:
     def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
         return matmul(weight, X), rmatmul(weight, X)
 
-    def gram_schmidt(panel: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch = panel.shape[0]
-        return panel.new_empty(panel.shape), panel.new_empty(batch), panel.new_empty(batch)
+    def orthonormalize(panel: Tensor, basis: Tensor, near: int = 0) -> tuple[Tensor, Tensor]:
+        return panel.new_empty(panel.shape), panel.new_empty(3)
+
+    def chebyshev_filter(
+        weight: Tensor, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int = 3, gram: bool = False
+    ) -> Tensor:
+        return X.new_empty(X.shape)
+
+    def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return Q.new_empty(Q.shape), Q.new_empty(Q.shape), Q.new_empty(Q.shape[1]), Q.new_empty(rank)
+
+    def triplets(
+        weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return Q.new_empty(Q.shape), V.new_empty(V.shape), S.new_empty(S.shape)
+
+    def gram(weight: Tensor) -> Tensor:
+        return weight.new_empty(weight.shape[1], weight.shape[1], dtype=torch.float32)
 
     def sum_of_squares(weights: Tensor) -> Tensor:
         return weights.new_empty(weights.shape[0], dtype=torch.float64)
 
-    for fake in (matmul, rmatmul, normal, sum_of_squares, gram_schmidt, transpose_cast, subtract_lowrank_):
+    products, panels = (matmul, rmatmul, normal), (orthonormalize, chebyshev_filter, ritz, triplets)
+    for fake in (*products, *panels, gram, sum_of_squares, transpose_cast, subtract_lowrank_):
         torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
 
 
@@ -146,19 +171,48 @@ def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
     return result
 
 
+def gram(weight: Tensor) -> Tensor:
+    """WᵀW in float32, on AMX tiles or by BLAS. See :func:`pissa_kernels.ops.reference.gram`."""
+    if isa.current() != "amx" or weight.dtype != torch.bfloat16:
+        return reference.gram(weight)
+    result: Tensor = torch.ops.pissa_kernels.gram(weight)
+    return result
+
+
 def sum_of_squares(weights: Tensor) -> Tensor:
     """‖W‖_F² of each weight of a batch. See :func:`pissa_kernels.ops.sum_of_squares`."""
     result: Tensor = torch.ops.pissa_kernels.sum_of_squares(weights)
     return result
 
 
-def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One round of block Gram–Schmidt with CholeskyQR. See :func:`pissa_kernels.ops.gram_schmidt`."""
-    batch, n, columns = panel.shape
-    basis = panel.new_empty(batch, 0, n) if basis is None else basis
-    if columns > MAX_COLUMNS or basis.stride(-1) != 1:
-        return reference.gram_schmidt(panel, basis)
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.gram_schmidt(panel, basis)
+def orthonormalize(panel: Tensor, basis: Tensor | None = None, near: int = 0) -> tuple[Tensor, Tensor]:
+    """Block Gram–Schmidt with CholeskyQR. See :func:`pissa_kernels.ops.orthonormalize`."""
+    basis = panel.new_empty(0, len(panel)) if basis is None else basis
+    if basis.stride(-1) != 1:
+        return reference.orthonormalize(panel, basis, near)
+    result: tuple[Tensor, Tensor] = torch.ops.pissa_kernels.orthonormalize(panel, basis, near)
+    return result
+
+
+def chebyshev_filter(
+    weight: Tensor, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int = 3, gram: bool = False
+) -> Tensor:
+    """T_degree(2H/edge − 1)·X. See :func:`pissa_kernels.ops.reference.chebyshev_filter`."""
+    result: Tensor = torch.ops.pissa_kernels.chebyshev_filter(weight, X, HX, edge, degree, pieces, gram)
+    return result
+
+
+def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ritz pairs of H = WᵀW. See :func:`pissa_kernels.ops.reference.ritz`."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.ritz(weight, Q, rank, gram)
+    return result
+
+
+def triplets(
+    weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triplets and their residuals. See :func:`pissa_kernels.ops.reference.triplets`."""
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.triplets(weight, Q, Y, V, X, S, Z)
     return result
 
 

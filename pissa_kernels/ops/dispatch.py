@@ -22,7 +22,7 @@ BACKENDS = ("csrc", "triton", "torch")
 
 MEMORY_BOUND = ("transpose_cast", "subtract_lowrank_")
 PRODUCTS = ("matmul", "rmatmul", "normal")
-OTHERS = ("sum_of_squares", "gram_schmidt")
+OTHERS = ("sum_of_squares", "gram", "orthonormalize", "chebyshev_filter", "ritz", "triplets")
 CSRC_OR_TORCH: tuple[str, ...] = ("csrc", "torch")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     # csrc takes 0.5 to 1.1 of the time of torch's body, and 0.3 to 1.0 for products. Triton's interpreter is for tests,

@@ -16,21 +16,32 @@ weight; the last column is the time of upcasting it once, which the others inclu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-VERBS = ("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt")
+from .panels import column_residuals, recurrence, rotated
+from .panels import orthonormalize as orthonormalize
+
+VERBS = (
+    "matmul",
+    "rmatmul",
+    "normal",
+    "transpose_cast",
+    "subtract_lowrank_",
+    "sum_of_squares",
+    "gram",
+    "orthonormalize",
+    "chebyshev_filter",
+    "ritz",
+    "triplets",
+)
 # Elements of the buffer. On a CPU 4 MiB of float32 stay in a slice of L3; a GPU is faster with few, large launches.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Elements of the rows that are transposed at a time on a CPU.
 TRANSPOSE_ELEMENTS = 1 << 17
 # Rows of Wᵀ·Y per thread, below which a product for each thread costs more than it saves.
 COLUMNS_PER_THREAD = 256
-# Columns up to which a panel is transposed before it is projected: BLAS takes two to six times as long for eight
-# columns as for eight rows.
-NARROW = 16
 
 
 def verbs(device: str) -> tuple[str, ...]:
@@ -180,57 +191,71 @@ def subtract_lowrank_(
     return weight
 
 
-class CholeskyQR(NamedTuple):
-    """The result of one round of CholeskyQR on Z (batch, n, b).
+def chebyshev_filter(
+    weight: Tensor, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int = 3, gram: bool = False
+) -> Tensor:
+    """T(2H/edge − 1)·X for H = WᵀW and the Chebyshev polynomial T of a degree. It grows above ``edge``.
 
-    Attributes:
-        panel: (batch, n, b), Z·change.
-        change: (batch, b, b), upper triangular.
-        pivot: (batch,), the smallest pivot of the Cholesky factor; 0 or NaN where the factorization failed.
-        shortest: (batch,), the norm of the shortest column of Z.
+    Args:
+        weight: W (m, n) of any supported dtype; H itself (n, n) float32 with ``gram``.
+        X: (n, b) float32 or float64.
+        HX: (n, b) H·X.
+        edge: upper end of [0, edge], where the polynomial is at most 1.
+        degree: at least 1; the number of products with H is one less.
+        pieces: bf16 pieces of the panel in the last product; one less in the others, but at least one, because the
+            products that follow damp their rounding errors. Ignored here.
+        gram: whether ``weight`` is H.
     """
-
-    panel: Tensor
-    change: Tensor
-    pivot: Tensor
-    shortest: Tensor
+    if gram:
+        return recurrence(lambda current, _: weight @ current, X, HX, edge, degree, pieces)
+    return recurrence(lambda current, _: normal(weight, current)[1], X, HX, edge, degree, pieces)
 
 
-def cholesky_qr(Z: Tensor) -> CholeskyQR:
-    """Orthonormalize the columns of Z to ε·cond(Z)².
+def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ritz pairs of H = WᵀW on the columns of an orthonormal Q (n, b).
 
-    Multiplies by the inverse of the Cholesky factor: a triangular solve with a 4096×64 panel takes three times as long.
+    Args:
+        weight: W (m, n) of any supported dtype; H itself (n, n) float32 with ``gram``.
+        Q: (n, b) float32.
+        rank: number of pairs whose residuals are wanted.
+        gram: whether ``weight`` is H.
+
+    Returns:
+        Ritz vectors X (n, b), H·X, the Ritz values (b,), ascending, and ‖H·x − θ·x‖ (rank,) of the last pairs. The
+        values and residuals are NaN where LAPACK's eigensolver fails.
     """
-    gram = Z.mT @ Z
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    scale = norms.reciprocal()
-    factor, info = torch.linalg.cholesky_ex(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1).masked_fill(info != 0, 0.0)
-    change = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False).mT
-    return CholeskyQR(Z @ change, change, pivot, norms.amin(-1))
+    if gram:
+        HQ = weight @ Q
+        return rotated(Q, HQ, Q.mT @ HQ, rank)
+    # (WQ)ᵀ(WQ), not Qᵀ(HQ), which is less accurate in directions whose singular values are small relative to ‖W‖
+    WQ, HQ = normal(weight, Q)
+    return rotated(Q, HQ, WQ.mT @ WQ, rank)
 
 
-def project_out(Z: Tensor, basis: Tensor | None) -> Tensor:
-    """Z (batch, n, b) minus its projection onto the orthonormal rows of a basis (batch, k, n)."""
-    if basis is None or not basis.shape[1]:
-        return Z
-    if Z.shape[-1] <= NARROW:
-        return torch.baddbmm(Z.mT, Z.mT @ basis.mT, basis, alpha=-1).mT
-    return torch.baddbmm(Z, basis.mT, basis @ Z, alpha=-1)
+def triplets(
+    weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triplets from a subspace V with W·V = Y = Q·R and R = X·diag(S)·Zᵀ.
+
+    Args:
+        weight: W (m, n) of any supported dtype.
+        Q, Y: (m, r) float32, Q orthonormal.
+        V: (n, r) float32, orthonormal.
+        X, S, Z: (r, r), (r,) and (r, r) float32.
+
+    Returns:
+        U = Q·X (m, r), V·Z (n, r), and max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖) (r,) of each triplet.
+    """
+    U, V = Q @ X, V @ Z
+    return U, V, torch.maximum(column_residuals(Y @ Z, U, S), column_residuals(rmatmul(weight, U), V, S))
 
 
-def gram_schmidt(panel: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One round of block Gram–Schmidt with CholeskyQR. See :func:`pissa_kernels.ops.gram_schmidt`."""
-    panel, _, pivot, shortest = cholesky_qr(project_out(panel, basis))
-    return panel, pivot, shortest
-
-
-def sum_of_squares(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def sum_of_squares(weight: Tensor, scale: float = 1.0) -> Tensor:
     """‖scale·W‖_F² of each weight of a batch, summed in float32 along rows and in float64 across them.
 
     Args:
         weight: (batch, m, n), float32, float16 or bfloat16, any strides.
-        scale: (batch, 1, 1) float32; None for 1.
+        scale: a power of two.
 
     Returns:
         (batch,) float64, NaN or Inf where a weight holds one.
@@ -239,6 +264,25 @@ def sum_of_squares(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     view = weight.mT if is_column_major(weight) else weight
     for _, _, block in row_blocks(view, torch.float32):
         # the norm of the whole block would lose five digits, because torch sums it in a few float32 lanes
-        norms = torch.linalg.vector_norm(block if scale is None else block * scale, dim=-1)
+        norms = torch.linalg.vector_norm(block if scale == 1.0 else block * scale, dim=-1)
         total += norms.double().square().sum(dim=-1)
+    return total
+
+
+def gram(weight: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """(scale·W)ᵀ(scale·W).
+
+    Args:
+        weight: (m, n), float32, float16 or bfloat16, any strides.
+        dtype: float32 or float64, in which the products are summed.
+        scale: a power of two.
+
+    Returns:
+        (n, n) in ``dtype``, symmetric up to round-off.
+    """
+    n = weight.shape[1]
+    total = torch.zeros(n, n, dtype=dtype, device=weight.device)
+    for _, _, block in row_blocks(weight, dtype):
+        scaled = block if scale == 1.0 else block * scale
+        total.addmm_(scaled.mT, scaled)
     return total

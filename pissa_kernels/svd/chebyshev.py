@@ -13,7 +13,6 @@ import functools
 import math
 
 import torch
-from torch import Tensor
 
 from .operators import Operator
 from .orthogonalize import orthonormalize
@@ -26,6 +25,11 @@ MAX_DEGREE = 16
 # Smallest degree of the first filter, and of the others. No sketch is good enough without one: if the matrix has a few
 # more nonzero singular values than the block has columns, its range has some leading directions and none of the others.
 MIN_DEGREES = 4, 2
+# Estimated energy deficit above which a filter that cannot be the last takes one bfloat16 piece of the panel in all
+# products: rounding leaves about 1e-6. The first other filter takes two pieces in its last product, and further ones
+# three; the products before take one piece less, because the last one damps their rounding errors. Ritz pairs, hence
+# the estimate, are in float32.
+ROUGH_DEFICIT = 1e-3
 # Smallest edge of the unwanted part relative to θ_1: smaller eigenvalues are below round-off in float32.
 MIN_EDGE = 1e-6
 
@@ -33,69 +37,62 @@ MIN_EDGE = 1e-6
 def chebyshev_subspace(
     operator: Operator, rank: int, *, block: int, tol: float, max_products: int, seed: int
 ) -> Subspace:
-    """The leading eigenvectors of each H of a batch.
+    """The leading eigenvectors of H.
 
     Args:
         operator: H, finite, scaled so that its square neither overflows nor underflows in float32.
         rank: r.
         block: b ≥ r + GUARD_VECTORS, columns of the iterated block. Larger blocks converge in fewer rounds.
-        tol: tolerance on the estimated energy deficit 1 − ‖AV‖_F²/Σ_{i≤r}σᵢ² of every H of the batch.
+        tol: tolerance on the estimated energy deficit 1 − ‖AV‖_F²/Σ_{i≤r}σᵢ².
         max_products: number of products with H after which the iteration stops in any case.
         seed: seed of the sketch.
     """
     X, _ = orthonormalize(operator.sketch(block, seed))
-    products = 0
+    products, pieces = 0, 2
     least, later = MIN_DEGREES
     while True:
-        matrix, HX, _ = operator.project(X)
+        X, HX, values, residuals = operator.ritz(X, rank)
         products += 1
-        values, vectors = torch.linalg.eigh(matrix)
-        X, HX = X @ vectors, HX @ vectors
-        wanted = values[:, -rank:]
-        residuals = torch.linalg.vector_norm(HX[:, :, -rank:] - X[:, :, -rank:] * wanted.unsqueeze(-2), dim=1)
         # not the smallest Ritz value: directions that the block itself has not resolved lie above it
-        guard_value = values[:, block - rank - GUARD_VECTORS]
-        deficit = estimated_deficit(wanted, residuals, guard_value)
+        guard_value = values[block - rank - GUARD_VECTORS]
+        estimate = estimated_deficit(values[-rank:], residuals, guard_value)
         # the only transfer to the host in a round
-        figures = torch.stack([deficit.float(), values[:, 0], values[:, -rank], values[:, -1]], dim=-1).tolist()
-        filtered = products > 1
+        deficit, *ritz_values = torch.cat([estimate.float().view(1), values]).tolist()
+        if math.isnan(deficit):
+            raise torch.linalg.LinAlgError("the eigensolver failed")  # type: ignore[attr-defined]
+        smallest, last, first = ritz_values[0], ritz_values[-rank], ritz_values[-1]
         # a block whose last Ritz value is zero spans the whole range
-        met = all(estimate <= tol and (filtered or last <= MIN_EDGE * first) for estimate, last, _, first in figures)
+        met = deficit <= tol and (products > 1 or smallest <= MIN_EDGE * first)
         if met or products >= max_products:
-            return Subspace(X[:, :, -rank:], None, functools.partial(estimated_deficit, edge=guard_value))
-        edge = torch.maximum(values[:, 0], MIN_EDGE * values[:, -1])
-        edge = torch.where(edge > 0, edge, 1.0)[:, None, None]  # a zero matrix of the batch stays zero
-        X, _ = orthonormalize(_filtered(operator, X, HX, edge, degree := _degree(figures, tol, least)))
+            return Subspace(X[:, -rank:], None, functools.partial(estimated_deficit, edge=guard_value))
+        edge = max(smallest, MIN_EDGE * first)
+        degree, sufficient = _degree(deficit, edge, last, first, tol, least)
+        rough = deficit > ROUGH_DEFICIT and not sufficient
+        # a zero matrix has no edge
+        Z = operator.filter(X, HX, edge if edge > 0 else 1.0, degree, 1 if rough else pieces)
+        X, _ = orthonormalize(Z)
+        pieces = pieces if rough else 3
         products += degree - 1
         least = later
 
 
-def _degree(figures: list[list[float]], tol: float, least: int) -> int:
-    """Degree that the slowest matrix of the batch needs, limited by the precision of float32.
+def _degree(deficit: float, edge: float, last: float, first: float, tol: float, least: int) -> tuple[int, bool]:
+    """Degree of the next filter, limited by the precision of float32, and whether it is expected to be the last.
 
     Args:
-        figures: for each matrix of the batch, its estimated deficit and the Ritz values θ_b, θ_r and θ_1.
+        deficit: estimated energy deficit.
+        edge: upper end of the unwanted part of the spectrum.
+        last: θ_r.
+        first: θ_1.
         tol: tolerance on the energy deficit.
         least: the smallest degree, where the precision allows it.
     """
-    needed, allowed = least, MAX_DEGREE
-    for deficit, edge, last, first in figures:
-        edge = max(edge, MIN_EDGE * first)
-        if not (deficit > tol and edge > 0):
-            continue
-        # T_d(x) = cosh(d·arcosh x) for x ≥ 1
-        growth = math.acosh(max(2 * last / edge - 1, 1 + 1e-6))
-        spread = math.acosh(max(2 * first / edge - 1, 1.0)) - growth
-        needed = max(needed, math.ceil((math.log(deficit / tol) / 2 + 1.5) / growth))
-        if spread > 0:
-            allowed = min(allowed, int(math.log(MAX_SPREAD) / spread))
-    return max(2, min(needed, allowed))
-
-
-def _filtered(operator: Operator, X: Tensor, HX: Tensor, edge: Tensor, degree: int) -> Tensor:
-    """T_degree(2H/a − 1)·X by the three-term recurrence, where a is ``edge`` (batch, 1, 1)."""
-    previous, current = X, HX * (2 / edge) - X
-    for _ in range(degree - 1):
-        following = operator.multiply(current).mul_(4 / edge).sub_(current, alpha=2).sub_(previous)
-        previous, current = current, following
-    return current
+    if not (deficit > tol and edge > 0):
+        return max(2, least), True
+    # T_d(x) = cosh(d·arcosh x) for x ≥ 1
+    growth = math.acosh(max(2 * last / edge - 1, 1 + 1e-6))
+    spread = math.acosh(max(2 * first / edge - 1, 1.0)) - growth
+    needed = max(least, math.ceil((math.log(deficit / tol) / 2 + 1.5) / growth))
+    allowed = min(MAX_DEGREE, int(math.log(MAX_SPREAD) / spread)) if spread > 0 else MAX_DEGREE
+    degree = max(2, min(needed, allowed))
+    return degree, degree >= needed

@@ -26,8 +26,9 @@ class Machine:
     """Constants of a kind of device, as ``python -m bench calibrate`` measures them.
 
     Attributes:
-        flops: float32 operations per second in products of panels and in Gram matrices.
+        flops: float32 operations per second in products of panels.
         products: operations per second in a product of a weight with a panel.
+        gram: operations per second in a Gram matrix of a weight.
         read: seconds to read one element of a weight in such a product.
         call: seconds for one small operation: its launch, or its overhead in Python.
         eigh: coefficients (n, n², n³) of the seconds for ``eigh`` in float32.
@@ -36,6 +37,7 @@ class Machine:
 
     flops: float
     products: float
+    gram: float
     read: float
     call: float
     eigh: tuple[float, float, float]
@@ -51,17 +53,21 @@ class Machine:
         return self.read * m * n + 2 * m * n * columns / self.products + self.call
 
 
-AVX2_EIGH, AVX512_EIGH = (0.0, 3.3e-8, 5e-11), (8.9e-7, 1.7e-8, 6.5e-11)
+AVX2_EIGH, AVX512_EIGH = (0.0, 3.3e-8, 5e-11), (8e-7, 2e-8, 5.5e-11)
 MACHINES = {
     # two threads of an AMD EPYC with AVX2: products in torch, and in csrc, whose generic kernels have not been measured
-    "cpu": Machine(flops=1.5e11, products=1.5e11, read=2e-10, call=6e-6, eigh=AVX2_EIGH),
-    "cpu avx2": Machine(flops=1.5e11, products=1.5e11, read=4.7e-11, call=6e-6, eigh=AVX2_EIGH, min_block=8),
+    "cpu": Machine(flops=1.5e11, products=1.5e11, gram=1.5e11, read=2e-10, call=6e-6, eigh=AVX2_EIGH),
+    "cpu avx2": Machine(
+        flops=1.5e11, products=1.5e11, gram=1.5e11, read=4.7e-11, call=6e-6, eigh=AVX2_EIGH, min_block=8
+    ),
     # one thread of an Intel Xeon with AMX. Tiles have 16 columns.
-    "cpu avx512": Machine(flops=1.35e11, products=1.4e11, read=8e-11, call=2.6e-6, eigh=AVX512_EIGH, min_block=8),
-    "cpu amx": Machine(flops=1.35e11, products=3.6e11, read=7e-11, call=2.6e-6, eigh=AVX512_EIGH),
+    "cpu avx512": Machine(
+        flops=1.5e11, products=1.5e11, gram=1.7e11, read=8e-11, call=2.5e-6, eigh=AVX512_EIGH, min_block=8
+    ),
+    "cpu amx": Machine(flops=1.5e11, products=3.8e11, gram=1.2e12, read=7e-11, call=2.5e-6, eigh=AVX512_EIGH),
     # estimated for an H100, for weights that the fixed schedule does not solve: float32 without TF32 at 40 TFLOP/s,
     # 2 bytes per element at 2 TB/s, cuSOLVER's syevd
-    "cuda": Machine(flops=4e13, products=4e13, read=1.2e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
+    "cuda": Machine(flops=4e13, products=4e13, gram=4e13, read=1.2e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
 MACHINES["cpu generic"] = MACHINES["cpu avx2"]
 # The upcast block of rows in plain torch, and on a CPU its product.
@@ -133,7 +139,7 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "
     """
     constants = MACHINES.get(machine, MACHINES["cuda"])
     call = constants.call
-    gram = constants.read * m * n + 2 * m * n * n / constants.flops
+    gram = constants.read * m * n + 2 * m * n * n / constants.gram
     # LAPACK's SVD of a tall matrix starts with a QR factorization; the Gram method ends with a small SVD in float64
     full_svd = 2.4 * constants.eigenproblem(n) + (4 * m * n * n / constants.flops if m > n else 0.0)
     through_gram = gram + constants.eigenproblem(n) + 6 * constants.eigenproblem(rank) + DENSE_CALLS * call

@@ -164,8 +164,8 @@ def _by_schedule(weights: Sequence[Tensor], rank: int, tol: float, seed: int) ->
 def _alone(weight: Tensor, rank: int, tol: float, niter: int | None, seed: int) -> TruncatedSVD:
     """The triplets of one weight by the method that the cost model expects to be the fastest, or by the next one."""
     with exact_arithmetic(weight.device):
-        operator = WeightOperator(weight.detach().unsqueeze(0))
-        _, m, n = operator.shape
+        operator = WeightOperator(weight.detach())
+        m, n = operator.shape
         tried: list[str] = []
         while True:
             plan = choose_plan(m, n, rank, niter, machine=machine_of(weight), exclude=tried)
@@ -178,12 +178,12 @@ def _alone(weight: Tensor, rank: int, tol: float, niter: int | None, seed: int) 
                 continue
             # after block Krylov, a dense method follows only where it is fast; after a fixed number of steps, none
             final = plan.steps is not None or (plan.method == "krylov" and n > DENSE_FALLBACK_WIDTH)
-            if all(converged) or final:
-                return certified(operator, triplets, converged, plan.method)[0]
+            if converged or final:
+                return certified(operator, triplets, converged, plan.method)
         by_gram = _by_gram(operator, rank) if plan.method == "gram" else None
         if by_gram is None:
-            return certified(operator, dense_triplets(operator, rank), [True], "svd")[0]
-        return certified(operator, by_gram, [True], "gram")[0]
+            return certified(operator, dense_triplets(operator, rank), True, "svd")
+        return certified(operator, by_gram, True, "gram")
 
 
 def _by_gram(operator: WeightOperator, rank: int) -> Triplets | None:
@@ -194,16 +194,14 @@ def _by_gram(operator: WeightOperator, rank: int) -> Triplets | None:
             triplets = gram_triplets(operator, rank, dtype)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue  # eigh does not converge on some matrices with many equal eigenvalues
-        if not (triplets.residuals.amax(-1) > GRAM_RESIDUAL * triplets.S[:, 0]).any().item():
+        if not bool(triplets.residuals.amax() > GRAM_RESIDUAL * triplets.S[0]):
             break
     return triplets
 
 
-def _iterate(
-    operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, seed: int
-) -> tuple[Triplets, list[bool]]:
-    """Triplets by the iteration of ``plan``, and for each weight whether they meet the tolerance."""
-    H = GramOperator(operator.gram(torch.float32), operator.shape[1]) if plan.through_gram else operator
+def _iterate(operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, seed: int) -> tuple[Triplets, bool]:
+    """Triplets by the iteration of ``plan``, and whether they meet the tolerance."""
+    H = GramOperator(operator.gram(torch.float32), operator.shape[0]) if plan.through_gram else operator
     if plan.method == "chebyshev":
         subspace = chebyshev_subspace(H, rank, block=plan.block, tol=tol, max_products=MAX_STEPS, seed=seed)
         return _evaluated(operator, subspace, tol)
@@ -211,19 +209,19 @@ def _iterate(
     subspace = krylov(block=plan.block, limit=plan.limit, steps=plan.steps, check_every=plan.check_every)
     triplets, converged = _evaluated(operator, subspace, tol)
     if plan.steps is not None:
-        if (triplets.S[:, -1] < STEEP * triplets.S[:, 0]).any().item():
+        if bool(triplets.S[-1] < STEEP * triplets.S[0]):
             # float32 squares mix directions with singular values this small, which subspace iteration would separate
             triplets = rayleigh_ritz(operator, operator.adjoint(triplets.U))
         return triplets, converged
     columns = rank
-    if not all(converged) and _hides_energy(subspace, triplets, tol):
+    if not converged and _hides_energy(subspace, triplets, tol):
         plan = widened(plan, rank)
         columns = plan.block
         if plan.limit + plan.block > operator.shape[-1]:
             return triplets, converged
         subspace = krylov(block=plan.block, limit=plan.limit, check_every=plan.check_every)
         triplets, converged = _evaluated(operator, subspace, tol)
-    if not all(converged) and operator.passes < 2 * MAX_STEPS:
+    if not converged and operator.passes < 2 * MAX_STEPS:
         # the last step reduced the deficit by less than the stopping rule predicted
         start = torch.cat([triplets.V, H.sketch(columns - rank, seed)], dim=-1) if columns > rank else triplets.V
         subspace = krylov(block=columns, limit=plan.limit, start=start)
@@ -231,18 +229,18 @@ def _iterate(
     return triplets, converged
 
 
-def _evaluated(operator: WeightOperator, subspace: Subspace, tol: float) -> tuple[Triplets, list[bool]]:
-    """Triplets on a subspace, and for each weight whether their estimated energy deficit is at most ``tol``."""
+def _evaluated(operator: WeightOperator, subspace: Subspace, tol: float) -> tuple[Triplets, bool]:
+    """Triplets on a subspace, and whether their estimated energy deficit is at most ``tol``."""
     triplets = rayleigh_ritz(operator, subspace.V, subspace.AV)
     # the residual of an eigenpair of AᵀA is σ times that of the triplet
     measured = triplets.S.square(), triplets.residuals * triplets.S
     deficit = subspace.deficit(*measured)
     if subspace.hidden is not None:
         deficit = torch.maximum(deficit, subspace.hidden(*measured))
-    return triplets, (deficit <= tol).tolist()
+    return triplets, bool(deficit <= tol)
 
 
 def _hides_energy(subspace: Subspace, triplets: Triplets, tol: float) -> bool:
-    """Whether only a wider block can tell that the triplets of every weight meet the tolerance."""
+    """Whether only a wider block can tell that the triplets meet the tolerance."""
     assert subspace.hidden is not None
-    return bool((subspace.hidden(triplets.S.square(), triplets.residuals * triplets.S) > tol).any())
+    return bool(subspace.hidden(triplets.S.square(), triplets.residuals * triplets.S) > tol)

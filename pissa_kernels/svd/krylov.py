@@ -61,7 +61,7 @@ def block_krylov(
     seed: int,
     start: Tensor | None = None,
 ) -> Subspace:
-    """The leading eigenvectors of each H of a batch.
+    """The leading eigenvectors of H.
 
     Args:
         operator: H, finite, scaled so that its square neither overflows nor underflows in float32.
@@ -69,17 +69,16 @@ def block_krylov(
         block: b, columns of one block.
         limit: columns of the largest basis, at least r + GUARD_VECTORS + 2b; limit + b ≤ n. A full basis is restarted
             from its leading Ritz vectors.
-        tol: tolerance on the estimated energy deficit 1 − ‖AV‖_F²/Σ_{i≤r}σᵢ² of every H of the batch.
+        tol: tolerance on the estimated energy deficit 1 − ‖AV‖_F²/Σ_{i≤r}σᵢ².
         steps: number of steps if fixed, with b ≥ r and limit ≥ (steps + 1)·b; None to iterate to ``tol``.
         max_steps: number of steps after which the iteration stops in any case.
         check_every: largest number of steps between two convergence checks, unless more are certain to be needed.
         seed: seed of the sketch.
-        start: (batch, n, b) start block; None for a sketch.
+        start: (n, b) start block; None for a sketch.
     """
     basis = LanczosBasis(operator, block, limit)
     rule = StoppingRule(rank, tol, block, check_every)
-    panel, deficient = orthonormalize(operator.sketch(block, seed) if start is None else start)
-    rank_deficient = any(deficient)
+    panel, rank_deficient = orthonormalize(operator.sketch(block, seed) if start is None else start)
     step = 0
     while True:
         basis.append(panel)
@@ -88,7 +87,7 @@ def block_krylov(
             values, vectors = basis.eigh()
             return basis.leading(vectors, rank, basis.unresolved(values, rank))
         panel, deficient = basis.next_panel(panel)
-        rank_deficient = rank_deficient or any(deficient)
+        rank_deficient = rank_deficient or deficient
         step += 1
         full = basis.size + block > limit
         if not full and (steps is not None or not rule.check_due(step, basis.size)):
@@ -96,103 +95,102 @@ def block_krylov(
         values, vectors = basis.eigh()
         if steps is None:
             unresolved = basis.unresolved(values, rank)
-            deficits = unresolved.deficit(values[:, -rank:], basis.residuals(vectors[:, :, -rank:])).tolist()
-            if rule.should_stop(step, max(deficits), rank_deficient):
+            deficit = float(unresolved.deficit(values[-rank:], basis.residuals(vectors[:, -rank:])))
+            if rule.should_stop(step, deficit, rank_deficient):
                 return basis.leading(vectors, rank, unresolved)
         if full:
             basis.restart(values, vectors, keep=min(2 * rank + block, limit - 2 * block))
 
 
 class LanczosBasis:
-    """Orthonormal basis Q of a block Krylov subspace, and T = QᵀHQ, for a batch.
+    """Orthonormal basis Q of a block Krylov subspace, and T = QᵀHQ.
 
     Attributes:
         operator: H.
         block: columns of a panel.
-        rows: (batch, limit, n) Qᵀ in its first ``size`` rows.
-        T: (batch, limit, limit), lower triangle.
+        rows: (limit, n) Qᵀ in its first ``size`` rows.
+        T: (limit, limit), lower triangle.
         size: columns of Q.
         newest: index of the first column of the newest panel.
-        off_diagonal: (batch, k, b) off-diagonal block of T between the last k columns of Q and the next panel; T is
-            zero between the columns before these and the panel.
+        off_diagonal: (k, b) off-diagonal block of T between the last k columns of Q and the next panel; T is zero
+            between the columns before these and the panel.
         AQ_blocks: A·Q, panel by panel, as far as the products with H have computed it since the last restart.
     """
 
     def __init__(self, operator: Operator, block: int, limit: int) -> None:
-        batch, _, n = operator.shape
+        _, n = operator.shape
         self.operator = operator
-        self.rows = torch.empty(batch, limit, n, dtype=torch.float32, device=operator.device)
-        self.T = torch.zeros(batch, limit, limit, dtype=torch.float32, device=operator.device)
+        self.rows = torch.empty(limit, n, dtype=torch.float32, device=operator.device)
+        self.T = torch.zeros(limit, limit, dtype=torch.float32, device=operator.device)
         self.block = block
         self.size = self.newest = 0
-        self.off_diagonal = self.rows.new_zeros(batch, 0, block)
+        self.off_diagonal = self.rows.new_zeros(0, block)
         self.AQ_blocks: list[Tensor] = []
 
     def append(self, panel: Tensor) -> None:
-        """Append a panel (batch, n, b), and its off-diagonal block to T."""
-        self.newest, self.size = self.size, self.size + panel.shape[-1]
-        self.rows[:, self.newest : self.size] = panel.mT
-        self.T[:, self.newest : self.size, self._first_coupled() : self.newest] = self.off_diagonal.mT
+        """Append a panel (n, b), and its off-diagonal block to T."""
+        self.newest, self.size = self.size, self.size + panel.shape[1]
+        self.rows[self.newest : self.size] = panel.mT
+        self.T[self.newest : self.size, self._first_coupled() : self.newest] = self.off_diagonal.mT
 
     def complete(self, matrix: Tensor, AQ: Tensor | None) -> None:
-        """Complete T with PᵀHP (batch, b, b) of the newest panel P, and keep A·P if it is known."""
-        self.T[:, self.newest : self.size, self.newest : self.size] = matrix
+        """Complete T with PᵀHP (b, b) of the newest panel P, and keep A·P if it is known."""
+        self.T[self.newest : self.size, self.newest : self.size] = matrix
         if AQ is not None:
             self.AQ_blocks.append(AQ)
 
-    def next_panel(self, panel: Tensor) -> tuple[Tensor, list[bool]]:
+    def next_panel(self, panel: Tensor) -> tuple[Tensor, bool]:
         """Complete T with the newest panel, and orthonormalize H·panel against Q.
 
         Returns:
-            The next panel, and for each H of the batch whether H·panel was rank-deficient against Q.
+            The next panel, and whether H·panel was rank-deficient against Q.
         """
         matrix, HQ, AQ = self.operator.project(panel)
         self.complete(matrix, AQ)
-        coupled = self.rows[:, self._first_coupled() : self.size]
-        panel, deficient = orthonormalize(HQ, self.rows[:, : self.size], coupled)
+        panel, deficient = orthonormalize(HQ, self.rows[: self.size], near=self._first_coupled())
         self.off_diagonal = HQ.mT @ panel
         return panel, deficient
 
     def eigh(self) -> tuple[Tensor, Tensor]:
-        """Ritz values (batch, size), ascending, and their vectors (batch, size, size) in the basis Q."""
-        values, vectors = torch.linalg.eigh(self.T[:, : self.size, : self.size])
+        """Ritz values (size,), ascending, and their vectors (size, size) in the basis Q."""
+        values, vectors = torch.linalg.eigh(self.T[: self.size, : self.size])
         return values, vectors
 
     def residuals(self, vectors: Tensor) -> Tensor:
-        """‖H·v − θ·v‖ (batch, k) of the Ritz vectors v = Q·z, z the columns of ``vectors`` (batch, size, k)."""
-        norms: Tensor = torch.linalg.vector_norm(self.off_diagonal.mT @ vectors[:, self.newest :], dim=1)
+        """‖H·v − θ·v‖ (k,) of the Ritz vectors v = Q·z, z the columns of ``vectors`` (size, k)."""
+        norms: Tensor = torch.linalg.vector_norm(self.off_diagonal.mT @ vectors[self.newest :], dim=0)
         return norms
 
     def unresolved(self, values: Tensor, rank: int) -> UnresolvedSpectrum:
-        """What is known of the unresolved spectrum, from the Ritz values (batch, size) and the newest panel."""
-        newest = self.T[:, self.newest : self.size, self.newest : self.size]
-        edge = torch.linalg.eigvalsh(newest)[:, -1]
-        guard_value = values[:, max(0, self.size - rank - GUARD_VECTORS)]
+        """What is known of the unresolved spectrum, from the Ritz values (size,) and the newest panel."""
+        newest = self.T[self.newest : self.size, self.newest : self.size]
+        edge = torch.linalg.eigvalsh(newest)[-1]
+        guard_value = values[max(0, self.size - rank - GUARD_VECTORS)]
         others = max(self.block, GUARD_VECTORS) - 1
-        following = values[:, max(0, self.size - rank - others) : self.size - rank].flip(-1)
+        following = values[max(0, self.size - rank - others) : self.size - rank].flip(-1)
         return UnresolvedSpectrum(edge, guard_value, following, self.block)
 
     def leading(self, vectors: Tensor, rank: int, unresolved: UnresolvedSpectrum) -> Subspace:
         """The ``rank`` leading Ritz vectors, with A·V where ``AQ_blocks`` covers all of Q."""
-        wanted = vectors[:, :, -rank:]
-        widths = [AQ.shape[-1] for AQ in self.AQ_blocks]
+        wanted = vectors[:, -rank:]
+        widths = [AQ.shape[1] for AQ in self.AQ_blocks]
         AV = None
         if self.AQ_blocks and sum(widths) == self.size:
-            first, *others = torch.split(wanted, widths, dim=1)
+            first, *others = torch.split(wanted, widths)
             AV = self.AQ_blocks[0] @ first
             # panel by panel: concatenating A·Q first takes as long as the product
             for AQ, part in zip(self.AQ_blocks[1:], others, strict=True):
-                AV.baddbmm_(AQ, part)
-        return Subspace(self.rows[:, : self.size].mT @ wanted, AV, unresolved.deficit, unresolved.hidden)
+                AV.addmm_(AQ, part)
+        return Subspace(self.rows[: self.size].mT @ wanted, AV, unresolved.deficit, unresolved.hidden)
 
     def restart(self, values: Tensor, vectors: Tensor, keep: int) -> None:
         """Replace Q by its ``keep`` leading Ritz vectors (thick restart, Wu & Simon 2000)."""
-        kept = vectors[:, :, -keep:]
-        self.rows[:, :keep] = kept.mT @ self.rows[:, : self.size]
-        self.T.zero_().diagonal(dim1=-2, dim2=-1)[:, :keep] = values[:, -keep:]
-        self.off_diagonal = kept[:, self.newest :].mT @ self.off_diagonal
+        kept = vectors[:, -keep:]
+        self.rows[:keep] = kept.mT @ self.rows[: self.size]
+        self.T.zero_().diagonal()[:keep] = values[-keep:]
+        self.off_diagonal = kept[self.newest :].mT @ self.off_diagonal
         self.size = keep
         self.AQ_blocks.clear()
 
     def _first_coupled(self) -> int:
-        return self.newest - self.off_diagonal.shape[1]
+        return self.newest - len(self.off_diagonal)

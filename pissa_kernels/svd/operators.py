@@ -1,29 +1,34 @@
 """Operators: the products with a weight that the iterative methods use.
 
-Both operators represent a batch of positive semidefinite matrices H = AᵀA (batch, n, n), where A (m, n), m ≥ n, is a
-weight or its transpose. Panels are (batch, n, k) float32.
+Both operators represent a positive semidefinite matrix H = AᵀA (n, n), where A (m, n), m ≥ n, is a weight or its
+transpose. Panels are (n, k) float32.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops import dispatch, reference
-from ..ops.dispatch import PRODUCTS
+from ..ops.panels import column_residuals, recurrence, rotated
+
+# Elements of a Gaussian matrix that is kept for the next weight: 512 KiB.
+KEPT_ELEMENTS = 1 << 17
 
 
 class Projection(NamedTuple):
     """H projected onto the columns of a panel Q.
 
     Attributes:
-        matrix: (batch, k, k) QᵀHQ.
-        HQ: (batch, n, k) H·Q.
-        AQ: (batch, m, k) A·Q; None where H·Q is computed without it.
+        matrix: (k, k) QᵀHQ.
+        HQ: (n, k) H·Q.
+        AQ: (m, k) A·Q; None where H·Q is computed without it.
     """
 
     matrix: Tensor
@@ -32,24 +37,26 @@ class Projection(NamedTuple):
 
 
 class Operator(Protocol):
-    """H = AᵀA for a batch of tall A."""
+    """H = AᵀA for a tall A."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(batch, m, n), m ≥ n."""
+    def shape(self) -> tuple[int, int]:
+        """(m, n), m ≥ n."""
 
     @property
     def device(self) -> torch.device: ...
 
     def sketch(self, columns: int, seed: int) -> Tensor:
-        """Random start block (batch, n, columns), amplified along the leading eigenvectors of H.
+        """Random start block (n, columns), amplified along the leading eigenvectors of H.
 
-        The random numbers are drawn on the CPU, so they are the same on every device, and they are the same for every
-        matrix of the batch, so that a result does not depend on the other matrices.
+        The random numbers are drawn on the CPU, so they are the same on every device.
         """
 
-    def multiply(self, X: Tensor) -> Tensor:
-        """H·X (batch, n, k)."""
+    def filter(self, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int) -> Tensor:
+        """T_degree(2H/edge − 1)·X, see :func:`pissa_kernels.ops.reference.chebyshev_filter`."""
+
+    def ritz(self, Q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ritz pairs on the columns of Q, see :func:`pissa_kernels.ops.reference.ritz`."""
 
     def project(self, Q: Tensor) -> Projection:
         """QᵀHQ, H·Q and A·Q."""
@@ -59,80 +66,100 @@ class Operator(Protocol):
 
 
 class WeightOperator:
-    """Products with a batch of weights, each scaled by a power of two that keeps their squares in float32's range.
+    """Products with a weight, scaled by a power of two that keeps its square in float32's range.
 
-    The scale is applied to the panels, which is exact, so no weight is copied.
+    The scale is applied to the panels, which is exact, so the weight is not copied.
 
     Args:
-        weights: (batch, rows, columns), float32, float16 or bfloat16, any strides.
+        weight: (rows, columns), float32, float16 or bfloat16, any strides.
 
     Attributes:
-        weights: (batch, m, n) the weights, or their transposes (views) if they are wide.
-        wide: whether the weights have fewer rows than columns.
-        device: device of the weights.
-        passes: number of products with each A or Aᵀ so far.
-        scale: (batch, 1, 1) float32; None where no weight needs one. A is the weight times its scale.
-        energy: ‖A‖_F² of each A.
+        weight: (m, n) the weight, or its transpose (a view) if it is wide.
+        wide: whether the weight has fewer rows than columns.
+        device: device of the weight.
+        passes: number of products with A or Aᵀ so far.
+        scale: a power of two, 1 for nearly every weight. A is the weight times its scale.
+        energy: ‖A‖_F².
 
     Raises:
-        ValueError: NaN or Inf in a weight.
+        ValueError: NaN or Inf in the weight.
     """
 
-    def __init__(self, weights: Tensor) -> None:
-        self.wide = weights.shape[1] < weights.shape[2]
-        self.weights = weights.mT if self.wide else weights
-        self.device = weights.device
+    def __init__(self, weight: Tensor) -> None:
+        self.wide = weight.shape[0] < weight.shape[1]
+        self.weight = weight.mT if self.wide else weight
+        self.device = weight.device
         self.passes = 0
-        # a single weight is multiplied as a matrix: one large BLAS call instead of a batch of one
-        self._single = len(weights) == 1
-        like = self.weights[0] if self._single else self.weights
-        self._products = {
-            (verb, dtype): dispatch.bind(verb, like, dtype)
-            for verb in PRODUCTS
-            for dtype in (torch.float32, torch.float64)  # eigenvectors of a float64 Gram matrix are float64 panels
-        }
-        self.scale: Tensor | None = None
-        self.energy: list[float] = ops.sum_of_squares(weights).tolist()
-        if any(map(math.isnan, self.energy)):
+        self._bodies: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
+        self.scale = 1.0
+        self.energy = float(ops.sum_of_squares(weight.unsqueeze(0)))
+        if math.isnan(self.energy):
             raise ValueError("the weight holds NaN")
         # orthonormalization squares H·Q, so fourth powers of ‖A‖ must stay in float32's range
-        if not all(1e-8 < energy < 1e8 for energy in self.energy):
-            self._rescale(weights)
+        if not 1e-8 < self.energy < 1e8:
+            self._rescale(weight)
 
-    def _rescale(self, weights: Tensor) -> None:
-        largest = weights.abs().amax(dim=(1, 2)).tolist()
-        if any(map(math.isinf, largest)):
+    def _rescale(self, weight: Tensor) -> None:
+        largest = float(weight.abs().amax())
+        if math.isinf(largest):
             raise ValueError("the weight holds Inf")
-        size = math.frexp(math.sqrt(weights[0].numel()))[1]
-        exponents = [max(-126, min(126, -math.frexp(value)[1] - size)) if value else 0 for value in largest]
-        if any(exponents):
-            powers = [2.0**exponent for exponent in exponents]
-            self.scale = torch.tensor(powers, dtype=torch.float32, device=self.device)[:, None, None]
-            self.energy = reference.sum_of_squares(weights, self.scale).tolist()
+        size = math.frexp(math.sqrt(weight.numel()))[1]
+        if largest:
+            self.scale = 2.0 ** max(-126, min(126, -math.frexp(largest)[1] - size))
+            self.energy = float(reference.sum_of_squares(weight.unsqueeze(0), self.scale))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        batch, m, n = self.weights.shape
-        return batch, m, n
+    def shape(self) -> tuple[int, int]:
+        m, n = self.weight.shape
+        return m, n
 
     def apply(self, X: Tensor) -> Tensor:
-        """A·X (batch, m, k)."""
+        """A·X (m, k)."""
         self.passes += 1
-        return self._product("matmul", self._scaled(X))
+        result: Tensor = self._body("matmul", X)(self.weight, self._scaled(X))
+        return result
 
     def adjoint(self, Y: Tensor) -> Tensor:
-        """Aᵀ·Y (batch, n, k)."""
+        """Aᵀ·Y (n, k)."""
         self.passes += 1
-        return self._product("rmatmul", self._scaled(Y))
+        result: Tensor = self._body("rmatmul", Y)(self.weight, self._scaled(Y))
+        return result
 
     def sketch(self, columns: int, seed: int) -> Tensor:
         """AᵀG for a Gaussian G: half a power step, for one product."""
-        batch, m, _ = self.shape
-        return self.adjoint(gaussian(m, columns, seed, self.device).expand(batch, -1, -1))
+        return self.adjoint(gaussian(self.shape[0], columns, seed, self.device))
 
-    def multiply(self, X: Tensor) -> Tensor:
-        """H·X."""
-        return self._both(X)[1]
+    def filter(self, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int) -> Tensor:
+        """T_degree(2H/edge − 1)·X."""
+        if self.scale != 1.0:
+            return recurrence(lambda panel, split: self._both(panel, split)[1], X, HX, edge, degree, pieces)
+        self.passes += 2 * (degree - 1)
+        result: Tensor = self._body("chebyshev_filter", X)(self.weight, X, HX, edge, degree, pieces)
+        return result
+
+    def ritz(self, Q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ritz pairs on the columns of Q."""
+        if self.scale != 1.0:
+            matrix, HQ, _ = self.project(Q)
+            return rotated(Q, HQ, matrix, rank)
+        self.passes += 2
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._body("ritz", Q)(self.weight, Q, rank)
+        return result
+
+    def triplets(
+        self, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Triplets and their residuals, see :func:`pissa_kernels.ops.reference.triplets`."""
+        if self.scale != 1.0:
+            U, V = Q @ X, V @ Z
+            return U, V, self.residuals(U, S, V, Y @ Z)
+        self.passes += 1
+        result: tuple[Tensor, Tensor, Tensor] = self._body("triplets", Q)(self.weight, Q, Y, V, X, S, Z)
+        return result
+
+    def residuals(self, U: Tensor, S: Tensor, V: Tensor, AV: Tensor) -> Tensor:
+        """max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖) (r,), with A·V known."""
+        return torch.maximum(column_residuals(AV, U, S), column_residuals(self.adjoint(U), V, S))
 
     def project(self, Q: Tensor) -> Projection:
         """QᵀHQ, H·Q and A·Q."""
@@ -146,83 +173,89 @@ class WeightOperator:
         return AQ.mT @ AQ, AQ
 
     def gram(self, dtype: torch.dtype) -> Tensor:
-        """AᵀA (batch, n, n), summed in ``dtype``."""
-        batch, _, n = self.shape
-        total = torch.zeros(batch, n, n, dtype=dtype, device=self.device)
-        for _, _, rows in reference.row_blocks(self.weights, dtype):
-            rows = self._scaled(rows)
-            total.baddbmm_(rows.mT, rows)
+        """AᵀA (n, n), summed in ``dtype``."""
         self.passes += 2
-        return total
-
-    def dense(self) -> Tensor:
-        """A itself (batch, m, n) in float32."""
-        self.passes += 2  # a factorization counts as two products
-        return self._scaled(self.weights.float())
-
-    def _scaled(self, panel: Tensor) -> Tensor:
-        return panel if self.scale is None else panel * self.scale
-
-    def _product(self, verb: str, panel: Tensor) -> Tensor:
-        product = self._products[verb, panel.dtype]
-        result: Tensor = product(self.weights[0], panel[0])[None] if self._single else product(self.weights, panel)
+        if self.scale != 1.0 or dtype != torch.float32:
+            return reference.gram(self.weight, dtype, self.scale)
+        result: Tensor = dispatch.bind("gram", self.weight)(self.weight)
         return result
 
-    def _both(self, X: Tensor) -> tuple[Tensor, Tensor]:
+    def dense(self) -> Tensor:
+        """A itself (m, n) in float32."""
+        self.passes += 2  # a factorization counts as two products
+        return self._scaled(self.weight.float())
+
+    def _scaled(self, panel: Tensor) -> Tensor:
+        return panel if self.scale == 1.0 else panel * self.scale
+
+    def _body(self, verb: str, panel: Tensor) -> Callable[..., Any]:
+        """The body of a verb for this weight; float64 panels are those of eigenvectors of a float64 Gram matrix."""
+        key = verb, panel.dtype
+        if key not in self._bodies:
+            self._bodies[key] = dispatch.bind(verb, self.weight, panel.dtype)
+        return self._bodies[key]
+
+    def _both(self, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
         """A·X and AᵀA·X."""
-        if self.scale is not None:  # between the two products as well: the first one may overflow without it
+        if self.scale != 1.0:  # between the two products as well: the first one may overflow without it
             Y = self.apply(X)
             return Y, self.adjoint(Y)
         self.passes += 2
-        normal = self._products["normal", X.dtype]
-        if not self._single:
-            Y, Z = normal(self.weights, X)
-            return Y, Z
-        Y, Z = normal(self.weights[0], X[0])
-        return Y[None], Z[None]
+        result: tuple[Tensor, Tensor] = self._body("normal", X)(self.weight, X, pieces)
+        return result
 
 
 class GramOperator:
     """Products with H formed as a matrix, for n so small that this takes less time than products with A.
 
     Args:
-        gram: (batch, n, n) float32 H.
+        gram: (n, n) float32 H.
         rows: m.
     """
 
     def __init__(self, gram: Tensor, rows: int) -> None:
         self.gram = gram
-        self.rows = rows
         self.device = gram.device
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        batch, n, _ = self.gram.shape
-        return batch, self.rows, n
+        self.shape = rows, len(gram)
+        self._filter, self._ritz = dispatch.bind("chebyshev_filter", gram), dispatch.bind("ritz", gram)
 
     def sketch(self, columns: int, seed: int) -> Tensor:
         """H·G for a Gaussian G: a full power step, for one product."""
-        batch, _, n = self.gram.shape
-        return self.multiply(gaussian(n, columns, seed, self.device).expand(batch, -1, -1))
+        return self.gram @ gaussian(len(self.gram), columns, seed, self.device)
 
-    def multiply(self, X: Tensor) -> Tensor:
-        """H·X."""
-        return self.gram @ X
+    def filter(self, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int) -> Tensor:
+        """T_degree(2H/edge − 1)·X."""
+        result: Tensor = self._filter(self.gram, X, HX, edge, degree, pieces, gram=True)
+        return result
+
+    def ritz(self, Q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ritz pairs on the columns of Q."""
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._ritz(self.gram, Q, rank, gram=True)
+        return result
 
     def project(self, Q: Tensor) -> Projection:
         """QᵀHQ and H·Q."""
-        HQ = self.multiply(Q)
+        HQ = self.gram @ Q
         return Projection(Q.mT @ HQ, HQ, None)
 
     def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
         """QᵀHQ."""
-        return Q.mT @ self.multiply(Q), None
+        return self.project(Q).matrix, None
 
 
 def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """Gaussian matrix (1, rows, columns) float32, the same on every device, from a generator of its own."""
+    """Gaussian matrix (rows, columns) float32, the same on every device, from a generator of its own. It is shared."""
+    draw = _recently_drawn if rows * columns <= KEPT_ELEMENTS else _drawn
+    return draw(rows, columns, seed).to(device)
+
+
+def _drawn(rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(1, rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+
+
+# Layers of one shape start from the same matrix, and drawing it takes a twentieth of the time of a small SVD.
+_recently_drawn = functools.lru_cache(maxsize=4)(_drawn)
 
 
 def random_signs(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:

@@ -21,18 +21,20 @@ SEPARATION = 10.0
 CLUSTER_WIDTH = 1e-2
 # Round-off of residuals and of equal Ritz values, relative to θ_1.
 ROUNDOFF = 2e-6
+# What a divisor is replaced with that is zero because its dividend is.
+SMALLEST = torch.finfo(torch.float64).tiny
 # Smallest factor by which one step with a block of r columns is expected to reduce the energy deficit.
 FASTEST_DECAY = 0.02
 
 
 class Subspace(NamedTuple):
-    """Result of an iterative method, for a batch.
+    """Result of an iterative method.
 
     Attributes:
-        V: (batch, n, r) float32, orthonormal: the leading Ritz vectors of H.
-        AV: (batch, m, r) A·V where the iteration has computed it on the way, else None.
-        deficit: function of the Ritz values θᵢ = ‖A·vᵢ‖² (batch, r) and the residuals ‖H·vᵢ − θᵢ·vᵢ‖ (batch, r), both
-            measured again after the iteration; returns the estimated energy deficit (batch,).
+        V: (n, r) float32, orthonormal: the leading Ritz vectors of H.
+        AV: (m, r) A·V where the iteration has computed it on the way, else None.
+        deficit: function of the Ritz values θᵢ = ‖A·vᵢ‖² (r,) and the residuals ‖H·vᵢ − θᵢ·vᵢ‖ (r,), both measured
+            again after the iteration; returns the estimated energy deficit, a float64 scalar.
         hidden: function of the same, for the energy that a wider block may find besides; None where none would.
     """
 
@@ -50,27 +52,25 @@ def estimated_deficit(ritz_values: Tensor, residuals: Tensor, edge: Tensor) -> T
     The deficit is the sum of these errors over Σθᵢ.
 
     Args:
-        ritz_values: (batch, r) θᵢ.
-        residuals: (batch, r) ‖H·vᵢ − θᵢ·vᵢ‖.
-        edge: (batch,) upper edge of the part of the spectrum that contains the residuals; (batch, r) its average for
+        ritz_values: (…, r) θᵢ.
+        residuals: (…, r) ‖H·vᵢ − θᵢ·vᵢ‖.
+        edge: (…) upper edge of the part of the spectrum that contains the residuals; (…, r) its average for
             each residual.
 
     Returns:
-        (batch,) float64.
+        (…) float64.
     """
     ritz_values, residuals = ritz_values.double(), residuals.double()
-    edge = edge.double() if edge.ndim == 2 else edge.double().unsqueeze(-1)
-    gaps = (ritz_values - edge).clamp(min=0) + residuals
-    errors = torch.where(gaps > 0, residuals.square() / gaps, 0.0).sum(-1)
-    return _share(errors, ritz_values)
+    gaps = (ritz_values - (edge if edge.ndim == ritz_values.ndim else edge.unsqueeze(-1))).clamp(min=0) + residuals
+    return _share((residuals.square() / gaps.clamp(min=SMALLEST)).sum(-1), ritz_values)
 
 
 class Clusters(NamedTuple):
     """The groups of consecutive Ritz values, as many as ``width``, that start with a wanted one.
 
     Attributes:
-        found: (batch, k) whether the values of each group agree within :data:`SEPARATION` times their residuals.
-        reach: (batch, k) how far above the first value of the group eigenvalues of the same cluster may lie.
+        found: (…, k) whether the values of each group agree within :data:`SEPARATION` times their residuals.
+        reach: (…, k) how far above the first value of the group eigenvalues of the same cluster may lie.
     """
 
     found: Tensor
@@ -81,17 +81,17 @@ class Clusters(NamedTuple):
         """The clusters of ``width`` values.
 
         Args:
-            wanted: (batch, r) Ritz values, descending.
-            following: (batch, k) Ritz values after these, descending.
-            residuals: (batch, r) of the wanted ones.
+            wanted: (…, r) Ritz values, descending.
+            following: (…, k) Ritz values after these, descending.
+            residuals: (…, r) of the wanted ones.
             width: number of values, at most r + k.
         """
-        groups = torch.cat([wanted, following], dim=-1).unfold(-1, width, 1)[:, : wanted.shape[-1]]
+        groups = torch.cat([wanted, following], dim=-1).unfold(-1, width, 1)[..., : wanted.shape[-1], :]
         # those beyond r have not converged, so their residuals do not count
         largest = torch.nn.functional.pad(residuals, (0, width - 1)).unfold(-1, width, 1).amax(-1)
-        first, last = groups[:, :, 0], groups[:, :, -1]
-        roundoff = ROUNDOFF * wanted[:, :1]
-        measurable = (largest[:, : groups.shape[1]] - roundoff).clamp(min=0)
+        first, last = groups[..., 0], groups[..., -1]
+        roundoff = ROUNDOFF * wanted[..., :1]
+        measurable = (largest[..., : groups.shape[-2]] - roundoff).clamp(min=0)
         reach = torch.minimum(SEPARATION * measurable, CLUSTER_WIDTH * first)
         return cls(first - last <= reach + roundoff, reach)
 
@@ -104,9 +104,9 @@ class UnresolvedSpectrum(NamedTuple):
     have small residuals: the rest of the cluster is hidden.
 
     Attributes:
-        edge: (batch,) largest eigenvalue of H projected onto the newest panel, which nearly contains every residual.
-        guard_value: (batch,) Ritz value GUARD_VECTORS places after θ_r.
-        following: (batch, k) Ritz values after θ_r, descending, as many as a group that starts with θ_r may have.
+        edge: (…) largest eigenvalue of H projected onto the newest panel, which nearly contains every residual.
+        guard_value: (…) Ritz value GUARD_VECTORS places after θ_r.
+        following: (…, k) Ritz values after θ_r, descending, as many as a group that starts with θ_r may have.
         block: b.
     """
 
@@ -150,19 +150,19 @@ class UnresolvedSpectrum(NamedTuple):
         enough directions of any cluster, and :meth:`deficit` counts their errors.
 
         Args:
-            ritz_values: (batch, r) θᵢ.
-            residuals: (batch, r) ‖H·vᵢ − θᵢ·vᵢ‖.
+            ritz_values: (…, r) θᵢ.
+            residuals: (…, r) ‖H·vᵢ − θᵢ·vᵢ‖.
 
         Returns:
-            (batch,) float64.
+            (…) float64.
         """
         wanted, residuals = _descending(ritz_values, residuals)
         width = self.block - self.block // 4  # the last of b directions of a cluster converge late
         if not self._narrow(wanted) or wanted.shape[-1] + self.following.shape[-1] < width:
-            return torch.zeros_like(wanted[:, 0])
+            return torch.zeros_like(wanted[..., 0])
         found, reach = Clusters.among(wanted, self.following.double(), residuals, width)
-        above = (wanted[:, : found.shape[1]] + reach).unsqueeze(-1)
-        displaced = (above - wanted.unsqueeze(1)).clamp(min=0).triu().sum(-1)
+        above = (wanted[..., : found.shape[-1]] + reach).unsqueeze(-1)
+        displaced = (above - wanted.unsqueeze(-2)).clamp(min=0).triu().sum(-1)
         return _share(torch.where(found, displaced, 0.0).amax(-1), wanted)
 
     def _narrow(self, wanted: Tensor) -> bool:
@@ -175,8 +175,7 @@ def _descending(ritz_values: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _share(errors: Tensor, ritz_values: Tensor) -> Tensor:
-    total = ritz_values.clamp(min=0).sum(-1)
-    return torch.where(total > 0, errors / total, 0.0)
+    return errors / ritz_values.clamp(min=0).sum(-1).clamp(min=SMALLEST)
 
 
 class StoppingRule:
@@ -211,7 +210,7 @@ class StoppingRule:
 
         Args:
             step: steps so far.
-            deficit: largest estimated energy deficit in the batch.
+            deficit: estimated energy deficit.
             rank_deficient: whether a panel was rank-deficient, that is, a basis spanned an invariant subspace.
         """
         if deficit <= self.tol:

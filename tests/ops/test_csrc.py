@@ -39,7 +39,13 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
         torch.library.opcheck(ops.rmatmul, (weight, torch.randn(*leading, m, 3)))
         torch.library.opcheck(ops.normal, (weight, torch.randn(*leading, n, 3)))
     torch.library.opcheck(ops.sum_of_squares, (W[None],))
-    torch.library.opcheck(ops.gram_schmidt, (torch.randn(2, n, 3), torch.randn(2, 4, n)))
+    torch.library.opcheck(
+        ops.orthonormalize, (torch.randn(n, 3), torch.linalg.qr(torch.randn(n, 4))[0].mT.contiguous())
+    )
+    torch.library.opcheck(ops.chebyshev_filter, (W, torch.randn(n, 3), torch.randn(n, 3), 2.0, 3))
+    torch.library.opcheck(ops.ritz, (W, torch.randn(n, 3), 2))
+    panels = torch.randn(m, 3), torch.randn(m, 3), torch.randn(n, 3)
+    torch.library.opcheck(ops.triplets, (W, *panels, torch.randn(3, 3), torch.randn(3), torch.randn(3, 3)))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(m, 3), torch.randn(3, n), 0.5))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(n, 3), torch.randn(3, m), 0.5, True))
 
@@ -85,23 +91,51 @@ def test_products_refuse_what_they_would_read_out_of_bounds(
 
 @needs_library
 @pytest.mark.parametrize(
-    ("panel", "basis", "words"),
+    ("panel", "basis", "near", "words"),
     [
-        (torch.ones(1, 20, 9), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
-        (torch.ones(1, 20, 0), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
-        (torch.ones(20, 3), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
-        (torch.ones(1, 20, 3).half(), torch.ones(1, 2, 20), "float32 panels of at most 8 columns"),
-        (torch.ones(1, 20, 3), torch.ones(1, 2, 19), "contiguous rows of 20 elements"),
-        (torch.ones(1, 20, 3), torch.ones(2, 2, 20), "contiguous rows of 20 elements"),
-        (torch.ones(1, 20, 3), torch.ones(2, 20), "contiguous rows of 20 elements"),
-        (torch.ones(1, 20, 3), torch.ones(1, 20, 2).mT, "contiguous rows of 20 elements"),
+        (torch.ones(20, 0), torch.ones(2, 20), 0, r"a float32 panel \(n, b\)"),
+        (torch.ones(1, 20, 3), torch.ones(2, 20), 0, r"a float32 panel \(n, b\)"),
+        (torch.ones(20, 3).half(), torch.ones(2, 20), 0, r"a float32 panel \(n, b\)"),
+        (torch.ones(20, 3), torch.ones(2, 19), 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(2, 20).half(), 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(1, 2, 20), 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(20, 2).mT, 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(2, 20), 3, "near must be a row of the basis, got 3"),
     ],
 )
-def test_gram_schmidt_refuses_what_it_would_read_out_of_bounds(
-    panel: torch.Tensor, basis: torch.Tensor, words: str
+def test_orthonormalize_refuses_what_it_would_read_out_of_bounds(
+    panel: torch.Tensor, basis: torch.Tensor, near: int, words: str
 ) -> None:
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.pissa_kernels.gram_schmidt(panel, basis)
+        torch.ops.pissa_kernels.orthonormalize(panel, basis, near)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("verb", "arguments", "words"),
+    [
+        ("chebyshev_filter", (torch.ones(4, 3), torch.ones(3, 2), torch.ones(4, 2), 1.0, 2), "a float32 matrix of 3"),
+        ("chebyshev_filter", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(3, 2), 1.0, 2), "a float32 matrix of 3"),
+        ("chebyshev_filter", (torch.ones(4, 3), torch.ones(3), torch.ones(3, 2), 1.0, 2), "a weight"),
+        ("chebyshev_filter", (torch.ones(4, 3), *[torch.ones(3, 2)] * 2, 1.0, 2, 3, True), "a square float32 matrix"),
+        ("ritz", (torch.ones(4, 3), torch.ones(4, 2), 1), "a float32 matrix of 3 rows"),
+        ("ritz", (torch.ones(4, 3), torch.ones(3, 2), 3), "rank must be"),
+        ("ritz", (torch.ones(3, 3).half(), torch.ones(3, 2), 1, True), "a square float32 matrix"),
+        (
+            "triplets",
+            (torch.ones(4, 3), torch.ones(4, 2), torch.ones(4, 1), torch.ones(3, 2), *[torch.ones(2, 2)] * 3),
+            "a float32 matrix of 4 rows, got 4 by 1",
+        ),
+        (
+            "triplets",
+            (torch.ones(4, 3), *[torch.ones(4, 2)] * 2, torch.ones(3, 2), *[torch.ones(2, 2)] * 3),
+            "2 float32 singular values",
+        ),
+    ],
+)
+def test_steps_refuse_what_they_would_read_out_of_bounds(verb: str, arguments: tuple[object, ...], words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        getattr(torch.ops.pissa_kernels, verb)(*arguments)
 
 
 @pytest.mark.parametrize("backend", ["", "torch", "csrc"])

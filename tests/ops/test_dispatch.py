@@ -12,7 +12,10 @@ import torch
 import pissa_kernels as pk
 from pissa_kernels.ops import csrc, dispatch
 
-VERBS = ["matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares", "gram_schmidt"]
+VERBS = [
+    *("matmul", "rmatmul", "normal", "transpose_cast", "subtract_lowrank_", "sum_of_squares"),
+    *("orthonormalize", "chebyshev_filter", "ritz", "triplets"),
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)

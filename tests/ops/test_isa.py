@@ -65,6 +65,37 @@ def test_other_verbs_agree_with_the_reference(name: str, dtype: torch.dtype) -> 
     assert ((residual.double() - exact).abs() <= roundoff * exact.abs() + 2.0**-20 * (B.abs() @ A.abs())).all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (300, 70), (70, 300), (600, 257), (5000, 40)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gram_matrices_on_tiles_are_as_exact_as_torch(m: int, n: int, transposed: bool, threads: int) -> None:
+    if isa.unsupported_reasons()["amx"]:
+        pytest.skip("this CPU has no AMX")
+    W = randn(m, n).bfloat16()
+    W = W.mT.contiguous().mT if transposed else W
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with isa.using("amx"):
+            assert pk.ops.backend("gram", W) == "csrc"
+            got = dispatch.bind("gram", W)(W)
+    finally:
+        torch.set_num_threads(before)
+    exact = W.double().mT @ W.double()
+    assert torch.equal(got, got.mT)
+    assert (got - exact).norm() <= 1.1 * (reference.gram(W) - exact).norm() + 2.0**-24 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [1e-39, 1e-20, 1e17])
+def test_gram_matrices_beyond_the_range_of_tiles(size: float) -> None:
+    if isa.unsupported_reasons()["amx"]:
+        pytest.skip("this CPU has no AMX")
+    W = (randn(80, 40) * size).bfloat16()
+    with isa.using("amx"):
+        got = dispatch.bind("gram", W)(W)
+    assert torch.allclose(got, W.float().mT @ W.float(), rtol=1e-5, atol=2.0**-148)
+
+
 @pytest.mark.parametrize(("weight_size", "panel_size"), [(1e-39, 1.0), (1e-36, 1e-3), (1.0, 1e-32), (1e-3, 3e38)])
 def test_numbers_that_tiles_flush_or_overflow_are_exact(name: str, weight_size: float, panel_size: float) -> None:
     W, X = (randn(70, 90) * weight_size).bfloat16(), randn(90, 20, seed=2).clamp(-1, 1) * panel_size

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pissa_kernels as pk
+from pissa_kernels.ops.panels import recurrence, rotated
 from pissa_kernels.svd import cost, krylov
 from pissa_kernels.svd import driver as svd
 from pissa_kernels.svd.chebyshev import chebyshev_subspace
@@ -88,15 +89,19 @@ class Diagonal:
     """H = diag(σ²): products cost nothing, and the exact deficit is known to float64."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self.values = values.float()[None, :, None]
-        self.shape = (1, len(values), len(values))
+        self.values = values.float()[:, None]
+        self.shape = (len(values), len(values))
         self.device = torch.device("cpu")
 
     def sketch(self, columns: int, seed: int) -> torch.Tensor:
         return self.values * torch.randn(self.shape[1], columns, generator=torch.Generator().manual_seed(seed))
 
-    def multiply(self, X: torch.Tensor) -> torch.Tensor:
-        return self.values**2 * X
+    def filter(self, X: torch.Tensor, HX: torch.Tensor, edge: float, degree: int, pieces: int) -> torch.Tensor:
+        return recurrence(lambda panel, _: self.values**2 * panel, X, HX, edge, degree, pieces)
+
+    def ritz(self, Q: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        matrix, HQ, _ = self.project(Q)
+        return rotated(Q, HQ, matrix, rank)
 
     def project(self, X: torch.Tensor) -> Projection:
         Y = self.values * X
@@ -136,7 +141,7 @@ def test_an_iteration_stops_when_the_true_deficit_is_below_the_tolerance(
         found = krylov.block_krylov(operator, rank, block=plan.block, limit=plan.limit, tol=tol, max_steps=100, seed=0)
     else:
         found = chebyshev_subspace(operator, rank, block=plan.block, tol=tol, max_products=200, seed=0)
-    basis = torch.linalg.qr(found.V[0].double())[0]
+    basis = torch.linalg.qr(found.V.double())[0]
     deficit = 1 - float((sigma[:, None] * basis).square().sum() / sigma[:rank].square().sum())
     # the estimate is of second order in the residuals, so it is rough while they are large
     assert deficit <= tol * (3 if tol > 1e-4 else 1)

@@ -26,25 +26,24 @@ def extended(basis: LanczosBasis, panel: Tensor, count: int) -> Tensor:
 
 def assert_projects(basis: LanczosBasis, H: Tensor) -> None:
     """Q is orthonormal and T = QᵀHQ."""
-    Q = basis.rows[:, : basis.size].mT.double()
+    Q = basis.rows[: basis.size].mT.double()
     identity = torch.eye(basis.size, dtype=torch.float64)
-    norms = torch.linalg.matrix_norm(H, ord=2)[:, None, None]
     assert (Q.mT @ Q - identity).abs().max() <= 20 * EPS
-    lower = basis.T[:, : basis.size, : basis.size].double().tril()
+    lower = basis.T[: basis.size, : basis.size].double().tril()
     T = lower + lower.tril(-1).mT
-    assert ((T - Q.mT @ H @ Q).abs() <= 100 * EPS * norms).all()
+    assert ((T - Q.mT @ H @ Q).abs() <= 100 * EPS * torch.linalg.matrix_norm(H, ord=2)).all()
 
 
-@pytest.fixture
-def weights() -> Tensor:
-    return torch.stack([realistic(120, 90, seed=seed) for seed in range(2)]).float()
+@pytest.fixture(params=[0, 1])
+def weight(request: pytest.FixtureRequest) -> Tensor:
+    return realistic(120, 90, seed=request.param).float()
 
 
 @pytest.mark.parametrize("restarts", [0, 1, 2])
-def test_the_projected_matrix_and_the_residuals(weights: Tensor, restarts: int) -> None:
-    H = weights.double().mT @ weights.double()
-    with exact_arithmetic(weights.device):
-        operator = WeightOperator(weights)
+def test_the_projected_matrix_and_the_residuals(weight: Tensor, restarts: int) -> None:
+    H = weight.double().mT @ weight.double()
+    with exact_arithmetic(weight.device):
+        operator = WeightOperator(weight)
         basis = LanczosBasis(operator, BLOCK, LIMIT)
         panel = extended(basis, orthonormalize(operator.sketch(BLOCK, 0))[0], 4)
         assert_projects(basis, H)
@@ -55,16 +54,16 @@ def test_the_projected_matrix_and_the_residuals(weights: Tensor, restarts: int) 
             panel = extended(basis, panel, 3)
             assert_projects(basis, H)
         values, vectors = basis.eigh()
-        measured = basis.residuals(vectors[:, :, -5:])
-    V = basis.rows[:, : basis.size].mT.double() @ vectors[:, :, -5:].double()
-    exact = (H @ V - V * values[:, -5:].double().unsqueeze(-2)).norm(dim=1)
-    assert ((measured - exact).abs() <= 1e-3 * exact + 100 * EPS * values[:, -1:]).all()
+        measured = basis.residuals(vectors[:, -5:])
+    V = basis.rows[: basis.size].mT.double() @ vectors[:, -5:].double()
+    exact = (H @ V - V * values[-5:].double()).norm(dim=0)
+    assert ((measured - exact).abs() <= 1e-3 * exact + 100 * EPS * values[-1]).all()
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_A_times_the_ritz_vectors_is_known_until_the_first_restart(weights: Tensor, restarted: bool) -> None:
-    with exact_arithmetic(weights.device):
-        operator = WeightOperator(weights)
+def test_A_times_the_ritz_vectors_is_known_until_the_first_restart(weight: Tensor, restarted: bool) -> None:
+    with exact_arithmetic(weight.device):
+        operator = WeightOperator(weight)
         basis = LanczosBasis(operator, BLOCK, LIMIT)
         panel = extended(basis, orthonormalize(operator.sketch(BLOCK, 0))[0], 3)
         if restarted:
@@ -77,7 +76,7 @@ def test_A_times_the_ritz_vectors_is_known_until_the_first_restart(weights: Tens
         assert AV is None
     else:
         assert AV is not None
-        torch.testing.assert_close(AV, weights @ V, rtol=1e-4, atol=1e-4)
-    estimate = deficit(values[:, -4:], torch.full((2, 4), 1e-3) * values[:, -1:])
-    assert estimate.shape == (2,)
-    assert (estimate > 0).all()
+        torch.testing.assert_close(AV, weight @ V, rtol=1e-4, atol=1e-4)
+    estimate = deficit(values[-4:], torch.full((4,), 1e-3) * values[-1])
+    assert estimate.shape == ()
+    assert estimate > 0

@@ -11,60 +11,92 @@ from pissa_kernels.svd.operators import GramOperator, Operator, WeightOperator
 from ..support.reference import EPS, realistic
 
 
-def batch_of(shape: tuple[int, int], scales: tuple[float, ...]) -> Tensor:
-    return torch.stack([realistic(*shape, seed=seed) * scale for seed, scale in enumerate(scales)])
-
-
-def exact_H(operator: WeightOperator, weights: Tensor) -> Tensor:
-    A = weights.double().mT if operator.wide else weights.double()
-    A = A if operator.scale is None else A * operator.scale.double()
+def exact_H(operator: WeightOperator, weight: Tensor) -> Tensor:
+    A = weight.double().mT if operator.wide else weight.double()
+    A = A * operator.scale
     return A.mT @ A
 
 
 @pytest.mark.parametrize("through_gram", [False, True])
-@pytest.mark.parametrize("scales", [(1.0,), (1.0, 3.0), (1.0, 1e30, 1e-30)])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e30, 1e-30])
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
-def test_products_are_those_of_H(shape: tuple[int, int], scales: tuple[float, ...], through_gram: bool) -> None:
-    weights = batch_of(shape, scales).float()
-    weight_operator = WeightOperator(weights)
-    H = exact_H(weight_operator, weights)
+def test_products_are_those_of_H(shape: tuple[int, int], scale: float, through_gram: bool) -> None:
+    weight = (realistic(*shape) * scale).float()
+    weight_operator = WeightOperator(weight)
+    assert (weight_operator.scale != 1.0) == (scale in (1e30, 1e-30))
+    H = exact_H(weight_operator, weight)
     operator: Operator = weight_operator
     if through_gram:
-        operator = GramOperator(weight_operator.gram(torch.float32), weight_operator.shape[1])
-    assert operator.shape == (len(scales), 90, 60)
-    X = torch.randn(len(scales), 60, 4, generator=torch.Generator().manual_seed(0))
+        operator = GramOperator(weight_operator.gram(torch.float32), weight_operator.shape[0])
+    assert operator.shape == (90, 60)
+    X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     exact = H @ X.double()
     projected = X.double().mT @ exact
     projection = operator.project(X)
-    norms = H.norm(dim=(1, 2), keepdim=True) * X.double().norm(dim=(1, 2), keepdim=True)
-    for got in (operator.multiply(X), projection.HQ):
-        assert ((got - exact).abs() <= 20 * EPS * norms).all()
+    norms = H.norm() * X.double().norm()
+    assert ((projection.HQ - exact).abs() <= 20 * EPS * norms).all()
     for got in (projection.matrix, operator.compress(X)[0]):
         assert ((got - projected).abs() <= 20 * EPS * norms * 16).all()
+    edge = float(H.norm())
+    filtered = operator.filter(X, exact.float(), edge, 3, 3)
+    Y = 2 / edge * exact - X.double()  # T_3(x) = 4x³ − 3x with x = 2H/edge − 1
+    twice = 2 / edge * (H @ Y) - Y
+    assert ((filtered - 4 * (2 / edge * (H @ twice) - twice) + 3 * Y).abs() <= 100 * EPS * X.norm()).all()
 
 
-def test_every_weight_of_a_batch_starts_from_the_same_sketch() -> None:
-    weights = batch_of((50, 40), (1.0, 2.0)).float()
-    together = WeightOperator(weights).sketch(5, seed=3)
-    for index in range(2):
-        alone = WeightOperator(weights[index : index + 1]).sketch(5, seed=3)
-        torch.testing.assert_close(together[index], alone[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("through_gram", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_ritz_pairs_are_those_of_H(scale: float, through_gram: bool) -> None:
+    weight = (realistic(90, 60) * scale).float()
+    weight_operator = WeightOperator(weight)
+    H = exact_H(weight_operator, weight)
+    operator: Operator = weight_operator
+    if through_gram:
+        operator = GramOperator(weight_operator.gram(torch.float32), 90)
+    Q = torch.linalg.qr(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)))[0]
+    X, HX, values, residuals = operator.ritz(Q, 3)
+    exact = torch.linalg.eigvalsh(Q.double().mT @ H @ Q.double())
+    largest = exact.abs().max()
+    assert (values - exact).abs().max() <= 20 * EPS * largest
+    assert (HX - H @ X.double()).abs().max() <= 20 * EPS * H.norm()
+    wanted = (H @ X[:, -3:].double() - X[:, -3:].double() * exact[-3:]).norm(dim=0)
+    assert (residuals - wanted).abs().max() <= 50 * EPS * H.norm()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_the_residuals_of_triplets(scale: float) -> None:
+    weight = (realistic(90, 60) * scale).float()
+    operator = WeightOperator(weight)
+    A = weight.double() * operator.scale
+    generator = torch.Generator().manual_seed(0)
+    V, Z, X = (torch.linalg.qr(torch.randn(n, 4, generator=generator))[0] for n in (60, 4, 4))
+    Q, R = torch.linalg.qr((A @ V.double()).float())
+    S = torch.linalg.svdvals(R)
+    U, W, residuals = operator.triplets(Q, operator.apply(V), V, X, S, Z)
+    assert (U - Q.double() @ X.double()).abs().max() <= 10 * EPS
+    assert (W - V.double() @ Z.double()).abs().max() <= 10 * EPS
+    left, right = (A @ W.double() - U * S).norm(dim=0), (A.mT @ U.double() - W * S).norm(dim=0)
+    assert (residuals - torch.maximum(left, right)).abs().max() <= 20 * EPS * A.norm()
 
 
 def test_passes_count_products_with_A_and_its_transpose() -> None:
-    operator = WeightOperator(batch_of((50, 40), (1.0, 2.0)).float())
-    X = torch.ones(2, 40, 3)
+    operator = WeightOperator(realistic(50, 40).float())
+    X = torch.ones(40, 3)
     operator.sketch(3, 0)
-    operator.multiply(X)
+    operator.filter(X, X, 1.0, 3, 3)
+    operator.ritz(X, 1)
     operator.project(X)
     operator.compress(X)
-    operator.adjoint(operator.apply(X))
-    assert operator.passes == 1 + 2 + 2 + 1 + 2
+    Y = operator.apply(X)
+    operator.adjoint(Y)
+    operator.triplets(Y, Y, X, torch.eye(3), torch.ones(3), torch.eye(3))
+    operator.residuals(Y, torch.ones(3), X, Y)
+    assert operator.passes == 1 + 4 + 2 + 2 + 1 + 2 + 1 + 1
 
 
 def test_project_and_compress_return_A_times_the_panel() -> None:
-    weights = batch_of((50, 40), (1.0,)).bfloat16()
-    operator = WeightOperator(weights)
-    X = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))
+    weight = realistic(50, 40).bfloat16()
+    operator = WeightOperator(weight)
+    X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     for AQ in (operator.project(X).AQ, operator.compress(X)[1]):
-        torch.testing.assert_close(AQ, weights.float() @ X, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(AQ, weight.float() @ X, rtol=1e-5, atol=1e-5)

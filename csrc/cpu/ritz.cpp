@@ -1,0 +1,87 @@
+// The operators ritz and triplets for CPU tensors: what Rayleigh–Ritz projections consist of.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "../tensors.h"
+#include "aten.h"
+#include "columns.h"
+#include "products.h"
+
+namespace pissa::cpu {
+namespace {
+
+using torch::stable::Tensor;
+
+// ‖P[:, j] − s[j]·Q[:, j]‖ for the last `count` columns of two contiguous panels; s has as many elements.
+std::vector<double> residual_norms(const Tensor& P, const Tensor& Q, const float* s, int64_t count) {
+  const int64_t columns = P.size(1);
+  const auto* const p = static_cast<const float*>(P.data_ptr()) + columns - count;
+  const auto* const q = static_cast<const float*>(Q.data_ptr()) + columns - count;
+  return column_norms(P.size(0), count,
+                      [=](int64_t i, int64_t j) { return p[i * columns + j] - s[j] * q[i * columns + j]; });
+}
+
+// Ritz vectors X = Q·Z of H = AᵀA for a weight A, or of H itself if `gram`: X and H·X (n, b), the Ritz values (b,),
+// ascending, and ‖H·x − θ·x‖ (rank,) of the last ones. All values are NaN where LAPACK's eigensolver fails.
+std::tuple<Tensor, Tensor, Tensor, Tensor> ritz(const Tensor& weight, const Tensor& Q, int64_t rank, bool gram) {
+  STD_TORCH_CHECK(weight.dim() == 2, "pissa_kernels: expected a weight (m, n)");
+  const Matrix panel = float_matrix(Q, weight.size(1));
+  STD_TORCH_CHECK(!gram || (weight.size(0) == panel.rows && dtype_of(weight.scalar_type()) == Dtype::f32),
+                  "pissa_kernels: expected a square float32 matrix");
+  STD_TORCH_CHECK(rank >= 1 && rank <= panel.cols, "pissa_kernels: rank must be 1 to the panel's columns, got ", rank);
+  Tensor residuals = torch::stable::new_empty(Q, {rank}), HQ = Q, matrix = Q;
+  if (gram) {
+    HQ = aten::mm(weight, Q);
+    matrix = aten::mm(aten::transposed(Q), HQ);
+  } else {
+    Tensor AQ = Q;
+    std::tie(AQ, HQ) = normal(weight, Q, 3);
+    matrix = aten::mm(aten::transposed(AQ), AQ);
+  }
+  try {
+    const auto [values, vectors] = aten::eigh(matrix);
+    const Tensor X = aten::mm(Q, vectors), HX = aten::mm(HQ, vectors);
+    const float* const last = static_cast<const float*>(values.data_ptr()) + panel.cols - rank;
+    const auto norms = residual_norms(HX, X, last, rank);
+    std::copy(norms.begin(), norms.end(), static_cast<float*>(residuals.data_ptr()));
+    return {X, HX, values, residuals};
+  } catch (const std::runtime_error&) {
+    torch::stable::fill_(residuals, NAN);
+    return {Q, HQ, torch::stable::fill_(torch::stable::new_empty(Q, {panel.cols}), NAN), residuals};
+  }
+}
+
+// Triplets of A on the columns of V, for A·V = Y = Q·R and R = X·diag(S)·Zᵀ: U = Q·X, V·Z, and
+// max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖) of each.
+std::tuple<Tensor, Tensor, Tensor> triplets(const Tensor& weight, const Tensor& Q, const Tensor& Y, const Tensor& V,
+                                            const Tensor& X, const Tensor& S, const Tensor& Z) {
+  STD_TORCH_CHECK(weight.dim() == 2, "pissa_kernels: expected a weight (m, n)");
+  const int64_t rank = float_matrix(V, weight.size(1)).cols;
+  for (const Tensor* panel : {&Q, &Y}) float_matrix(*panel, weight.size(0), rank);
+  for (const Tensor* change : {&X, &Z}) float_matrix(*change, rank, rank);
+  STD_TORCH_CHECK(S.dim() == 1 && S.size(0) == rank && S.is_contiguous() && dtype_of(S.scalar_type()) == Dtype::f32,
+                  "pissa_kernels: expected ", rank, " float32 singular values");
+  const auto* const sigma = static_cast<const float*>(S.data_ptr());
+  const Tensor U = aten::mm(Q, X), right = aten::mm(V, Z), residuals = torch::stable::new_empty(S, {rank});
+  const auto left_norms = residual_norms(aten::mm(Y, Z), U, sigma, rank);
+  const auto right_norms = residual_norms(rmatmul(weight, U, 3), right, sigma, rank);
+  // std::max keeps a NaN only if it is the first of the two
+  for (int64_t i = 0; i < rank; ++i)
+    static_cast<float*>(residuals.data_ptr())[i] =
+        static_cast<float>(left_norms[i] > right_norms[i] || left_norms[i] != left_norms[i] ? left_norms[i] : right_norms[i]);
+  return {U, right, residuals};
+}
+
+}  // namespace
+}  // namespace pissa::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {
+  library.impl("ritz", TORCH_BOX(&pissa::cpu::ritz));
+  library.impl("triplets", TORCH_BOX(&pissa::cpu::triplets));
+}

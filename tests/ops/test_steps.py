@@ -1,0 +1,146 @@
+"""The verbs of the iterations' steps against float64, with the reference's own error for comparison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pissa_kernels.ops import csrc, dispatch, reference
+from pissa_kernels.ops.panels import recurrence
+
+pytestmark = pytest.mark.usefixtures("csrc_backend", "poison")
+
+# A weight, its transpose, and a panel with fewer columns than the kernels have in a tile.
+CASES = [((300, 257), 40), ((257, 300), 16), ((129, 60), 3)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def weight_of(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A tall weight of norm 1; a wide one is a transposed view."""
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    W = (W / torch.linalg.matrix_norm(W, ord=2)).to(dtype)
+    return W if shape[0] >= shape[1] else W.mT
+
+
+def panel_of(n: int, columns: int, strided: bool = False, seed: int = 1) -> Tensor:
+    """An orthonormal panel; with ``strided`` a slice of a wider one."""
+    panel = torch.linalg.qr(torch.randn(n, columns, generator=torch.Generator().manual_seed(seed)))[0]
+    if strided:
+        return torch.cat([panel.new_zeros(n, 5), panel], dim=1)[:, 5:]
+    return panel.contiguous()
+
+
+def assert_as_exact(got: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """The error is hardly larger than that of the reference, and not more than a rounding larger."""
+    assert (got - exact).norm() <= 1.2 * (theirs - exact).norm() + exact.norm() * 2.0**-23
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "columns"), CASES)
+@pytest.mark.parametrize("degree", [1, 2, 5])
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_filters_are_as_exact_as_the_reference(
+    shape: tuple[int, int], columns: int, dtype: torch.dtype, degree: int, gram: bool, strided: bool
+) -> None:
+    W = weight_of(shape, dtype)
+    H = W.double().mT @ W.double()
+    operand = H.float() if gram else W
+    H = operand.double() if gram else H
+    X = panel_of(len(H), columns, strided)
+    HX, edge = (H @ X.double()).float(), 0.4
+    arguments = operand, X, HX, edge, degree, 3, gram
+    got, theirs = dispatch.bind("chebyshev_filter", operand)(*arguments), reference.chebyshev_filter(*arguments)
+    values, vectors = torch.linalg.eigh(H)
+    x = 2 * values / edge - 1
+    polynomial = torch.where(x.abs() <= 1, (degree * x.clamp(-1, 1).acos()).cos(), (degree * x.clamp(1).acosh()).cosh())
+    exact = vectors @ (polynomial[:, None] * (vectors.mT @ X.double()))
+    assert got.shape == X.shape
+    assert_as_exact(got, theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "columns"), CASES)
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_ritz_pairs_are_as_exact_as_the_reference(
+    shape: tuple[int, int], columns: int, dtype: torch.dtype, gram: bool, strided: bool
+) -> None:
+    W = weight_of(shape, dtype)
+    operand = (W.double().mT @ W.double()).float() if gram else W
+    H = operand.double() if gram else W.double().mT @ W.double()
+    Q = panel_of(len(H), columns, strided)
+    rank = columns - 1
+    basis = torch.linalg.qr(Q.double())[0]
+    exact = torch.linalg.eigvalsh(basis.mT @ H @ basis)
+    errors = []
+    for body in (dispatch.bind("ritz", operand), reference.ritz):
+        X, HX, values, residuals = body(operand, Q, rank, gram)
+        image, wanted = H @ X.double(), X[:, -rank:].double()
+        lengths = (image[:, -rank:] - wanted * values[-rank:].double()).norm(dim=0)
+        outside = X - Q.double() @ (Q.double().mT @ X.double())
+        orthogonality = X.double().mT @ X.double() - torch.eye(columns)
+        errors.append([(values - exact), HX - image, residuals - lengths, outside, orthogonality])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours.norm() <= 1.5 * theirs.norm() + 2.0**-22  # ‖H‖ = 1
+
+
+def test_a_failed_eigensolver_gives_NaN(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.ones(20, 10)
+    Q = torch.ones(10, 3)
+    Q[2, 1] = torch.nan
+    for body in (csrc.ritz, reference.ritz):
+        X, HX, values, residuals = body(W, Q, 2)
+        assert X.shape == HX.shape == Q.shape
+        assert values.shape == (3,)
+        assert residuals.shape == (2,)
+        assert values.isnan().all()
+        assert residuals.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "columns"), CASES)
+def test_triplets_are_as_exact_as_the_reference(shape: tuple[int, int], columns: int, dtype: torch.dtype) -> None:
+    W = weight_of(shape, dtype)
+    V = panel_of(W.shape[1], columns)
+    Y = reference.matmul(W, V)
+    Q, R = torch.linalg.qr(Y)
+    X, S, Zh = (factor.float() for factor in torch.linalg.svd(R.double()))
+    arguments = W, Q, Y, V, X, S, Zh.mT
+    U, right, residuals = dispatch.bind("triplets", W)(*arguments)
+    theirs = reference.triplets(*arguments)
+    assert_as_exact(U, theirs[0], Q.double() @ X.double())
+    assert_as_exact(right, theirs[1], V.double() @ Zh.double().mT)
+    A, largest = W.double(), torch.maximum
+    exact = largest((A @ right.double() - U * S).norm(dim=0), (A.mT @ U.double() - right * S).norm(dim=0))
+    assert_as_exact(residuals, theirs[2], exact)
+
+
+def test_triplets_report_a_wrong_vector() -> None:
+    """Each of the two residuals on its own."""
+    W, identity = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.eye(2)
+    exact = torch.eye(3)[:, :2].contiguous()
+    swapped = exact.flip(-1).contiguous()
+    S = torch.tensor([3.0, 2.0])
+    body = dispatch.bind("triplets", W)
+    assert body(W, exact, exact * S, exact, identity, S, identity)[2].tolist() == [0.0, 0.0]
+    for Q, Y in ((exact, swapped * S), (swapped, exact * S)):
+        for V in (exact, swapped):
+            assert (body(W, Q, Y, V, identity, S, identity)[2] > 1).all()
+    Y = exact * S
+    Y[0, 0] = torch.nan
+    assert body(W, exact, Y, exact, identity, S, identity)[2].isnan().any()
+
+
+def test_the_last_product_of_a_recurrence_takes_the_most_pieces() -> None:
+    H = torch.diag(torch.tensor([3.0, 1.0]))
+    for pieces, expected in ((1, [1, 1, 1]), (2, [1, 1, 2]), (3, [2, 2, 3])):
+        taken: list[int] = []
+
+        def multiply(panel: Tensor, split: int, taken: list[int] = taken) -> Tensor:
+            taken.append(split)
+            return H @ panel
+
+        recurrence(multiply, torch.ones(2, 1), H @ torch.ones(2, 1), 1.0, 4, pieces)
+        assert taken == expected
