@@ -76,9 +76,8 @@ def certified(operator: WeightOperator, triplets: Triplets, converged: bool, met
     """
     U, V = (triplets.V, triplets.U) if operator.wide else (triplets.U, triplets.V)
     S = triplets.S if operator.scale == 1.0 else triplets.S / operator.scale
-    captured = triplets.S.double().square().sum()
-    figures = torch.stack([captured, triplets.residuals.amax(), triplets.S[0], S[0]]).tolist()
-    energy, residual, largest, unscaled = figures
+    values, residual, unscaled = triplets.S.tolist(), float(triplets.residuals.amax()), float(S[0])
+    largest = values[0]
     if not math.isfinite(unscaled):
         raise ValueError("the weight's singular values exceed float32's range")
     # round-off of the measurement: float32 products, and A·V computed as Y·Z, sums of r terms
@@ -86,6 +85,6 @@ def certified(operator: WeightOperator, triplets: Triplets, converged: bool, met
     if 0 < unscaled < FLOAT32_NORMAL:  # dividing by the scale rounded S
         roundoff += HALF_SUBNORMAL[torch.float32] / unscaled
     relative = residual / largest + roundoff if largest > 0 else 0.0
-    share = min(energy / operator.energy, 1.0) if operator.energy > 0 else 1.0
+    share = min(sum(value * value for value in values) / operator.energy, 1.0) if operator.energy > 0 else 1.0
     certificate = Certificate(operator.passes, share, relative, converged, method)
     return TruncatedSVD(U.contiguous(), S, V.mT.contiguous(), certificate)

@@ -61,8 +61,9 @@ def estimated_deficit(ritz_values: Tensor, residuals: Tensor, edge: Tensor) -> T
         (…) float64.
     """
     ritz_values, residuals = ritz_values.double(), residuals.double()
-    gaps = (ritz_values - (edge if edge.ndim == ritz_values.ndim else edge.unsqueeze(-1))).clamp(min=0) + residuals
-    return _share((residuals.square() / gaps.clamp(min=SMALLEST)).sum(-1), ritz_values)
+    edge = edge if edge.ndim == ritz_values.ndim else edge.unsqueeze(-1)
+    gaps = (ritz_values - edge).clamp_(min=SMALLEST).add_(residuals)
+    return _share(residuals.square().div_(gaps).sum(-1), ritz_values)
 
 
 class Clusters(NamedTuple):

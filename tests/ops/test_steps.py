@@ -144,3 +144,50 @@ def test_the_last_product_of_a_recurrence_takes_the_most_pieces() -> None:
 
         recurrence(multiply, torch.ones(2, 1), H @ torch.ones(2, 1), 1.0, 4, pieces)
         assert taken == expected
+
+
+@pytest.mark.parametrize(
+    ("panel", "basis", "near", "words"),
+    [
+        (torch.ones(20, 0), torch.ones(2, 20), 0, r"a float32 panel \(n, b\)"),
+        (torch.ones(1, 20, 3), torch.ones(2, 20), 0, r"a float32 panel \(n, b\)"),
+        (torch.ones(20, 3).half(), torch.ones(2, 20), 0, r"a float32 panel \(n, b\)"),
+        (torch.ones(20, 3), torch.ones(2, 19), 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(2, 20).half(), 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(1, 2, 20), 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(20, 2).mT, 0, "contiguous rows of 20 elements"),
+        (torch.ones(20, 3), torch.ones(2, 20), 3, "near must be a row of the basis, got 3"),
+    ],
+)
+def test_orthonormalize_refuses_what_it_would_read_out_of_bounds(
+    panel: torch.Tensor, basis: torch.Tensor, near: int, words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.pissa_kernels.orthonormalize(panel, basis, near)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "words"),
+    [
+        ("chebyshev_filter", (torch.ones(4, 3), torch.ones(3, 2), torch.ones(4, 2), 1.0, 2), "a float32 matrix of 3"),
+        ("chebyshev_filter", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(3, 2), 1.0, 2), "a float32 matrix of 3"),
+        ("chebyshev_filter", (torch.ones(4, 3), torch.ones(3), torch.ones(3, 2), 1.0, 2), "a weight"),
+        ("chebyshev_filter", (torch.ones(4, 3), *[torch.ones(3, 2)] * 2, 1.0, 2, 3, True), "a square float32 matrix"),
+        ("ritz", (torch.ones(4, 3), torch.ones(4, 2), 1), "a float32 matrix of 3 rows"),
+        ("ritz", (torch.ones(4, 3), torch.ones(3, 2), 3), "rank must be"),
+        ("ritz", (torch.ones(3, 3).half(), torch.ones(3, 2), 1, True), "a square float32 matrix"),
+        (
+            "triplets",
+            (torch.ones(4, 3), torch.ones(4, 2), torch.ones(4, 1), torch.ones(3, 2), *[torch.ones(2, 2)] * 3),
+            "a float32 matrix of 4 rows, got 4 by 1",
+        ),
+        (
+            "triplets",
+            (torch.ones(4, 3), *[torch.ones(4, 2)] * 2, torch.ones(3, 2), *[torch.ones(2, 2)] * 3),
+            "2 float32 singular values",
+        ),
+    ],
+)
+def test_steps_refuse_what_they_would_read_out_of_bounds(verb: str, arguments: tuple[object, ...], words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        getattr(torch.ops.pissa_kernels, verb)(*arguments)
