@@ -73,8 +73,8 @@ MACHINES["cpu generic"] = MACHINES["cpu avx2"]
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
-PANEL_CALLS = 50
-ROUND_CALLS = 20
+PANEL_CALLS = 20
+ROUND_CALLS = 15
 # Small operations that turn a subspace into triplets, without the measurement of the residuals.
 DENSE_CALLS = 60
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
