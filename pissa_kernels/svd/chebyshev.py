@@ -53,11 +53,12 @@ def chebyshev_subspace(
     while True:
         X, HX, values, residuals = operator.ritz(X, rank)
         products += 1
-        # not the smallest Ritz value: directions that the block itself has not resolved lie above it
-        guard_value = values[block - rank - GUARD_VECTORS]
-        estimate = estimated_deficit(values[-rank:], residuals, guard_value)
         # the only transfer to the host in a round
-        deficit, *ritz_values = torch.cat([estimate.float().view(1), values]).tolist()
+        figures = torch.cat([values, residuals]).tolist()
+        ritz_values, lengths = figures[:block], figures[block:]
+        # not the smallest Ritz value: directions that the block itself has not resolved lie above it
+        guard_value = ritz_values[block - rank - GUARD_VECTORS]
+        deficit = estimated_deficit(ritz_values[-rank:], lengths, guard_value)
         if math.isnan(deficit):
             raise torch.linalg.LinAlgError("the eigensolver failed")  # type: ignore[attr-defined]
         smallest, last, first = ritz_values[0], ritz_values[-rank], ritz_values[-1]

@@ -232,15 +232,18 @@ def _iterate(operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, 
 def _evaluated(operator: WeightOperator, subspace: Subspace, tol: float) -> tuple[Triplets, bool]:
     """Triplets on a subspace, and whether their estimated energy deficit is at most ``tol``."""
     triplets = rayleigh_ritz(operator, subspace.V, subspace.AV)
-    # the residual of an eigenpair of AᵀA is σ times that of the triplet
-    measured = triplets.S.square(), triplets.residuals * triplets.S
-    deficit = subspace.deficit(*measured)
-    if subspace.hidden is not None:
-        deficit = torch.maximum(deficit, subspace.hidden(*measured))
-    return triplets, bool(deficit <= tol)
+    measured = _eigenpairs(triplets)
+    met = subspace.deficit(*measured) <= tol
+    return triplets, met and (subspace.hidden is None or subspace.hidden(*measured) <= tol)
 
 
 def _hides_energy(subspace: Subspace, triplets: Triplets, tol: float) -> bool:
     """Whether only a wider block can tell that the triplets meet the tolerance."""
     assert subspace.hidden is not None
-    return bool(subspace.hidden(triplets.S.square(), triplets.residuals * triplets.S) > tol)
+    return subspace.hidden(*_eigenpairs(triplets)) > tol
+
+
+def _eigenpairs(triplets: Triplets) -> tuple[list[float], list[float]]:
+    """The eigenvalues of AᵀA and the residuals of the eigenpairs, which are σ times those of the triplets."""
+    S, residuals = triplets.S.tolist(), triplets.residuals.tolist()
+    return [s * s for s in S], [s * residual for s, residual in zip(S, residuals, strict=True)]

@@ -95,7 +95,7 @@ def block_krylov(
         values, vectors = basis.eigh()
         if steps is None:
             unresolved = basis.unresolved(values, rank)
-            deficit = float(unresolved.deficit(values[-rank:], basis.residuals(vectors[:, -rank:])))
+            deficit = unresolved.deficit(values[-rank:].tolist(), basis.residuals(vectors[:, -rank:]).tolist())
             if rule.should_stop(step, deficit, rank_deficient):
                 return basis.leading(vectors, rank, unresolved)
         if full:
@@ -164,11 +164,11 @@ class LanczosBasis:
     def unresolved(self, values: Tensor, rank: int) -> UnresolvedSpectrum:
         """What is known of the unresolved spectrum, from the Ritz values (size,) and the newest panel."""
         newest = self.T[self.newest : self.size, self.newest : self.size]
-        edge = torch.linalg.eigvalsh(newest)[-1]
-        guard_value = values[max(0, self.size - rank - GUARD_VECTORS)]
+        edge = float(torch.linalg.eigvalsh(newest)[-1])
+        guard_value = float(values[max(0, self.size - rank - GUARD_VECTORS)])
         others = max(self.block, GUARD_VECTORS) - 1
-        following = values[max(0, self.size - rank - others) : self.size - rank].flip(-1)
-        return UnresolvedSpectrum(edge, guard_value, following, self.block)
+        following = values[max(0, self.size - rank - others) : self.size - rank].tolist()
+        return UnresolvedSpectrum(edge, guard_value, following[::-1], self.block)
 
     def leading(self, vectors: Tensor, rank: int, unresolved: UnresolvedSpectrum) -> Subspace:
         """The ``rank`` leading Ritz vectors, with A·V where ``AQ_blocks`` covers all of Q."""

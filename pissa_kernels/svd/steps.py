@@ -17,7 +17,7 @@ from ..ops import dispatch
 from ..ops.batched import Panel, Update, Weights
 from .operators import random_signs
 from .solution import Figures, Solution
-from .stopping import CLUSTER_GAP, GUARD_VECTORS, estimated_deficit
+from .stopping import CLUSTER_GAP, GUARD_VECTORS
 
 # bfloat16 pieces of a panel: for filters, and for their last product and what is measured. Products of panels with
 # panels take three of each, which is float32.
@@ -158,9 +158,9 @@ class Steps:
         AR = self.body.product(self.weights, directions, precision=ROUGH, values=False, pieces=FULL)
         self.passes += 1
         norms = norms * values.clamp(min=0).sqrt()
-        estimate = 2 * estimated_deficit(values, norms, self._norms(AR).square())
+        estimate = 2 * _estimated_deficits(values, norms, self._norms(AR).square())
         last = values[:, -1]
-        cautious = torch.maximum(estimate, 2 * estimated_deficit(values, norms, guard))
+        cautious = torch.maximum(estimate, 2 * _estimated_deficits(values, norms, guard.unsqueeze(-1)))
         return torch.where(last - guard < CLUSTER_GAP * last, cautious, estimate)
 
     def _norms(self, Z: Panel) -> Tensor:
@@ -202,3 +202,15 @@ class Steps:
 
     def _stored(self, pieces: int) -> int:
         return pieces if self.in_pieces else 0
+
+
+def _estimated_deficits(ritz_values: Tensor, residuals: Tensor, edges: Tensor) -> Tensor:
+    """:func:`pissa_kernels.svd.stopping.estimated_deficit` (batch,) float64, with an edge for each residual (batch, r).
+
+    The edges may also be (batch, 1).
+    """
+    ritz_values, residuals = ritz_values.double(), residuals.double()
+    gaps = (ritz_values - edges.double()).clamp(min=0) + residuals
+    errors = torch.where(gaps > 0, residuals.square() / gaps, 0.0).sum(-1)
+    total = ritz_values.clamp(min=0).sum(-1)
+    return torch.where(total > 0, errors / total, 0.0)

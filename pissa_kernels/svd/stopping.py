@@ -1,12 +1,14 @@
-"""Estimates of the energy deficit from Ritz values and residuals, and the stopping rule of block Krylov."""
+"""Estimates of the energy deficit from Ritz values and residuals, and the stopping rule of block Krylov.
+
+Everything here is arithmetic with a few hundred numbers, in Python's floats: as many calls of torch take longer.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 # The gap of θ_r is measured to the Ritz value this many places after it: a single close neighbor is no cluster.
@@ -21,8 +23,6 @@ SEPARATION = 10.0
 CLUSTER_WIDTH = 1e-2
 # Round-off of residuals and of equal Ritz values, relative to θ_1.
 ROUNDOFF = 2e-6
-# What a divisor is replaced with that is zero because its dividend is.
-SMALLEST = torch.finfo(torch.float64).tiny
 # Smallest factor by which one step with a block of r columns is expected to reduce the energy deficit.
 FASTEST_DECAY = 0.02
 
@@ -33,18 +33,18 @@ class Subspace(NamedTuple):
     Attributes:
         V: (n, r) float32, orthonormal: the leading Ritz vectors of H.
         AV: (m, r) A·V where the iteration has computed it on the way, else None.
-        deficit: function of the Ritz values θᵢ = ‖A·vᵢ‖² (r,) and the residuals ‖H·vᵢ − θᵢ·vᵢ‖ (r,), both measured
-            again after the iteration; returns the estimated energy deficit, a float64 scalar.
+        deficit: function of the r Ritz values θᵢ = ‖A·vᵢ‖² and the residuals ‖H·vᵢ − θᵢ·vᵢ‖, both measured again after
+            the iteration; returns the estimated energy deficit.
         hidden: function of the same, for the energy that a wider block may find besides; None where none would.
     """
 
     V: Tensor
     AV: Tensor | None
-    deficit: Callable[[Tensor, Tensor], Tensor]
-    hidden: Callable[[Tensor, Tensor], Tensor] | None = None
+    deficit: Callable[[Sequence[float], Sequence[float]], float]
+    hidden: Callable[[Sequence[float], Sequence[float]], float] | None = None
 
 
-def estimated_deficit(ritz_values: Tensor, residuals: Tensor, edge: Tensor) -> Tensor:
+def estimated_deficit(ritz_values: Sequence[float], residuals: Sequence[float], edge: float) -> float:
     """Energy deficit of Ritz pairs, estimated to second order in their residuals.
 
     A Ritz value with residual t is less than its eigenvalue by about t²/gap, where gap is the distance to the part of
@@ -52,49 +52,51 @@ def estimated_deficit(ritz_values: Tensor, residuals: Tensor, edge: Tensor) -> T
     The deficit is the sum of these errors over Σθᵢ.
 
     Args:
-        ritz_values: (…, r) θᵢ.
-        residuals: (…, r) ‖H·vᵢ − θᵢ·vᵢ‖.
-        edge: (…) upper edge of the part of the spectrum that contains the residuals; (…, r) its average for
-            each residual.
-
-    Returns:
-        (…) float64.
+        ritz_values: θᵢ.
+        residuals: ‖H·vᵢ − θᵢ·vᵢ‖.
+        edge: upper edge of the part of the spectrum that contains the residuals.
     """
-    ritz_values, residuals = ritz_values.double(), residuals.double()
-    edge = edge if edge.ndim == ritz_values.ndim else edge.unsqueeze(-1)
-    gaps = (ritz_values - edge).clamp_(min=SMALLEST).add_(residuals)
-    return _share(residuals.square().div_(gaps).sum(-1), ritz_values)
+    errors = 0.0
+    for value, residual in zip(ritz_values, residuals, strict=True):
+        gap = max(value - edge, 0.0) + residual
+        errors += residual * residual / gap if gap else 0.0
+    return _share(errors, ritz_values)
 
 
-class Clusters(NamedTuple):
-    """The groups of consecutive Ritz values, as many as ``width``, that start with a wanted one.
+class Cluster(NamedTuple):
+    """Consecutive Ritz values that agree within :data:`SEPARATION` times their residuals.
 
     Attributes:
-        found: (…, k) whether the values of each group agree within :data:`SEPARATION` times their residuals.
-        reach: (…, k) how far above the first value of the group eigenvalues of the same cluster may lie.
+        first: index of the first one.
+        top: upper bound on the eigenvalues of the same cluster.
     """
 
-    found: Tensor
-    reach: Tensor
+    first: int
+    top: float
 
-    @classmethod
-    def among(cls, wanted: Tensor, following: Tensor, residuals: Tensor, width: int) -> Clusters:
-        """The clusters of ``width`` values.
 
-        Args:
-            wanted: (…, r) Ritz values, descending.
-            following: (…, k) Ritz values after these, descending.
-            residuals: (…, r) of the wanted ones.
-            width: number of values, at most r + k.
-        """
-        groups = torch.cat([wanted, following], dim=-1).unfold(-1, width, 1)[..., : wanted.shape[-1], :]
+def clusters(
+    wanted: Sequence[float], following: Sequence[float], residuals: Sequence[float], width: int
+) -> Iterator[Cluster]:
+    """The clusters of ``width`` values that start with a wanted one.
+
+    Args:
+        wanted: r Ritz values, descending.
+        following: Ritz values after these, descending.
+        residuals: of the wanted ones.
+        width: number of values.
+    """
+    values = [*wanted, *following]
+    roundoff = ROUNDOFF * wanted[0]
+    for first in range(min(len(wanted), len(values) - width + 1)):
+        spread = values[first] - values[first + width - 1] - roundoff
+        if spread > CLUSTER_WIDTH * values[first]:
+            continue
         # those beyond r have not converged, so their residuals do not count
-        largest = torch.nn.functional.pad(residuals, (0, width - 1)).unfold(-1, width, 1).amax(-1)
-        first, last = groups[..., 0], groups[..., -1]
-        roundoff = ROUNDOFF * wanted[..., :1]
-        measurable = (largest[..., : groups.shape[-2]] - roundoff).clamp(min=0)
-        reach = torch.minimum(SEPARATION * measurable, CLUSTER_WIDTH * first)
-        return cls(first - last <= reach + roundoff, reach)
+        measurable = max(max(residuals[first : first + width]) - roundoff, 0.0)
+        reach = min(SEPARATION * measurable, CLUSTER_WIDTH * values[first])
+        if spread <= reach:
+            yield Cluster(first, values[first] + reach)
 
 
 class UnresolvedSpectrum(NamedTuple):
@@ -105,18 +107,18 @@ class UnresolvedSpectrum(NamedTuple):
     have small residuals: the rest of the cluster is hidden.
 
     Attributes:
-        edge: (…) largest eigenvalue of H projected onto the newest panel, which nearly contains every residual.
-        guard_value: (…) Ritz value GUARD_VECTORS places after θ_r.
-        following: (…, k) Ritz values after θ_r, descending, as many as a group that starts with θ_r may have.
+        edge: largest eigenvalue of H projected onto the newest panel, which nearly contains every residual.
+        guard_value: Ritz value GUARD_VECTORS places after θ_r.
+        following: Ritz values after θ_r, descending, as many as a group that starts with θ_r may have.
         block: b.
     """
 
-    edge: Tensor
-    guard_value: Tensor
-    following: Tensor
+    edge: float
+    guard_value: float
+    following: Sequence[float]
     block: int
 
-    def deficit(self, ritz_values: Tensor, residuals: Tensor) -> Tensor:
+    def deficit(self, ritz_values: Sequence[float], residuals: Sequence[float]) -> float:
         """:func:`estimated_deficit` with a safety factor of 2.
 
         On the diagonal matrices of ``tests/svd/test_iterations.py`` at ranks 4 to 128, this is 0.7 to 3 times the true
@@ -131,52 +133,47 @@ class UnresolvedSpectrum(NamedTuple):
         no gap is known, and the errors are of first order.
         """
         estimate = 2 * estimated_deficit(ritz_values, residuals, self.edge)
-        # round-off in the residuals of equal values is no error of theirs
-        measurable = (residuals - ROUNDOFF * ritz_values.amax(-1, keepdim=True)).clamp(min=0)
-        cautious = 2 * estimated_deficit(ritz_values, measurable, self.guard_value)
-        last = ritz_values.amin(-1)
-        clustered = last - self.guard_value < CLUSTER_GAP * last
-        estimate = torch.where(clustered, torch.maximum(estimate, cautious), estimate)
         wanted, residuals = _descending(ritz_values, residuals)
-        if self._narrow(wanted) or wanted.shape[-1] + self.following.shape[-1] < GUARD_VECTORS:
-            return estimate
-        first_order = _share(measurable.double().sum(-1), wanted)
-        unresolved = Clusters.among(wanted, self.following.double(), residuals, GUARD_VECTORS).found.any(-1)
-        return torch.where(unresolved, torch.maximum(estimate, first_order), estimate)
+        # round-off in the residuals of equal values is no error of theirs
+        measurable = [max(residual - ROUNDOFF * wanted[0], 0.0) for residual in residuals]
+        if wanted[-1] - self.guard_value < CLUSTER_GAP * wanted[-1]:
+            estimate = max(estimate, 2 * estimated_deficit(wanted, measurable, self.guard_value))
+        if not self._narrow(wanted) and any(clusters(wanted, self.following, residuals, GUARD_VECTORS)):
+            estimate = max(estimate, _share(sum(measurable), wanted))
+        return estimate
 
-    def hidden(self, ritz_values: Tensor, residuals: Tensor) -> Tensor:
+    def hidden(self, ritz_values: Sequence[float], residuals: Sequence[float]) -> float:
         """Energy deficit that the hidden part of a cluster may cause, if its directions displace all that follow.
 
         It is 0 unless nearly b consecutive values form a cluster. For a block of more than r columns it is 0: it sees
         enough directions of any cluster, and :meth:`deficit` counts their errors.
 
         Args:
-            ritz_values: (…, r) θᵢ.
-            residuals: (…, r) ‖H·vᵢ − θᵢ·vᵢ‖.
-
-        Returns:
-            (…) float64.
+            ritz_values: θᵢ.
+            residuals: ‖H·vᵢ − θᵢ·vᵢ‖.
         """
         wanted, residuals = _descending(ritz_values, residuals)
+        if not self._narrow(wanted):
+            return 0.0
         width = self.block - self.block // 4  # the last of b directions of a cluster converge late
-        if not self._narrow(wanted) or wanted.shape[-1] + self.following.shape[-1] < width:
-            return torch.zeros_like(wanted[..., 0])
-        found, reach = Clusters.among(wanted, self.following.double(), residuals, width)
-        above = (wanted[..., : found.shape[-1]] + reach).unsqueeze(-1)
-        displaced = (above - wanted.unsqueeze(-2)).clamp(min=0).triu().sum(-1)
-        return _share(torch.where(found, displaced, 0.0).amax(-1), wanted)
+        displaced = (
+            sum(cluster.top - value for value in wanted[cluster.first :])
+            for cluster in clusters(wanted, self.following, residuals, width)
+        )
+        return _share(max(displaced, default=0.0), wanted)
 
-    def _narrow(self, wanted: Tensor) -> bool:
-        return self.block < wanted.shape[-1] + GUARD_VECTORS
-
-
-def _descending(ritz_values: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-    values, order = ritz_values.double().sort(dim=-1, descending=True)
-    return values, residuals.double().gather(-1, order)
+    def _narrow(self, wanted: Sequence[float]) -> bool:
+        return self.block < len(wanted) + GUARD_VECTORS
 
 
-def _share(errors: Tensor, ritz_values: Tensor) -> Tensor:
-    return errors / ritz_values.clamp(min=0).sum(-1).clamp(min=SMALLEST)
+def _descending(ritz_values: Sequence[float], residuals: Sequence[float]) -> tuple[list[float], list[float]]:
+    pairs = sorted(zip(ritz_values, residuals, strict=True), key=lambda pair: -pair[0])
+    return [value for value, _ in pairs], [residual for _, residual in pairs]
+
+
+def _share(errors: float, ritz_values: Sequence[float]) -> float:
+    total = sum(value for value in ritz_values if value > 0)
+    return errors / total if total > 0 else 0.0
 
 
 class StoppingRule:
