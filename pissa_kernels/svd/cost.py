@@ -30,7 +30,7 @@ class Machine:
         products: operations per second in a product of a weight with a panel.
         gram: operations per second in a Gram matrix of a weight.
         read: seconds to read one element of a weight in such a product.
-        call: seconds for one small operation: its launch, or its overhead in Python.
+        call: seconds for one small operation: its launch, or its overhead in C++ and Python.
         eigh: coefficients (n, n², n³) of the seconds for ``eigh`` in float32.
         min_block: columns of the narrowest Krylov block worth considering.
     """
@@ -62,9 +62,9 @@ MACHINES = {
     ),
     # one thread of an Intel Xeon with AMX. Tiles have 16 columns.
     "cpu avx512": Machine(
-        flops=1.5e11, products=1.5e11, gram=1.7e11, read=8e-11, call=2.5e-6, eigh=AVX512_EIGH, min_block=8
+        flops=1.5e11, products=1.5e11, gram=1.7e11, read=8e-11, call=5e-6, eigh=AVX512_EIGH, min_block=8
     ),
-    "cpu amx": Machine(flops=1.5e11, products=3.8e11, gram=1.2e12, read=7e-11, call=2.5e-6, eigh=AVX512_EIGH),
+    "cpu amx": Machine(flops=1.5e11, products=3.8e11, gram=1.2e12, read=7e-11, call=5e-6, eigh=AVX512_EIGH),
     # estimated for an H100, for weights that the fixed schedule does not solve: float32 without TF32 at 40 TFLOP/s,
     # 2 bytes per element at 2 TB/s, cuSOLVER's syevd
     "cuda": Machine(flops=4e13, products=4e13, gram=4e13, read=1.2e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
@@ -73,8 +73,8 @@ MACHINES["cpu generic"] = MACHINES["cpu avx2"]
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
-PANEL_CALLS = 20
-ROUND_CALLS = 15
+PANEL_CALLS = 50
+ROUND_CALLS = 20
 # Small operations that turn a subspace into triplets, without the measurement of the residuals.
 DENSE_CALLS = 60
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
