@@ -17,9 +17,7 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
       "chebyshev_filter(Tensor weight, Tensor X, Tensor HX, float edge, int degree, int pieces=3, bool gram=False) "
       "-> Tensor");
   library.def("ritz(Tensor weight, Tensor Q, int rank, bool gram=False) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "triplets(Tensor weight, Tensor Q, Tensor Y, Tensor V, Tensor X, Tensor S, Tensor Z) -> (Tensor, Tensor, "
-      "Tensor)");
+  library.def("triplets(Tensor weight, Tensor Q, Tensor Y, Tensor V) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");
   // Returns nothing, because torch.compile cannot functionalize an operator that returns the argument it mutates.
   library.def(

@@ -1,8 +1,9 @@
 """Split the time of ``truncated_svd`` into its parts.
 
 The parts are products with the weight, orthonormalization, small dense problems, the measurement of the residual, and
-the rest. Each part is timed exclusively, by wrapping the engine's functions during a run. On a GPU every boundary
-between parts synchronizes the device, so that the sum is an upper bound.
+the rest. Each part is timed exclusively, by wrapping the engine's functions during a run. A Rayleigh–Ritz projection is
+one call and counts as products, its small problem included; the residual includes the small SVD before it. On a GPU
+every boundary between parts synchronizes the device, so that the sum is an upper bound.
 """
 
 from __future__ import annotations

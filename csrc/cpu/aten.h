@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -15,16 +16,17 @@ namespace pissa::aten {
 
 using torch::stable::Tensor;
 
-// The operator's first `Results` results, all tensors. `arguments` are all of its arguments, with their schema's types.
+template <size_t... I>
+std::array<Tensor, sizeof...(I)> tensors_of(const StableIValue* stack, std::index_sequence<I...>) {
+  return {torch::stable::detail::to<Tensor>(stack[I])...};
+}
+
+// The operator's `Results` results, all tensors. `arguments` are all of its arguments, with their schema's types.
 template <size_t Results, class... Arguments>
 std::array<Tensor, Results> call(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, std::max(sizeof...(Arguments), Results)> stack{torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  if constexpr (Results == 1) {
-    return {torch::stable::detail::to<Tensor>(stack[0])};
-  } else {
-    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-  }
+  return tensors_of(stack.data(), std::make_index_sequence<Results>());
 }
 
 inline Tensor mm(const Tensor& a, const Tensor& b) { return call<1>("aten::mm", a, b)[0]; }
@@ -42,6 +44,11 @@ inline std::pair<Tensor, Tensor> cholesky(const Tensor& a) {
 inline std::pair<Tensor, Tensor> eigh(const Tensor& a) {
   auto [values, vectors] = call<2>("aten::linalg_eigh", a, std::string("L"));
   return {std::move(values), std::move(vectors)};
+}
+
+// The reduced SVD: U, the singular values, and Vᵀ.
+inline std::array<Tensor, 3> svd(const Tensor& a) {
+  return call<3>("aten::linalg_svd", a, /*full_matrices=*/false, /*driver=*/std::nullopt);
 }
 
 // L⁻¹·b for a lower triangular L.

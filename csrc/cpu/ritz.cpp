@@ -57,25 +57,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ritz(const Tensor& weight, const Tens
   }
 }
 
-// Triplets of A on the columns of V, for A·V = Y = Q·R and R = X·diag(S)·Zᵀ: U = Q·X, V·Z, and
-// max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖) of each.
-std::tuple<Tensor, Tensor, Tensor> triplets(const Tensor& weight, const Tensor& Q, const Tensor& Y, const Tensor& V,
-                                            const Tensor& X, const Tensor& S, const Tensor& Z) {
+// Triplets of A on the columns of V, for A·V = Y = Q·R and R = X·diag(S)·Zᵀ in float64: U = Q·X, S, V·Z, and
+// max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖) of each. S and the residuals are NaN where LAPACK's SVD fails.
+std::tuple<Tensor, Tensor, Tensor, Tensor> triplets(const Tensor& weight, const Tensor& Q, const Tensor& Y,
+                                                    const Tensor& V) {
+  using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(weight.dim() == 2, "pissa_kernels: expected a weight (m, n)");
   const int64_t rank = float_matrix(V, weight.size(1)).cols;
   for (const Tensor* panel : {&Q, &Y}) float_matrix(*panel, weight.size(0), rank);
-  for (const Tensor* change : {&X, &Z}) float_matrix(*change, rank, rank);
-  STD_TORCH_CHECK(S.dim() == 1 && S.size(0) == rank && S.is_contiguous() && dtype_of(S.scalar_type()) == Dtype::f32,
-                  "pissa_kernels: expected ", rank, " float32 singular values");
-  const auto* const sigma = static_cast<const float*>(S.data_ptr());
-  const Tensor U = aten::mm(Q, X), right = aten::mm(V, Z), residuals = torch::stable::new_empty(S, {rank});
-  const auto left_norms = residual_norms(aten::mm(Y, Z), U, sigma, rank);
-  const auto right_norms = residual_norms(rmatmul(weight, U, 3), right, sigma, rank);
-  // std::max keeps a NaN only if it is the first of the two
-  for (int64_t i = 0; i < rank; ++i)
-    static_cast<float*>(residuals.data_ptr())[i] =
-        static_cast<float>(left_norms[i] > right_norms[i] || left_norms[i] != left_norms[i] ? left_norms[i] : right_norms[i]);
-  return {U, right, residuals};
+  Tensor residuals = torch::stable::new_empty(V, {rank});
+  try {
+    const auto [X, S, Zh] = aten::svd(torch::stable::to(aten::mm(aten::transposed(Q), Y), ScalarType::Double));
+    const Tensor U = aten::mm(Q, torch::stable::to(X, ScalarType::Float));
+    const Tensor sizes = torch::stable::to(S, ScalarType::Float);
+    const Tensor Z = aten::transposed(torch::stable::to(Zh, ScalarType::Float)), right = aten::mm(V, Z);
+    const auto* const sigma = static_cast<const float*>(sizes.data_ptr());
+    const auto left_norms = residual_norms(aten::mm(Y, Z), U, sigma, rank);
+    const auto right_norms = residual_norms(rmatmul(weight, U, 3), right, sigma, rank);
+    for (int64_t i = 0; i < rank; ++i) {
+      const double left = left_norms[i];  // std::max(a, b) is a if b is NaN
+      static_cast<float*>(residuals.data_ptr())[i] =
+          static_cast<float>(left > right_norms[i] || std::isnan(left) ? left : right_norms[i]);
+    }
+    return {U, sizes, right, residuals};
+  } catch (const std::runtime_error&) {
+    torch::stable::fill_(residuals, NAN);
+    return {Q, torch::stable::fill_(torch::stable::new_empty(V, {rank}), NAN), V, residuals};
+  }
 }
 
 }  // namespace

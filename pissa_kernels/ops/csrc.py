@@ -131,10 +131,9 @@ def _register_fakes() -> None:
     def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return Q.new_empty(Q.shape), Q.new_empty(Q.shape), Q.new_empty(Q.shape[1]), Q.new_empty(rank)
 
-    def triplets(
-        weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return Q.new_empty(Q.shape), V.new_empty(V.shape), S.new_empty(S.shape)
+    def triplets(weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rank = V.shape[1]
+        return Q.new_empty(Q.shape), V.new_empty(rank), V.new_empty(V.shape), V.new_empty(rank)
 
     def gram(weight: Tensor) -> Tensor:
         return weight.new_empty(weight.shape[1], weight.shape[1], dtype=torch.float32)
@@ -208,11 +207,9 @@ def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tens
     return result
 
 
-def triplets(
-    weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def triplets(weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Singular triplets and their residuals. See :func:`pissa_kernels.ops.reference.triplets`."""
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.triplets(weight, Q, Y, V, X, S, Z)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.triplets(weight, Q, Y, V)
     return result
 
 

@@ -121,3 +121,17 @@ def column_residuals(P: Tensor, Q: Tensor, scale: Tensor) -> Tensor:
     """‖pⱼ − sⱼ·qⱼ‖ (k,) of each pair of columns of P and Q (n, k), with factors s (k,)."""
     norms: Tensor = torch.linalg.vector_norm(P - Q * scale, dim=0)
     return norms
+
+
+def triplets_of(
+    Q: Tensor, Y: Tensor, V: Tensor, adjoint: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Singular triplets, with Aᵀ·U by ``adjoint``. See :func:`pissa_kernels.ops.reference.triplets`."""
+    try:
+        X, S, Zh = (factor.to(V.dtype) for factor in torch.linalg.svd((Q.mT @ Y).double()))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        S = torch.full_like(V[0], torch.nan)
+        return Q, S, V, S
+    U, V = Q @ X, V @ Zh.mT
+    residuals = torch.maximum(column_residuals(Y @ Zh.mT, U, S), column_residuals(adjoint(U), V, S))
+    return U, S, V, residuals

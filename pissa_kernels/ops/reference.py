@@ -20,8 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .panels import column_residuals, recurrence, rotated
 from .panels import orthonormalize as orthonormalize
+from .panels import recurrence, rotated, triplets_of
 
 VERBS = (
     "matmul",
@@ -232,22 +232,19 @@ def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tens
     return rotated(Q, HQ, WQ.mT @ WQ, rank)
 
 
-def triplets(
-    weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular triplets from a subspace V with W·V = Y = Q·R and R = X·diag(S)·Zᵀ.
+def triplets(weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Singular triplets from a subspace V with W·V = Y = Q·R, by the SVD R = X·diag(S)·Zᵀ in float64.
 
     Args:
         weight: W (m, n) of any supported dtype.
-        Q, Y: (m, r) float32, Q orthonormal.
-        V: (n, r) float32, orthonormal.
-        X, S, Z: (r, r), (r,) and (r, r) float32.
+        Q, Y: (m, r) float32 or float64, Q orthonormal.
+        V: (n, r) in their dtype, orthonormal.
 
     Returns:
-        U = Q·X (m, r), V·Z (n, r), and max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖) (r,) of each triplet.
+        U = Q·X (m, r), S (r,), V·Z (n, r), and max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖) (r,) of each triplet. S and the
+        residuals are NaN where LAPACK's SVD fails.
     """
-    U, V = Q @ X, V @ Z
-    return U, V, torch.maximum(column_residuals(Y @ Z, U, S), column_residuals(rmatmul(weight, U), V, S))
+    return triplets_of(Q, Y, V, lambda U: rmatmul(weight, U))
 
 
 def sum_of_squares(weight: Tensor, scale: float = 1.0) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import dispatch, reference
-from ..ops.panels import column_residuals, recurrence, rotated
+from ..ops.panels import column_residuals, recurrence, rotated, triplets_of
 
 # Elements of a Gaussian matrix that is kept for the next weight: 512 KiB.
 KEPT_ELEMENTS = 1 << 17
@@ -146,15 +146,12 @@ class WeightOperator:
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self._body("ritz", Q)(self.weight, Q, rank)
         return result
 
-    def triplets(
-        self, Q: Tensor, Y: Tensor, V: Tensor, X: Tensor, S: Tensor, Z: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def triplets(self, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Triplets and their residuals, see :func:`pissa_kernels.ops.reference.triplets`."""
         if self.scale != 1.0:
-            U, V = Q @ X, V @ Z
-            return U, V, self.residuals(U, S, V, Y @ Z)
+            return triplets_of(Q, Y, V, self.adjoint)
         self.passes += 1
-        result: tuple[Tensor, Tensor, Tensor] = self._body("triplets", Q)(self.weight, Q, Y, V, X, S, Z)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._body("triplets", Q)(self.weight, Q, Y, V)
         return result
 
     def residuals(self, U: Tensor, S: Tensor, V: Tensor, AV: Tensor) -> Tensor:

@@ -63,9 +63,10 @@ def rayleigh_ritz(operator: WeightOperator, V: Tensor, AV: Tensor | None = None)
         V, change, _, _ = cholesky_qr(V)
         Y = AV @ change
     Q, _ = orthonormalize(Y)
-    X, S, Zh = torch.linalg.svd((Q.mT @ Y).double())
-    U, V, residuals = operator.triplets(Q, Y, V, X.to(V.dtype), S.to(V.dtype), Zh.mT.to(V.dtype))
-    return Triplets(U.float(), S.float(), V.float(), residuals.float())
+    triplets = Triplets(*(factor.float() for factor in operator.triplets(Q, Y, V)))
+    if bool(triplets.S[0].isnan()):
+        raise torch.linalg.LinAlgError("the SVD failed")  # type: ignore[attr-defined]
+    return triplets
 
 
 def certified(operator: WeightOperator, triplets: Triplets, converged: bool, method: str) -> TruncatedSVD:
