@@ -47,7 +47,9 @@ def creating(config: Any, target: nn.Module) -> Iterator[None]:
         base = target.get_base_layer()
     if isinstance(init, str) and init.startswith("pissa") and _is_initialized(base):
         weight: Any = base.weight
-        with torch.device(weight.device), _Zeros():
+        # every call of torch passes through each mode, so the device is set only where it is another one
+        elsewhere = weight.device != torch.get_default_device()
+        with torch.device(weight.device) if elsewhere else contextlib.nullcontext(), _Zeros():
             yield
     else:
         yield
