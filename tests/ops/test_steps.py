@@ -31,9 +31,17 @@ def panel_of(n: int, columns: int, strided: bool = False, seed: int = 1) -> Tens
     return panel.contiguous()
 
 
-def assert_as_exact(got: Tensor, theirs: Tensor, exact: Tensor, roundoff: float = 2.0**-23) -> None:
+def rounded(panel: Tensor, pieces: int) -> Tensor:
+    """The sum of the first bfloat16 pieces of a panel."""
+    kept = torch.zeros_like(panel)
+    for _ in range(pieces):
+        kept += (panel - kept).bfloat16().float()
+    return kept
+
+
+def assert_as_exact(got: Tensor, theirs: Tensor, exact: Tensor) -> None:
     """The error is hardly larger than that of the reference, and not more than a rounding larger."""
-    assert (got - exact).norm() <= 1.2 * (theirs - exact).norm() + exact.norm() * roundoff
+    assert (got - exact).norm() <= 1.2 * (theirs - exact).norm() + exact.norm() * 2.0**-23
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,9 +65,10 @@ def test_filters_are_as_exact_as_the_reference(
     polynomial = torch.where(x.abs() <= 1, (degree * x.clamp(-1, 1).acos()).cos(), (degree * x.clamp(1).acosh()).cosh())
     exact = vectors @ (polynomial[:, None] * (vectors.mT @ X.double()))
     assert got.shape == X.shape
-    # on tiles, the products before the last take two pieces of the panel
-    in_pieces = dtype == torch.bfloat16 and not gram and degree > 2
-    assert_as_exact(got, theirs, exact, 2.0**-17 if in_pieces else 2.0**-23)
+    if not gram and dtype == torch.bfloat16 and degree > 2:  # products before the last may take two bfloat16 pieces
+        A = W.float()
+        theirs = recurrence(lambda P, p: A.mT @ rounded(A @ rounded(P, p), p), X, HX, edge, degree, 3)
+    assert_as_exact(got, theirs, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
