@@ -67,8 +67,9 @@ class LayerJob:
 
     def workspace(self, device: torch.device, batch: int = 1) -> int:
         """Bytes beyond the weights that the SVDs of ``batch`` layers like this one take on ``device``."""
-        m, n = self.weight.shape
-        machine = machine_of(self.weight) if device == self.weight.device else device.type
+        weight = self.weight
+        m, n = weight.shape
+        machine = machine_of(weight) if device == weight.device else device.type
         return workspace(m, n, self.recipe.rank, self.recipe.niter, machine=machine, batch=batch)
 
     def defer(self) -> LayerJob:
@@ -211,7 +212,8 @@ class LayerJob:
             dtype: of the adapter; by default the weight's.
             residual: W_res as the weight is stored, where another device has computed it.
         """
-        weight, scaling, stored = self.weight, self.recipe.scaling, dtype or self.weight.dtype
+        weight, scaling = self.weight, self.recipe.scaling
+        stored = dtype or weight.dtype
         before = fingerprint(weight)
         # copies on the CPU, which need memory: before the weight is changed
         lora_A, lora_B = (factor.to("cpu", stored, copy=True) for factor in (factors.lora_A, factors.lora_B))
@@ -242,7 +244,8 @@ class LayerJob:
         return report
 
     def _report(self, factors: Factors, seconds: float) -> LayerReport:
-        out_features, in_features = self.view.shape
+        weight = self.weight
+        out_features, in_features = (weight.mT if self.transposed else weight).shape
         return LayerReport(
             name=self.name or f"{type(self.layer.get_base_layer()).__name__}({in_features}, {out_features})",
             shape=(out_features, in_features),
@@ -250,7 +253,7 @@ class LayerJob:
             certificate=factors.certificate,
             seconds=seconds,
             singular_values=factors.singular_values,
-            dtype=self.weight.dtype,
+            dtype=weight.dtype,
             scaling=self.recipe.scaling,
             init=self.recipe.init,
             seed=self.recipe.seed,
@@ -261,11 +264,11 @@ class LayerJob:
 
     def set_adapter(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype | None = None) -> None:
         """Write copies of A and B, in ``dtype``, to the adapter. An exception leaves both unchanged."""
-        copies = []
+        copies, device = [], self.weight.device
         for parameter, value in zip(self._adapter(), (lora_A, lora_B), strict=True):
             if not parameter.is_meta:  # a checkpoint will fill it
                 kept = dtype or (parameter.dtype if self.deferred else torch.float32)
-                copies.append((parameter, value.to(self.weight.device, kept, copy=True)))
+                copies.append((parameter, value.to(device, kept, copy=True)))
         for parameter, copied in copies:
             parameter.data = copied
 

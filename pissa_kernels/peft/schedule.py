@@ -88,7 +88,9 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
 
 def _run_layer(job: LayerJob, threads: int, emit: Callable[[Finished], None]) -> None:
     torch.set_num_threads(threads)  # for this worker only, except in MKL
-    emit((job, job.run()))
+    with exact_arithmetic(CPU):
+        report = job.run()
+    emit((job, report))
 
 
 def _run_device(

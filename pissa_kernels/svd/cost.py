@@ -7,6 +7,7 @@ times the chosen method.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -127,7 +128,8 @@ def choose_plan(
     return min((plan for plan in plans if plan.method not in exclude), key=lambda plan: plan.seconds)
 
 
-def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "cpu") -> list[SolverPlan]:
+@functools.lru_cache(maxsize=256)  # models have few shapes
+def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "cpu") -> tuple[SolverPlan, ...]:
     """Every plan that can run on a tall matrix: the dense methods, and the iterations whose blocks fit into n columns.
 
     Args:
@@ -145,8 +147,9 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "
     through_gram = gram + constants.eigenproblem(n) + 6 * constants.eigenproblem(rank) + DENSE_CALLS * call
     dense = [SolverPlan("gram", through_gram), SolverPlan("svd", full_svd)]
     if niter is not None:
-        return dense + _fixed_plans(constants, m, n, rank, call, niter)
-    return dense + _krylov_plans(constants, m, n, rank, call) + _chebyshev_plans(constants, m, n, rank, call, gram)
+        return (*dense, *_fixed_plans(constants, m, n, rank, call, niter))
+    krylov = _krylov_plans(constants, m, n, rank, call)
+    return (*dense, *krylov, *_chebyshev_plans(constants, m, n, rank, call, gram))
 
 
 def widened(plan: SolverPlan, rank: int) -> SolverPlan:
