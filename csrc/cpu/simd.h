@@ -42,6 +42,16 @@ inline __attribute__((always_inline)) To bit_cast(From from) {
   return to;
 }
 
+// Eight of the lanes.
+inline __attribute__((always_inline)) f32x8 lower(f32x8 v) { return v; }
+inline __attribute__((always_inline)) f32x8 upper(f32x8 v) { return v; }
+inline __attribute__((always_inline)) f32x8 lower(f32x16 v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+inline __attribute__((always_inline)) f32x8 upper(f32x16 v) {
+  return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 inline __attribute__((always_inline)) u32x8 zero_extend(u16x8 v) {
 #if defined(__AVX2__)
   return bit_cast<u32x8>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));  // GCC compiles the builtin to four instructions

@@ -5,9 +5,15 @@
 
 namespace {
 
-// The register tile of the product: 6 × 16 floats, in 12 of AVX2's 16 registers.
+// The register tile of the product: 6 × 16 floats in 12 of AVX2's 16 registers, 12 × 32 in 24 of AVX-512's 32.
+#if defined(__AVX512F__)
+typedef f32x16 Wide;
+constexpr int64_t TILE_ROWS = 12;
+#else
+typedef f32x8 Wide;
 constexpr int64_t TILE_ROWS = 6;
-constexpr int64_t TILE_COLS = 2 * LANES;
+#endif
+constexpr int64_t WIDTH = sizeof(Wide) / sizeof(float), TILE_COLS = 2 * WIDTH;
 // Floats of `right` in a packed panel: 64 KiB, which stay in L2 while the weight streams past. High ranks take more,
 // MIN_TILES tiles, because `left` is packed again for each panel of `right`.
 constexpr int64_t PACKED_FLOATS = 16 << 10, MIN_TILES = 8;
@@ -22,7 +28,7 @@ inline int64_t packed_cols(int64_t rank) {
 
 int64_t subtract_workspace(int64_t rank) { return (packed_cols(rank) + TILE_ROWS) * rank; }
 
-// Packs `cols` columns as [cols / 16][rank][16], with zeros beyond the last column.
+// Packs `cols` columns as [cols / TILE_COLS][rank][TILE_COLS], with zeros beyond the last column.
 inline void pack_right(const pissa::Matrix& right, int64_t first, int64_t cols, float* packed) {
   for (int64_t j = 0; j < cols; j += TILE_COLS) {
     for (int64_t k = 0; k < right.rows; ++k) {
@@ -32,7 +38,7 @@ inline void pack_right(const pissa::Matrix& right, int64_t first, int64_t cols, 
   }
 }
 
-// Packs `rows` rows as [rank][6], with zeros beyond the last row.
+// Packs `rows` rows as [rank][TILE_ROWS], with zeros beyond the last row.
 inline void pack_left(const pissa::Matrix& left, int64_t first, int64_t rows, float* packed) {
   for (int64_t k = 0; k < left.cols; ++k) {
     const float* from = static_cast<const float*>(left.data) + first * left.row_stride + k * left.col_stride;
@@ -44,35 +50,36 @@ template <class T>
 inline __attribute__((always_inline)) void subtract_tile(typename T::Scalar* W, int64_t stride, const float* left,
                                                          const float* right, int64_t rank, float scaling, int64_t rows,
                                                          int64_t cols) {
-  f32x8 total[TILE_ROWS][2] = {};
+  Wide total[TILE_ROWS][2] = {};
   for (int64_t begin = 0; begin < rank; begin += SUM_RANKS) {
     const int64_t end = rank - begin < SUM_RANKS ? rank : begin + SUM_RANKS;
-    f32x8 sum[TILE_ROWS][2] = {};
+    Wide sum[TILE_ROWS][2] = {};
     for (int64_t k = begin; k < end; ++k) {
-      const f32x8 first = load<f32x8>(right + k * TILE_COLS), second = load<f32x8>(right + k * TILE_COLS + LANES);
-#pragma GCC unroll 6
+      const Wide first = load<Wide>(right + k * TILE_COLS), second = load<Wide>(right + k * TILE_COLS + WIDTH);
+#pragma GCC unroll 12
       for (int i = 0; i < TILE_ROWS; ++i) {
         sum[i][0] += left[k * TILE_ROWS + i] * first;
         sum[i][1] += left[k * TILE_ROWS + i] * second;
       }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < TILE_ROWS; ++i) {
       total[i][0] += sum[i][0];
       total[i][1] += sum[i][1];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < TILE_ROWS; ++i) {
     if (i >= rows) break;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      typename T::Scalar* to = W + i * stride + half * LANES;
-      const int64_t count = cols - half * LANES;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < TILE_COLS; j += LANES) {
+      const f32x8 product = j % WIDTH == 0 ? lower(total[i][j / WIDTH]) : upper(total[i][j / WIDTH]);
+      typename T::Scalar* to = W + i * stride + j;
+      const int64_t count = cols - j;
       if (count >= LANES) {
-        store_rounded<T>(to, load_wide<T>(to) - scaling * total[i][half]);
+        store_rounded<T>(to, load_wide<T>(to) - scaling * product);
       } else if (count > 0) {
-        store_rounded<T>(to, load_wide<T>(to, count) - scaling * total[i][half], count);
+        store_rounded<T>(to, load_wide<T>(to, count) - scaling * product, count);
       }
     }
   }
