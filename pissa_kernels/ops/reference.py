@@ -15,6 +15,7 @@ weight; the last column is the time of upcasting it once, which the others inclu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +39,8 @@ VERBS = (
 )
 # Elements of the buffer. On a CPU 4 MiB of float32 stay in a slice of L3; a GPU is faster with few, large launches.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Panels of columns in which a Gram matrix of so many columns or more is computed.
+GRAM_PANELS, LARGE_GRAM = 4, 256
 # Elements of the rows that are transposed at a time on a CPU.
 TRANSPOSE_ELEMENTS = 1 << 17
 # Rows of Wᵀ·Y per thread, below which a product for each thread costs more than it saves.
@@ -279,7 +282,12 @@ def gram(weight: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0)
     """
     n = weight.shape[1]
     total = torch.zeros(n, n, dtype=dtype, device=weight.device)
+    # the lower triangle, in panels of columns: BLAS takes a fifth to a quarter longer for the whole
+    edges = [n * part // GRAM_PANELS for part in range(GRAM_PANELS + 1)] if n >= LARGE_GRAM else [0, n]
     for _, _, block in row_blocks(weight, dtype):
         scaled = block if scale == 1.0 else block * scale
-        total.addmm_(scaled.mT, scaled)
+        for begin, end in itertools.pairwise(edges):
+            total[begin:, begin:end].addmm_(scaled[:, begin:].mT, scaled[:, begin:end])
+    for begin, end in itertools.pairwise(edges):
+        total[begin:end, end:] = total[end:, begin:end].mT
     return total

@@ -82,6 +82,20 @@ def test_products_of_any_shape_are_within_their_roundoff(
         assert ((product - exact).abs() <= (left.shape[-1] + 2) * 2.0**-24 * magnitude).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("m", "n"), [(70, 50), (400, 301), (0, 300), (3, 0)])
+def test_gram_matrices_of_the_reference(dtype: torch.dtype, layout: str, m: int, n: int) -> None:
+    dense = randn(m, n).to(dtype)
+    W, exact = layouts(dense)[layout], dense.double().mT @ dense.double()
+    magnitude = dense.double().abs().mT @ dense.double().abs()
+    for wide, roundoff in ((torch.float32, 2.0**-24), (torch.float64, 2.0**-53)):
+        got = reference.gram(W, wide, scale=0.5)
+        assert got.dtype == wide
+        assert ((got - exact / 4).abs() <= (m + 2) * roundoff * magnitude).all()
+        assert ((got - got.mT).abs() <= (m + 2) * roundoff * magnitude).all()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("csrc_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
