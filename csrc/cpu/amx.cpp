@@ -16,6 +16,8 @@ namespace {
 // of a sum, and 64 rows of so many columns stay in L1.
 constexpr int64_t RUN = 256;
 constexpr int64_t SUM_SIZE = TILE * TILE;
+// Columns whose sums are added in memory before they are added to those of the columns before them.
+constexpr int64_t SUM_COLS = 8 * RUN;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -152,10 +154,16 @@ void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint
                      uint16_t* V) {
   const int64_t all_steps = steps_of(weight.cols), V_steps = band_steps(rows);
   alignas(64) uint16_t block[GROUP * RUN];
-  for (int64_t tile = 0; tile < tiles; ++tile)
-    for (int64_t i = 0; i < V_steps * STEP * TILE; i += 16)
-      _mm512_storeu_ps(Y + tile * BAND * TILE + i, _mm512_setzero_ps());
+  float* const scratch = Y + tiles * BAND * TILE;
+  const auto for_vectors = [&](const auto& f) {
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int64_t i = 0; i < V_steps * STEP * TILE; i += 16) f(tile * BAND * TILE + i);
+  };
+  for_vectors([&](int64_t at) { _mm512_storeu_ps(Y + at, _mm512_setzero_ps()); });
   for (int64_t col = 0; col < weight.cols; col += RUN) {
+    float* const total = col < SUM_COLS ? Y : scratch;
+    if (col >= SUM_COLS && col % SUM_COLS == 0)
+      for_vectors([&](int64_t at) { _mm512_storeu_ps(scratch + at, _mm512_setzero_ps()); });
     const int64_t cols = smaller(RUN, weight.cols - col), steps = steps_of(cols);
     for (int64_t group = 0; group < rows; group += GROUP) {
       const uint16_t* W = static_cast<const uint16_t*>(weight.data) + (row + group) * weight.row_stride + col;
@@ -170,11 +178,15 @@ void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint
         stride = RUN;
       }
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        float* const y = Y + (tile * BAND + group) * TILE;
+        float* const y = total + (tile * BAND + group) * TILE;
         float* const sums[SUMS] = {y, y + SUM_SIZE, y + 2 * SUM_SIZE, y + 3 * SUM_SIZE};
         multiply_group<PIECES>(W, stride, steps, X + (tile * all_steps + col / STEP) * PIECES * TILE_SIZE, sums);
       }
     }
+    if (total == scratch && ((col + RUN) % SUM_COLS == 0 || col + RUN >= weight.cols))
+      for_vectors([&](int64_t at) {
+        _mm512_storeu_ps(Y + at, _mm512_add_ps(_mm512_loadu_ps(Y + at), _mm512_loadu_ps(scratch + at)));
+      });
   }
 }
 

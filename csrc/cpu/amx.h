@@ -43,8 +43,8 @@ class Session {
 // out[tile][step][piece][16 pairs of rows][16 columns][2] = the pieces of X (n, k), for steps [begin, end).
 void pack(const Matrix& X, int64_t pieces, int64_t begin, int64_t end, uint16_t* out);
 
-// Y[tile][BAND][16] = W[row : row + rows]·X for at most BAND rows of a weight with contiguous rows. A V that is not null
-// gets what interleave() writes for all columns.
+// Y[tile][BAND][16] = W[row : row + rows]·X for at most BAND rows of a weight with contiguous rows. Y has room for two
+// bands, and its second half is overwritten. A V that is not null gets what interleave() writes for all columns.
 void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles, float* Y,
               uint16_t* V);
 

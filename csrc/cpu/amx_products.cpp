@@ -77,7 +77,7 @@ struct Shape {
         groups(groups_of(cols)),
         band(std::clamp(INTERLEAVED_BYTES / (2 * GROUP * (groups + 1)) / GROUP * GROUP, GROUP, BAND)) {}
   int64_t packed_size(int64_t pieces) const { return tiles * steps * pieces * TILE_SIZE; }
-  int64_t band_size() const { return tiles * BAND * TILE; }
+  int64_t band_size() const { return 2 * tiles * BAND * TILE; }  // with the room that multiply() needs
   int64_t packed_band_size(int64_t pieces) const { return tiles * BAND_STEPS * pieces * TILE_SIZE; }
   int64_t interleaved_group() const { return band_steps(band) * SUMS * TILE_SIZE; }
   int64_t group_size() const { return tiles * SUMS * TILE * TILE; }

@@ -166,7 +166,7 @@ bool tiles_agree() {
   const Sample sample;
   const Matrix W = sample.matrix(Dtype::bf16);
   constexpr int64_t columns = Sample::COLUMNS, pieces = 3, tiles = amx::tiles_of(columns);
-  Values result(W.rows * columns + W.cols * columns), band(tiles * amx::BAND * amx::TILE);
+  Values result(W.rows * columns + W.cols * columns), band(2 * tiles * amx::BAND * amx::TILE);
   std::vector<uint16_t> X(tiles * amx::steps_of(W.cols) * pieces * amx::TILE_SIZE);
   std::vector<uint16_t> Y(tiles * amx::BAND_STEPS * pieces * amx::TILE_SIZE);
   Values Z(amx::groups_of(W.cols) * tiles * amx::SUMS * amx::TILE * amx::TILE);
