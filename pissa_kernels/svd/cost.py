@@ -199,7 +199,7 @@ def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) ->
     for block in (8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
         if block < constants.min_block:
             continue
-        limit = block * math.ceil(max(256, min(6 * rank, 512), 4 * rank, 6 * block) / block)
+        limit = block * math.ceil(max(256, min(6 * rank, 448), 3.5 * rank, 6 * block) / block)
         if limit + block > n:
             continue
         columns = 5 * rank + 9 * block  # as measured (krylov.py), and two blocks more for safety
