@@ -16,20 +16,9 @@ import torch
 from torch import Tensor
 
 from . import isa, reference
+from .checks import VERBS as ALL_VERBS
 
-VERBS: dict[str, tuple[str, ...]] = {"cuda": ("transpose_cast", "subtract_lowrank_")}
-VERBS["cpu"] = (
-    "matmul",
-    "rmatmul",
-    "normal",
-    "sum_of_squares",
-    "gram",
-    "orthonormalize",
-    "chebyshev_filter",
-    "ritz",
-    "triplets",
-    *VERBS["cuda"],
-)
+VERBS: dict[str, tuple[str, ...]] = {"cpu": ALL_VERBS, "cuda": ("transpose_cast", "subtract_lowrank_")}
 # The CPU library also defines the schemas, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent

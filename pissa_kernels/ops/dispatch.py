@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import VERBS
+
 if TYPE_CHECKING:
     from .batched import Weights
 
@@ -22,12 +24,11 @@ BACKENDS = ("csrc", "triton", "torch")
 
 MEMORY_BOUND = ("transpose_cast", "subtract_lowrank_")
 PRODUCTS = ("matmul", "rmatmul", "normal")
-OTHERS = ("sum_of_squares", "gram", "orthonormalize", "chebyshev_filter", "ritz", "triplets")
 CSRC_OR_TORCH: tuple[str, ...] = ("csrc", "torch")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     # csrc takes 0.5 to 1.1 of the time of torch's body, and 0.3 to 1.0 for products. Triton's interpreter is for tests,
     # so Triton is never chosen on the CPU.
-    "cpu": dict.fromkeys((*MEMORY_BOUND, *PRODUCTS, *OTHERS), CSRC_OR_TORCH),
+    "cpu": dict.fromkeys(VERBS, CSRC_OR_TORCH),
     # On an H200, csrc takes 0.6 and 0.5 of Triton's time for a transpose and for rank 16, and 1.3 of it for rank 128;
     # torch takes 2.4, 3.7 and 1.7 of csrc's. csrc compiles nothing at the first call.
     "cuda": dict.fromkeys(MEMORY_BOUND, ("csrc", "triton", "torch"))

@@ -21,22 +21,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .checks import VERBS
 from .panels import orthonormalize as orthonormalize
 from .panels import recurrence, rotated, triplets_of
 
-VERBS = (
-    "matmul",
-    "rmatmul",
-    "normal",
-    "transpose_cast",
-    "subtract_lowrank_",
-    "sum_of_squares",
-    "gram",
-    "orthonormalize",
-    "chebyshev_filter",
-    "ritz",
-    "triplets",
-)
 # Elements of the buffer. On a CPU 4 MiB of float32 stay in a slice of L3; a GPU is faster with few, large launches.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Panels of columns in which a Gram matrix of so many columns or more is computed.
