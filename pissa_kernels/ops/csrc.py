@@ -19,6 +19,8 @@ from . import isa, reference
 from .checks import VERBS as ALL_VERBS
 
 VERBS: dict[str, tuple[str, ...]] = {"cpu": ALL_VERBS, "cuda": ("transpose_cast", "subtract_lowrank_")}
+# Verbs that spend their time in products with the weight.
+PRODUCTS = ("matmul", "rmatmul", "normal", "chebyshev_filter", "ritz", "triplets")
 # The CPU library also defines the schemas, so it is loaded on every device.
 LIBRARIES = {"cpu": "_csrc_cpu.so", "cuda": "_csrc_cuda.so"}
 FOLDER = Path(__file__).parent
@@ -47,6 +49,14 @@ def unsupported_reasons(verb: str, weight: Tensor) -> list[str]:
     if 1 not in weight.stride()[-2:] and weight.numel() > 1:
         reasons.append(f"neither dimension of the weight is contiguous (strides {weight.stride()})")
     return [reason for reason in reasons if reason]
+
+
+def is_slow(verb: str) -> bool:
+    """Whether torch's body of ``verb`` is faster on this CPU: the generic kernels multiply slower than BLAS.
+
+    The library has been loaded.
+    """
+    return verb in PRODUCTS and isa.current() == "generic"
 
 
 @cache

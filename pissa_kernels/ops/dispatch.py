@@ -99,7 +99,7 @@ def select(verb: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> str
             return forced
     if dtype == torch.float32:
         for name in ORDER.get(weight.device.type, {}).get(verb, ()):
-            if name == "torch" or not _reasons(name, verb, weight):
+            if name == "torch" or not (_reasons(name, verb, weight) or _is_slow(name, verb, weight)):
                 return name
     return "torch"
 
@@ -130,6 +130,10 @@ def _reasons(name: str, verb: str, weight: Tensor) -> list[str]:
         return [f"it has no {verb} for {weight.device.type} tensors"]
     reasons: list[str] = backend.unsupported_reasons(verb, weight)
     return reasons
+
+
+def _is_slow(name: str, verb: str, weight: Tensor) -> bool:
+    return name == "csrc" and not weight.is_cuda and bool(load(name).is_slow(verb))
 
 
 def _name(dtype: torch.dtype) -> str:

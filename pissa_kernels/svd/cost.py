@@ -56,7 +56,7 @@ class Machine:
 
 AVX2_EIGH, AVX512_EIGH = (0.0, 3.3e-8, 5e-11), (8e-7, 2e-8, 5.5e-11)
 MACHINES = {
-    # two threads of an AMD EPYC with AVX2: products in torch, and in csrc, whose generic kernels have not been measured
+    # two threads of an AMD EPYC with AVX2: products in torch, and in csrc
     "cpu": Machine(flops=1.5e11, products=1.5e11, gram=1.5e11, read=2e-10, call=6e-6, eigh=AVX2_EIGH),
     "cpu avx2": Machine(
         flops=1.5e11, products=1.5e11, gram=1.5e11, read=4.7e-11, call=6e-6, eigh=AVX2_EIGH, min_block=8
@@ -66,11 +66,14 @@ MACHINES = {
         flops=1.5e11, products=1.5e11, gram=1.7e11, read=8e-11, call=5e-6, eigh=AVX512_EIGH, min_block=8
     ),
     "cpu amx": Machine(flops=1.5e11, products=3.8e11, gram=1.2e12, read=7e-11, call=5e-6, eigh=AVX512_EIGH),
+    # the same with SSE2; products run in torch unless csrc is forced
+    "cpu generic": Machine(
+        flops=1.5e11, products=1.9e10, gram=1.7e11, read=0.0, call=5e-6, eigh=AVX512_EIGH, min_block=8
+    ),
     # estimated for an H100, for weights that the fixed schedule does not solve: float32 without TF32 at 40 TFLOP/s,
     # 2 bytes per element at 2 TB/s, cuSOLVER's syevd
     "cuda": Machine(flops=4e13, products=4e13, gram=4e13, read=1.2e-12, call=1e-5, eigh=(2e-5, 0.0, 2e-11)),
 }
-MACHINES["cpu generic"] = MACHINES["cpu avx2"]
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 # Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.

@@ -10,7 +10,7 @@ Measured (``python -m bench engine``, and the same spectra on diagonal matrices)
 - With blocks of b columns, an energy deficit of 1e-6 takes about 5r + 7b columns. Small blocks need fewer columns and
   more steps; which block is fastest depends on BLAS (:mod:`pissa_kernels.svd.cost`).
 - A restart at 3.5r to 6r columns that keeps 2r costs a step or two and bounds the eigenproblem of T, which at 1000
-  columns takes as long as five products. At rank 128, 448 columns take 0.91 to 0.97 of the time of 512.
+  columns takes as long as five products.
 """
 
 from __future__ import annotations

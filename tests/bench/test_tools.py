@@ -17,8 +17,9 @@ from bench.harness.paths import RESULTS
 from bench.harness.rows import read_rows
 from bench.harness.table import table
 from bench.initializers.cases import Case
-from bench.tools import plot, split
+from bench.tools import calibrate, plot, split
 from bench.tools.table import tables, totals
+from pissa_kernels.svd import cost
 
 
 def test_totals_sum_over_cases_and_leave_out_who_is_red_in_one():
@@ -148,3 +149,23 @@ def test_a_tool_explains_why_it_cannot_read_rows(arguments, message, capsys):
 def test_a_row_of_no_known_kind_is_named():
     with pytest.raises(ValueError, match="'strange'"):
         tables([{"case": "strange", "provider": "x", "ok": True}])
+
+
+def test_constants_are_fitted_to_times():
+    terms = [(n, n**2, n**3) for n in (8, 32, 128, 512)]
+    assert calibrate.fitted(terms, [3e-6 * n + 2e-9 * n**3 for n, *_ in terms]) == pytest.approx(
+        [3e-6, 0, 2e-9], abs=1e-12
+    )
+
+
+def test_calibration_prints_entries_of_the_cost_model(capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "SIZES", (256, 512))
+    monkeypatch.setattr(calibrate, "COLUMNS", (8, 128))
+    monkeypatch.setattr(calibrate, "GRAMS", ((64, 32),))
+    monkeypatch.setattr(calibrate, "EIGENPROBLEMS", (8, 16, 24))
+    assert calibrate.main("calibrate", []) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    found = eval("{" + "".join(lines) + "}", {"Machine": cost.Machine})
+    assert "cpu" in found
+    assert set(found) <= set(cost.MACHINES)
+    assert all(machine.products > 0 and machine.eigenproblem(100) > 0 for machine in found.values())

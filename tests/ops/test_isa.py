@@ -124,6 +124,14 @@ def test_results_differ_by_rounding_only() -> None:
         assert torch.linalg.svdvals(Vh.double() @ found[0][1].double().mT).min() > 1 - 1e-3
 
 
+def test_blas_multiplies_where_only_the_generic_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE)
+    W = torch.ones(4, 3)
+    with isa.using("generic"):
+        chosen = {verb: pk.ops.backend(verb, W) for verb in ("matmul", "normal", "ritz", "transpose_cast")}
+    assert chosen == {"matmul": "torch", "normal": "torch", "ritz": "torch", "transpose_cast": "csrc"}
+
+
 def run(name: str) -> subprocess.CompletedProcess[str]:
     """A verb in a process whose instruction set is chosen by name."""
     code = """

@@ -3,7 +3,7 @@
     python tests/packages/check_install.py dist/pissa_kernels-*.whl csrc
     python tests/packages/check_install.py dist/pissa_kernels-*.tar.gz torch --torch "torch==2.10.*"
 
-The second argument is the backend that must compute the products of CPU tensors. pip takes torch and the other
+The second argument is the backend that must transpose CPU tensors. pip takes torch and the other
 dependencies from where it is configured to.
 """
 
@@ -27,8 +27,8 @@ import pissa_kernels as pk
 backend, folder = sys.argv[1:]
 assert Path(folder) in Path(pk.__file__).parents, pk.__file__
 assert not any(shutil.which(name) for name in ("cc", "c++", "gcc", "g++", "clang++")), "there is a compiler on the PATH"
-found, reasons = pk.ops.backend("matmul", torch.ones(4, 3)), pk.ops.unsupported_reasons("matmul", torch.ones(4, 3))
-assert found == backend, f"products run in {found}, not in {backend}: {reasons}"
+found, reasons = (ask("transpose_cast", torch.ones(4, 3)) for ask in (pk.ops.backend, pk.ops.unsupported_reasons))
+assert found == backend, f"transposes run in {found}, not in {backend}: {reasons}"
 torch.manual_seed(0)
 U, V = (torch.linalg.qr(torch.randn(n, 200, dtype=torch.float64))[0] for n in (300, 200))
 S = torch.logspace(0, -3, 200, dtype=torch.float64)
