@@ -103,7 +103,8 @@ class BuildLibraries(build_ext):
         sources = ["registration.cpp", "cpu/isa.cpp", "cpu/verbs.cpp", "cpu/products.cpp", *steps]
         sources += ["cpu/amx_products.cpp"] if X86 else []
         objects = [self.compile(CSRC / name, flags) for name in sources]
-        objects += [self.compile(CSRC / "cpu/amx.cpp", [*flags, *AMX])] if X86 else []
+        tiles = ("cpu/amx.cpp", "cpu/amx_gram.cpp") if X86 else ()
+        objects += [self.compile(CSRC / name, [*flags, *AMX]) for name in tiles]
         for name, options in INSTRUCTION_SETS.items():
             body = [*flags, *options, f"-DPISSA_ISA={name}"]
             objects.append(self.compile(CSRC / "cpu" / "kernels.cpp", body, suffix=name))

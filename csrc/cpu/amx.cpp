@@ -1,8 +1,7 @@
-// The kernels of amx.h. Compiled with AMX and AVX-512, so no inline function of the standard library may be used here.
-#include "amx.h"
+// The kernels of amx.h, but for those of Gram matrices.
+#include "amx_vectors.h"
 
 #include <cpuid.h>
-#include <immintrin.h>
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -15,54 +14,14 @@ namespace {
 // Columns of W whose products are summed in tiles before they are added in memory: rounding errors grow with the length
 // of a sum, and 64 rows of so many columns stay in L1.
 constexpr int64_t RUN = 256;
-constexpr int64_t SUM_SIZE = TILE * TILE;
 // Columns whose sums are added in memory before they are added to those of the columns before them.
 constexpr int64_t SUM_COLS = 8 * RUN;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : (1u << (count > 0 ? count : 0)) - 1; }
-
-inline __mmask32 first32(int64_t count) { return count >= 32 ? 0xffffffffu : (1u << (count > 0 ? count : 0)) - 1; }
 
 // The next piece of sixteen numbers, which keep the rest.
 inline __m256i take_piece(__m512& values) {
   const __m256i piece = (__m256i)_mm512_cvtneps_pbh(values);
   values = _mm512_sub_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(piece), 16)));
   return piece;
-}
-
-// Transposes sixteen vectors of sixteen floats.
-inline void transpose(__m512 (&v)[16]) {
-  __m512 t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
-      v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-    v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
-  }
 }
 
 // Up to 16 elements of a row of a float32 matrix, followed by zeros; zeros where the matrix has no such row.
@@ -212,17 +171,6 @@ void adjoint_pieces(const uint16_t* V, int64_t steps, int64_t groups, const uint
   }
 }
 
-// The column of W at place j of tile i of a group: unpacklo and unpackhi work on lanes of eight 16-bit elements, and four
-// columns of a lane go to each.
-constexpr int64_t column_of(int64_t group, int64_t i, int64_t j) {
-  return group * GROUP + i / 2 * STEP + i % 2 * 4 + j / 4 * 8 + j % 4;
-}
-
-inline void load_sums(const float* from, __m512 (&rows)[16]) {
-#pragma GCC unroll 16
-  for (int j = 0; j < 16; ++j) rows[j] = _mm512_loadu_ps(from + j * TILE);
-}
-
 bool cpu_has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -344,74 +292,6 @@ void unpack(const float* Z, int64_t begin, int64_t end, int64_t tiles, const Mat
           if (row < out.rows) _mm512_mask_storeu_ps(to, mask, rows[j]);
         }
       }
-    }
-  }
-}
-
-void transpose_band(const uint16_t* V, int64_t rows, int64_t groups, uint16_t* out) {
-  const int64_t steps = band_steps(rows);
-  for (int64_t tile = 0; tile < groups * SUMS; ++tile) {
-    for (int64_t step = 0; step < steps; ++step) {
-      // a pair of rows is one 32-bit number
-      __m512 pairs[16];
-      load_sums(reinterpret_cast<const float*>(V + ((tile / SUMS * steps + step) * SUMS + tile % SUMS) * TILE_SIZE), pairs);
-      transpose(pairs);
-      uint16_t* const to = out + (tile * BAND_STEPS + step) * TILE_SIZE;
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * STEP, pairs[i]);
-    }
-  }
-}
-
-void pack_columns(const Matrix& weight, int64_t col, int64_t cols, int64_t groups, uint16_t* V, uint16_t* out) {
-  const int64_t steps = band_steps(cols);
-  for (int64_t tile = 0; tile < groups * SUMS; ++tile) {
-    for (int64_t step = 0; step < steps; ++step) {
-      const __mmask32 mask = first32(cols - step * STEP);
-      const auto* const from = static_cast<const uint16_t*>(weight.data) + col + step * STEP;
-      uint16_t* const to = out + (tile * BAND_STEPS + step) * TILE_SIZE;
-      __m512 rows[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const int64_t row = tile * TILE + i;
-        rows[i] = _mm512_castsi512_ps(
-            _mm512_maskz_loadu_epi16(row < weight.rows ? mask : 0, from + row * weight.row_stride));
-        _mm512_storeu_ps(to + i * STEP, rows[i]);
-      }
-      transpose(rows);
-      uint16_t* const v = V + ((tile / SUMS * steps + step) * SUMS + tile % SUMS) * TILE_SIZE;
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_ps(v + i * STEP, rows[i]);
-    }
-  }
-}
-
-void unpack_symmetric(const float* Z, int64_t group, bool ordered, const Matrix& out) {
-  const int64_t n = out.rows;
-  float* const data = static_cast<float*>(out.data);
-  // place k of tile i of a group; four places that follow a multiple of four are adjacent
-  const auto place = [&](int64_t in_group, int64_t i, int64_t k) {
-    return ordered ? in_group * GROUP + i * TILE + k : column_of(in_group, i, k);
-  };
-  const auto store = [&](const __m512(&rows)[16], int64_t row_tile, int64_t col_tile) {
-    for (int64_t k = 0; k < TILE; ++k) {
-      const int64_t row = place(row_tile / SUMS, row_tile % SUMS, k);
-      if (row >= n) continue;
-      alignas(64) float values[16];
-      _mm512_store_ps(values, rows[k]);
-      for (int64_t j = 0; j < TILE; j += 4) {
-        const int64_t col = place(col_tile / SUMS, col_tile % SUMS, j);
-        _mm_mask_storeu_ps(data + row * n + col, first16(smaller(n - col, 4)), _mm_load_ps(values + j));
-      }
-    }
-  };
-  for (int64_t tile = 0; tile < (group + 1) * SUMS; ++tile) {
-    for (int64_t i = 0; i < SUMS; ++i) {
-      __m512 rows[16];
-      load_sums(Z + (tile * SUMS + i) * SUM_SIZE, rows);
-      store(rows, tile, group * SUMS + i);
-      transpose(rows);
-      store(rows, group * SUMS + i, tile);
     }
   }
 }

@@ -5,7 +5,7 @@
 // hold a float32 number. Tiles flush subnormal numbers to zero, and a piece of a number near float32's largest may be
 // Inf; amx_products.cpp checks the ranges.
 //
-// amx.cpp is compiled for AMX, and this header is all that other files see of it.
+// amx.cpp and amx_gram.cpp are compiled for AMX, and this header is all that other files see of them.
 #pragma once
 
 #include <cstdint>

@@ -8,12 +8,12 @@ set is used. ``PISSA_KERNELS_ISA=name`` chooses a set by name and raises where i
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
 from collections.abc import Iterator
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 VARIABLE = "PISSA_KERNELS_ISA"
 # In the order of csrc/cpu/isa.h, the best first. "amx" is AVX-512 with bfloat16 products on AMX tiles.
@@ -25,16 +25,18 @@ REASONS = {
 }
 
 
+# Kept here, so that torch.compile can trace what depends on it.
+_current = ""
+
+
 def unsupported_reasons() -> dict[str, str | None]:
     """For each of :data:`NAMES`, why it cannot be used; None if it can. Takes up to 3 ms the first time."""
-    statuses = torch.ops.pissa_kernels.instruction_sets().tolist()
-    return {name: REASONS.get(status) for name, status in zip(NAMES, statuses, strict=False)}
+    return {name: REASONS.get(status) for name, status in zip(NAMES, _figures(), strict=False)}
 
 
-@functools.cache
 def current() -> str:
-    """Name of the set in use."""
-    return NAMES[torch.ops.pissa_kernels.instruction_sets()[-1]]
+    """Name of the set in use. The library has been loaded."""
+    return _current
 
 
 def choose() -> None:
@@ -45,6 +47,7 @@ def choose() -> None:
         RuntimeError: the set that it names cannot be used.
     """
     name = os.environ.get(VARIABLE)
+    _note_current()
     if not name:
         for better, reason in unsupported_reasons().items():
             if reason == REASONS[DIFFERS]:
@@ -73,5 +76,17 @@ def using(name: str) -> Iterator[None]:
 
 
 def _use(name: str) -> None:
-    torch.ops.pissa_kernels.use_instruction_set(NAMES.index(name))
-    current.cache_clear()
+    with _disable_current_modes():
+        torch.ops.pissa_kernels.use_instruction_set(NAMES.index(name))
+    _note_current()
+
+
+def _note_current() -> None:
+    global _current
+    _current = NAMES[_figures()[-1]]
+
+
+def _figures() -> list[int]:
+    """The status of each set, and the index of the one in use. Real numbers under a mode of fake tensors, too."""
+    with _disable_current_modes():
+        return torch.ops.pissa_kernels.instruction_sets().tolist()  # type: ignore[no-any-return]

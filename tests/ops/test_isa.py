@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pissa_kernels as pk
 from pissa_kernels.ops import csrc, dispatch, isa, reference
@@ -130,6 +131,12 @@ def test_blas_multiplies_where_only_the_generic_kernels_run(monkeypatch: pytest.
     with isa.using("generic"):
         chosen = {verb: pk.ops.backend(verb, W) for verb in ("matmul", "normal", "ritz", "transpose_cast")}
     assert chosen == {"matmul": "torch", "normal": "torch", "ritz": "torch", "transpose_cast": "csrc"}
+
+
+def test_the_current_set_is_known_under_fake_tensors() -> None:
+    with FakeTensorMode():
+        assert isa.current() in isa.NAMES
+        assert set(isa.unsupported_reasons()) == set(isa.NAMES)
 
 
 def run(name: str) -> subprocess.CompletedProcess[str]:
