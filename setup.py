@@ -103,7 +103,7 @@ class BuildLibraries(build_ext):
         sources = ["registration.cpp", "cpu/isa.cpp", "cpu/verbs.cpp", "cpu/products.cpp", *steps]
         sources += ["cpu/amx_products.cpp"] if X86 else []
         objects = [self.compile(CSRC / name, flags) for name in sources]
-        tiles = ("cpu/amx.cpp", "cpu/amx_gram.cpp") if X86 else ()
+        tiles = ("cpu/amx.cpp", "cpu/amx_gram.cpp", "cpu/amx_subtract.cpp") if X86 else ()
         objects += [self.compile(CSRC / name, [*flags, *AMX]) for name in tiles]
         for name, options in INSTRUCTION_SETS.items():
             body = [*flags, *options, f"-DPISSA_ISA={name}"]

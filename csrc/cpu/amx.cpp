@@ -79,29 +79,30 @@ inline void multiply_group(const uint16_t* W, int64_t stride, int64_t steps, con
   add_sums(Y);
 }
 
-// Reads 64 rows of W over at most RUN columns, of which the matrix may have fewer: into a block of 64 × RUN, if it is not
-// null, and interleaved into V, if that is not null (see interleave()). Both are padded with zeros to 64 rows and to whole
-// steps. Each line of W is read once: its rows are often a power of two apart, so that their lines evict each other.
-inline void read_block(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* block, uint16_t* V,
-                       int64_t V_steps) {
+// 64 rows of W over at most RUN columns into a block of 64 × RUN, padded with zeros to 64 rows and to whole steps: rows of W
+// are often a power of two apart, so that their lines would evict each other before they are used again.
+inline void copy_block(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* block) {
+  for (int64_t row = 0; row < GROUP; ++row, W += stride) {
+    const __mmask32 inside = row < rows ? 0xffffffffu : 0;
+    for (int64_t col = 0; col < cols; col += STEP)
+      _mm512_store_si512(block + row * RUN + col, _mm512_maskz_loadu_epi16(inside & first32(cols - col), W + col));
+  }
+}
+
+// The same columns interleaved into V (see interleave()), padded with zeros to 64 rows and to whole groups.
+inline void interleave_block(const uint16_t* W, int64_t stride, int64_t rows, int64_t cols, uint16_t* V, int64_t V_steps) {
   for (int64_t pair = 0; pair < GROUP / 2; ++pair, W += 2 * stride) {
     const __mmask32 even = 2 * pair < rows ? 0xffffffffu : 0, odd = 2 * pair + 1 < rows ? 0xffffffffu : 0;
     for (int64_t col = 0; col < cols; col += STEP) {
       const __mmask32 mask = first32(cols - col);
       const __m512i a = _mm512_maskz_loadu_epi16(even & mask, W + col);
       const __m512i b = _mm512_maskz_loadu_epi16(odd & mask, W + stride + col);
-      if (block != nullptr) {
-        _mm512_store_si512(block + 2 * pair * RUN + col, a);
-        _mm512_store_si512(block + (2 * pair + 1) * RUN + col, b);
-      }
-      if (V != nullptr) {
-        uint16_t* const to = V + ((col / GROUP * V_steps + pair / TILE) * SUMS + col % GROUP / TILE) * TILE_SIZE;
-        _mm512_store_si512(to + pair % TILE * STEP, _mm512_unpacklo_epi16(a, b));
-        _mm512_store_si512(to + TILE_SIZE + pair % TILE * STEP, _mm512_unpackhi_epi16(a, b));
-      }
+      uint16_t* const to = V + ((col / GROUP * V_steps + pair / TILE) * SUMS + col % GROUP / TILE) * TILE_SIZE;
+      _mm512_store_si512(to + pair % TILE * STEP, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(to + TILE_SIZE + pair % TILE * STEP, _mm512_unpackhi_epi16(a, b));
     }
   }
-  if (V == nullptr || cols % GROUP == 0 || cols % GROUP > STEP) return;
+  if (cols % GROUP == 0 || cols % GROUP > STEP) return;
   for (int64_t step = 0; step < GROUP / STEP; ++step) {  // the second half of the last group
     uint16_t* const to = V + ((cols / GROUP * V_steps + step) * SUMS + SUMS / 2) * TILE_SIZE;
     for (int64_t i = 0; i < SUMS / 2 * TILE_SIZE; i += STEP) _mm512_store_si512(to + i, _mm512_setzero_si512());
@@ -109,14 +110,13 @@ inline void read_block(const uint16_t* W, int64_t stride, int64_t rows, int64_t 
 }
 
 template <int PIECES>
-void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t tiles, float* Y,
-                     uint16_t* V) {
-  const int64_t all_steps = steps_of(weight.cols), V_steps = band_steps(rows);
+void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t tiles, float* Y) {
+  const int64_t all_steps = steps_of(weight.cols);
   alignas(64) uint16_t block[GROUP * RUN];
   float* const scratch = Y + tiles * BAND * TILE;
   const auto for_vectors = [&](const auto& f) {
     for (int64_t tile = 0; tile < tiles; ++tile)
-      for (int64_t i = 0; i < V_steps * STEP * TILE; i += 16) f(tile * BAND * TILE + i);
+      for (int64_t i = 0; i < band_steps(rows) * STEP * TILE; i += 16) f(tile * BAND * TILE + i);
   };
   for_vectors([&](int64_t at) { _mm512_storeu_ps(Y + at, _mm512_setzero_ps()); });
   for (int64_t col = 0; col < weight.cols; col += RUN) {
@@ -127,12 +127,8 @@ void multiply_pieces(const Matrix& weight, int64_t row, int64_t rows, const uint
     for (int64_t group = 0; group < rows; group += GROUP) {
       const uint16_t* W = static_cast<const uint16_t*>(weight.data) + (row + group) * weight.row_stride + col;
       int64_t stride = weight.row_stride;
-      const bool copy = rows - group < GROUP || cols % STEP != 0 || tiles > 1;
-      if (copy || V != nullptr) {
-        uint16_t* const v = V == nullptr ? nullptr : V + (col / GROUP * V_steps + group / STEP) * SUMS * TILE_SIZE;
-        read_block(W, stride, rows - group, cols, copy ? block : nullptr, v, V_steps);
-      }
-      if (copy) {
+      if (rows - group < GROUP || cols % STEP != 0 || tiles > 1) {
+        copy_block(W, stride, rows - group, cols, block);
         W = block;
         stride = RUN;
       }
@@ -251,11 +247,10 @@ void pack_band(const float* Y, int64_t rows, int64_t pieces, int64_t tiles, uint
   }
 }
 
-void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles, float* Y,
-              uint16_t* V) {
-  if (pieces == 1) return multiply_pieces<1>(weight, row, rows, X, tiles, Y, V);
-  if (pieces == 2) return multiply_pieces<2>(weight, row, rows, X, tiles, Y, V);
-  return multiply_pieces<3>(weight, row, rows, X, tiles, Y, V);
+void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles, float* Y) {
+  if (pieces == 1) return multiply_pieces<1>(weight, row, rows, X, tiles, Y);
+  if (pieces == 2) return multiply_pieces<2>(weight, row, rows, X, tiles, Y);
+  return multiply_pieces<3>(weight, row, rows, X, tiles, Y);
 }
 
 void interleave(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, uint16_t* V) {
@@ -264,7 +259,7 @@ void interleave(const Matrix& weight, int64_t row, int64_t rows, int64_t begin, 
     for (int64_t group = 0; group < rows; group += GROUP) {
       const uint16_t* W = static_cast<const uint16_t*>(weight.data) + (row + group) * weight.row_stride + col;
       uint16_t* const v = V + ((col / GROUP - begin) * steps + group / STEP) * SUMS * TILE_SIZE;
-      read_block(W, weight.row_stride, rows - group, smaller(RUN, last - col), nullptr, v, steps);
+      interleave_block(W, weight.row_stride, rows - group, smaller(RUN, last - col), v, steps);
     }
   }
 }

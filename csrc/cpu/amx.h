@@ -5,7 +5,7 @@
 // hold a float32 number. Tiles flush subnormal numbers to zero, and a piece of a number near float32's largest may be
 // Inf; amx_products.cpp checks the ranges.
 //
-// amx.cpp and amx_gram.cpp are compiled for AMX, and this header is all that other files see of them.
+// amx.cpp, amx_gram.cpp and amx_subtract.cpp are compiled for AMX, and this header is all that other files see of them.
 #pragma once
 
 #include <cstdint>
@@ -44,9 +44,8 @@ class Session {
 void pack(const Matrix& X, int64_t pieces, int64_t begin, int64_t end, uint16_t* out);
 
 // Y[tile][BAND][16] = W[row : row + rows]·X for at most BAND rows of a weight with contiguous rows. Y has room for two
-// bands, and its second half is overwritten. A V that is not null gets what interleave() writes for all columns.
-void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles, float* Y,
-              uint16_t* V);
+// bands, and its second half is overwritten.
+void multiply(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* X, int64_t pieces, int64_t tiles, float* Y);
 
 // V[group][step][SUMS][16 pairs of rows][16 columns][2] = at most BAND rows of W from `row` on, padded with zeros to
 // band_steps(rows), for the groups [begin, end) of its columns. The columns are in the order of unpack().
@@ -77,5 +76,25 @@ void pack_columns(const Matrix& weight, int64_t col, int64_t cols, int64_t group
 // Z[tile][SUMS][16][16], a group of sums with the tiles of this group and of those before it, into the rows and columns of
 // a contiguous symmetric matrix. `ordered`: whether the operands were packed by pack_columns().
 void unpack_symmetric(const float* Z, int64_t group, bool ordered, const Matrix& out);
+
+// Rows of a weight from which a product is subtracted at once.
+constexpr int64_t SUBTRACT_ROWS = 2 * TILE;
+
+// The largest and the smallest nonzero absolute value of a strided float32 matrix, where there is one, and whether bfloat16
+// holds every value. A NaN or an Inf is the largest.
+struct Range {
+  float largest, smallest;
+  bool is_bf16;
+};
+Range range_of(const Matrix& matrix);
+
+// The operand of subtract_rows(): rows [row, row + rows) of `left` (m, rank), whose values bfloat16 holds, padded with
+// zeros to SUBTRACT_ROWS rows and whole steps.
+void pack_rows(const Matrix& left, int64_t row, int64_t rows, uint16_t* out);
+
+// W[row : row + rows] −= s·left·right for a weight with contiguous rows: a float32 sum, one rounding. `left` is from
+// pack_rows(), `right` (rank, n) from pack() in one piece.
+void subtract_rows(const Matrix& weight, int64_t row, int64_t rows, const uint16_t* left, const uint16_t* right,
+                   int64_t rank, float scaling);
 
 }  // namespace pissa::cpu::amx

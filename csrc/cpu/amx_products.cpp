@@ -16,8 +16,8 @@
 namespace pissa::cpu::amx {
 namespace {
 
-// Bounds of the largest element of a panel, and of a product relative to it. Between them, what tiles flush to zero is
-// less than float32's round-off, and no piece overflows.
+// Bounds of the largest element of a panel, and of a product relative to it, and of the products of a subtraction. Between
+// them, what tiles flush to zero is less than float32's round-off, and no piece overflows.
 constexpr float SMALLEST = 1e-26f, LARGEST = 1e30f;
 
 template <class T>
@@ -61,8 +61,8 @@ float largest(const Matrices& matrices) {
 
 bool in_range(float value, float scale) { return value > SMALLEST * scale && value > SMALLEST && value < LARGEST; }
 
-// Bytes of an interleaved band, which stay in L2.
-constexpr int64_t INTERLEAVED_BYTES = 1 << 20;
+// Bytes of W in a band. It is read twice, and stays in L2 in between; so does an interleaved band.
+constexpr int64_t BAND_BYTES = 512 << 10;
 
 struct Shape {
   int64_t rows, cols, columns;
@@ -75,7 +75,7 @@ struct Shape {
         tiles(tiles_of(columns)),
         steps(steps_of(cols)),
         groups(groups_of(cols)),
-        band(std::clamp(INTERLEAVED_BYTES / (2 * GROUP * (groups + 1)) / GROUP * GROUP, GROUP, BAND)) {}
+        band(std::clamp(BAND_BYTES / (2 * GROUP * (groups + 1)) / GROUP * GROUP, GROUP, BAND)) {}
   int64_t packed_size(int64_t pieces) const { return tiles * steps * pieces * TILE_SIZE; }
   int64_t band_size() const { return 2 * tiles * BAND * TILE; }  // with the room that multiply() needs
   int64_t packed_band_size(int64_t pieces) const { return tiles * BAND_STEPS * pieces * TILE_SIZE; }
@@ -152,7 +152,7 @@ bool multiply_rows(const Matrices& weights, const Matrices& X, int64_t pieces, c
                     for (int64_t row = first_row(shape, part, parts); row < end; row += BAND) {
                       const int64_t rows = std::min(end - row, BAND);
                       multiply(weights[index], row, rows, panels.get() + index * shape.packed_size(pieces), pieces,
-                               shape.tiles, Y.get(), nullptr);
+                               shape.tiles, Y.get());
                       store_band(Y.get(), row, rows, out[index]);
                     }
                   });
@@ -197,14 +197,17 @@ bool multiply_normal(const Matrices& weights, const Matrices& X, int64_t pieces,
         const Session session;
         const Buffer<float> band(shape.band_size());
         const Buffer<uint16_t> packed(shape.packed_band_size(pieces));
-        const Buffer<uint16_t> V(shape.groups * shape.interleaved_group());
+        const Buffer<uint16_t> V(shape.interleaved_group());  // of one group, which stays in L1
         const uint16_t* const panel = panels.get() + index * shape.packed_size(pieces);
         sum_bands(sums.get() + item * sums_size, sums_size, first_row(shape, part, parts),
                   first_row(shape, part + 1, parts), shape.band, [&](float* sum, int64_t row, int64_t rows) {
-                    multiply(weights[index], row, rows, panel, pieces, shape.tiles, band.get(), V.get());
+                    multiply(weights[index], row, rows, panel, pieces, shape.tiles, band.get());
                     store_band(band.get(), row, rows, Y[index]);
                     pack_band(band.get(), rows, pieces, shape.tiles, packed.get());
-                    multiply_adjoint(V.get(), rows, shape.groups, packed.get(), pieces, shape.tiles, sum);
+                    for (int64_t group = 0; group < shape.groups; ++group) {
+                      interleave(weights[index], row, rows, group, group + 1, V.get());
+                      multiply_adjoint(V.get(), rows, 1, packed.get(), pieces, shape.tiles, sum + group * shape.group_size());
+                    }
                   });
       });
   const int64_t group = shape.group_size();
@@ -252,6 +255,28 @@ bool multiply_gram(const Matrices& weights, bool of_rows, const Matrices& out) {
     if (groups - begin > end) compute(index, std::max(end, groups - end), groups - begin);
   });
   return in_range(largest(out), 0.0f);
+}
+
+bool subtract(const Matrix& W, const Matrix& left, const Matrix& right, float scaling) {
+  if (W.dtype != Dtype::bf16 || left.cols == 0 || left.col_stride > INT32_MAX / 16) return false;
+  const Range ranges[] = {range_of(left), range_of(right)};
+  const float products = ranges[0].largest * ranges[1].largest * left.cols;
+  // what tiles flush to zero is less than float32's round-off of the other products
+  const bool exact = ranges[0].is_bf16 && ranges[1].is_bf16 && ranges[0].smallest * ranges[1].smallest > SMALLEST;
+  if (!exact || !(products < LARGEST)) return false;
+  const int64_t rank = left.cols, steps = steps_of(rank), blocks = ceil_div(W.rows, SUBTRACT_ROWS);
+  const Buffer<uint16_t> packed(tiles_of(W.cols) * steps * TILE_SIZE);
+  pack(right, 1, 0, steps, packed.get());
+  parallel_ranges(1, blocks, SUBTRACT_ROWS * W.cols * rank, [&](int64_t, int64_t begin, int64_t end) {
+    const Session session;
+    const Buffer<uint16_t> rows_of_left(2 * steps * TILE_SIZE);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * SUBTRACT_ROWS, rows = std::min(W.rows - row, SUBTRACT_ROWS);
+      pack_rows(left, row, rows, rows_of_left.get());
+      subtract_rows(W, row, rows, rows_of_left.get(), packed.get(), rank, scaling);
+    }
+  });
+  return true;
 }
 
 }  // namespace pissa::cpu::amx

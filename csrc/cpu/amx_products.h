@@ -23,4 +23,8 @@ bool multiply_normal(const Matrices& weights, const Matrices& X, int64_t pieces,
 // WᵀW; W·Wᵀ if `of_rows`.
 bool multiply_gram(const Matrices& weights, bool of_rows, const Matrices& out);
 
+// W −= s·left·right for a W with contiguous rows and float32 factors. False, and nothing done, if W is not bfloat16, or
+// bfloat16 does not hold the factors.
+bool subtract(const Matrix& W, const Matrix& left, const Matrix& right, float scaling);
+
 }  // namespace pissa::cpu::amx

@@ -139,7 +139,7 @@ Values others(const Kernels& body, const Sample& sample, Dtype dtype) {
   return result;
 }
 
-bool agree(const Values& values, const Values& expected) {
+bool agree(const Values& values, const Values& expected, float tolerance = TOLERANCE) {
   float largest = 0.0f, difference = 0.0f;
   for (size_t i = 0; i < values.size(); ++i) {
     largest = std::max(largest, std::fabs(expected[i]));
@@ -147,7 +147,7 @@ bool agree(const Values& values, const Values& expected) {
     if (!(error <= difference)) difference = error;
     if (std::isnan(difference)) return false;
   }
-  return difference <= TOLERANCE * largest;
+  return difference <= tolerance * largest;
 }
 
 bool agrees(const Kernels& body) {
@@ -161,8 +161,15 @@ bool agrees(const Kernels& body) {
 }
 
 #if defined(PISSA_X86)
+float widened(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // W·X and Wᵀ·Y on tiles, in three pieces.
-bool tiles_agree() {
+bool tiles_multiply() {
   const Sample sample;
   const Matrix W = sample.matrix(Dtype::bf16);
   constexpr int64_t columns = Sample::COLUMNS, pieces = 3, tiles = amx::tiles_of(columns);
@@ -173,16 +180,87 @@ bool tiles_agree() {
   alignas(64) uint16_t V[amx::groups_of(Sample::COLS) * amx::band_steps(Sample::ROWS) * amx::SUMS * amx::TILE_SIZE];
   const amx::Session session;
   amx::pack(Sample::panel(sample.X, W.cols, columns), pieces, 0, amx::steps_of(W.cols), X.data());
-  amx::multiply(W, 0, W.rows, X.data(), pieces, tiles, band.data(), V);
+  amx::multiply(W, 0, W.rows, X.data(), pieces, tiles, band.data());
   for (int64_t i = 0; i < W.rows; ++i)
     for (int64_t j = 0; j < columns; ++j)
       result[i * columns + j] = band[(j / amx::TILE * amx::BAND + i) * amx::TILE + j % amx::TILE];
   amx::load_band(Sample::panel(sample.Y, W.rows, columns), 0, W.rows, band.data());
+  amx::interleave(W, 0, W.rows, 0, amx::groups_of(W.cols), V);
   amx::pack_band(band.data(), W.rows, pieces, tiles, Y.data());
   amx::multiply_adjoint(V, W.rows, amx::groups_of(W.cols), Y.data(), pieces, tiles, Z.data());
   amx::unpack(Z.data(), 0, amx::groups_of(W.cols), tiles,
               {result.data() + W.rows * columns, Dtype::f32, W.cols, columns, columns, 1});
   return agree(result, products(generic, sample, Dtype::bf16, columns));
+}
+
+// The Gram matrix of a bfloat16 weight on tiles, by both ways to its operands: WᵀW, and (Wᵀ)(Wᵀ)ᵀ.
+bool tiles_square() {
+  const Sample sample;
+  const Matrix W = sample.matrix(Dtype::bf16);
+  constexpr int64_t n = Sample::COLS, groups = amx::groups_of(n), tile = amx::TILE * amx::TILE;
+  constexpr int64_t group_size = amx::band_steps(Sample::ROWS) * amx::SUMS * amx::TILE_SIZE;
+  Values wide(W.rows * n), expected(n * n);
+  for (int64_t i = 0; i < W.rows * n; ++i) wide[i] = widened(sample.half[i]);
+  std::vector<uint16_t> stored(n * W.rows);  // Wᵀ
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < W.rows; ++k) stored[i * W.rows + k] = sample.half[k * n + i];
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t k = 0; k < W.rows; ++k) expected[i * n + j] += wide[k * n + i] * wide[k * n + j];
+  }
+  alignas(64) uint16_t V[groups * group_size];
+  std::vector<uint16_t> packed(groups * amx::SUMS * amx::BAND_STEPS * amx::TILE_SIZE);
+  const amx::Session session;
+  for (const bool ordered : {false, true}) {
+    if (ordered) {
+      amx::pack_columns({stored.data(), Dtype::bf16, n, W.rows, W.rows, 1}, 0, W.rows, groups, V, packed.data());
+    } else {
+      amx::interleave(W, 0, W.rows, 0, groups, V);
+      amx::transpose_band(V, W.rows, groups, packed.data());
+    }
+    Values result(n * n);
+    for (int64_t group = 0; group < groups; ++group) {
+      Values sums((group + 1) * amx::SUMS * amx::SUMS * tile);
+      amx::multiply_adjoint(V + group * group_size, W.rows, 1, packed.data(), 1, (group + 1) * amx::SUMS, sums.data());
+      amx::unpack_symmetric(sums.data(), group, ordered, {result.data(), Dtype::f32, n, n, n, 1});
+    }
+    if (!agree(result, expected)) return false;
+  }
+  return true;
+}
+
+// The residual W − ½·L·R of a bfloat16 weight on tiles, for factors that bfloat16 holds: equal but for its roundoff.
+bool tiles_subtract() {
+  const Sample sample;
+  constexpr int64_t rank = Sample::COLUMNS, steps = amx::steps_of(rank);
+  static_assert(Sample::ROWS <= amx::SUBTRACT_ROWS, "one block of rows");
+  Values left = sample.Y, right = sample.X;
+  for (Values* values : {&left, &right}) {
+    for (float& value : *values) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, sizeof(bits));
+    }
+  }
+  const Matrix L = Sample::panel(left, Sample::ROWS, rank), R = Sample::panel(right, Sample::COLS, rank).transposed();
+  Values results[2];
+  for (const bool tiles : {false, true}) {
+    std::vector<uint16_t> copy = sample.half;
+    Matrix residual = sample.matrix(Dtype::bf16);
+    residual.data = copy.data();
+    if (tiles) {
+      std::vector<uint16_t> rows(2 * steps * amx::TILE_SIZE), columns(amx::tiles_of(R.cols) * steps * amx::TILE_SIZE);
+      const amx::Session session;
+      amx::pack(R, 1, 0, steps, columns.data());
+      amx::pack_rows(L, 0, L.rows, rows.data());
+      amx::subtract_rows(residual, 0, L.rows, rows.data(), columns.data(), rank, 0.5f);
+    } else {
+      Values workspace(generic.subtract_workspace(rank));
+      generic.subtract_lowrank(residual, L, R, 0.5f, 0, L.rows, workspace.data());
+    }
+    for (const uint16_t half : copy) results[tiles].push_back(widened(half));
+  }
+  return agree(results[1], results[0], 0x1p-7f);
 }
 #endif
 
@@ -190,8 +268,10 @@ Status find_status(Isa isa) {
   if (!present(isa)) return Status::missing;
   if (isa == Isa::generic) return Status::usable;
 #if defined(PISSA_X86)
-  if (isa == Isa::amx)
-    return status_of(Isa::avx512) == Status::usable && tiles_agree() ? Status::usable : Status::differs;
+  if (isa == Isa::amx) {
+    const bool agree = status_of(Isa::avx512) == Status::usable && tiles_multiply() && tiles_square() && tiles_subtract();
+    return agree ? Status::usable : Status::differs;
+  }
 #endif
   return agrees(*table(isa)) ? Status::usable : Status::differs;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "amx_products.h"
 #include "isa.h"
 #include "kernels.h"
 
@@ -40,6 +41,9 @@ Tensor transpose_cast(const Tensor& weight, torch::headeronly::ScalarType dtype)
 void subtract_lowrank(const Tensor& weight, const Tensor& lora_B, const Tensor& lora_A, double scaling,
                       bool fan_in_fan_out) {
   const auto [W, left, right] = subtraction_of(weight, lora_B, lora_A, fan_in_fan_out);
+#if defined(PISSA_X86)
+  if (uses_amx() && amx::subtract(W, left, right, static_cast<float>(scaling))) return;
+#endif
   const Kernels& body = kernels();
   const int64_t workspace = body.subtract_workspace(left.cols);
   // C++17 lambdas capture structured bindings only with an initializer

@@ -66,6 +66,53 @@ def test_other_verbs_agree_with_the_reference(name: str, dtype: torch.dtype) -> 
     assert ((residual.double() - exact).abs() <= roundoff * exact.abs() + 2.0**-20 * (B.abs() @ A.abs())).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "columns", "wide rows"])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize(("m", "n", "rank"), [(1, 1, 1), (77, 205, 9), (160, 96, 33), (700, 31, 130)])
+def test_stored_factors_are_subtracted_with_one_rounding(
+    name: str, dtype: torch.dtype, layout: str, fan_in_fan_out: bool, m: int, n: int, rank: int
+) -> None:
+    """Factors that bfloat16 holds, which tiles multiply in one piece."""
+    W = randn(m, n).to(dtype)
+    if layout == "columns":
+        W = W.mT.contiguous().mT
+    elif layout == "wide rows":
+        W = torch.cat([W, torch.full_like(W, torch.nan)], dim=1)[:, :n]
+    rows, cols = (n, m) if fan_in_fan_out else (m, n)
+    B, A = randn(rows, rank, seed=2).bfloat16().float(), randn(rank, cols, seed=3).bfloat16().float()
+    residual = torch.empty_strided(W.shape, W.stride(), dtype=dtype).copy_(W)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with isa.using(name):
+            pk.ops.subtract_lowrank_(residual, B, A, 0.3, fan_in_fan_out)
+    finally:
+        torch.set_num_threads(threads)
+    product, sizes = B.double() @ A.double(), B.double().abs() @ A.double().abs()
+    product, sizes = (product.mT, sizes.mT) if fan_in_fan_out else (product, sizes)
+    exact = W.double() - 0.3 * product
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + (rank + 2) * 2.0**-24 * (W.double().abs() + 0.3 * sizes)
+    assert ((residual.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e17])
+@pytest.mark.parametrize("weight_size", [1e-39, 1.0, 1e38])
+def test_stored_factors_beyond_the_range_of_tiles(name: str, size: float, weight_size: float) -> None:
+    W = (randn(40, 70) * weight_size).bfloat16()
+    W[3, 5], W[4, 6] = torch.inf, torch.nan
+    B, A = (randn(40, 8, seed=2) * size).bfloat16().float(), (randn(8, 70, seed=3) * size).bfloat16().float()
+    A[2] = 0.0
+    with isa.using(name):
+        residual = pk.ops.subtract_lowrank_(W.clone(), B, A, 1.0)
+    expected = reference.subtract_lowrank_(W.clone(), B, A, 1.0)
+    assert torch.equal(residual.isnan(), expected.isnan())
+    assert torch.equal(residual.isinf(), expected.isinf())
+    held = expected.isfinite()
+    smallest = torch.finfo(torch.bfloat16).smallest_normal * 2.0**-8
+    torch.testing.assert_close(residual[held], expected[held], rtol=2.0**-7, atol=smallest)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (300, 70), (70, 300), (600, 257), (5000, 40)])
 @pytest.mark.parametrize("threads", [1, 3])
