@@ -16,8 +16,11 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
   library.def(
       "chebyshev_filter(Tensor weight, Tensor X, Tensor HX, float edge, int degree, int pieces=3, bool gram=False) "
       "-> Tensor");
-  library.def("ritz(Tensor weight, Tensor Q, int rank, bool gram=False) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("triplets(Tensor weight, Tensor Q, Tensor Y, Tensor V) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("ritz(Tensor weight, Tensor Z, int rank, bool gram=False) -> (Tensor, Tensor, Tensor)");
+  library.def("triplets(Tensor weight, Tensor V, int rank, Tensor? image=None) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "chebyshev(Tensor weight, Tensor? H, Tensor start, int rank, float tol, int max_products) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");
   // Returns nothing, because torch.compile cannot functionalize an operator that returns the argument it mutates.
   library.def(

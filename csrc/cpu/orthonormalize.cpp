@@ -1,4 +1,6 @@
 // The operator orthonormalize for CPU tensors: block Gram–Schmidt with CholeskyQR.
+#include "orthonormalize.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -39,8 +41,13 @@ Tensor projected(const Tensor& panel, const Tensor& basis) {
   return part;
 }
 
-Round wide_round(const Tensor& panel, const Tensor& basis) {
-  const Tensor P = basis.size(0) > 0 ? projected(panel, basis) : panel;
+// One round of CholeskyQR on a contiguous panel P: P·M, M, and what Round holds.
+struct Factored {
+  Tensor panel, change;
+  float pivot, shortest;
+};
+
+Factored cholesky_qr(const Tensor& P) {
   const int64_t columns = P.size(1);
   const Tensor gram = aten::mm(aten::transposed(P), P);
   Tensor scaling = torch::stable::new_zeros(P, {columns, columns});
@@ -59,7 +66,13 @@ Round wide_round(const Tensor& panel, const Tensor& basis) {
   const int64_t diagonal = factor.stride(0) + factor.stride(1);
   for (int64_t i = 0; i < columns; ++i) pivot = least(pivot, L[i * diagonal]);
   if (*static_cast<const int32_t*>(info.data_ptr()) != 0) pivot = 0.0f;
-  return {aten::mm(P, aten::transposed(aten::solve_lower(factor, scaling))), pivot, shortest};
+  const Tensor change = aten::transposed(aten::solve_lower(factor, scaling));
+  return {aten::mm(P, change), change, pivot, shortest};
+}
+
+Round wide_round(const Tensor& panel, const Tensor& basis) {
+  const Factored found = cholesky_qr(basis.size(0) > 0 ? projected(panel, basis) : panel);
+  return {found.panel, found.pivot, found.shortest};
 }
 
 Round one_round(const Tensor& panel, const Tensor& basis) {
@@ -84,12 +97,16 @@ void check(const Tensor& panel, const Tensor& basis, int64_t near) {
   STD_TORCH_CHECK(near >= 0 && near <= basis.size(0), "pissa_kernels: near must be a row of the basis, got ", near);
 }
 
-// The panel, and the figures (3,): the smallest pivots of the first and of the last round, and the length that the
-// first projection leaves of the shortest column, relative to the longest column before it; 1 without a basis.
-std::tuple<Tensor, Tensor> orthonormalize(const Tensor& panel, const Tensor& basis, int64_t near) {
-  check(panel, basis, near);
-  const Tensor Z = torch::stable::contiguous(panel);
-  Tensor figures = torch::stable::new_empty(panel, {3}), rows = basis;
+// What the rounds leave of a contiguous panel: the panel, its pivots, and the length of its shortest column after the first
+// projection.
+struct Rounds {
+  Tensor panel;
+  Pivots pivots;
+  float shortest;
+};
+
+Rounds rounds(const Tensor& Z, const Tensor& basis, int64_t near) {
+  Tensor rows = basis;
   const bool alone = basis.size(0) == 0;
   const Round first = one_round(Z, torch::stable::narrow(rows, 0, near, basis.size(0) - near));
   Round last = first;
@@ -99,13 +116,36 @@ std::tuple<Tensor, Tensor> orthonormalize(const Tensor& panel, const Tensor& bas
       if (!(first.pivot > MIN_PIVOT && last.pivot > MIN_PIVOT) || last.shortest > ORTHOGONAL_LENGTH) break;
     }
   }
-  floats(figures)[0] = first.pivot;
-  floats(figures)[1] = last.pivot;
-  floats(figures)[2] = alone ? 1.0f : static_cast<float>(first.shortest / longest(Z));
-  return {last.panel, figures};
+  return {last.panel, {first.pivot, last.pivot}, first.shortest};
+}
+
+// The panel, and the figures (3,): the pivots, and the length that the first projection leaves of the shortest column,
+// relative to the longest column before it; 1 without a basis.
+std::tuple<Tensor, Tensor> orthonormalize(const Tensor& panel, const Tensor& basis, int64_t near) {
+  check(panel, basis, near);
+  const Tensor Z = torch::stable::contiguous(panel);
+  Tensor figures = torch::stable::new_empty(panel, {3});
+  const Rounds found = rounds(Z, basis, near);
+  floats(figures)[0] = found.pivots[0];
+  floats(figures)[1] = found.pivots[1];
+  floats(figures)[2] = basis.size(0) == 0 ? 1.0f : static_cast<float>(found.shortest / longest(Z));
+  return {found.panel, figures};
 }
 
 }  // namespace
+
+bool resolved(const Pivots& pivots) { return pivots[0] > MIN_PIVOT && pivots[1] > MIN_PIVOT; }
+
+std::pair<Tensor, Pivots> orthonormal(const Tensor& panel) {
+  const Rounds found = rounds(panel, torch::stable::new_empty(panel, {0, panel.size(0)}), 0);
+  return {found.panel, found.pivots};
+}
+
+Cleaned cleaned(const Tensor& panel) {
+  const Factored found = cholesky_qr(panel);
+  return {found.panel, found.change, found.pivot};
+}
+
 }  // namespace pissa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pissa_kernels, CPU, library) {

@@ -127,12 +127,12 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return X.new_empty(X.shape)
 
-    def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return Q.new_empty(Q.shape), Q.new_empty(Q.shape), Q.new_empty(Q.shape[1]), Q.new_empty(rank)
+    def ritz(weight: Tensor, Z: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        return Z.new_empty(Z.shape), Z.new_empty(Z.shape), Z.new_empty(Z.shape[1] + rank + 2)
 
-    def triplets(weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rank = V.shape[1]
-        return Q.new_empty(Q.shape), V.new_empty(rank), V.new_empty(V.shape), V.new_empty(rank)
+    def triplets(weight: Tensor, V: Tensor, rank: int, image: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        m, n = weight.shape
+        return V.new_empty(m, rank), V.new_empty(n, rank), V.new_empty(V.shape[1] + rank + 2)
 
     def gram(weight: Tensor) -> Tensor:
         return weight.new_empty(weight.shape[1], weight.shape[1], dtype=torch.float32)
@@ -171,8 +171,8 @@ def normal(weight: Tensor, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
 
 def gram(weight: Tensor) -> Tensor:
     """WᵀW in float32, on AMX tiles or by BLAS. See :func:`pissa_kernels.ops.reference.gram`."""
-    if isa.current() != "amx" or weight.dtype != torch.bfloat16:
-        return reference.gram(weight)
+    if weight.dtype != torch.float32 and not (weight.dtype == torch.bfloat16 and isa.current() == "amx"):
+        return reference.gram(weight)  # which copies a few rows at a time
     result: Tensor = torch.ops.pissa_kernels.gram(weight)
     return result
 
@@ -200,15 +200,23 @@ def chebyshev_filter(
     return result
 
 
-def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ritz pairs of H = WᵀW. See :func:`pissa_kernels.ops.reference.ritz`."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.ritz(weight, Q, rank, gram)
+def chebyshev(
+    weight: Tensor, H: Tensor | None, start: Tensor, rank: int, tol: float, max_products: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole iteration of :mod:`pissa_kernels.svd.chebyshev`. No verb, because no other backend has it."""
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.chebyshev(weight, H, start, rank, tol, max_products)
     return result
 
 
-def triplets(weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ritz(weight: Tensor, Z: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz pairs of H = WᵀW. See :func:`pissa_kernels.ops.reference.ritz`."""
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.ritz(weight, Z, rank, gram)
+    return result
+
+
+def triplets(weight: Tensor, V: Tensor, rank: int, image: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Singular triplets and their residuals. See :func:`pissa_kernels.ops.reference.triplets`."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.triplets(weight, Q, Y, V)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.triplets(weight, V, rank, image)
     return result
 
 

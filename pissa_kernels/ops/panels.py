@@ -1,4 +1,4 @@
-"""Tall panels in plain torch: orthonormalization, Ritz vectors, and the recurrence of a Chebyshev filter.
+"""Tall panels in plain torch: orthonormalization, Ritz pairs, triplets, and the recurrence of a Chebyshev filter.
 
 A tall panel Z (n, b), b ≪ n, is orthonormalized through its b×b Gram matrix (CholeskyQR2, Fukaya et al. 2014): matrix
 products and a small Cholesky factorization, several times faster than Householder QR on every device. In float32 this
@@ -106,15 +106,21 @@ def recurrence(
     return current
 
 
-def rotated(Q: Tensor, HQ: Tensor, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ritz pairs of H from ``matrix`` = QᵀHQ. See :func:`pissa_kernels.ops.reference.ritz`."""
+def ritz_pairs(
+    Z: Tensor, rank: int, project: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz pairs on the range of Z, with H·Q and QᵀHQ by ``project``. See :func:`pissa_kernels.ops.reference.ritz`."""
+    Q, pivots = orthonormalize(Z)
+    if not resolved(pivots):
+        return Q, Q, torch.cat([Z.new_full((Z.shape[1] + rank,), torch.nan), pivots[:2]])
+    HQ, matrix = project(Q)
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        values = torch.full_like(matrix[0], torch.nan)
-        return Q, HQ, values, values[-rank:]
+        values, vectors = torch.full_like(matrix[0], torch.nan), matrix
     X, HX = Q @ vectors, HQ @ vectors
-    return X, HX, values, column_residuals(HX[:, -rank:], X[:, -rank:], values[-rank:])
+    residuals = column_residuals(HX[:, -rank:], X[:, -rank:], values[-rank:])
+    return X, HX, torch.cat([values, residuals, pivots[:2]])
 
 
 def column_residuals(P: Tensor, Q: Tensor, scale: Tensor) -> Tensor:
@@ -124,14 +130,46 @@ def column_residuals(P: Tensor, Q: Tensor, scale: Tensor) -> Tensor:
 
 
 def triplets_of(
-    Q: Tensor, Y: Tensor, V: Tensor, adjoint: Callable[[Tensor], Tensor]
+    V: Tensor,
+    rank: int,
+    image: Tensor | None,
+    multiply: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triplets, with A·V and Aᵀ·U by functions. See :func:`pissa_kernels.ops.reference.triplets`."""
+    if image is None:
+        V, pivots = orthonormalize(V)
+        Y = multiply(V)
+    else:
+        V, change, pivot, _ = cholesky_qr(V)
+        pivots = pivot.expand(2)
+        Y = image @ change
+    Q, others = orthonormalize(Y)
+    pivots = torch.minimum(pivots[:2], others[:2])  # NaN if one is
+    if not resolved(pivots):
+        return Q[:, :rank], V[:, :rank], torch.cat([V.new_full((V.shape[1] + rank,), torch.nan), pivots])
+    U, S, V, residuals = triplets_from(Q, Y, V, rank, adjoint)
+    return U, V, torch.cat([S, residuals, pivots])
+
+
+def triplets_from(
+    Q: Tensor, Y: Tensor, V: Tensor, rank: int, adjoint: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Singular triplets, with Aᵀ·U by ``adjoint``. See :func:`pissa_kernels.ops.reference.triplets`."""
+    """U (m, rank), S (b,), V (n, rank) and the residuals (rank,) for A·V = Y = Q·R, Q and V orthonormal.
+
+    S and the residuals are NaN where LAPACK's SVD fails.
+    """
     try:
         X, S, Zh = (factor.to(V.dtype) for factor in torch.linalg.svd((Q.mT @ Y).double()))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         S = torch.full_like(V[0], torch.nan)
-        return Q, S, V, S
-    U, V = Q @ X, V @ Zh.mT
-    residuals = torch.maximum(column_residuals(Y @ Zh.mT, U, S), column_residuals(adjoint(U), V, S))
+        return Q[:, :rank], S, V[:, :rank], S[:rank]
+    Z = Zh[:rank].mT
+    U, V = Q @ X[:, :rank], V @ Z
+    residuals = torch.maximum(column_residuals(Y @ Z, U, S[:rank]), column_residuals(adjoint(U), V, S[:rank]))
     return U, S, V, residuals
+
+
+def resolved(pivots: Tensor) -> bool:
+    """Whether CholeskyQR, whose smallest pivots (…,) these are, has left no column to Householder QR."""
+    return bool((pivots[:2] > MIN_PIVOT).all())  # not if one is NaN

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .checks import VERBS
 from .panels import orthonormalize as orthonormalize
-from .panels import recurrence, rotated, triplets_of
+from .panels import recurrence, ritz_pairs, triplets_of
 
 # Elements of the buffer. On a CPU 4 MiB of float32 stay in a slice of L3; a GPU is faster with few, large launches.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -202,40 +202,47 @@ def chebyshev_filter(
     return recurrence(lambda current, _: normal(weight, current)[1], X, HX, edge, degree, pieces)
 
 
-def ritz(weight: Tensor, Q: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ritz pairs of H = WᵀW on the columns of an orthonormal Q (n, b).
+def ritz(weight: Tensor, Z: Tensor, rank: int, gram: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz pairs of H = WᵀW on the range of Z (n, b).
 
     Args:
         weight: W (m, n) of any supported dtype; H itself (n, n) float32 with ``gram``.
-        Q: (n, b) float32.
+        Z: (n, b) float32. It is orthonormalized first.
         rank: number of pairs whose residuals are wanted.
         gram: whether ``weight`` is H.
 
     Returns:
-        Ritz vectors X (n, b), H·X, the Ritz values (b,), ascending, and ‖H·x − θ·x‖ (rank,) of the last pairs. The
-        values and residuals are NaN where LAPACK's eigensolver fails.
+        Ritz vectors X (n, b), H·X, and figures (b + rank + 2,): the Ritz values, ascending, ‖H·x − θ·x‖ of the last
+        ``rank`` pairs, and the smallest pivots of the orthonormalization's first and last round. Values and residuals
+        are NaN where LAPACK's eigensolver fails, and where a pivot is too small, so that there is no orthonormal Q.
     """
-    if gram:
-        HQ = weight @ Q
-        return rotated(Q, HQ, Q.mT @ HQ, rank)
-    # (WQ)ᵀ(WQ), not Qᵀ(HQ), which is less accurate in directions whose singular values are small relative to ‖W‖
-    WQ, HQ = normal(weight, Q)
-    return rotated(Q, HQ, WQ.mT @ WQ, rank)
+
+    def project(Q: Tensor) -> tuple[Tensor, Tensor]:
+        if gram:
+            HQ = weight @ Q
+            return HQ, Q.mT @ HQ
+        # (WQ)ᵀ(WQ), not Qᵀ(HQ), which is less accurate in directions whose singular values are small relative to ‖W‖
+        WQ, HQ = normal(weight, Q)
+        return HQ, WQ.mT @ WQ
+
+    return ritz_pairs(Z, rank, project)
 
 
-def triplets(weight: Tensor, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Singular triplets from a subspace V with W·V = Y = Q·R, by the SVD R = X·diag(S)·Zᵀ in float64.
+def triplets(weight: Tensor, V: Tensor, rank: int, image: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of W on the range of V: W·V = Q·R, R = X·diag(S)·Zᵀ in float64, U = Q·X.
 
     Args:
         weight: W (m, n) of any supported dtype.
-        Q, Y: (m, r) float32 or float64, Q orthonormal.
-        V: (n, r) in their dtype, orthonormal.
+        V: (n, b) float32. It is orthonormalized first.
+        rank: number of triplets, at most b.
+        image: (m, b) W·V where it is known, for a V that is orthonormal up to round-off.
 
     Returns:
-        U = Q·X (m, r), S (r,), V·Z (n, r), and max(‖W·vᵢ − σᵢ·uᵢ‖, ‖Wᵀ·uᵢ − σᵢ·vᵢ‖) (r,) of each triplet. S and the
-        residuals are NaN where LAPACK's SVD fails.
+        U (m, rank), V·Z (n, rank), and figures (b + rank + 2,): S (b,), descending, max(‖W·vᵢ − σᵢ·uᵢ‖,
+        ‖Wᵀ·uᵢ − σᵢ·vᵢ‖) of each triplet, and the smallest pivots of the two orthonormalizations' first and last
+        rounds. S and the residuals are NaN where LAPACK's SVD fails, and where a pivot is too small.
     """
-    return triplets_of(Q, Y, V, lambda U: rmatmul(weight, U))
+    return triplets_of(V, rank, image, lambda X: matmul(weight, X), lambda U: rmatmul(weight, U))
 
 
 def sum_of_squares(weight: Tensor, scale: float = 1.0) -> Tensor:

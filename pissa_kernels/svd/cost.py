@@ -76,11 +76,9 @@ MACHINES = {
 }
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-# Small operations of one CholeskyQR2 with its projections, and of one Rayleigh–Ritz round.
-PANEL_CALLS = 50
-ROUND_CALLS = 20
-# Small operations that turn a subspace into triplets, without the measurement of the residuals.
-DENSE_CALLS = 60
+# Small operations of one CholeskyQR2 with its projections, of one Rayleigh–Ritz round, and of turning a subspace into
+# triplets.
+PANEL_CALLS, ROUND_CALLS, FINAL_CALLS = 50, 30, 60
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
 DENSE_FALLBACK_WIDTH = 1024
 
@@ -145,9 +143,9 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "
     constants = MACHINES.get(machine, MACHINES["cuda"])
     call = constants.call
     gram = constants.read * m * n + 2 * m * n * n / constants.gram
-    # LAPACK's SVD of a tall matrix starts with a QR factorization; the Gram method ends with a small SVD in float64
+    # LAPACK's SVD of a tall matrix starts with a QR factorization
     full_svd = 2.4 * constants.eigenproblem(n) + (4 * m * n * n / constants.flops if m > n else 0.0)
-    through_gram = gram + constants.eigenproblem(n) + 6 * constants.eigenproblem(rank) + DENSE_CALLS * call
+    through_gram = gram + constants.eigenproblem(n) + _final(constants, m, n, rank, rank)
     dense = [SolverPlan("gram", through_gram), SolverPlan("svd", full_svd)]
     if niter is not None:
         return (*dense, *_fixed_plans(constants, m, n, rank, call, niter))
@@ -200,15 +198,16 @@ def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) ->
     """Krylov to a tolerance, for blocks of 8 or a multiple of 16 columns: BLAS takes as long for 24 as for 32."""
     plans = []
     for block in (8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
-        if block < constants.min_block:
+        # narrower blocks take ordinary singular values of large ranks for clusters, and solve the weight twice
+        if block < max(constants.min_block, min(32, rank // 4)):
             continue
         limit = block * math.ceil(max(256, min(6 * rank, 448), 3.5 * rank, 6 * block) / block)
         if limit + block > n:
             continue
-        columns = 5 * rank + 9 * block  # as measured (krylov.py), and two blocks more for safety
+        columns = 4 * rank + 9 * block  # as measured (krylov.py)
         basis = min(columns, limit)
         step, check = _krylov_step(constants, m, n, block, basis, call), constants.eigenproblem(basis)
-        seconds = math.ceil(columns / block) * step + 4 * check
+        seconds = math.ceil(columns / block) * step + 2.5 * check + _final(constants, m, n, rank, rank)
         plans.append(SolverPlan("krylov", seconds, block=block, limit=limit, check_every=math.ceil(3 * check / step)))
     return plans
 
@@ -229,16 +228,24 @@ def _chebyshev_plans(constants: Machine, m: int, n: int, rank: int, call: float,
     block = _multiple_of_16(rank + max(16, rank // 2))
     if 2 * block > n:
         return []
-    products, rounds = 14, 3.5  # typical for the weights of MiniLM
+    products, rounds = 14, 3  # typical for weights 400 to 2000 wide
+    # orthonormalization, projection and rotations
     small = rounds * (
-        constants.eigenproblem(block) + (PANEL_CALLS + ROUND_CALLS) * call + 40 * n * block**2 / constants.flops
-    )
-    direct = products * (2 * constants.product(m, n, block) + 4 * call)
-    through = gram + products * (2 * n * n * block / constants.flops + 5 * call)
+        constants.eigenproblem(block) + ROUND_CALLS * call + 16 * n * block**2 / constants.flops
+    ) + _final(constants, m, n, rank, block)
+    direct = products * (2 * constants.product(m, n, block) + 2 * call)
+    through = gram + products * (2 * n * n * block / constants.flops + 2 * call)
     return [
         SolverPlan("chebyshev", direct + small, block=block),
         SolverPlan("chebyshev", through + small, block=block, through_gram=True),
     ]
+
+
+def _final(constants: Machine, m: int, n: int, rank: int, columns: int) -> float:
+    """Seconds to turn a subspace of so many columns into the leading triplets."""
+    products = constants.product(m, n, columns) + constants.product(m, n, rank)
+    panels = 4 * m * columns * (columns + rank) / constants.flops
+    return products + panels + 2 * constants.eigenproblem(columns) + FINAL_CALLS * constants.call
 
 
 def _krylov_step(constants: Machine, m: int, n: int, block: int, basis: int, call: float) -> float:

@@ -20,11 +20,11 @@ from torch import Tensor
 from ..checks import check_accuracy, check_rank, check_weight
 from ..numerics import exact_arithmetic
 from . import fixed
-from .chebyshev import chebyshev_subspace
+from .chebyshev import chebyshev_subspaces, deficit_of_block
 from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of, widened
 from .krylov import block_krylov
 from .operators import GramOperator, WeightOperator
-from .rayleigh_ritz import Triplets, certified, dense_triplets, gram_triplets, rayleigh_ritz
+from .rayleigh_ritz import Triplets, as_triplets, certified, dense_triplets, gram_triplets, rayleigh_ritz
 from .result import TruncatedSVD
 from .stopping import Subspace
 
@@ -203,15 +203,14 @@ def _iterate(operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, 
     """Triplets by the iteration of ``plan``, and whether they meet the tolerance."""
     H = GramOperator(operator.gram(torch.float32), operator.shape[0]) if plan.through_gram else operator
     if plan.method == "chebyshev":
-        subspace = chebyshev_subspace(H, rank, block=plan.block, tol=tol, max_products=MAX_STEPS, seed=seed)
-        return _evaluated(operator, subspace, tol)
+        return _chebyshev(operator, H, rank, plan.block, tol, seed)
     krylov = functools.partial(block_krylov, H, rank, tol=tol, max_steps=MAX_STEPS, seed=seed)
     subspace = krylov(block=plan.block, limit=plan.limit, steps=plan.steps, check_every=plan.check_every)
-    triplets, converged = _evaluated(operator, subspace, tol)
+    triplets, converged = _evaluated(operator, subspace, rank, tol)
     if plan.steps is not None:
         if bool(triplets.S[-1] < STEEP * triplets.S[0]):
             # float32 squares mix directions with singular values this small, which subspace iteration would separate
-            triplets = rayleigh_ritz(operator, operator.adjoint(triplets.U))
+            triplets = rayleigh_ritz(operator, operator.adjoint(triplets.U), rank)
         return triplets, converged
     columns = rank
     if not converged and _hides_energy(subspace, triplets, tol):
@@ -220,18 +219,33 @@ def _iterate(operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, 
         if plan.limit + plan.block > operator.shape[-1]:
             return triplets, converged
         subspace = krylov(block=plan.block, limit=plan.limit, check_every=plan.check_every)
-        triplets, converged = _evaluated(operator, subspace, tol)
+        triplets, converged = _evaluated(operator, subspace, rank, tol)
     if not converged and operator.passes < 2 * MAX_STEPS:
         # the last step reduced the deficit by less than the stopping rule predicted
         start = torch.cat([triplets.V, H.sketch(columns - rank, seed)], dim=-1) if columns > rank else triplets.V
         subspace = krylov(block=columns, limit=plan.limit, start=start)
-        triplets, converged = _evaluated(operator, subspace, tol)
+        triplets, converged = _evaluated(operator, subspace, rank, tol)
     return triplets, converged
 
 
-def _evaluated(operator: WeightOperator, subspace: Subspace, tol: float) -> tuple[Triplets, bool]:
-    """Triplets on a subspace, and whether their estimated energy deficit is at most ``tol``."""
-    triplets = rayleigh_ritz(operator, subspace.V, subspace.AV)
+def _chebyshev(
+    operator: WeightOperator, H: WeightOperator | GramOperator, rank: int, block: int, tol: float, seed: int
+) -> tuple[Triplets, bool]:
+    gram = H.gram if isinstance(H, GramOperator) else None
+    found = operator.chebyshev(gram, rank, block, tol, MAX_STEPS, seed)
+    if found is not None:
+        triplets = as_triplets(*found)
+        return triplets, deficit_of_block(*_eigenpairs(triplets)) <= tol
+    for subspace in chebyshev_subspaces(H, rank, block=block, tol=tol, max_products=MAX_STEPS, seed=seed):
+        triplets, converged = _evaluated(operator, subspace, rank, tol)
+        if converged:
+            break
+    return triplets, converged
+
+
+def _evaluated(operator: WeightOperator, subspace: Subspace, rank: int, tol: float) -> tuple[Triplets, bool]:
+    """The leading triplets on a subspace, and whether their estimated energy deficit is at most ``tol``."""
+    triplets = rayleigh_ritz(operator, subspace.V, rank, subspace.AV)
     measured = _eigenpairs(triplets)
     met = subspace.deficit(*measured) <= tol
     return triplets, met and (subspace.hidden is None or subspace.hidden(*measured) <= tol)
@@ -244,6 +258,6 @@ def _hides_energy(subspace: Subspace, triplets: Triplets, tol: float) -> bool:
 
 
 def _eigenpairs(triplets: Triplets) -> tuple[list[float], list[float]]:
-    """The eigenvalues of AᵀA and the residuals of the eigenpairs, which are σ times those of the triplets."""
-    S, residuals = triplets.S.tolist(), triplets.residuals.tolist()
-    return [s * s for s in S], [s * residual for s, residual in zip(S, residuals, strict=True)]
+    """Eigenvalues of AᵀA, and the residuals of the first eigenpairs, which are σ times those of the triplets."""
+    S, residuals = [*triplets.S.tolist(), *triplets.following.tolist()], triplets.residuals.tolist()
+    return [s * s for s in S], [s * residual for s, residual in zip(S, residuals, strict=False)]

@@ -7,7 +7,7 @@ T = QᵀHQ and yields the next panel. The last step needs only QᵀHQ, which tak
 
 Measured (``python -m bench engine``, and the same spectra on diagonal matrices):
 
-- With blocks of b columns, an energy deficit of 1e-6 takes about 5r + 7b columns. Small blocks need fewer columns and
+- With blocks of b columns, an energy deficit of 1e-6 takes about 4r + 9b columns. Small blocks need fewer columns and
   more steps; which block is fastest depends on BLAS (:mod:`pissa_kernels.svd.cost`).
 - A restart at 3.5r to 6r columns that keeps 2r costs a step or two and bounds the eigenproblem of T, which at 1000
   columns takes as long as five products.

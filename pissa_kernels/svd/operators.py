@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import dispatch, reference
-from ..ops.panels import column_residuals, recurrence, rotated, triplets_of
+from ..ops.panels import column_residuals, recurrence, ritz_pairs, triplets_of
 
 # Elements of a Gaussian matrix that is kept for the next weight: 512 KiB.
 KEPT_ELEMENTS = 1 << 17
@@ -37,7 +37,13 @@ class Projection(NamedTuple):
 
 
 class Operator(Protocol):
-    """H = AᵀA for a tall A."""
+    """H = AᵀA for a tall A.
+
+    Attributes:
+        is_float32: whether products are float32 whatever the number of bfloat16 pieces that a panel may take.
+    """
+
+    is_float32: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,8 +61,8 @@ class Operator(Protocol):
     def filter(self, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int) -> Tensor:
         """T_degree(2H/edge − 1)·X, see :func:`pissa_kernels.ops.reference.chebyshev_filter`."""
 
-    def ritz(self, Q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ritz pairs on the columns of Q, see :func:`pissa_kernels.ops.reference.ritz`."""
+    def ritz(self, Z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz pairs on the range of Z, see :func:`pissa_kernels.ops.reference.ritz`."""
 
     def project(self, Q: Tensor) -> Projection:
         """QᵀHQ, H·Q and A·Q."""
@@ -84,6 +90,8 @@ class WeightOperator:
     Raises:
         ValueError: NaN or Inf in the weight.
     """
+
+    is_float32 = False
 
     def __init__(self, weight: Tensor) -> None:
         self.wide = weight.shape[0] < weight.shape[1]
@@ -137,22 +145,45 @@ class WeightOperator:
         result: Tensor = self._body("chebyshev_filter", X)(self.weight, X, HX, edge, degree, pieces)
         return result
 
-    def ritz(self, Q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ritz pairs on the columns of Q."""
+    def ritz(self, Z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz pairs on the range of Z."""
         if self.scale != 1.0:
-            matrix, HQ, _ = self.project(Q)
-            return rotated(Q, HQ, matrix, rank)
+            return ritz_pairs(Z, rank, lambda Q: self.project(Q)[1::-1])
         self.passes += 2
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._body("ritz", Q)(self.weight, Q, rank)
+        result: tuple[Tensor, Tensor, Tensor] = self._body("ritz", Z)(self.weight, Z, rank)
         return result
 
-    def triplets(self, Q: Tensor, Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Triplets and their residuals, see :func:`pissa_kernels.ops.reference.triplets`."""
+    def triplets(self, V: Tensor, rank: int, AV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Triplets on the range of V, see :func:`pissa_kernels.ops.reference.triplets`."""
         if self.scale != 1.0:
-            return triplets_of(Q, Y, V, self.adjoint)
-        self.passes += 1
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._body("triplets", Q)(self.weight, Q, Y, V)
+            return triplets_of(V, rank, AV, self.apply, self.adjoint)
+        self.passes += 2 if AV is None else 1
+        result: tuple[Tensor, Tensor, Tensor] = self._body("triplets", V)(self.weight, V, rank, AV)
         return result
+
+    def chebyshev(
+        self, gram: Tensor | None, rank: int, block: int, tol: float, max_products: int, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Triplets by :mod:`pissa_kernels.svd.chebyshev` in one call.
+
+        None where no backend has the whole iteration, where a panel needs Householder QR, or where LAPACK has failed.
+
+        Args:
+            gram: H, if the iteration goes through it.
+            rank, block, tol, max_products, seed: as for the iteration.
+
+        Returns:
+            U (m, rank), V (n, rank), and the figures of :func:`pissa_kernels.ops.reference.triplets`.
+        """
+        if self.scale != 1.0 or dispatch.select("chebyshev_filter", self.weight) != "csrc":
+            return None
+        m, n = self.shape
+        start = gaussian(m if gram is None else n, block, seed, self.device)
+        U, V, figures = dispatch.load("csrc").chebyshev(self.weight, gram, start, rank, tol, max_products)
+        if bool(figures[0].isnan()):
+            return None
+        self.passes += int(figures[-1])
+        return U, V, figures[:-1]
 
     def residuals(self, U: Tensor, S: Tensor, V: Tensor, AV: Tensor) -> Tensor:
         """max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖) (r,), with A·V known."""
@@ -210,6 +241,8 @@ class GramOperator:
         rows: m.
     """
 
+    is_float32 = True
+
     def __init__(self, gram: Tensor, rows: int) -> None:
         self.gram = gram
         self.device = gram.device
@@ -225,9 +258,9 @@ class GramOperator:
         result: Tensor = self._filter(self.gram, X, HX, edge, degree, pieces, gram=True)
         return result
 
-    def ritz(self, Q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ritz pairs on the columns of Q."""
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._ritz(self.gram, Q, rank, gram=True)
+    def ritz(self, Z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz pairs on the range of Z."""
+        result: tuple[Tensor, Tensor, Tensor] = self._ritz(self.gram, Z, rank, gram=True)
         return result
 
     def project(self, Q: Tensor) -> Projection:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import HALF_SUBNORMAL
-from ..ops.panels import cholesky_qr
+from ..ops.panels import resolved, triplets_from
 from .operators import WeightOperator
 from .orthogonalize import orthonormalize
 from .result import Certificate, TruncatedSVD
@@ -26,18 +26,20 @@ class Triplets(NamedTuple):
         S: (r,) float32, descending.
         V: (n, r) float32.
         residuals: (r,) ρᵢ = max(‖A·vᵢ − σᵢ·uᵢ‖, ‖Aᵀ·uᵢ − σᵢ·vᵢ‖), measured in float32.
+        following: (b − r,) float32, the other singular values of A on the b-dimensional subspace that these are from.
     """
 
     U: Tensor
     S: Tensor
     V: Tensor
     residuals: Tensor
+    following: Tensor
 
 
 def gram_triplets(operator: WeightOperator, rank: int, dtype: torch.dtype) -> Triplets:
     """Triplets from the leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
     _, vectors = torch.linalg.eigh(operator.gram(dtype))
-    return rayleigh_ritz(operator, vectors[:, -rank:])
+    return rayleigh_ritz(operator, vectors[:, -rank:], rank)
 
 
 def dense_triplets(operator: WeightOperator, rank: int) -> Triplets:
@@ -45,28 +47,39 @@ def dense_triplets(operator: WeightOperator, rank: int) -> Triplets:
     U, S, Vh = torch.linalg.svd(operator.dense(), full_matrices=False)
     V = Vh[:rank].mT.contiguous()
     U, S = U[:, :rank].contiguous(), S[:rank]
-    return Triplets(U, S, V, operator.residuals(U, S, V, operator.apply(V)))
+    return Triplets(U, S, V, operator.residuals(U, S, V, operator.apply(V)), S[:0])
 
 
-def rayleigh_ritz(operator: WeightOperator, V: Tensor, AV: Tensor | None = None) -> Triplets:
-    """Triplets of A on the subspace spanned by V: A·V = Q·R, R = X·S·Zᵀ, U = Q·X. Orthonormal even where S is zero.
+def rayleigh_ritz(operator: WeightOperator, V: Tensor, rank: int, AV: Tensor | None = None) -> Triplets:
+    """The leading triplets of A on the range of V, orthonormal even where S is zero.
 
     Args:
         operator: A.
-        V: (n, r), of full rank.
-        AV: (m, r) A·V, for a V that is orthonormal up to round-off; None to compute it.
+        V: (n, b), b ≥ r, of full rank.
+        rank: r.
+        AV: (m, b) A·V, for a V that is orthonormal up to round-off; None to compute it.
+
+    Raises:
+        torch.linalg.LinAlgError: the SVD failed.
     """
-    if AV is None:
-        V, _ = orthonormalize(V)
-        Y = operator.apply(V)
+    U, right, figures = operator.triplets(V, rank, AV)
+    if resolved(figures[-2:]):
+        triplets = as_triplets(U, right, figures)
     else:
-        V, change, _, _ = cholesky_qr(V)
-        Y = AV @ change
-    Q, _ = orthonormalize(Y)
-    triplets = Triplets(*(factor.float() for factor in operator.triplets(Q, Y, V)))
+        Q, _ = orthonormalize(V)
+        Y = operator.apply(Q)
+        U, S, right, residuals = triplets_from(orthonormalize(Y)[0], Y, Q, rank, operator.adjoint)
+        triplets = Triplets(*(factor.float() for factor in (U, S[:rank], right, residuals, S[rank:])))
     if bool(triplets.S[0].isnan()):
         raise torch.linalg.LinAlgError("the SVD failed")  # type: ignore[attr-defined]
     return triplets
+
+
+def as_triplets(U: Tensor, V: Tensor, figures: Tensor) -> Triplets:
+    """The triplets that :func:`pissa_kernels.ops.reference.triplets` has returned."""
+    rank, figures = U.shape[1], figures.float()
+    columns = len(figures) - rank - 2
+    return Triplets(U.float(), figures[:rank], V.float(), figures[columns:-2], figures[rank:columns])
 
 
 def certified(operator: WeightOperator, triplets: Triplets, converged: bool, method: str) -> TruncatedSVD:

@@ -31,10 +31,10 @@ class Subspace(NamedTuple):
     """Result of an iterative method.
 
     Attributes:
-        V: (n, r) float32, orthonormal: the leading Ritz vectors of H.
-        AV: (m, r) A·V where the iteration has computed it on the way, else None.
-        deficit: function of the r Ritz values θᵢ = ‖A·vᵢ‖² and the residuals ‖H·vᵢ − θᵢ·vᵢ‖, both measured again after
-            the iteration; returns the estimated energy deficit.
+        V: (n, b) float32, b ≥ r: a basis, or the leading Ritz vectors of H.
+        AV: (m, b) A·V where the iteration has computed it on the way, else None; V is orthonormal then.
+        deficit: function of the b Ritz values θᵢ = ‖A·vᵢ‖² and of the residuals ‖H·vᵢ − θᵢ·vᵢ‖ of the first r, all
+            measured again after the iteration; returns the estimated energy deficit.
         hidden: function of the same, for the energy that a wider block may find besides; None where none would.
     """
 
@@ -227,5 +227,6 @@ class StoppingRule:
         at_this_rate = math.log(self.tol / deficit) / math.log(reduction) if reduction < 1 else math.inf
         expected = math.sqrt(at_best * min(at_this_rate, 2 * at_best))
         # even at the best rate, no check before floor(at_best) − 1 steps can find that a single step remains
-        self.next_check = step + max(1, math.floor(at_best) - 1, min(self.check_every, math.floor(0.8 * expected)))
+        likely = max(math.floor(0.8 * expected), math.floor(at_this_rate / 2) if reduction < 1 else 0)
+        self.next_check = step + max(1, math.floor(at_best) - 1, min(self.check_every, likely))
         return False

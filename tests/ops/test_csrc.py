@@ -44,8 +44,10 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
     )
     torch.library.opcheck(ops.chebyshev_filter, (W, torch.randn(n, 3), torch.randn(n, 3), 2.0, 3))
     torch.library.opcheck(ops.ritz, (W, torch.randn(n, 3), 2))
-    panels = torch.randn(m, 3), torch.randn(m, 3), torch.randn(n, 3)
-    torch.library.opcheck(ops.triplets, (W, *panels))
+    torch.library.opcheck(ops.triplets, (W, torch.randn(n, 3), 2))
+    torch.library.opcheck(ops.triplets, (W, torch.randn(n, 3), 2, torch.randn(m, 3)))
+    torch.library.opcheck(ops.chebyshev, (W, None, torch.randn(m, 12), 2, 1e-6, 20))
+    torch.library.opcheck(ops.chebyshev, (W, torch.eye(n), torch.randn(n, 12), 2, 1e-6, 20))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(m, 3), torch.randn(3, n), 0.5))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(n, 3), torch.randn(3, m), 0.5, True))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pissa_kernels.ops import csrc, dispatch, reference
-from pissa_kernels.ops.panels import recurrence
+from pissa_kernels.ops.panels import MIN_PIVOT, recurrence
 
 pytestmark = pytest.mark.usefixtures("csrc_backend", "poison")
 
@@ -81,49 +81,70 @@ def test_ritz_pairs_are_as_exact_as_the_reference(
     W = weight_of(shape, dtype)
     operand = (W.double().mT @ W.double()).float() if gram else W
     H = operand.double() if gram else W.double().mT @ W.double()
-    Q = panel_of(len(H), columns, strided)
+    Z = panel_of(len(H), columns, strided) * torch.linspace(0.5, 2, columns)
+    Z = Z + 0.1 * Z.flip(1)  # not orthonormal
     rank = columns - 1
-    basis = torch.linalg.qr(Q.double())[0]
-    exact = torch.linalg.eigvalsh(basis.mT @ H @ basis)
+    Q = torch.linalg.qr(Z.double())[0]
+    exact = torch.linalg.eigvalsh(Q.mT @ H @ Q)
     errors = []
     for body in (dispatch.bind("ritz", operand), reference.ritz):
-        X, HX, values, residuals = body(operand, Q, rank, gram)
+        X, HX, figures = body(operand, Z, rank, gram)
+        values, residuals, pivots = figures.split([columns, rank, 2])
+        assert (pivots > 0.1).all()
         image, wanted = H @ X.double(), X[:, -rank:].double()
         lengths = (image[:, -rank:] - wanted * values[-rank:].double()).norm(dim=0)
-        outside = X - Q.double() @ (Q.double().mT @ X.double())
+        outside = X - Q @ (Q.mT @ X.double())
         orthogonality = X.double().mT @ X.double() - torch.eye(columns)
         errors.append([(values - exact), HX - image, residuals - lengths, outside, orthogonality])
     for ours, theirs in zip(*errors, strict=True):
         assert ours.norm() <= 1.5 * theirs.norm() + 2.0**-22  # ‖H‖ = 1
 
 
-def test_a_failed_eigensolver_gives_NaN(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panel_that_is_not_resolved_gives_NaN_and_its_pivots() -> None:
     W = torch.ones(20, 10)
-    Q = torch.ones(10, 3)
-    Q[2, 1] = torch.nan
-    for body in (csrc.ritz, reference.ritz):
-        X, HX, values, residuals = body(W, Q, 2)
-        assert X.shape == HX.shape == Q.shape
-        assert values.shape == (3,)
-        assert residuals.shape == (2,)
-        assert values.isnan().all()
-        assert residuals.isnan().all()
+    panels = {"NaN": torch.ones(10, 3), "equal columns": torch.ones(10, 3)}
+    panels["NaN"][2, 1] = torch.nan
+    for panel in panels.values():
+        for body in (csrc.ritz, reference.ritz):
+            X, HX, figures = body(W, panel, 2)
+            assert X.shape == HX.shape == panel.shape
+            assert figures.shape == (3 + 2 + 2,)
+            assert figures[:5].isnan().all()
+            assert not (figures[5:] > MIN_PIVOT).all()
+        for body in (csrc.triplets, reference.triplets):
+            U, V, figures = body(W, panel, 2)
+            assert U.shape == (20, 2)
+            assert V.shape == (10, 2)
+            assert figures.shape == (3 + 2 + 2,)
+            assert figures[:5].isnan().all()
+            assert not (figures[5:] > MIN_PIVOT).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "columns"), CASES)
-def test_triplets_are_as_exact_as_the_reference(shape: tuple[int, int], columns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("steep", [False, True])
+def test_triplets_are_as_exact_as_the_reference(
+    shape: tuple[int, int], columns: int, dtype: torch.dtype, known: bool, steep: bool
+) -> None:
+    """``steep``: with singular values down to 1e-4, which the eigenproblem of RᵀR does not resolve."""
     W = weight_of(shape, dtype)
-    V = panel_of(W.shape[1], columns)
-    Y = reference.matmul(W, V)
-    Q, _ = torch.linalg.qr(Y)
+    if steep:
+        W = (W.float() * torch.logspace(0, -4, W.shape[1])).to(dtype)
+    V = panel_of(W.shape[1], columns, strided=True)
+    V = torch.eye(W.shape[1])[:, torch.arange(columns) * (W.shape[1] - 1) // (columns - 1)] if steep else V
+    rank = columns - 1
+    image = reference.matmul(W, V) if known else None
     A, errors = W.double(), []
-    sizes = torch.linalg.svdvals(Q.double().mT @ Y.double())
+    sizes = torch.linalg.svdvals(A @ V.double())
+    Q = torch.linalg.qr(A @ V.double())[0]
     for body in (dispatch.bind("triplets", W), reference.triplets):
-        U, S, right, residuals = body(W, Q, Y, V)
-        left = (A @ right.double() - U * S.double()).norm(dim=0)
-        lengths = torch.maximum(left, (A.mT @ U.double() - right * S.double()).norm(dim=0))
-        orthogonality = [P.double().mT @ P.double() - torch.eye(columns) for P in (U, right)]
+        U, right, figures = body(W, V, rank, image)
+        S, residuals, pivots = figures.split([columns, rank, 2])
+        assert (pivots > MIN_PIVOT).all()
+        left = (A @ right.double() - U * S[:rank].double()).norm(dim=0)
+        lengths = torch.maximum(left, (A.mT @ U.double() - right * S[:rank].double()).norm(dim=0))
+        orthogonality = [P.double().mT @ P.double() - torch.eye(rank) for P in (U, right)]
         outside = [P - P_0.double() @ (P_0.double().mT @ P.double()) for P, P_0 in ((U, Q), (right, V))]
         errors.append([S - sizes, left, residuals - lengths, *orthogonality, *outside])
     for ours, theirs in zip(*errors, strict=True):
@@ -131,27 +152,15 @@ def test_triplets_are_as_exact_as_the_reference(shape: tuple[int, int], columns:
 
 
 def test_triplets_report_a_wrong_vector() -> None:
-    """Each of the two residuals on its own."""
+    """With an image that is not that of the panel, the left residuals are small and the right ones are not."""
     W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     V = torch.eye(3)[:, :2].contiguous()
-    other = torch.eye(3)[:, 1:].contiguous()
-    Y = W @ V
     body = dispatch.bind("triplets", W)
-    _, S, _, residuals = body(W, V, Y, V)
-    assert S.tolist() == [3.0, 2.0]
-    assert residuals.tolist() == [0.0, 0.0]
-    assert (body(W, V, Y, other)[3] >= 1).all(), "the right vectors are not those of Y"
-    assert body(W, other, Y, V)[3].tolist() == pytest.approx([0.0, 3.0], abs=1e-6), "Y has a part outside Q"
-
-
-def test_a_failed_svd_gives_NaN() -> None:
-    W, panel = torch.ones(20, 10), torch.full((10, 3), torch.nan)
-    for body in (csrc.triplets, reference.triplets):
-        U, S, V, residuals = body(W, W[:, :3].contiguous(), torch.full((20, 3), torch.nan), panel)
-        assert U.shape == (20, 3)
-        assert V.shape == (10, 3)
-        assert S.isnan().all()
-        assert residuals.isnan().all()
+    _, _, figures = body(W, V, 2, W @ V)
+    assert figures[:4].tolist() == [3.0, 2.0, 0.0, 0.0]
+    _, _, figures = body(W, torch.eye(3)[:, 1:].contiguous(), 2, W @ V)
+    assert figures[:2].tolist() == [3.0, 2.0]
+    assert (figures[2:4] >= 1).all()
 
 
 def test_the_last_product_of_a_recurrence_takes_the_most_pieces() -> None:
@@ -197,8 +206,17 @@ def test_orthonormalize_refuses_what_it_would_read_out_of_bounds(
         ("ritz", (torch.ones(4, 3), torch.ones(4, 2), 1), "a float32 matrix of 3 rows"),
         ("ritz", (torch.ones(4, 3), torch.ones(3, 2), 3), "rank must be"),
         ("ritz", (torch.ones(3, 3).half(), torch.ones(3, 2), 1, True), "a square float32 matrix"),
-        ("triplets", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(4, 1), torch.ones(3, 2)), "got 4 by 1"),
-        ("triplets", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2)), "matrix of 3 rows"),
+        ("triplets", (torch.ones(4, 3), torch.ones(3, 2), 1, torch.ones(4, 1)), "got 4 by 1"),
+        ("triplets", (torch.ones(4, 3), torch.ones(4, 2), 1), "matrix of 3 rows"),
+        ("triplets", (torch.ones(4, 3), torch.ones(3, 2), 3), "rank must be"),
+        ("chebyshev", (torch.ones(14, 13), None, torch.ones(13, 9), 1, 1e-6, 9), "a float32 matrix of 14 rows"),
+        (
+            "chebyshev",
+            (torch.ones(14, 13), torch.ones(12, 12), torch.ones(13, 9), 1, 1e-6, 9),
+            "a float32 matrix of 13",
+        ),
+        ("chebyshev", (torch.ones(14, 13), None, torch.ones(14, 9), 2, 1e-6, 9), "8 columns more than the rank"),
+        ("chebyshev", (torch.ones(14, 13), None, torch.ones(14, 9), 1, 0.0, 9), "tol must be positive"),
     ],
 )
 def test_steps_refuse_what_they_would_read_out_of_bounds(verb: str, arguments: tuple[object, ...], words: str) -> None:

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pissa_kernels as pk
-from pissa_kernels.ops.panels import recurrence, rotated
-from pissa_kernels.svd import cost, krylov
+from pissa_kernels.ops.panels import recurrence, ritz_pairs
+from pissa_kernels.svd import chebyshev, cost, krylov
 from pissa_kernels.svd import driver as svd
-from pissa_kernels.svd.chebyshev import chebyshev_subspace
-from pissa_kernels.svd.operators import Projection
+from pissa_kernels.svd.chebyshev import chebyshev_subspaces
+from pissa_kernels.svd.operators import Projection, WeightOperator
+from pissa_kernels.svd.stopping import Subspace
 
 from ..support.reference import KINDS, check_triplets, energy_deficit, matrix, real_spectrum, realistic, with_spectrum
 
@@ -48,7 +49,9 @@ def test_steps_for_niter_amplify_as_much_as_subspace_iteration() -> None:
                 assert math.sqrt(x) * value >= x ** (niter + 1) * (1 - 1e-9), (niter, x)
 
 
-@pytest.mark.parametrize("method", ["krylov", "chebyshev", "chebyshev through the Gram matrix"])
+@pytest.mark.parametrize(
+    "method", ["krylov", "chebyshev", "chebyshev through the Gram matrix", "chebyshev step by step"]
+)
 @settings(max_examples=40, deadline=None)
 @given(
     m=st.integers(300, 420),
@@ -69,6 +72,8 @@ def test_any_matrix(
         else:
             niter = None
             force(patch, "chebyshev", through_gram="Gram" in method)
+            if "step" in method:
+                patch.setattr(WeightOperator, "chebyshev", lambda *_: None)
         result = pk.truncated_svd(W, rank, niter=niter, seed=seed)
     assert result.certificate.method in (*method.split(), "krylov")
     check_triplets(W, rank, result)
@@ -88,6 +93,8 @@ def test_more_equal_values_than_a_block_has_columns(rank: int, block: int) -> No
 class Diagonal:
     """H = diag(σ²): products cost nothing, and the exact deficit is known to float64."""
 
+    is_float32 = True
+
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values.float()[:, None]
         self.shape = (len(values), len(values))
@@ -99,9 +106,8 @@ class Diagonal:
     def filter(self, X: torch.Tensor, HX: torch.Tensor, edge: float, degree: int, pieces: int) -> torch.Tensor:
         return recurrence(lambda panel, _: self.values**2 * panel, X, HX, edge, degree, pieces)
 
-    def ritz(self, Q: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        matrix, HQ, _ = self.project(Q)
-        return rotated(Q, HQ, matrix, rank)
+    def ritz(self, Z: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return ritz_pairs(Z, rank, lambda Q: self.project(Q)[1::-1])
 
     def project(self, X: torch.Tensor) -> Projection:
         Y = self.values * X
@@ -124,6 +130,15 @@ DECAYING = {
 }
 
 
+def ritz_values(sigma: torch.Tensor, subspace: Subspace, rank: int) -> tuple[list[float], list[float]]:
+    """What :attr:`Subspace.deficit` takes, in float64."""
+    basis = torch.linalg.qr(subspace.V.double())[0]
+    values, vectors = torch.linalg.eigh(basis.mT @ (sigma[:, None] ** 2 * basis))
+    V = (basis @ vectors).flip(1)[:, :rank]
+    residuals = (sigma[:, None] ** 2 * V - V * values.flip(0)[:rank]).norm(dim=0)
+    return values.flip(0).tolist(), residuals.tolist()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-7])
 @pytest.mark.parametrize("rank", [4, 16, 64, 128])
@@ -140,11 +155,21 @@ def test_an_iteration_stops_when_the_true_deficit_is_below_the_tolerance(
     if method == "krylov":
         found = krylov.block_krylov(operator, rank, block=plan.block, limit=plan.limit, tol=tol, max_steps=100, seed=0)
     else:
-        found = chebyshev_subspace(operator, rank, block=plan.block, tol=tol, max_products=200, seed=0)
+        subspaces = chebyshev_subspaces(operator, rank, block=plan.block, tol=tol, max_products=200, seed=0)
+        found = next(subspace for subspace in subspaces if subspace.deficit(*ritz_values(sigma, subspace, rank)) <= tol)
     basis = torch.linalg.qr(found.V.double())[0]
-    deficit = 1 - float((sigma[:, None] * basis).square().sum() / sigma[:rank].square().sum())
+    captured = torch.linalg.svdvals(sigma[:, None] * basis)[:rank].square().sum()
+    deficit = 1 - float(captured / sigma[:rank].square().sum())
     # the estimate is of second order in the residuals, so it is rough while they are large
     assert deficit <= tol * (3 if tol > 1e-4 else 1)
+
+
+@pytest.mark.parametrize("last", [-1e-8, 0.0, 1e-9])
+@pytest.mark.parametrize("first_round", [False, True])
+def test_a_filter_for_a_wanted_value_that_is_zero_up_to_round_off(last: float, first_round: bool) -> None:
+    degree, sufficient, _ = chebyshev._degree(1e-3, 1e-6, last, 1.0, 1e-6, first_round, 1e4)
+    assert degree == 2, "the first direction grows far more than the last"
+    assert not sufficient
 
 
 def test_restarts_still_converge(monkeypatch: pytest.MonkeyPatch) -> None:
