@@ -110,17 +110,13 @@ std::tuple<Tensor, Tensor, Tensor> chebyshev(const Tensor& weight, const std::op
   if (gram) float_matrix(*H, weight.size(1), weight.size(1));
   const Tensor& operand = gram ? *H : weight;
   int64_t products = 0, pieces = 2, passes = gram ? 0 : 1;
-  const auto result = [&](const Tensor& U, const Tensor& V, const Tensor* found) {
-    const int64_t count = block + rank + 2;
-    Tensor figures = torch::stable::new_empty(start, {count + 1});
-    auto* const to = static_cast<float*>(figures.data_ptr());
-    if (found == nullptr) {
-      std::fill_n(to, count, NAN);
-    } else {
-      std::copy_n(static_cast<const float*>(found->data_ptr()), count, to);
-    }
+  const int64_t count = block + rank + 2;
+  Tensor all_figures = torch::stable::new_empty(start, {count + 1});
+  auto* const to = static_cast<float*>(all_figures.data_ptr());
+  const auto result = [&](const Tensor& U, const Tensor& V, const Tensor& found) {
+    std::copy_n(static_cast<const float*>(found.data_ptr()), count, to);
     to[count] = static_cast<float>(passes);
-    return std::make_tuple(U, V, figures);
+    return std::make_tuple(U, V, all_figures);
   };
   Tensor Z = gram ? aten::mm(*H, start) : rmatmul(weight, start, 3);
   for (bool first_round = true;; first_round = false) {
@@ -132,7 +128,14 @@ std::tuple<Tensor, Tensor, Tensor> chebyshev(const Tensor& weight, const std::op
     const double deficit = estimated_deficit(
         rank, [&](int64_t i) { return values[block - rank + i]; }, [&](int64_t i) { return values[block + i]; },
         values[block - rank - GUARD_VECTORS]);
-    if (std::isnan(deficit) || std::isnan(first)) return result(X, X, nullptr);
+    if (std::isnan(deficit) || std::isnan(first)) {
+      std::fill_n(to, count + 1, NAN);
+      const auto unknown = [&](int64_t rows) {
+        Tensor panel = torch::stable::new_empty(start, {rows, rank});
+        return torch::stable::fill_(panel, NAN);
+      };
+      return {unknown(weight.size(0)), unknown(weight.size(1)), all_figures};
+    }
     const auto evaluate = [&](const Tensor& panel) {
       auto found = triplets(weight, panel, rank, std::nullopt);
       passes += 2;
@@ -146,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> chebyshev(const Tensor& weight, const std::op
     if (met || ends) {
       const auto [found, remaining] = evaluate(X);
       const auto& [U, V, figures] = found;
-      if (!(remaining > tol) || ends) return result(U, V, &figures);
+      if (!(remaining > tol) || ends) return result(U, V, figures);
     }
     const double edge = std::max(smallest, MIN_EDGE * first);
     const double largest = !first_round && (gram || pieces == 3) ? MAX_SPREAD_LATER : MAX_SPREAD;
@@ -156,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> chebyshev(const Tensor& weight, const std::op
     if (sufficient) {
       const auto [found, remaining] = evaluate(Z);
       const auto& [U, V, figures] = found;
-      if (!(remaining > tol)) return result(U, V, &figures);
+      if (!(remaining > tol)) return result(U, V, figures);
     }
     if (!rough) pieces = 3;
     products += degree - 1;

@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> ritz(const Tensor& weight, const Tensor& Z, i
   STD_TORCH_CHECK(rank >= 1 && rank <= panel.cols, "pissa_kernels: rank must be 1 to the panel's columns, got ", rank);
   const auto [Q, pivots] = orthonormal(torch::stable::contiguous(Z));
   Tensor figures = unknown(Q, panel.cols + rank, pivots);
-  if (!resolved(pivots)) return {Q, Q, figures};
+  if (!resolved(pivots)) return {Q, torch::stable::clone(Q), figures};  // results may not share memory
   Tensor HQ = Q, matrix = Q;
   if (gram) {
     HQ = aten::mm(weight, Q);

@@ -134,13 +134,19 @@ def _register_fakes() -> None:
         m, n = weight.shape
         return V.new_empty(m, rank), V.new_empty(n, rank), V.new_empty(V.shape[1] + rank + 2)
 
+    def chebyshev(
+        weight: Tensor, H: Tensor | None, start: Tensor, rank: int, tol: float, max_products: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        m, n = weight.shape
+        return start.new_empty(m, rank), start.new_empty(n, rank), start.new_empty(start.shape[1] + rank + 3)
+
     def gram(weight: Tensor) -> Tensor:
         return weight.new_empty(weight.shape[1], weight.shape[1], dtype=torch.float32)
 
     def sum_of_squares(weights: Tensor) -> Tensor:
         return weights.new_empty(weights.shape[0], dtype=torch.float64)
 
-    products, panels = (matmul, rmatmul, normal), (orthonormalize, chebyshev_filter, ritz, triplets)
+    products, panels = (matmul, rmatmul, normal), (orthonormalize, chebyshev_filter, ritz, triplets, chebyshev)
     for fake in (*products, *panels, gram, sum_of_squares, transpose_cast, subtract_lowrank_):
         torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
 
