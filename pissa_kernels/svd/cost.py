@@ -56,8 +56,9 @@ class Machine:
 
 AVX2_EIGH, AVX512_EIGH = (0.0, 3.3e-8, 5e-11), (8e-7, 2e-8, 5.5e-11)
 MACHINES = {
-    # two threads of an AMD EPYC with AVX2: products in torch, and in csrc
-    "cpu": Machine(flops=1.5e11, products=1.5e11, gram=1.5e11, read=2e-10, call=6e-6, eigh=AVX2_EIGH),
+    # two threads of an AMD EPYC with AVX2: products in torch, and in csrc. Without csrc, operations wait for the
+    # interpreter's lock.
+    "cpu": Machine(flops=1.5e11, products=1.5e11, gram=1.5e11, read=2e-10, call=1e-5, eigh=AVX2_EIGH),
     "cpu avx2": Machine(
         flops=1.5e11, products=1.5e11, gram=1.5e11, read=4.7e-11, call=6e-6, eigh=AVX2_EIGH, min_block=8
     ),
