@@ -227,6 +227,7 @@ class StoppingRule:
         at_this_rate = math.log(self.tol / deficit) / math.log(reduction) if reduction < 1 else math.inf
         expected = math.sqrt(at_best * min(at_this_rate, 2 * at_best))
         # even at the best rate, no check before floor(at_best) − 1 steps can find that a single step remains
+        # convergence accelerates, so that about half as many steps as at this rate are needed
         likely = max(math.floor(0.8 * expected), math.floor(at_this_rate / 2) if reduction < 1 else 0)
         self.next_check = step + max(1, math.floor(at_best) - 1, min(self.check_every, likely))
         return False
