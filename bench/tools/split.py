@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "products": (
         (WeightOperator, "apply"),
         (WeightOperator, "adjoint"),
-        (WeightOperator, "_both"),
+        (WeightOperator, "both"),
         (WeightOperator, "gram"),
         (WeightOperator, "filter"),
         (WeightOperator, "ritz"),

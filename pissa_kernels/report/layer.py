@@ -14,6 +14,7 @@ from ..checks import parse_init
 from ..ops import WEIGHT_DTYPES
 from ..svd.result import Certificate
 from . import strict
+from .quantization import Quantization, quantization_from_dict
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -39,6 +40,7 @@ class LayerReport:
         scaling: the adapter's scaling s.
         init: "pissa" or "pissa_niter_N".
         seed: seed of the sketch.
+        quantization: what quantizing the residual has lost; None for a residual in ``dtype``.
 
     Examples:
         >>> import torch
@@ -69,6 +71,7 @@ class LayerReport:
     scaling: float
     init: str
     seed: int
+    quantization: Quantization | None = None
 
 
 def rank_range(layers: Sequence[LayerReport]) -> str:
@@ -103,7 +106,7 @@ def layer_row(layer: LayerReport) -> list[str]:
 
 def layer_to_dict(layer: LayerReport) -> dict[str, Any]:
     """A JSON object that :func:`layer_from_dict` reads; each float32 is written exactly."""
-    return {
+    record = {
         "name": layer.name,
         "shape": list(layer.shape),
         "dtype": str(layer.dtype).removeprefix("torch."),
@@ -115,6 +118,8 @@ def layer_to_dict(layer: LayerReport) -> dict[str, Any]:
         "singular_values": layer.singular_values.tolist(),
         "certificate": dataclasses.asdict(layer.certificate),
     }
+    # absent elsewhere, so that other versions read the report
+    return record if layer.quantization is None else {**record, "quantization": layer.quantization.to_dict()}
 
 
 def layer_from_dict(record: object, path: str) -> LayerReport:
@@ -127,7 +132,8 @@ def layer_from_dict(record: object, path: str) -> LayerReport:
     Raises:
         ValueError: the record is not such an object; the message names what was found and what is accepted.
     """
-    values = strict.fields(record, path, _LAYER_RULES)
+    quantized = isinstance(record, dict) and "quantization" in record
+    values = strict.fields(record, path, _LAYER_RULES | _QUANTIZED_RULE if quantized else _LAYER_RULES)
     sigma, rank, shape = values["singular_values"], values["rank"], values["shape"]
     if not (len(sigma) == rank <= min(shape)):
         raise ValueError(
@@ -147,6 +153,7 @@ def layer_from_dict(record: object, path: str) -> LayerReport:
         scaling=float(values["scaling"]),
         init=values["init"],
         seed=values["seed"],
+        quantization=quantization_from_dict(values["quantization"], f"{path}.quantization") if quantized else None,
     )
 
 
@@ -178,6 +185,7 @@ _LAYER_RULES = {
     "singular_values": strict.Rule("an array of finite float32 numbers ≥ 0", _is_spectrum),
     "certificate": strict.OBJECT,
 }
+_QUANTIZED_RULE = {"quantization": strict.OBJECT}
 _CERTIFICATE_RULES = {
     "passes": strict.COUNT,
     "energy": strict.NUMBER,

@@ -140,7 +140,7 @@ class WeightOperator:
     def filter(self, X: Tensor, HX: Tensor, edge: float, degree: int, pieces: int) -> Tensor:
         """T_degree(2H/edge − 1)·X."""
         if self.scale != 1.0:
-            return recurrence(lambda panel, split: self._both(panel, split)[1], X, HX, edge, degree, pieces)
+            return recurrence(lambda panel, split: self.both(panel, split)[1], X, HX, edge, degree, pieces)
         self.passes += 2 * (degree - 1)
         result: Tensor = self._body("chebyshev_filter", X)(self.weight, X, HX, edge, degree, pieces)
         return result
@@ -192,7 +192,7 @@ class WeightOperator:
     def project(self, Q: Tensor) -> Projection:
         """QᵀHQ, H·Q and A·Q."""
         # (AQ)ᵀ(AQ), not Qᵀ(HQ), which is less accurate in directions whose singular values are small relative to ‖A‖
-        AQ, HQ = self._both(Q)
+        AQ, HQ = self.both(Q)
         return Projection(AQ.mT @ AQ, HQ, AQ)
 
     def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -223,7 +223,7 @@ class WeightOperator:
             self._bodies[key] = dispatch.bind(verb, self.weight, panel.dtype)
         return self._bodies[key]
 
-    def _both(self, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
+    def both(self, X: Tensor, pieces: int = 3) -> tuple[Tensor, Tensor]:
         """A·X and AᵀA·X."""
         if self.scale != 1.0:  # between the two products as well: the first one may overflow without it
             Y = self.apply(X)

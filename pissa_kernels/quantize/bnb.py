@@ -1,0 +1,219 @@
+"""The formats of bitsandbytes: NF4 and FP4 in blocks, and int8 by rows (Dettmers et al., arXiv 2305.14314, 2208.07339).
+
+bitsandbytes does the arithmetic, so that the codes are those that its layers make and read.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Blocks of the scales that double quantization makes, which bitsandbytes fixes.
+NESTED_BLOCK = 256
+# bitsandbytes stores what belongs to the codes as JSON. Padding it gives it a size that does not depend on its numbers.
+STATE_BYTES = 256
+MAX_8BIT = 127.0
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """NF4 or FP4.
+
+    Attributes:
+        kind: "nf4" or "fp4".
+        block: elements that share a scale.
+        double: whether the scales are quantized too, to 8 bits.
+        storage: dtype as which a checkpoint stores the codes.
+    """
+
+    kind: str = "nf4"
+    block: int = 64
+    double: bool = False
+    storage: torch.dtype = torch.uint8
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, blocks of {self.block}{', double quantization' if self.double else ''}"
+
+    def quantize(self, weight: Tensor, dtype: torch.dtype) -> PackedFourBit:
+        """Quantize a weight (m, n) float32 that a layer dequantizes to ``dtype``."""
+        functional = _functional()
+        self.layout((weight.shape[0], weight.shape[1]))
+        codes, state = functional.quantize_4bit(
+            weight,
+            blocksize=self.block,
+            compress_statistics=self.double,
+            quant_type=self.kind,
+            quant_storage=self.storage,
+        )
+        state.dtype = dtype
+        return PackedFourBit(codes, state)
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor that a checkpoint stores."""
+        elements = shape[0] * shape[1]
+        if elements % (2 * self.storage.itemsize):
+            raise ValueError(f"{self.kind} packs pairs of values into {self.storage}, and the weight has {elements}")
+        blocks = -(-elements // self.block)
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight": (self.storage, (elements // 2 // self.storage.itemsize, 1)),
+            "weight.absmax": (torch.uint8 if self.double else torch.float32, (blocks,)),
+            "weight.quant_map": (torch.float32, (16,)),
+            f"weight.quant_state.bitsandbytes__{self.kind}": (torch.uint8, (STATE_BYTES,)),
+        }
+        if self.double:
+            layout["weight.nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK),))
+            layout["weight.nested_quant_map"] = (torch.float32, (256,))
+        return layout
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> PackedFourBit:
+        """The weight whose tensors a checkpoint holds."""
+        functional = _functional()
+        statistics = {key: value for key, value in tensors.items() if key != "weight"}
+        try:
+            state = functional.QuantState.from_dict(dict(statistics), device=tensors["weight"].device)
+        except (KeyError, ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"its quantization state is damaged: {type(error).__name__} {error}") from None
+        return PackedFourBit(tensors["weight"], state)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedFourBit:
+    """A weight in NF4 or FP4.
+
+    Attributes:
+        codes: (m·n/2, 1), two codes in a byte.
+        state: bitsandbytes' ``QuantState``: scales, and the dtype to dequantize to.
+    """
+
+    codes: Tensor
+    state: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.state.shape
+        return m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.state.dtype
+        return dtype
+
+    def dequantize(self) -> Tensor:
+        """The values (m, n)."""
+        values: Tensor = _functional().dequantize_4bit(self.codes, self.state)
+        return values
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores."""
+        found: dict[str, Tensor] = {"weight": self.codes}
+        for key, value in self.state.as_dict(packed=True).items():
+            # JSON may end in spaces
+            found[f"weight.{key}"] = _padded(value) if key.startswith("quant_state.") else value
+        return found
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """int8 with a scale for each row, as ``Linear8bitLt`` has it."""
+
+    @property
+    def name(self) -> str:
+        return "int8, a scale for each row"
+
+    def quantize(self, weight: Tensor, dtype: torch.dtype) -> PackedEightBit:
+        """Quantize a weight (m, n) float32 that a layer dequantizes to ``dtype``. bitsandbytes rounds it to float16."""
+        half = weight.to(torch.float16)
+        if not bool(half.isfinite().all()):
+            raise ValueError("int8 rounds the weight to float16 first, whose range it exceeds")
+        codes, scales, _ = _functional().int8_vectorwise_quant(half)
+        return PackedEightBit(codes, scales, dtype)
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor that a checkpoint stores."""
+        return {
+            "weight": (torch.int8, shape),
+            "SCB": (torch.float32, (shape[0],)),
+            "weight_format": (torch.uint8, ()),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> PackedEightBit:
+        """The weight whose tensors a checkpoint holds. It says nothing of the dtype to dequantize to."""
+        if tensors["SCB"].shape != tensors["weight"].shape[:1]:
+            raise ValueError(f"SCB has shape {tuple(tensors['SCB'].shape)}, not one value for each row")
+        return PackedEightBit(tensors["weight"], tensors["SCB"], dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedEightBit:
+    """A weight in int8.
+
+    Attributes:
+        codes: (m, n) int8.
+        scales: (m,) float32, the largest absolute value of each row.
+        dtype: dtype to dequantize to.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.codes.shape
+        return m, n
+
+    def dequantize(self) -> Tensor:
+        """The values (m, n)."""
+        return (self.codes.float() * (self.scales / MAX_8BIT)[:, None]).to(self.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores; format 0 is by rows."""
+        return {
+            "weight": self.codes,
+            "SCB": self.scales,
+            "weight_format": torch.zeros((), dtype=torch.uint8),
+        }
+
+
+def _padded(state: Tensor) -> Tensor:
+    """bitsandbytes' JSON, in its shortest form, padded to :data:`STATE_BYTES`."""
+    text = json.dumps(json.loads(bytes(state.tolist())), separators=(",", ":")).encode()
+    if len(text) > STATE_BYTES:
+        raise ValueError(f"the quantization state takes {len(text)} bytes, more than {STATE_BYTES}")
+    return torch.frombuffer(bytearray(text.ljust(STATE_BYTES)), dtype=torch.uint8)
+
+
+def _functional() -> Any:
+    """``bitsandbytes.functional``."""
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"quantized weights need bitsandbytes ({error}): pip install 'pissa-kernels[quantize]'", name="bitsandbytes"
+        ) from None
+    return bitsandbytes.functional
+
+
+def standard_state(codes: Tensor, state: Any) -> PackedFourBit:
+    """Codes and state in the order of a checkpoint, from those that a forward pass on a CPU may have packed otherwise.
+
+    On CPUs with AVX512-BF16, bitsandbytes replaces the codes by others in the order of its kernel, and the scales by
+    bfloat16 ones, at the first forward pass in evaluation mode. Nothing of the layer is changed here.
+    """
+    if not getattr(state, "packing_format_for_cpu", False):
+        return PackedFourBit(codes, state)
+    functional = _functional()
+    scales = state.absmax.T.reshape(-1).float()  # they are transposed, besides
+    state = copy.copy(state)
+    state.original_nested = False  # the scales were rounded to bfloat16, and double quantization would round them again
+    codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+    state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
+    return PackedFourBit(codes, state)

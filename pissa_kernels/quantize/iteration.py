@@ -1,0 +1,148 @@
+"""W ≈ W_q + s·B·A: a quantized residual W_q and a 16-bit adapter (QPiSSA, Meng et al. 2024, arXiv 2404.02948, §4).
+
+Each iteration takes A and B from the leading triplets of W − W_q, the W_q of the iteration before (0 at first), and
+quantizes the residual that they leave: W_q = Q(W − s·B·A), with A and B as they are stored. W − W_q changes by the
+error of a quantization, so its triplets are found from those of the iteration before (:mod:`pissa_kernels.svd.warm`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..numerics import exact_arithmetic
+from ..pissa import Factors, Recipe, rounded_factors, tolerance
+from ..report.quantization import Quantization
+from ..svd.driver import solve_batch
+from ..svd.warm import WarmStart
+from .scheme import Packed, Scheme
+
+Iterations = int | Literal["auto"]
+# Of the paper.
+DEFAULT_ITERATIONS = 5
+# Share of ‖W − Q(W)‖_F that an iteration has to gain for "auto" to go on, and the most that it makes.
+LEAST_GAIN = 0.005
+MOST_AUTOMATIC = 20
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedFactors(Factors):
+    """A and B, and the residual beside them.
+
+    Attributes:
+        packed: W_q.
+        quantization: what has been lost.
+    """
+
+    packed: Packed
+    quantization: Quantization
+
+
+def check_iterations(iterations: object) -> Iterations:
+    """The number of iterations.
+
+    Raises:
+        ValueError: neither an integer ≥ 1 nor "auto".
+    """
+    if iterations == "auto" or (type(iterations) is int and iterations >= 1):
+        return iterations
+    raise ValueError(f"quant_iterations must be an integer ≥ 1 or 'auto', got {iterations!r}")
+
+
+def quantized_factors(
+    weight: Tensor,
+    recipe: Recipe,
+    scheme: Scheme,
+    iterations: Iterations = DEFAULT_ITERATIONS,
+    *,
+    adapter_dtype: torch.dtype | None = None,
+    nuclear: bool = False,
+) -> QuantizedFactors:
+    """Adapter and quantized residual of a weight that has passed the checks of :mod:`pissa_kernels.checks`.
+
+    An iteration counts only if ‖W − W_q − s·B·A‖_F falls; the first that does not ends the loop.
+
+    Args:
+        weight: (out, in) in the dtype that a layer dequantizes to, any strides; only read.
+        recipe: rank, scaling, accuracy and seed.
+        scheme: the format.
+        iterations: number of iterations, or "auto" to go on while an iteration gains half a percent of
+            ‖W − Q(W)‖_F.
+        adapter_dtype: dtype that will store A and B; by default the weight's.
+        nuclear: whether to measure nuclear norms as well, by full SVDs.
+
+    Raises:
+        ValueError: NaN or Inf in the weight; A, B or the residual leave their range; the format cannot hold the shape.
+    """
+    dtype = weight.dtype  # that a layer dequantizes to
+    tol = tolerance(dtype)
+    wide = weight.float().contiguous()
+    scratch = torch.empty_like(wide)
+    plain = wide - scheme.quantize(wide, dtype).dequantize()
+    without, nuclear_without = _norm(plain), _nuclear(plain) if nuclear else None
+    del plain
+    most = MOST_AUTOMATIC if iterations == "auto" else iterations
+    best, error, start = None, float("inf"), None
+    left = weight
+    for iteration in range(1, most + 1):
+        if start is None:
+            svd = solve_batch([left], recipe.rank, tol=tol, niter=recipe.niter, seed=recipe.seed)[0]
+            start = WarmStart(svd, recipe.seed) if most > 1 else None
+        else:
+            svd = start.solve(left, tol, certify=iteration == most or iterations == "auto")
+        factors = rounded_factors([left], [svd], [recipe.scaling], adapter_dtype or dtype)[0]
+        residual = _subtracted(wide, factors, recipe.scaling, scratch)
+        packed = scheme.quantize(residual, dtype)
+        values = packed.dequantize()
+        residual -= values
+        found = _norm(residual)
+        if not found < error:
+            break
+        gained, error = error - found, found
+        quantization = Quantization(scheme.name, error, without, iteration)
+        best = QuantizedFactors(**vars(factors), packed=packed, quantization=quantization)
+        if iterations == "auto" and gained < LEAST_GAIN * without:
+            break
+        if iteration < most:
+            left = torch.sub(wide, values, out=scratch).to(weight.dtype)
+    assert best is not None
+    if nuclear:
+        residual = _subtracted(wide, best, recipe.scaling, scratch).sub_(best.packed.dequantize())
+        measured = replace(best.quantization, nuclear_error=_nuclear(residual), nuclear_error_without=nuclear_without)
+        best = replace(best, quantization=measured)
+    return best
+
+
+def quantized_residual(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, scheme: Scheme) -> Packed:
+    """Q(W − s·B·A) for given factors: the same codes as those that :func:`quantized_factors` found with them.
+
+    Args:
+        weight: (out, in) in the dtype that a layer dequantizes to.
+        lora_A: (r, in) float32.
+        lora_B: (out, r) float32.
+        scaling: s.
+        scheme: the format.
+    """
+    residual = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    with exact_arithmetic(weight.device):
+        ops.subtract_lowrank_(residual, lora_B, lora_A, scaling)
+    return scheme.quantize(residual, weight.dtype)
+
+
+def _subtracted(wide: Tensor, factors: Factors, scaling: float, out: Tensor) -> Tensor:
+    out.copy_(wide)
+    with exact_arithmetic(wide.device):
+        ops.subtract_lowrank_(out, factors.lora_B, factors.lora_A, scaling)
+    return out
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix))
+
+
+def _nuclear(matrix: Tensor) -> float:
+    return float(torch.linalg.svdvals(matrix).sum(dtype=torch.float64))
