@@ -101,11 +101,6 @@ class PackedFourBit:
         m, n = self.state.shape
         return m, n
 
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.state.dtype
-        return dtype
-
     def dequantize(self) -> Tensor:
         """The values (m, n)."""
         values: Tensor = _functional().dequantize_4bit(self.codes, self.state)
@@ -129,12 +124,12 @@ class EightBit:
         return "int8, a scale for each row"
 
     def quantize(self, weight: Tensor, dtype: torch.dtype) -> PackedEightBit:
-        """Quantize a weight (m, n) float32 that a layer dequantizes to ``dtype``. bitsandbytes rounds it to float16."""
+        """Quantize a weight (m, n) float32. bitsandbytes rounds it to float16, and its layers compute with the codes."""
         half = weight.to(torch.float16)
         if not bool(half.isfinite().all()):
             raise ValueError("int8 rounds the weight to float16 first, whose range it exceeds")
         codes, scales, _ = _functional().int8_vectorwise_quant(half)
-        return PackedEightBit(codes, scales, dtype)
+        return PackedEightBit(codes, scales)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor that a checkpoint stores."""
@@ -144,11 +139,11 @@ class EightBit:
             "weight_format": (torch.uint8, ()),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> PackedEightBit:
-        """The weight whose tensors a checkpoint holds. It says nothing of the dtype to dequantize to."""
+    def unpack(self, tensors: Mapping[str, Tensor]) -> PackedEightBit:
+        """The weight whose tensors a checkpoint holds."""
         if tensors["SCB"].shape != tensors["weight"].shape[:1]:
             raise ValueError(f"SCB has shape {tuple(tensors['SCB'].shape)}, not one value for each row")
-        return PackedEightBit(tensors["weight"], tensors["SCB"], dtype)
+        return PackedEightBit(tensors["weight"], tensors["SCB"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +153,10 @@ class PackedEightBit:
     Attributes:
         codes: (m, n) int8.
         scales: (m,) float32, the largest absolute value of each row.
-        dtype: dtype to dequantize to.
     """
 
     codes: Tensor
     scales: Tensor
-    dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -171,8 +164,8 @@ class PackedEightBit:
         return m, n
 
     def dequantize(self) -> Tensor:
-        """The values (m, n)."""
-        return (self.codes.float() * (self.scales / MAX_8BIT)[:, None]).to(self.dtype)
+        """The values (m, n), float32."""
+        return self.codes.float() * (self.scales / MAX_8BIT)[:, None]
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores; format 0 is by rows."""

@@ -14,14 +14,13 @@ class Packed(Protocol):
 
     Attributes:
         shape: (m, n).
-        dtype: dtype that the values are dequantized to when a layer computes with them.
     """
 
-    shape: tuple[int, int]
-    dtype: torch.dtype
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     def dequantize(self) -> Tensor:
-        """The values (m, n) that a layer computes with, in ``dtype``, in memory of their own."""
+        """The values (m, n) that a layer computes with, in memory of their own and the dtype that it takes them in."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores, by what follows the module's name and a dot, such as "weight.absmax"."""
@@ -42,7 +41,7 @@ class Scheme(Protocol):
 
         Args:
             weight: (m, n) float32, contiguous, finite.
-            dtype: dtype that a layer dequantizes to.
+            dtype: dtype of the model, which a layer dequantizes to if its format says so.
 
         Raises:
             ValueError: the format cannot hold a weight of this shape or these values.

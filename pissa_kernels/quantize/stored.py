@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .bnb import EightBit, FourBit
@@ -29,19 +28,18 @@ class StoredWeight:
     kind: str
     keys: dict[str, str]
 
-    def read(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Packed:
+    def read(self, read: Callable[[str], Tensor]) -> Packed:
         """The weight.
 
         Args:
             read: reads the tensor of a key.
-            dtype: dtype of the model, for int8, which does not store the dtype to dequantize to.
 
         Raises:
             ValueError: the tensors do not belong together; the message names the module.
         """
         tensors = {suffix: read(key) for suffix, key in self.keys.items()}
         try:
-            return EightBit().unpack(tensors, dtype) if self.kind == "int8" else FourBit().unpack(tensors)
+            return EightBit().unpack(tensors) if self.kind == "int8" else FourBit().unpack(tensors)
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"module {self.module!r}: its quantized weight is damaged: {error}") from None
 
