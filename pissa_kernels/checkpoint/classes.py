@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..adapter.tensors import tensors_of_parameters as tensors_of
 from ..files.folder import Checkpoint
 from .config import is_model_class, making_model
 
@@ -110,21 +110,5 @@ def _classes_of(config: Any) -> list[type]:
 
 
 def tensors_of_parameters(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Keys of the tensors that transformers loads into each parameter.
-
-    Returns:
-        By parameter: the tensors that it loads unchanged, and those that it transforms (such as experts that it fuses).
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
-    parameters = model.state_dict()
-    plain: dict[str, list[str]] = defaultdict(list)
-    transformed: dict[str, list[str]] = defaultdict(list)
-    for key in checkpoint.tensors():
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        (plain if converter is None else transformed)[name].append(key)
-    return plain, transformed
+    """:func:`pissa_kernels.adapter.tensors.tensors_of_parameters` of a checkpoint's tensors."""
+    return tensors_of(model, checkpoint.tensors(), model.state_dict())

@@ -119,7 +119,7 @@ def _record(batch: list[LayerJob], certificates: list[Certificate], read: HostCo
     kept = _unstacked(stored, certificates)
     for job, factors, first, second in zip(batch, kept, before, after, strict=True):
         first, second = (elements.to(torch.float32, copy=True) for elements in (first, second))
-        emit(job, job.record(factors, first, second, seconds))
+        emit(job, job.record(factors, first, second, seconds, job.weight.dtype))
 
 
 def _streamed(batches: Sequence[list[LayerJob]], device: torch.device, emit: Emit, stop: threading.Event) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import state
-from .record import InitRecord, forgotten, records, set_records
+from .quantized import values_of
+from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
 from .record import remember as keep
 from .state import COPIES, TERMS, Factors, Terms, label, variant_name
 
@@ -147,6 +148,36 @@ def forget(layer: Any, adapter: str) -> None:
     """Drop the record of an adapter that is gone; what it has subtracted stays recorded."""
     set_records(layer, forgotten(records(layer), adapter))
     attach(layer)
+
+
+def adopt(layer: Any, adapter: str) -> None:
+    """Take over the records of a bare module that holds a residual, and drop records of a weight that is gone.
+
+    The module was unloaded by PEFT's recipe, which keeps the residual.
+
+    Args:
+        layer: the LoRA layer of the module.
+        adapter: name of the adapter that it gets.
+
+    Raises:
+        ValueError: the stored weight is not what the records say.
+    """
+    base = layer.get_base_layer()
+    if not records(layer):
+        if not records(base):
+            return
+        set_records(layer, records(base))
+        attach(layer)
+    set_records(base, [])
+    if state.is_known(layer):
+        return
+    first, weight = records(layer)[0], values_of(base)
+    # the original weight again, loaded over the residual
+    replaced = matches(first.before, fingerprint(weight), (first.report.dtype, weight.dtype), other=first.after)
+    if replaced and not any(name != adapter for name in layer.lora_A):
+        drop(layer)
+    else:
+        state.check_known(layer)
 
 
 def restore_(layer: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from ..adapter.layers import lora_layers
 from . import forward, merging, state
 from .additions import check_init
+from .quantized import is_quantized
 from .record import GONE, InitRecord, records, set_records
 from .replicated import check_separate
 from .state import adapted_layers
@@ -185,6 +186,7 @@ def unload_and_optionally_merge(
             state.check_known(layer)
             if not merge:
                 _check_one_residual(layer)
+                _check_kept(layer)
         model = type(tuner)._unload_and_optionally_merge(
             tuner, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -203,6 +205,13 @@ def _check_one_residual(layer: Any) -> None:
             f"{state.label(layer)}: the adapters {names} have init_lora_weights=True, so that unload() keeps the "
             "residual of each, but these differ. Set it for one of them, or delete the others first"
         )
+
+
+def _check_kept(layer: Any) -> None:
+    """Refuse to take the residual from a quantized weight, unless that is what ``unload`` keeps."""
+    if is_quantized(layer.get_base_layer()) and not layer.merged:
+        wanted = _of_recipe(layer)
+        state.check_own(layer, wanted[0] if wanted else None)
 
 
 # The base model, in which transformers and diffusers make adapters of their own

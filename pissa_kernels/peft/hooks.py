@@ -146,7 +146,7 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
         configs = self.peft_config
         check_addition(model, adapter_name, configs[adapter_name], loading=loading.get() is not None)
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
-        injection = Injection(Ties(model, replicated=replicated))
+        injection = Injection(Ties(model, replicated=replicated), model)
         try:
             with resident(model, adapter_name), removed_on_failure(model, adapter_name, injection):
                 with injected(injection, configs[adapter_name], model, adapter_name):

@@ -13,8 +13,13 @@ from ..pissa import Recipe
 from .layer import LayerJob
 from .notices import Notices
 from .offload import is_offloaded
+from .originals import Dequantized
+from .quantized import is_quantized
+from .quantized_layer import Quantizing, quantized_job
 from .record import InitRecord
 from .ties import Ties
+
+NO_ORIGINALS = Quantizing()
 
 
 def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
@@ -62,6 +67,8 @@ def prepare(
     ties: Ties | None = None,
     given: InitRecord | None = None,
     notices: Notices | None = None,
+    model: nn.Module | None = None,
+    quantizing: Quantizing = NO_ORIGINALS,
 ) -> LayerJob | None:
     """Run all checks that need no arithmetic. The arguments of a caller are checked here, and nowhere below.
 
@@ -72,6 +79,8 @@ def prepare(
         ties: parameters of the model that share memory. With it, a weight that the model uses twice is refused.
         given: initial factors that a trained adapter was saved with.
         notices: collects what the caller warns of; without it, the warning is given here.
+        model: the model that PEFT adapts, for the names of its tensors in a checkpoint.
+        quantizing: the originals of quantized weights.
 
     Returns:
         The job; None where the layer is left as it is.
@@ -92,16 +101,21 @@ def prepare(
             if notices is None:
                 told.warn()
             return None
-        check_weight(weight)
+        if is_quantized(base):
+            job = quantized_job(job, model, quantizing)
+            if isinstance(quantizing.originals, Dequantized) and notices is not None:
+                notices.dequantized.append(job.label)
+        else:
+            check_weight(weight)
         if is_parametrized(base, "weight") or "weight" not in base._parameters:
             raise ValueError(
                 "the weight is computed from other parameters (a parametrization, weight_norm, FSDP's flat parameter) "
                 "and cannot hold a residual"
             )
-        if ops.has_overlap(weight):
+        if weight.is_floating_point() and ops.has_overlap(weight):
             raise ValueError(f"elements of the weight share memory (strides {weight.stride()}); clone it first")
         _check_unshared(base, ties)
-        check_rank(recipe.rank, weight.shape)
+        check_rank(recipe.rank, job.shape)
         check_scaling(recipe.scaling)
         _check_adapter(job)
     return job
@@ -118,7 +132,7 @@ def _check_not_offloaded(base: nn.Module) -> None:
 
 
 def _check_adapter(job: LayerJob) -> None:
-    (out_features, in_features), rank = job.view.shape, job.recipe.rank
+    (out_features, in_features), rank = job.shape, job.recipe.rank
     lora_A, lora_B = job.layer.lora_A[job.adapter].weight, job.layer.lora_B[job.adapter].weight
     found, expected = (tuple(lora_A.shape), tuple(lora_B.shape)), ((rank, in_features), (out_features, rank))
     if lora_A.numel() and lora_B.numel() and found != expected:

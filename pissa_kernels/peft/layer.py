@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,11 @@ from ..checks import layer_context
 from ..numerics import exact_arithmetic
 from ..pissa import Factors, Recipe, principal_factors
 from ..report import LayerReport
+from ..report.quantization import Quantization
 from ..svd.cost import machine_of, workspace
 from . import forward, state
-from .record import InitRecord, fingerprint, matches, of_adapter, records, set_records
+from .quantized import matrix_shape
+from .record import InitRecord, fingerprint, matches, of_adapter, records
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +57,26 @@ class LayerJob:
         return self.weight.mT if self.transposed else self.weight
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out_features, in_features = self.view.shape
+        return out_features, in_features
+
+    @property
     def label(self) -> str:
         """The layer in messages."""
         name = f"layer {self.name!r}" if self.name else f"a {type(self.layer.get_base_layer()).__name__} layer"
-        return f"{name}, weight {tuple(self.weight.shape)}"
+        return f"{name}, weight {matrix_shape(self.layer.get_base_layer())}"
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Dtype that stores A and B."""
+        return self.weight.dtype
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether layers like this one are decomposed together on a GPU."""
+        return True
 
     @property
     def changes_weight(self) -> bool:
@@ -77,8 +95,16 @@ class LayerJob:
         self._adapter()[1].data.zero_()
         return replace(self, deferred=True)
 
-    def run(self) -> LayerReport:
+    def backup(self) -> Callable[[], object]:
+        """A function that makes the weight what it is now."""
+        layer, values = self.layer, self.weight.to("cpu", copy=True)
+        return lambda: layer.get_base_layer().weight.data.copy_(values)
+
+    def run(self, device: torch.device | None = None) -> LayerReport:
         """Decompose the weight and write A, B and the residual. After an exception the layer is unchanged.
+
+        Args:
+            device: where a quantized weight is decomposed; None for its own device.
 
         Raises:
             RuntimeError, MemoryError: with the name of the layer.
@@ -87,7 +113,11 @@ class LayerJob:
         """
         began = time.perf_counter()
         with layer_context(self.label):
-            return self.reuse_previous() or self.write(principal_factors(self.view, self.recipe), began)
+            return self.reuse_previous() or self._start(began, device)
+
+    def _start(self, began: float, device: torch.device | None) -> LayerReport:
+        """Decompose an original weight."""
+        return self.write(principal_factors(self.view, self.recipe), began)
 
     def reuse_previous(self) -> LayerReport | None:
         """Do what no batch can: use earlier factors, or keep the weight of a layer that has a subtraction already.
@@ -110,40 +140,24 @@ class LayerJob:
         if self.layer.merged:
             merged = ", ".join(map(repr, self.layer.merged_adapters))
             raise ValueError(f"the adapter {merged} is merged into the weight; call unmerge_adapter() first")
-        self._adopt()
+        forward.adopt(self.layer, self.adapter)
         for record in reversed(records(self.layer)):
             if self._repeats(record):
                 return self._share(record)
         if records(self.layer):
             if any(name != self.adapter for name in self.layer.lora_A):
                 return self._beside(began)
-            forward.restore_(self.layer)
-        if self.given is None:
-            return None
+            self._restore()
+        return None if self.given is None else self._repeat(self.given, began)
+
+    def _restore(self) -> None:
+        """Make the weight of a layer that only this adapter is left on an original one again."""
+        forward.restore_(self.layer)
+
+    def _repeat(self, given: InitRecord, began: float) -> LayerReport:
+        """Take the residual against the given factors."""
         self._check_given(fingerprint(self.weight).double())
-        return self.write(self._given_factors(), began, dtype=self.given.lora_A.dtype)
-
-    def _adopt(self) -> None:
-        """Take over the records of a bare module that holds a residual, and drop records of a weight that is gone.
-
-        The module was unloaded by PEFT's recipe, which keeps the residual.
-        """
-        base, weight = self.layer.get_base_layer(), self.weight
-        if not records(self.layer):
-            if not records(base):
-                return
-            set_records(self.layer, records(base))
-            forward.attach(self.layer)
-        set_records(base, [])
-        if state.is_known(self.layer):
-            return
-        first = records(self.layer)[0]
-        # the original weight again, loaded over the residual
-        replaced = matches(first.before, fingerprint(weight), (first.report.dtype, weight.dtype), other=first.after)
-        if replaced and not any(name != self.adapter for name in self.layer.lora_A):
-            forward.drop(self.layer)
-        else:
-            state.check_known(self.layer)
+        return self.write(self._given_factors(), began, dtype=given.lora_A.dtype)
 
     def _share(self, record: InitRecord) -> LayerReport:
         self.set_adapter(record.lora_A, record.lora_B)
@@ -163,7 +177,8 @@ class LayerJob:
         original = state.weight_of(self.layer, None)
         view = original.mT if self.transposed else original
         if self.given is None:
-            factors, dtype = principal_factors(view, self.recipe), self.weight.dtype
+            dtype = self.adapter_dtype
+            factors = principal_factors(view, self.recipe, dtype)
         else:
             self._check_given(state.original_fingerprint(self.layer))
             factors, dtype = self._given_factors(), self.given.lora_A.dtype
@@ -173,8 +188,8 @@ class LayerJob:
         product = state.sampled(original, (lora_A, lora_B), self.transposed)
         with self.restored_on_failure():
             self.set_adapter(factors.lora_A, factors.lora_B)
-        after = (before.double() - self.recipe.scaling * product).to(self.weight.dtype).float()
-        return self.record(kept, before, after, time.perf_counter() - began, shared=True)
+        after = (before.double() - self.recipe.scaling * product).to(original.dtype).float()
+        return self.record(kept, before, after, time.perf_counter() - began, original.dtype, shared=True)
 
     def _given_factors(self) -> Factors:
         assert self.given is not None
@@ -225,10 +240,18 @@ class LayerJob:
             else:
                 with exact_arithmetic(weight.device):
                     ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, scaling, self.transposed)
-        return self.record(kept, before, fingerprint(weight), time.perf_counter() - began)
+        return self.record(kept, before, fingerprint(weight), time.perf_counter() - began, weight.dtype)
 
     def record(
-        self, factors: Factors, before: Tensor, after: Tensor, seconds: float, *, shared: bool = False
+        self,
+        factors: Factors,
+        before: Tensor,
+        after: Tensor,
+        seconds: float,
+        dtype: torch.dtype,
+        *,
+        shared: bool = False,
+        quantization: Quantization | None = None,
     ) -> LayerReport:
         """Record an initialization that has been written.
 
@@ -236,28 +259,27 @@ class LayerJob:
             factors: on the CPU, in memory of their own: A and B in the dtype that stores the adapter.
             before, after: fingerprints of W and of W_res.
             seconds: time that the layer has taken.
+            dtype: of W.
             shared: whether nothing was subtracted from the weight.
+            quantization: what quantizing the residual has lost.
         """
-        report = self._report(factors, seconds)
-        initial = (self.adapter, factors.lora_A, factors.lora_B, report, before, after, shared)
-        forward.remember(self.layer, InitRecord(*initial))
-        return report
-
-    def _report(self, factors: Factors, seconds: float) -> LayerReport:
-        weight = self.weight
-        out_features, in_features = (weight.mT if self.transposed else weight).shape
-        return LayerReport(
+        out_features, in_features = self.shape
+        report = LayerReport(
             name=self.name or f"{type(self.layer.get_base_layer()).__name__}({in_features}, {out_features})",
             shape=(out_features, in_features),
             rank=self.recipe.rank,
             certificate=factors.certificate,
             seconds=seconds,
             singular_values=factors.singular_values,
-            dtype=weight.dtype,
+            dtype=dtype,
             scaling=self.recipe.scaling,
             init=self.recipe.init,
             seed=self.recipe.seed,
+            quantization=quantization,
         )
+        initial = (self.adapter, factors.lora_A, factors.lora_B, report, before, after, shared)
+        forward.remember(self.layer, InitRecord(*initial))
+        return report
 
     def _adapter(self) -> tuple[Tensor, Tensor]:
         return self.layer.lora_A[self.adapter].weight, self.layer.lora_B[self.adapter].weight

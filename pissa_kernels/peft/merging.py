@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from . import state
+from .quantized import copied, is_quantized, put, scheme_of
 
 _MERGED = "pissa_merged"
+# The packed weight before the merge.
+_BEFORE = "pissa_packed"
 # Relative difference of scalings that are equal: PEFT multiplies and divides them, or makes float32 tensors of them.
 SCALING_TOLERANCE = 1e-6
 
@@ -28,6 +31,9 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
         method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
         return
     check_merge(layer, new)
+    if is_quantized(layer.get_base_layer()):
+        _merge_quantized(layer, new, safe_merge)
+        return
     change = _change(layer, merged, [*merged, *new])
     weight = layer.get_base_layer().weight
     backup = weight.data.clone(memory_format=torch.preserve_format) if safe_merge or any(change) else None
@@ -47,12 +53,41 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
 def unmerge(layer: Any) -> None:
     """``LoraLayer.unmerge``: with the scalings of the merge; then subtract what was subtracted before it."""
     merged = [name for name in layer.merged_adapters if name in layer.lora_A]
+    if _BEFORE in layer.__dict__:
+        put(layer.get_base_layer(), layer.__dict__.pop(_BEFORE))
+        layer.merged_adapters.clear()
+        return
     with _as_merged(layer, merged):
         type(layer).unmerge(layer)
     layer.__dict__.pop(_MERGED, None)
     found = state.terms(layer)
     change = _change(layer, merged, ())
     state.add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
+
+
+def _merge_quantized(layer: Any, new: Sequence[str], safe_merge: bool) -> None:
+    """Quantize W + Σ ΔW_j of all merged adapters. The codes before it are kept for :func:`unmerge`.
+
+    PEFT adds one adapter after another to the dequantized weight, and quantizes each sum.
+    """
+    base = layer.get_base_layer()
+    before = layer.__dict__.get(_BEFORE) or copied(base)
+    merged = [*layer.merged_adapters, *new]
+    found = state.terms(layer)
+    change = [then - now for then, now in zip(found.subtracted, _subtracted(found, merged), strict=True)]
+    total = before.dequantize()
+    dtype = total.dtype
+    total = total.float()
+    state.add_(total, found.factors, change, transposed=False)
+    for name in merged:
+        total += layer.get_delta_weight(name).to(total.device, torch.float32)
+    if safe_merge and not bool(total.isfinite().all()):
+        raise ValueError(f"{state.label(layer)}: NaN or Inf in the merged weight; an adapter of {merged} is broken")
+    scheme = scheme_of(base)
+    assert scheme is not None
+    put(base, scheme.quantize(total, dtype))
+    layer.__dict__[_BEFORE] = before
+    layer.merged_adapters[:] = merged
 
 
 @contextlib.contextmanager
@@ -95,6 +130,13 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
                 f"taken with {recorded:g}. Set it back before the merge (set_scale({name!r}, 1) on each layer)"
             )
     merged = [*layer.merged_adapters, *names]
+    if is_quantized(layer.get_base_layer()):
+        special = [name for name in merged if name in layer.lora_variant or layer.lora_bias.get(name)]
+        if special:
+            raise ValueError(
+                f"{state.label(layer)}: the adapter {special[0]!r} is more than a product B·A, and is not merged into "
+                "a quantized weight here. Keep it unmerged"
+            )
     subtracted = _subtracted(found, merged)
     variants = [name for name in merged if name in layer.lora_variant and not found.is_own(name, subtracted)]
     if variants:

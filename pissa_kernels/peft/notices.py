@@ -17,12 +17,14 @@ class Notices:
         limited: layers that are too small for the rank, each with the rank that it got.
         read_elsewhere: layers whose weight another module reads under some condition, each with that module.
         plain: layers for which PEFT has no PiSSA.
+        dequantized: layers whose dequantized weight is taken for the original one.
     """
 
     left_alone: list[str] = field(default_factory=list)
     limited: list[str] = field(default_factory=list)
     read_elsewhere: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
+    dequantized: list[str] = field(default_factory=list)
 
     def warn(self) -> None:
         """Give the warnings, and forget them."""
@@ -47,6 +49,11 @@ class Notices:
             (
                 self.plain,
                 "PEFT initializes an adapter of this kind of layer as plain LoRA, not as PiSSA",
+            ),
+            (
+                self.dequantized,
+                "original='dequantized': the dequantized weight is taken for the original one, and quantizing its "
+                "residual loses more than leaving it as it was. Pass the 16-bit checkpoint if there is one",
             ),
         ):
             if names:

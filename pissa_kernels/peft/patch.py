@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations, check_iterations
 from ..report import LayerReport, Report
 from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
@@ -29,6 +31,8 @@ from .hooks import hooks, install, remove_ended
 from .initialize import prepare
 from .layer import LayerJob
 from .load import loading
+from .originals import open_originals
+from .quantized_layer import Quantizing
 from .scope import can_be_deferred, injecting, replacing
 
 _lock = threading.RLock()
@@ -43,6 +47,9 @@ def patch_peft(
     device: torch.device | str | None = None,
     memory_budget: int | None = None,
     progress: bool = True,
+    original: str | os.PathLike[str] | None = None,
+    quant_iterations: Iterations = DEFAULT_ITERATIONS,
+    nuclear_norms: bool = False,
 ) -> PatchedPeft:
     """Let PEFT's ``init_lora_weights="pissa"`` and ``"pissa_niter_N"`` run this package's initializer.
 
@@ -62,14 +69,22 @@ def patch_peft(
         memory_budget: bytes to use beyond the model and the adapter, on each device; None for half of what is free
             there. A smaller budget means fewer layers at once.
         progress: show a progress bar where stderr is a terminal and tqdm is installed.
+        original: the 16-bit weights of layers that bitsandbytes has quantized (4 or 8 bits): the folder of the
+            checkpoint that the model was quantized from, or the name of a repository whose snapshot is in the local
+            cache of the hub. "dequantized" takes the dequantized weights for them, with a warning. Without it, such a
+            layer is refused. The layer gets A and B, and a residual in its own format.
+        quant_iterations: alternations of SVD and quantization on such a layer: an integer ≥ 1, or "auto" to go on while
+            one gains half a percent of the error.
+        nuclear_norms: measure the nuclear norms of the quantization errors too, by full SVDs.
 
     Returns:
         The report. Its ``layers`` has one entry for each layer initialized under this patch.
 
     Raises:
+        FileNotFoundError: ``original`` is neither a folder with safetensors nor a model in the cache.
         ImportError: PEFT is not installed.
         RuntimeError: PEFT no longer has the methods that this package replaces, or there is no such device.
-        ValueError: ``device`` without ``batch``, or a budget below 1.
+        ValueError: ``device`` without ``batch``, a budget below 1, or another ``quant_iterations``.
 
     Examples:
         >>> import peft, torch
@@ -86,7 +101,26 @@ def patch_peft(
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget must be a number of bytes above 0, got {memory_budget}")
     resources = schedule.Resources(None if device is None else _existing(device), memory_budget)
-    return PatchedPeft(seed=seed, on_layer=on_layer, batch=batch, resources=resources, progress=progress)
+    quantized = QuantizedSettings(original, check_iterations(quant_iterations), nuclear_norms)
+    return PatchedPeft(
+        seed=seed, on_layer=on_layer, batch=batch, resources=resources, progress=progress, quantized=quantized
+    )
+
+
+class QuantizedSettings(NamedTuple):
+    """The arguments of :func:`patch_peft` for quantized layers."""
+
+    original: str | os.PathLike[str] | None = None
+    iterations: Iterations = DEFAULT_ITERATIONS
+    nuclear: bool = False
+
+    def open(self) -> Quantizing:
+        """The settings with the source of the weights."""
+        originals = None if self.original is None else open_originals(self.original)
+        return Quantizing(originals, self.iterations, self.nuclear)
+
+
+NOT_QUANTIZED = QuantizedSettings()
 
 
 def _existing(device: torch.device | str) -> torch.device:
@@ -118,15 +152,17 @@ def unpatch_peft() -> None:
                 return
 
 
-def reopened(seed: int) -> contextlib.AbstractContextManager[object]:
+def reopened(seed: int, quantized: QuantizedSettings = NOT_QUANTIZED) -> contextlib.AbstractContextManager[object]:
     """Context in which a patch applies to the calling thread: the active one, or a new one.
 
     Args:
         seed: of the new patch.
+        quantized: its arguments for quantized layers.
     """
     if any(patch.applies() for patch in list(_active)):
         return contextlib.nullcontext()
-    return patch_peft(seed=seed, progress=False)
+    original, iterations, nuclear = quantized
+    return patch_peft(seed=seed, progress=False, original=original, quant_iterations=iterations, nuclear_norms=nuclear)
 
 
 class PatchedPeft(Report):
@@ -149,6 +185,7 @@ class PatchedPeft(Report):
         batch: bool,
         resources: schedule.Resources,
         progress: bool,
+        quantized: QuantizedSettings,
     ) -> None:
         super().__init__()
         self.seed = seed
@@ -156,6 +193,8 @@ class PatchedPeft(Report):
         self.batch = batch
         self.resources = resources
         self.progress = progress
+        self.quantized = quantized
+        self._quantizing = quantized.open()
         self.thread: int | None = None
         self.open = True
         self._hooks = hooks()
@@ -196,14 +235,16 @@ class PatchedPeft(Report):
     @property
     def reopen(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
         """Context in which a patch with this one's seed applies, also after this one has ended; picklable."""
-        return functools.partial(reopened, self.seed)
+        return functools.partial(reopened, self.seed, self.quantized)
 
     def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
         """Initialize one layer: at once, or at the end of the injection."""
         injection, source, name = injecting.get(), loading.get(), replacing.get().name
         given = source.initial(name, adapter_name) if source is not None else None
-        ties, notices = (injection.ties, injection.notices) if injection is not None else (None, None)
-        job = prepare(layer, adapter_name, init, seed=self.seed, name=name, ties=ties, given=given, notices=notices)
+        around = {} if injection is None else {key: getattr(injection, key) for key in ("ties", "notices", "model")}
+        job = prepare(
+            layer, adapter_name, init, seed=self.seed, name=name, given=given, quantizing=self._quantizing, **around
+        )
         if job is None:
             return
         if injection is not None and can_be_deferred(layer, adapter_name) and (self.batch or injection.ties.replicated):

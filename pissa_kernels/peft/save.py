@@ -20,6 +20,7 @@ from ..report import REPORT_NAME
 from . import sidecar
 from .conversion import check_convertible, complete_conversion, embeddings_to_save
 from .offload import resident
+from .quantized import in_standard_order
 from .record import InitRecord, of_adapter
 from .start import initial_state, residual_state
 from .state import check_known
@@ -77,6 +78,7 @@ def save_pissa(
             raise ValueError(f"an adapter is merged into the weight of layer {name!r}; unmerge it first")
         check_known(layer)
     _check_saves_tensors(base_of(peft_model))
+    in_standard_order(peft_model)
     with resident(peft_model):
         adapter, base = initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
     with atomic_folder(out) as folder:
@@ -112,6 +114,7 @@ class SavePretrained:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         peft_model = alive(self._model)
+        in_standard_order(peft_model)
         save = type(peft_model).save_pretrained
         call = inspect.signature(save).bind(peft_model, *args, **kwargs)
         call.apply_defaults()
@@ -190,15 +193,17 @@ def _save_base(base: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_adapters(base: Any) -> Iterator[None]:
-    """Context in which a model of transformers does not save the adapters that it has of its own instead."""
-    loaded = getattr(base, "_hf_peft_config_loaded", False)
-    if loaded:
-        base._hf_peft_config_loaded = False
+    """Context in which a model of transformers saves the tensors that it is given.
+
+    Not the adapters that it has of its own, and not those of its state dict, which it takes for a quantized model.
+    """
+    others = {"_hf_peft_config_loaded": False, "hf_quantizer": None}
+    found = {name: base.__dict__[name] for name in others if base.__dict__.get(name)}
+    base.__dict__.update({name: others[name] for name in found})
     try:
         yield
     finally:
-        if loaded:
-            base._hf_peft_config_loaded = True
+        base.__dict__.update(found)
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

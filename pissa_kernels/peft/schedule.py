@@ -77,7 +77,9 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     work = [functools.partial(_run_layer, job, max(1, threads // workers)) for job in on_cpu]
     for device, share in by_device.items():
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        work.append(functools.partial(_run_device, plan_batches(share, device, budgets[device]), device, stream, stop))
+        batches = plan_batches([job for job in share if job.is_batched], device, budgets[device])
+        alone = [job for job in share if not job.is_batched]
+        work.append(functools.partial(_run_device, batches, alone, device, stream, stop))
     # the precision of float32 products is a setting of the process, so it is set once for all threads
     with exact_arithmetic(CPU):
         try:
@@ -95,6 +97,7 @@ def _run_layer(job: LayerJob, threads: int, emit: Callable[[Finished], None]) ->
 
 def _run_device(
     batches: Sequence[list[LayerJob]],
+    alone: Sequence[LayerJob],
     device: torch.device,
     stream: torch.cuda.Stream | None,
     stop: threading.Event,
@@ -102,6 +105,11 @@ def _run_device(
 ) -> None:
     with torch.cuda.stream(stream):  # of the caller, which selects its device, too; None does nothing
         run_batches(batches, device, lambda job, report: emit((job, report)), stop)
+        for job in alone:
+            if stop.is_set():
+                return
+            with exact_arithmetic(device):
+                emit((job, job.run(device)))
 
 
 def _workers(jobs: Sequence[LayerJob], budget: int) -> int:

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..report import LayerReport
 from .layer import LayerJob
@@ -62,33 +62,35 @@ class Injection:
 
     Attributes:
         ties: parameters of the model that share memory.
+        model: the model that PEFT adapts.
         jobs: layers to initialize when the call ends.
         notices: what the user is told when all layers are known.
         wrapped: the LoRA layers that PEFT has put into the model, each with the module that it adapts and every place
             where the model had that: another module and its attribute.
         ranks: ranks and alphas in the config before a layer needed others; None before the first layer.
         is_undone: whether all of the call is undone after a failure.
-        weights: layers whose weights the call changes, with copies of them; only where it is undone.
+        weights: functions that restore the weights which the call changes; only where it is undone.
     """
 
     ties: Ties
+    model: nn.Module | None = None
     jobs: list[LayerJob] = field(default_factory=list)
     notices: Notices = field(default_factory=Notices)
     wrapped: list[tuple[list[tuple[nn.Module, str]], nn.Module, nn.Module]] = field(default_factory=list)
     ranks: dict[str, Any] | None = None
     is_undone: bool = False
-    weights: list[tuple[Any, Tensor]] = field(default_factory=list)
+    weights: list[Callable[[], object]] = field(default_factory=list)
 
     def keep(self, job: LayerJob) -> None:
         """Keep a copy of the weight of a layer that the call changes, if the call is undone after a failure."""
         if self.is_undone and job.changes_weight:
-            self.weights.append((job.layer, job.weight.to("cpu", copy=True)))
+            self.weights.append(job.backup())
 
     def undo(self) -> None:
         """Put back the modules that PEFT has wrapped, and the weights."""
         self.unwrap()
-        for layer, weight in self.weights:
-            layer.get_base_layer().weight.data.copy_(weight)
+        for restore in self.weights:
+            restore()
 
     def unwrap(self) -> None:
         """Put the modules that PEFT has wrapped back into the model."""

@@ -7,6 +7,7 @@ model, and so are copied and pickled with it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers
 from ..adapter.names import factor_key, module_name
+from .quantized import in_standard_order, is_quantized
 from .record import of_adapter, records
 from .scope import Session
-from .state import weight_of
+from .state import check_own, weight_of
 from .wrappers import base_of, own_names, wrapped_in
 
 _ATTRIBUTE = "pissa_start"
+_STATISTICS = re.compile(r"\.weight\.(nested_)?(absmax|quant_map|quant_state)")
 
 
 @dataclass
@@ -43,6 +46,7 @@ def wrap_inject_adapter(session: Session, previous: Callable[..., Any]) -> Calla
 
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if session.applies() and not any(wrapped_in(module) is not None for module in model.modules()):
+            in_standard_order(model)
             shapes = {key: tuple(value.shape) for key, value in _tensors(model.state_dict())}
             model.__dict__[_ATTRIBUTE] = Start(shapes)
         previous(self, model, adapter_name, *args, **kwargs)
@@ -205,7 +209,9 @@ def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
     state |= biases
     for name, layer in lora_layers(base):
         own = named(f"{name}.base_layer.weight")
-        if own in state:
+        if own in state and is_quantized(layer.get_base_layer()):
+            check_own(layer, of_adapter(layer, adapter_name))
+        elif own in state:
             state[own] = weight_of(layer, of_adapter(layer, adapter_name))
     _check_names(state, start.shapes)
     return state
@@ -213,6 +219,8 @@ def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
 
 def _check_names(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     found = {key: tuple(value.shape) for key, value in _tensors(state)}
+    # what belongs to quantized codes may be stored in another way than it was
+    found, shapes = ({key: at[key] for key in at if not _STATISTICS.search(key)} for at in (found, shapes))
     if not shapes or found == shapes:
         return
     key = next(key for key in [*shapes, *found] if found.get(key) != shapes.get(key))

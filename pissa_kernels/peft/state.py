@@ -24,6 +24,7 @@ from .. import ops
 from ..adapter.layers import lora_layers
 from ..checks import layer_context
 from ..numerics import exact_arithmetic
+from .quantized import is_quantized, matrix_shape, values_of
 from .record import InitRecord, fingerprint, matches, places_on, records
 
 # Relative size of a coefficient that is round-off: scaling a layer and back may leave the last bit.
@@ -109,21 +110,21 @@ def variant_name(layer: Any, adapter: str) -> str:
 def label(layer: Any) -> str:
     """A layer in messages, by the name that its initialization had."""
     kept = records(layer)
-    weight = layer.get_base_layer().weight
     name = f"layer {kept[0].report.name!r}" if kept else f"a {type(layer.get_base_layer()).__name__} layer"
-    return f"{name}, weight {tuple(weight.shape)}"
+    return f"{name}, weight {matrix_shape(layer.get_base_layer())}"
 
 
 def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
     """The weight of an unmerged layer with the initial term of one record subtracted and no other; None for W.
 
-    Normally that is the stored weight, which is returned itself. It is not where another adapter's is subtracted.
+    Normally that is the stored weight, which is returned itself. It is not where another adapter's is subtracted. A
+    quantized weight is dequantized, and W is W − E then, with E of :class:`pissa_kernels.report.Quantization`.
 
     Args:
         layer: the layer.
         record: one of its records, or one from a file.
     """
-    weight: Tensor = layer.get_base_layer().weight.detach()
+    weight = values_of(layer.get_base_layer())
     found = terms(layer)
     factors, coefficients = list(found.factors), list(found.subtracted)
     if record is not None:
@@ -136,6 +137,24 @@ def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
     total = weight.clone(memory_format=torch.preserve_format)
     add_(total, factors, coefficients, bool(layer.fan_in_fan_out))
     return total
+
+
+def check_own(layer: Any, record: InitRecord | None) -> None:
+    """Refuse a quantized weight from which other terms are subtracted than that of one record; None for none.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
+    found = terms(layer)
+    left = list(found.subtracted)
+    if record is not None:
+        left[found.groups[record.adapter]] -= record.report.scaling
+    if any(abs(total) > found.negligible for total in left):
+        adapter = "W" if record is None else f"the residual of the adapter {record.adapter!r}"
+        raise ValueError(
+            f"{label(layer)}: the quantized weight is the residual of another adapter, and to make {adapter} of it "
+            "would quantize it again. Use a model of its own for each adapter"
+        )
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
@@ -175,7 +194,7 @@ def sampled(weight: Tensor, factors: Factors, transposed: bool) -> Tensor:
 
 def original_fingerprint(layer: Any) -> Tensor:
     """Fingerprint of W of an unmerged layer, from the stored weight and the records; float64."""
-    weight, found = layer.get_base_layer().weight, terms(layer)
+    weight, found = values_of(layer.get_base_layer()), terms(layer)
     total = fingerprint(weight).double()
     for factors, subtracted in zip(found.factors, found.subtracted, strict=True):
         if subtracted:
@@ -186,6 +205,8 @@ def original_fingerprint(layer: Any) -> Tensor:
 def can_be_compared(layer: Any) -> bool:
     """Whether the stored weight can be held against a fingerprint: not merged, partitioned, sharded or on meta."""
     weight = layer.get_base_layer().weight
+    if is_quantized(layer.get_base_layer()):
+        return not layer.merged and not weight.is_meta
     plain = type(weight.data) is Tensor and weight.ndim == 2 and not weight.is_meta and weight.numel() > 0
     return plain and not layer.merged
 
@@ -200,7 +221,9 @@ def is_known(layer: Any) -> bool:
 
 def is_original(layer: Any, record: InitRecord) -> bool:
     """Whether W of an unmerged layer is the weight that a record was taken from."""
-    dtypes = (record.report.dtype, layer.get_base_layer().weight.dtype)
+    base = layer.get_base_layer()
+    # bitsandbytes rounds the scales of quantized weights to bfloat16 on some CPUs
+    dtypes = (record.report.dtype, torch.bfloat16 if is_quantized(base) else base.weight.dtype)
     return matches(record.before, original_fingerprint(layer), dtypes, other=record.after)
 
 
@@ -224,7 +247,16 @@ def rebase_(layer: Any, subtracted: Sequence[float]) -> None:
     Args:
         layer: a layer with records.
         subtracted: new sum of the scalings of each group; the records are not changed.
+
+    Raises:
+        ValueError: the weight is quantized, and would be quantized again.
     """
     found = terms(layer)
     change = [now - then for now, then in zip(found.subtracted, subtracted, strict=True)]
+    if is_quantized(layer.get_base_layer()) and any(abs(total) > found.negligible for total in change):
+        raise ValueError(
+            f"{label(layer)}: the quantized weight is a residual, and the quantized weight before it is not kept. Load "
+            "the model again; or set init_lora_weights=True in the adapter's config to keep the residual, or merge the "
+            "adapter (merge_and_unload)"
+        )
     add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))

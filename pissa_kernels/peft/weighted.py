@@ -19,6 +19,7 @@ from ..adapter.layers import lora_layers
 from . import forward, state
 from .additions import removed_on_failure
 from .guard import Guard, Reopen
+from .quantized import values_of
 from .record import InitRecord, of_adapter
 from .state import adapted_layers
 
@@ -115,8 +116,7 @@ def _combined(layer: Any, adapters: Sequence[str], weights: Sequence[float], nam
     lora_B = torch.cat([total / scaling * B for _, B, total in used], dim=1)
     lora_A, lora_B, singular_values = _of_rank(lora_A, lora_B, layer.lora_A[name].weight.shape[0])
     first = next(record for adapter in adapters if (record := of_adapter(layer, adapter)) is not None)
-    weight = layer.get_base_layer().weight
-    product = state.sampled(weight, (lora_A, lora_B), bool(layer.fan_in_fan_out))
+    product = state.sampled(values_of(layer.get_base_layer()), (lora_A, lora_B), bool(layer.fan_in_fan_out))
     report = replace(
         first.report,
         rank=lora_A.shape[0],

@@ -14,6 +14,7 @@ from ..adapter.patterns import rank_of, with_rank, with_ranks
 from ..checks import layer_context
 from .additions import check_active_variant
 from .notices import Notices
+from .quantized import is_quantized, matrix_shape
 from .record import records
 from .scope import Injection
 from .targets import base_of, check_options, check_target
@@ -103,11 +104,13 @@ def limit_rank(config: Any, name: str, target: nn.Module, notices: Notices) -> N
         target: the module, or the LoRA layer that gets another adapter.
         notices: collects the warning.
     """
-    weight: Tensor = base_of(target).weight  # type: ignore[assignment]
-    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    base: Any = base_of(target)
+    weight: Tensor = base.weight
+    shape = tuple(getattr(weight, "ds_shape", matrix_shape(base)))
     settings = settings_of(config)
     rank = rank_of(settings, name)
-    if len(shape) != 2 or not weight.is_floating_point() or not 0 < min(shape) < rank:
+    readable = weight.is_floating_point() or is_quantized(base)
+    if len(shape) != 2 or not readable or not 0 < min(shape) < rank:
         return
     _set(config, with_rank(settings, name, min(shape)))
     notices.limited.append(f"layer {name!r}, weight {shape}: rank {min(shape)} instead of {rank}")

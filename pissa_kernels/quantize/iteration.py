@@ -18,6 +18,7 @@ from ..numerics import exact_arithmetic
 from ..pissa import Factors, Recipe, rounded_factors, tolerance
 from ..report.quantization import Quantization
 from ..svd.driver import solve_batch
+from ..svd.result import Certificate
 from ..svd.warm import WarmStart
 from .scheme import Packed, Scheme
 
@@ -36,6 +37,8 @@ class QuantizedFactors(Factors):
     Attributes:
         packed: W_q.
         quantization: what has been lost.
+        singular_values: (r,) of s·B·A, the leading ones of W − W_q of the iteration before.
+        certificate: of the triplets of that matrix, with the products of all iterations; its ``energy`` is Σσ̂²/‖W‖_F².
     """
 
     packed: Packed
@@ -61,6 +64,7 @@ def quantized_factors(
     *,
     adapter_dtype: torch.dtype | None = None,
     nuclear: bool = False,
+    plain: Tensor | None = None,
 ) -> QuantizedFactors:
     """Adapter and quantized residual of a weight that has passed the checks of :mod:`pissa_kernels.checks`.
 
@@ -74,6 +78,7 @@ def quantized_factors(
             ‖W − Q(W)‖_F.
         adapter_dtype: dtype that will store A and B; by default the weight's.
         nuclear: whether to measure nuclear norms as well, by full SVDs.
+        plain: :func:`dequantized` of the weight, where it is known.
 
     Raises:
         ValueError: NaN or Inf in the weight; A, B or the residual leave their range; the format cannot hold the shape.
@@ -82,11 +87,12 @@ def quantized_factors(
     tol = tolerance(dtype)
     wide = weight.float().contiguous()
     scratch = torch.empty_like(wide)
-    plain = wide - scheme.quantize(wide, dtype).dequantize()
+    plain = wide - (scheme.quantize(wide, dtype).dequantize() if plain is None else plain)
     without, nuclear_without = _norm(plain), _nuclear(plain) if nuclear else None
     del plain
     most = MOST_AUTOMATIC if iterations == "auto" else iterations
-    best, error, start = None, float("inf"), None
+    best, error, start, passes = None, float("inf"), None, 0
+    energy = _norm(wide) ** 2
     left = weight
     for iteration in range(1, most + 1):
         if start is None:
@@ -94,6 +100,7 @@ def quantized_factors(
             start = WarmStart(svd, recipe.seed) if most > 1 else None
         else:
             svd = start.solve(left, tol, certify=iteration == most or iterations == "auto")
+        passes += svd.certificate.passes
         factors = rounded_factors([left], [svd], [recipe.scaling], adapter_dtype or dtype)[0]
         residual = _subtracted(wide, factors, recipe.scaling, scratch)
         packed = scheme.quantize(residual, dtype)
@@ -104,6 +111,7 @@ def quantized_factors(
             break
         gained, error = error - found, found
         quantization = Quantization(scheme.name, error, without, iteration)
+        factors = replace(factors, certificate=_of_weight(factors, passes, energy))
         best = QuantizedFactors(**vars(factors), packed=packed, quantization=quantization)
         if iterations == "auto" and gained < LEAST_GAIN * without:
             break
@@ -115,6 +123,11 @@ def quantized_factors(
         measured = replace(best.quantization, nuclear_error=_nuclear(residual), nuclear_error_without=nuclear_without)
         best = replace(best, quantization=measured)
     return best
+
+
+def dequantized(weight: Tensor, scheme: Scheme) -> Tensor:
+    """The values of Q(W), without PiSSA, for a weight (out, in) in the dtype that a layer dequantizes to."""
+    return scheme.quantize(weight.float().contiguous(), weight.dtype).dequantize()
 
 
 def quantized_residual(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, scheme: Scheme) -> Packed:
@@ -138,6 +151,13 @@ def _subtracted(wide: Tensor, factors: Factors, scaling: float, out: Tensor) -> 
     with exact_arithmetic(wide.device):
         ops.subtract_lowrank_(out, factors.lora_B, factors.lora_A, scaling)
     return out
+
+
+def _of_weight(factors: Factors, passes: int, energy: float) -> Certificate:
+    """The certificate of the triplets of W − W_q, with the captured energy relative to ‖W‖_F²."""
+    captured = float(factors.singular_values.double().square().sum())
+    share = min(captured / energy, 1.0) if energy > 0 else 1.0
+    return replace(factors.certificate, passes=passes, energy=share)
 
 
 def _norm(matrix: Tensor) -> float:

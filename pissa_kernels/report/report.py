@@ -14,6 +14,7 @@ from ..adapter.names import ADAPTER_FOLDER
 from ..files.atomic import write_text
 from . import strict
 from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict, rank_range
+from .quantization import errors_of_all
 from .spectrum import energy_of_all
 from .tables import text_table
 
@@ -98,6 +99,7 @@ class Report:
         if not self.layers:
             return "no layer was initialized"
         loose = sum(not layer.certificate.converged for layer in self.layers)
+        quantized = [layer.quantization for layer in self.layers if layer.quantization is not None]
         parts = [
             f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}",
             rank_range(self.layers),
@@ -106,6 +108,8 @@ class Report:
             f"{loose} not converged" if loose else "all converged",
             f"{sum(layer.seconds for layer in self.layers):.3f} s in layers",
         ]
+        if quantized:
+            parts.insert(3, errors_of_all(quantized))
         if self.seconds is not None:
             parts.append(f"{self.seconds:.3f} s in all")
         if self.peak_extra_bytes is not None:
