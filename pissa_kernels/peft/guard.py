@@ -186,7 +186,7 @@ def unload_and_optionally_merge(
             state.check_known(layer)
             if not merge:
                 _check_one_residual(layer)
-                _check_kept(layer)
+            _check_kept(layer, merge, adapter_names)
         model = type(tuner)._unload_and_optionally_merge(
             tuner, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -207,10 +207,12 @@ def _check_one_residual(layer: Any) -> None:
         )
 
 
-def _check_kept(layer: Any) -> None:
-    """Refuse to take the residual from a quantized weight, unless that is what ``unload`` keeps."""
-    if is_quantized(layer.get_base_layer()) and not layer.merged:
-        wanted = _of_recipe(layer)
+def _check_kept(layer: Any, merge: bool, adapter_names: list[str] | None) -> None:
+    """Refuse to unload a quantized weight that is neither merged nor the residual that ``unload`` keeps."""
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    merges = layer.merged or (merge and any(name in layer.lora_A for name in names))
+    if is_quantized(layer.get_base_layer()) and not merges:
+        wanted = [] if merge else _of_recipe(layer)
         state.check_own(layer, wanted[0] if wanted else None)
 
 

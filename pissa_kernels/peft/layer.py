@@ -156,7 +156,7 @@ class LayerJob:
 
     def _repeat(self, given: InitRecord, began: float) -> LayerReport:
         """Take the residual against the given factors."""
-        self._check_given(fingerprint(self.weight).double())
+        self._check_given(fingerprint(self.weight).double(), self.weight.dtype)
         return self.write(self._given_factors(), began, dtype=given.lora_A.dtype)
 
     def _share(self, record: InitRecord) -> LayerReport:
@@ -180,7 +180,7 @@ class LayerJob:
             dtype = self.adapter_dtype
             factors = principal_factors(view, self.recipe, dtype)
         else:
-            self._check_given(state.original_fingerprint(self.layer))
+            self._check_given(state.original_fingerprint(self.layer), original.dtype)
             factors, dtype = self._given_factors(), self.given.lora_A.dtype
         lora_A, lora_B = (factor.to("cpu", dtype, copy=True) for factor in (factors.lora_A, factors.lora_B))
         kept = replace(factors, lora_A=lora_A, lora_B=lora_B, singular_values=factors.singular_values.cpu())
@@ -197,11 +197,17 @@ class LayerJob:
         A, B = self.given.lora_A.to(device).float(), self.given.lora_B.to(device).float()
         return Factors(A, B, report.singular_values, report.certificate)
 
-    def _check_given(self, found: Tensor) -> None:
-        """Refuse factors that were not taken from W, whose fingerprint is ``found``."""
+    def _check_given(self, found: Tensor, dtype: torch.dtype) -> None:
+        """Refuse factors that were not taken from W, whose fingerprint is ``found`` and whose dtype is ``dtype``."""
         assert self.given is not None
-        dtypes = (self.given.report.dtype, self.weight.dtype)
+        dtypes = (self.given.report.dtype, dtype)
         if not matches(self.given.before, found, dtypes, other=self.given.after):
+            if (quantized := self.given.report.quantization) is not None:
+                raise ValueError(
+                    f"the adapter was trained on a quantized residual ({quantized.scheme}), and this weight is not "
+                    "quantized. Load the base model quantized as for the training, or convert the adapter to a plain "
+                    "LoRA (convert_adapter)"
+                )
             raise ValueError(
                 "the weight is not the one that the adapter's initial factors were taken from. Load the base model "
                 "that the adapter was trained on, neither its residual nor another model."

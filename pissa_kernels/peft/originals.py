@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ DEQUANTIZED = "dequantized"
 class Originals(Protocol):
     """Where the weights of quantized layers come from."""
 
+    def check(self, model: nn.Module | None, name: str | None, base: Any) -> None:
+        """Refuse a module whose original weight cannot be read, without reading it. As for :meth:`weight`."""
+
     def weight(self, model: nn.Module | None, name: str | None, base: Any) -> Tensor:
         """The original weight (out, in) of one module, on the CPU or on the module's device.
 
@@ -34,6 +38,9 @@ class Originals(Protocol):
 
 class Dequantized:
     """The dequantized weight is taken for the original one."""
+
+    def check(self, model: nn.Module | None, name: str | None, base: Any) -> None:
+        """There always is one."""
 
     def weight(self, model: nn.Module | None, name: str | None, base: Any) -> Tensor:
         """The values that the module computes with."""
@@ -55,10 +62,20 @@ class CheckpointWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tensors = _tensors(folder)
-        self._mapped: tuple[nn.Module, Mapping[str, list[str]]] | None = None
+        self._mapped: tuple[weakref.ref[nn.Module], Mapping[str, list[str]]] | None = None
+
+    def check(self, model: nn.Module | None, name: str | None, base: Any) -> None:
+        """Refuse a module for which there is no tensor, or one of another shape."""
+        self._place(model, name, base)
 
     def weight(self, model: nn.Module | None, name: str | None, base: Any) -> Tensor:
         """The tensor that transformers loads as the weight of the module."""
+        shard, info = self._place(model, name, base)
+        with (self.folder / shard).open("rb") as file:
+            weight = read_tensor(file.fileno(), info)
+        return weight.mT if _is_transposed(base) else weight
+
+    def _place(self, model: nn.Module | None, name: str | None, base: Any) -> tuple[str, TensorInfo]:
         keys = self._keys(model, f"{name}.weight")
         if len(keys) != 1:
             raise ValueError(
@@ -68,24 +85,26 @@ class CheckpointWeights:
             )
         shard, info = self._tensors[keys[0]]
         expected = shape_of(base)
-        transposed = getattr(getattr(base, "source_cls", None), "__name__", "") == "Conv1D"
-        if info.shape != (expected[::-1] if transposed else expected):
+        if info.shape != (expected[::-1] if _is_transposed(base) else expected):
             raise ValueError(
                 f"{self.folder} has a weight {info.shape} for it, tensor {keys[0]!r}, and the quantized one is "
                 f"{expected}. Pass the checkpoint that the model was quantized from"
             )
-        with (self.folder / shard).open("rb") as file:
-            weight = read_tensor(file.fileno(), info)
-        return weight.mT if transposed else weight
+        return shard, info
 
     def _keys(self, model: nn.Module | None, parameter: str) -> list[str]:
         if parameter in self._tensors:
             return [parameter]
         if model is None or not hasattr(model, "base_model_prefix"):
             return []
-        if self._mapped is None or self._mapped[0] is not model:
-            self._mapped = model, _mapped(model, list(self._tensors))
+        if self._mapped is None or self._mapped[0]() is not model:
+            self._mapped = weakref.ref(model), _mapped(model, list(self._tensors))
         return list(self._mapped[1].get(parameter, ()))
+
+
+def _is_transposed(base: Any) -> bool:
+    """Whether the weight was that of transformers' ``Conv1D``, which is stored (in, out), before it was quantized."""
+    return getattr(getattr(base, "source_cls", None), "__name__", "") == "Conv1D"
 
 
 def open_originals(original: str | os.PathLike[str]) -> Originals:

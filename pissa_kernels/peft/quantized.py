@@ -23,19 +23,21 @@ def is_quantized(base: nn.Module) -> bool:
 
 def scheme_of(base: Any) -> BnbScheme | None:
     """The format of a module's weight with its settings; None where the weight is not quantized by bitsandbytes."""
+    # by attributes: a pickled Params4bit is a plain parameter that has them
     weight: Any = getattr(base, "weight", None)
-    if type(weight).__name__ == "Params4bit" and _state(base) is not None:
-        return FourBit(weight.quant_type, weight.blocksize, weight.compress_statistics, weight.quant_storage)
-    if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
-        return EightBit()
-    return None
+    if weight is None:
+        return None
+    if (state := _state(base)) is not None:
+        double = bool(getattr(weight, "compress_statistics", state.nested))
+        return FourBit(state.quant_type, state.blocksize, double, weight.dtype)
+    return EightBit() if weight.dtype == torch.int8 and hasattr(weight, "SCB") else None
 
 
 def packed_of(base: Any) -> BnbPacked:
     """The weight (out, in) as it is stored. Its tensors are those of the module, which must not be written to."""
-    weight = base.weight
-    if type(weight).__name__ == "Params4bit":
-        return standard_state(weight.data, _state(base))
+    weight, state = base.weight, _state(base)
+    if state is not None:
+        return standard_state(weight.data, state)
     # the scales move to the module's state at the first forward pass
     scales = weight.SCB if weight.SCB is not None else base.state.SCB
     return PackedEightBit(weight.data, scales)
@@ -102,13 +104,13 @@ def in_standard_order(model: nn.Module) -> None:
     nothing left to unpack.
     """
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(weight).__name__ == "Params4bit" and getattr(_state(module), "packing_format_for_cpu", False):
+        # not the LoRA layer, whose ``weight`` is that of its base layer
+        if "weight" in module._parameters and getattr(_state(module), "packing_format_for_cpu", False):
             put(module, packed_of(module))
 
 
 def _state(base: Any) -> Any:
-    state = getattr(base.weight, "quant_state", None)
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
     return state if state is not None else getattr(base, "quant_state", None)
 
 

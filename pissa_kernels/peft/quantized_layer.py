@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 
 from ..checks import DTYPE_SENTENCE, check_weight
 from ..pissa import Factors
-from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations, dequantized, quantized_factors, quantized_residual
+from ..quantize.iteration import (
+    DEFAULT_ITERATIONS,
+    Iterations,
+    dequantized,
+    error_of,
+    quantized_factors,
+    quantized_residual,
+)
 from ..report import LayerReport
 from ..report.quantization import Quantization
 from ..svd.cost import machine_of, workspace
@@ -25,6 +33,8 @@ from .record import InitRecord, fingerprint, matches, records
 # Distance of the layer's weight from Q(W), relative to ‖W − Q(W)‖_F: codes that another device or version of
 # bitsandbytes rounds in another way, and bfloat16 scales. That of another model is above 0.5.
 SAME = 0.1
+# Distance of 64 elements of W − E and W − E′, in units of the root mean square of both errors.
+ERRORS = 3.0
 # Bytes for each element of a weight beyond the SVD's: float32 copies of W and W_res, and those of bitsandbytes.
 BYTES_PER_ELEMENT = 20
 
@@ -62,7 +72,8 @@ class QuantizedLayerJob(LayerJob):
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        return torch.float32  # PEFT does not cast an adapter to the dtype of codes
+        # PEFT keeps an adapter of a packed weight as it has created it, in torch's default dtype
+        return self._adapter()[0].dtype if self.deferred else torch.float32
 
     @property
     def is_batched(self) -> bool:
@@ -85,7 +96,7 @@ class QuantizedLayerJob(LayerJob):
         return quantized.kept(self.layer.get_base_layer())
 
     def _restore(self) -> None:
-        forward.drop(self.layer)  # the original weight is read again
+        """Nothing: the original weight is read again."""
 
     def _start(self, began: float, device: torch.device | None) -> LayerReport:
         weight = self._original(device)
@@ -108,6 +119,8 @@ class QuantizedLayerJob(LayerJob):
         if self._is_residual(live, given):  # loaded from a checkpoint
             return self._put(factors, None, began, report.dtype, report.quantization)
         weight = self._original(None)
+        if report.quantization is None:
+            return self._quantize_residual(given, factors, weight, began)
         packed = quantized_residual(weight, factors.lora_A, factors.lora_B, report.scaling, self.scheme)
         if not self._is_residual(packed, given):
             raise ValueError(
@@ -116,6 +129,30 @@ class QuantizedLayerJob(LayerJob):
                 "training"
             )
         return self._put(factors, packed, began, report.dtype, report.quantization)
+
+    def _quantize_residual(self, given: InitRecord, factors: Factors, weight: Tensor, began: float) -> LayerReport:
+        """Quantize the residual of an adapter that was trained on a 16-bit model."""
+        super()._check_given(fingerprint(weight).double(), weight.dtype)
+        plain = dequantized(weight, self.scheme)
+        self._check_original(weight, plain)
+        A, B, scaling = factors.lora_A, factors.lora_B, given.report.scaling
+        packed = quantized_residual(weight, A, B, scaling, self.scheme)
+        error = error_of(weight, A, B, scaling, packed)
+        quantization = Quantization(self.scheme.name, error, _distance(weight, plain), iterations=1)
+        return self._put(factors, packed, began, weight.dtype, quantization)
+
+    def _check_given(self, found: Tensor, dtype: torch.dtype) -> None:
+        """Refuse factors of another weight than W, of which ``found`` and the record have different errors."""
+        assert self.given is not None
+        quantizations = (
+            self.given.report.quantization,
+            *(record.report.quantization for record in records(self.layer)),
+        )
+        error = math.hypot(*(each.error for each in quantizations if each is not None))
+        m, n = self.shape
+        off = float((found - self.given.before.double()).square().mean().sqrt())
+        if off > ERRORS * error / math.sqrt(m * n):
+            super()._check_given(found, dtype)
 
     def _is_residual(self, packed: Any, given: InitRecord) -> bool:
         dtypes = (given.report.dtype, torch.bfloat16)
@@ -142,6 +179,15 @@ class QuantizedLayerJob(LayerJob):
             ValueError: with the distance.
         """
         if isinstance(self.quantizing.originals, Dequantized):
+            return
+        if kept := records(self.layer):  # a residual, of an adapter that is gone
+            errors = math.hypot(*(record.report.quantization.error for record in kept if record.report.quantization))
+            off = _distance(state.weight_of(self.layer, None).to(weight.device), weight)
+            if off > ERRORS * errors:
+                raise ValueError(
+                    f"the original one is not the weight that the layer is a residual of ({off / errors:.2g} times its "
+                    "quantization error apart). Pass the checkpoint that the model was quantized from"
+                )
             return
         live = quantized.values_of(self.layer.get_base_layer()).to(weight.device)
         error, off = _distance(weight, plain), _distance(live, plain)
@@ -179,6 +225,8 @@ class QuantizedLayerJob(LayerJob):
         before = (after.double() + self.recipe.scaling * product).float()
         with self.restored_on_failure():
             self.set_adapter(factors.lora_A, factors.lora_B)
+            if not any(name != self.adapter for name in self.layer.lora_A):
+                forward.drop(self.layer)  # of an adapter that is gone
             if packed is not None:
                 quantized.put(base, stored)
         return self.record(kept, before, after, time.perf_counter() - began, dtype, quantization=quantization)
@@ -203,8 +251,10 @@ def quantized_job(job: LayerJob, model: nn.Module | None, quantizing: Quantizing
             f"{state.variant_name(job.layer, job.adapter)} takes norms from the stored weight, which is quantized, and "
             "PiSSA changes it. Leave the option out, or load the model without quantization"
         )
-    if quantizing.originals is None and job.given is None and not records(job.layer):
-        raise _without_original(base)
+    if job.given is None and not records(job.layer):
+        if quantizing.originals is None:
+            raise _without_original(base)
+        quantizing.originals.check(model, job.name, base)
     return found
 
 

@@ -140,7 +140,7 @@ def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
 
 
 def check_own(layer: Any, record: InitRecord | None) -> None:
-    """Refuse a quantized weight from which other terms are subtracted than that of one record; None for none.
+    """Refuse to make the residual of one record of a quantized weight, or W without one, if it is not that already.
 
     Raises:
         ValueError: with the name of the layer.
@@ -149,11 +149,15 @@ def check_own(layer: Any, record: InitRecord | None) -> None:
     left = list(found.subtracted)
     if record is not None:
         left[found.groups[record.adapter]] -= record.report.scaling
-    if any(abs(total) > found.negligible for total in left):
-        adapter = "W" if record is None else f"the residual of the adapter {record.adapter!r}"
+    _check_requantized(layer, left)
+
+
+def _check_requantized(layer: Any, change: Sequence[float]) -> None:
+    if any(abs(total) > terms(layer).negligible for total in change):
         raise ValueError(
-            f"{label(layer)}: the quantized weight is the residual of another adapter, and to make {adapter} of it "
-            "would quantize it again. Use a model of its own for each adapter"
+            f"{label(layer)}: the quantized weight is a residual, to change which would quantize it again, and the "
+            "weight before it is not kept. Load the model again; or, for unload() to keep the residual, set "
+            "init_lora_weights=True in the adapter's config; or merge the adapter (merge_and_unload)"
         )
 
 
@@ -253,10 +257,7 @@ def rebase_(layer: Any, subtracted: Sequence[float]) -> None:
     """
     found = terms(layer)
     change = [now - then for now, then in zip(found.subtracted, subtracted, strict=True)]
-    if is_quantized(layer.get_base_layer()) and any(abs(total) > found.negligible for total in change):
-        raise ValueError(
-            f"{label(layer)}: the quantized weight is a residual, and the quantized weight before it is not kept. Load "
-            "the model again; or set init_lora_weights=True in the adapter's config to keep the residual, or merge the "
-            "adapter (merge_and_unload)"
-        )
+    if is_quantized(layer.get_base_layer()):
+        _check_requantized(layer, change)
+        return
     add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))

@@ -146,6 +146,14 @@ def quantized_residual(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     return scheme.quantize(residual, weight.dtype)
 
 
+def error_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, packed: Packed) -> float:
+    """‖W − W_q − s·B·A‖_F, with the arguments of :func:`quantized_residual`."""
+    left = weight.float() - packed.dequantize()
+    with exact_arithmetic(weight.device):
+        ops.subtract_lowrank_(left, lora_B, lora_A, scaling)
+    return _norm(left)
+
+
 def _subtracted(wide: Tensor, factors: Factors, scaling: float, out: Tensor) -> Tensor:
     out.copy_(wide)
     with exact_arithmetic(wide.device):
