@@ -104,9 +104,19 @@ def in_standard_order(model: nn.Module) -> None:
     nothing left to unpack.
     """
     for module in model.modules():
-        # not the LoRA layer, whose ``weight`` is that of its base layer
-        if "weight" in module._parameters and getattr(_state(module), "packing_format_for_cpu", False):
-            put(module, packed_of(module))
+        if "weight" in module._parameters:  # not the LoRA layer, whose ``weight`` is that of its base layer
+            _unpack(module)
+
+
+def saved_in_standard_order(base: nn.Module) -> None:
+    """Let a module always be in the standard order when it is asked for its state dict."""
+    if not any(hook is _unpack for hook in base._state_dict_pre_hooks.values()):
+        base.register_state_dict_pre_hook(_unpack)  # type: ignore[no-untyped-call]
+
+
+def _unpack(module: nn.Module, *_: Any) -> None:
+    if getattr(_state(module), "packing_format_for_cpu", False):
+        put(module, packed_of(module))
 
 
 def _state(base: Any) -> Any:

@@ -229,6 +229,7 @@ class QuantizedLayerJob(LayerJob):
                 forward.drop(self.layer)  # of an adapter that is gone
             if packed is not None:
                 quantized.put(base, stored)
+        quantized.saved_in_standard_order(base)
         return self.record(kept, before, after, time.perf_counter() - began, dtype, quantization=quantization)
 
     @property

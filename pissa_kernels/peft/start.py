@@ -45,8 +45,9 @@ def wrap_inject_adapter(session: Session, previous: Callable[..., Any]) -> Calla
     """Keep the start of a model and of each adapter that PEFT adds to it."""
 
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if session.applies() and not any(wrapped_in(module) is not None for module in model.modules()):
+        if session.applies():
             in_standard_order(model)
+        if session.applies() and not any(wrapped_in(module) is not None for module in model.modules()):
             shapes = {key: tuple(value.shape) for key, value in _tensors(model.state_dict())}
             model.__dict__[_ATTRIBUTE] = Start(shapes)
         previous(self, model, adapter_name, *args, **kwargs)
