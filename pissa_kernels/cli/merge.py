@@ -11,8 +11,8 @@ from .arguments import positive, quiet_libraries
 from .streams import output
 
 DESCRIPTION = """\
-Merge a trained adapter into the checkpoint that it was trained on: W + s·B·A for
-every adapted weight, summed in float32 and rounded once. OUT is a result of
+Merge a trained adapter into the checkpoint that it was trained on: W + s·B·A
+for every adapted weight, summed in float32 and rounded once. OUT is a result of
 pissa-kernels init, or any checkpoint with a LoRA trained on it. Weights in NF4,
 FP4 or int8 (bitsandbytes) are dequantized, so that MERGED is a full 16-bit
 checkpoint. The model is not loaded: each worker holds one weight at a time.

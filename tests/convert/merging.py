@@ -46,7 +46,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> An
 def quantize(source: Path, out: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Quantize a checkpoint with transformers, and put its pissa_init beside the result.
 
-    bitsandbytes' layers in 4 bits dequantize to ``dtype`` in training, and without gradients to the dtype of the inputs.
+    Layers in 4 bits dequantize to ``dtype`` in training, and without gradients to the dtype of their inputs.
     """
     settings = transformers.BitsAndBytesConfig(**FORMATS[kind])
     load(source, dtype, quantization_config=settings).save_pretrained(out, max_shard_size="20KB")
