@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def plan_merge(out: Path, trained: Path, dtype: torch.dtype | None, trust_remote
     config = read_config(checkpoint, quantized=True)
     stored = quantized_weights(checkpoint.tensors())
     check_quantization(checkpoint, config, stored)
-    entries = _dequantized(checkpoint, stored, _dtype_of(config, checkpoint, stored))
+    entries = _dequantized(checkpoint, stored, config)
     places = find_places(checkpoint, entries, adapter, manifest, quantized=bool(stored), remote_code=trust_remote_code)
     values: dict[str, Values] = {key: Values(weight) for key, weight in stored.items()}
     for key, place in places.items():
@@ -120,25 +120,19 @@ def plan_merge(out: Path, trained: Path, dtype: torch.dtype | None, trust_remote
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def _dequantized(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight], rows: torch.dtype) -> Entries:
-    """Dtype and shape of every tensor once weights are dequantized.
-
-    Args:
-        checkpoint: the checkpoint.
-        stored: its quantized weights.
-        rows: dtype for weights in int8, whose tensors name none.
-    """
+def _dequantized(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Entries:
+    """Dtype and shape of every tensor once weights are dequantized. Those in int8 get the dtype of the model."""
     belonging = {key for weight in stored.values() for key in weight.keys.values()}
+    infos = {key: info for key, (_, info) in checkpoint.tensors().items() if key in stored or key not in belonging}
     entries: Entries = {}
-    for key, (_, info) in checkpoint.tensors().items():
-        if key in stored:
-            weight = stored[key]
-            entries[key] = (rows, info.shape) if weight.kind == "int8" else _described(checkpoint, weight)
-        elif key not in belonging:
-            if info.torch_dtype is None:
-                raise ValueError(
-                    f"{checkpoint.folder}: {key!r} has dtype {info.dtype}, which this package does not write"
-                )
+    for key, info in infos.items():
+        if key in stored and stored[key].kind == "int8":
+            entries[key] = _dtype_of(config, (infos[other] for other in infos if other not in stored)), info.shape
+        elif key in stored:
+            entries[key] = _described(checkpoint, stored[key])
+        elif info.torch_dtype is None:
+            raise ValueError(f"{checkpoint.folder}: {key!r} has dtype {info.dtype}, which this package does not write")
+        else:
             entries[key] = info.torch_dtype, info.shape
     return entries
 
@@ -180,15 +174,12 @@ def _read(checkpoint: Checkpoint, key: str) -> Tensor:
         os.close(descriptor)
 
 
-def _dtype_of(config: Mapping[str, Any], checkpoint: Checkpoint, stored: Collection[str]) -> torch.dtype:
-    """Dtype of the model: that of its config, or of its largest tensor that is not quantized."""
+def _dtype_of(config: Mapping[str, Any], others: Iterable[TensorInfo]) -> torch.dtype:
+    """Dtype of a model: that of its config, or of the largest of its tensors that are not quantized."""
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
-    if found in WEIGHT_DTYPES:
-        return found  # type: ignore[no-any-return]
-    others = [info for key, (_, info) in checkpoint.tensors().items() if key not in stored and ".SCB" not in key]
-    floating = [info for info in others if info.torch_dtype in WEIGHT_DTYPES]
-    largest = max(floating, key=lambda info: info.nbytes, default=None)
-    return torch.float16 if largest is None else largest.torch_dtype or torch.float16
+    largest_first = sorted(others, key=lambda info: -info.nbytes)
+    candidates = [found, *(info.torch_dtype for info in largest_first), torch.float16]
+    return next(dtype for dtype in candidates if dtype in WEIGHT_DTYPES)
 
 
 def _headers(checkpoint: Checkpoint, entries: Entries) -> dict[str, Header]:
@@ -229,7 +220,8 @@ def _texts(
     if (checkpoint.folder / INDEX).is_file() and INDEX in checkpoint.others:
         infos = {key: (shard, info) for shard, header in headers.items() for key, info in header.tensors.items()}
         index = json.loads((checkpoint.folder / INDEX).read_text(encoding="utf-8"))
-        metadata = {**(index["metadata"] or {}), "total_size": sum(info.nbytes for _, info in infos.values())}
+        metadata = index["metadata"] if isinstance(index["metadata"], dict) else {}
+        metadata = {**metadata, "total_size": sum(info.nbytes for _, info in infos.values())}
         if "total_parameters" in metadata:
             metadata["total_parameters"] = sum(torch.Size(info.shape).numel() for _, info in infos.values())
         index = {"metadata": metadata, "weight_map": {key: infos[key][0] for key in sorted(infos)}}

@@ -84,6 +84,19 @@ def test_a_quantized_checkpoint_becomes_a_plain_one(folders: Path, tmp_path: Pat
     }  # fmt: skip
 
 
+def test_int8_gets_the_dtype_of_the_model(folders: Path, tmp_path: Path) -> None:
+    """Its tensors name none: the config's, or that of the largest other tensor."""
+    pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
+    out = quantize(folders / "residual", tmp_path / "out", "int8")
+    config = json.loads((out / "config.json").read_text())
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), (None, torch.bfloat16)):
+        (out / "config.json").write_text(json.dumps({**config, "dtype": name}))
+        done = pk.merge_checkpoint(out, out / "pissa_init", tmp_path / str(name), progress=False)
+        merged = tensors(tmp_path / str(name))
+        assert {merged[layer.tensor].dtype for layer in done.layers} == {dtype}
+        assert merged["lm_head.weight"].dtype == torch.bfloat16
+
+
 def test_the_config_names_the_chosen_dtype(folders: Path, tmp_path: Path) -> None:
     merge(folders, tmp_path / "merged", dtype="float32")
     found, config = (
