@@ -23,6 +23,10 @@ FORMATS: dict[str, dict[str, Any]] = {
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.float32,
     },
+    "fp4": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": torch.bfloat16,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
     "int8": {"load_in_8bit": True},
 }  # fmt: skip
 
@@ -57,7 +61,7 @@ def quantize(source: Path, out: Path, kind: str, dtype: torch.dtype = torch.bflo
 def in_float32(model: Any) -> Any:
     """A model that computes in float32, with its quantized weights as they are."""
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.float()
     return model
 
@@ -96,7 +100,7 @@ def expected(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         weight = base.weight
-        quantized = weight.dtype in (torch.uint8, torch.int8)
+        quantized = hasattr(weight, "quant_state") or weight.dtype == torch.int8
         W = dequantize_bnb_weight(weight, state=getattr(base, "state", None)) if quantized else weight.data
         A, B = (factor["default"].weight.detach().double() for factor in (layer.lora_A, layer.lora_B))
         product, sizes = layer.scaling["default"] * (B @ A), layer.scaling["default"] * (B.abs() @ A.abs())
