@@ -228,4 +228,5 @@ def test_each_worker_holds_one_weight(folders: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     largest = 2 * 2048 * 2048
     assert (tmp_path / "large" / "model.safetensors").stat().st_size > 7 * largest
-    assert int(done.stdout) <= 2 * largest + 10 * MIB
+    # beside the weights: blocks of a product in float32, where plain torch computes it
+    assert int(done.stdout) <= 2 * largest + 20 * MIB
