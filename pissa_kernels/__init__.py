@@ -9,6 +9,7 @@ from ._version import __version__
 from .checkpoint.run import CheckpointReport, init_checkpoint
 from .checkpoint.verify import Finding, Verification, verify_checkpoint
 from .convert.convert import convert_adapter
+from .convert.merge import merge_checkpoint
 from .convert.report import ConversionReport
 from .peft.initialize import pissa_init
 from .peft.original import original_model
@@ -33,6 +34,7 @@ __all__ = [
     "convert_adapter",
     "decompose",
     "init_checkpoint",
+    "merge_checkpoint",
     "ops",
     "original_model",
     "patch_peft",

@@ -106,6 +106,7 @@ SIGNATURES: dict[Callable[..., Any], dict[str, Any]] = {
     pk.init_checkpoint: {"model": REQUIRED, "out": REQUIRED, "rank": 16, "target_modules": None},
     pk.verify_checkpoint: {"base": REQUIRED, "out": REQUIRED},
     pk.convert_adapter: {"trained": REQUIRED, "initial": REQUIRED, "out": REQUIRED, "rank": None, "base": None},
+    pk.merge_checkpoint: {"out": REQUIRED, "trained": REQUIRED, "merged": REQUIRED, "dtype": None, "force": False},
 }  # fmt: skip
 
 

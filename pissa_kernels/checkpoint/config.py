@@ -24,11 +24,15 @@ _SPARED = 1 << 24
 _OF_NO_WEIGHT = re.compile(r"max|window|chunk|image|cache|buffer|batch|block_size|crop|token")
 
 
-def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_config(checkpoint: Checkpoint, quantized: bool = False) -> dict[str, Any]:
     """The contents of ``config.json``.
 
+    Args:
+        checkpoint: the checkpoint.
+        quantized: whether it may be quantized.
+
     Raises:
-        TypeError: the checkpoint is quantized.
+        TypeError: the checkpoint is quantized, and may not be.
         ValueError: the file is not a JSON object, has an empty quantization_config, or describes a model with more
             layers or larger weights than the checkpoint can hold.
     """
@@ -39,13 +43,13 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ValueError(f"{path} is not the config of a model: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path} is not the config of a model: it holds {type(record).__name__}, not an object")
-    if quantization := record.get("quantization_config"):
+    if (quantization := record.get("quantization_config")) and not quantized:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise TypeError(
             f"{checkpoint.folder} is quantized ({method or 'quantization_config'}); PiSSA takes the float checkpoint "
             "that it was made from"
         )
-    if record.get("quantization_config") is not None:
+    if not quantization and quantization is not None:
         raise ValueError(f"{path}: quantization_config is empty, and transformers refuses it; delete the entry")
     tensors = [info for _, info in checkpoint.tensors().values()]
     elements = sum(torch.Size(info.shape).numel() for info in tensors)

@@ -13,17 +13,22 @@ from .classes import better_model, model_with_tensors
 from .config import is_model_class, making_model, read_config
 
 
-def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False, quantized: bool = False) -> Any:
     """The model of a checkpoint's config, on the meta device: of the class that fits the tensors, if another is named.
 
+    Args:
+        checkpoint: the checkpoint.
+        trust_remote_code: whether to run the Python code that comes with it.
+        quantized: whether it may be quantized. The model is not.
+
     Raises:
-        TypeError: the checkpoint is quantized.
+        TypeError: the checkpoint is quantized, and may not be.
         ValueError: transformers does not have the class that the config names, or makes no model of the config; or the
             config names no class, and none has the checkpoint's tensors.
     """
     import transformers
 
-    record = read_config(checkpoint)
+    record = read_config(checkpoint, quantized)
     path = checkpoint.folder / "config.json"
     name = class_name(record, path)
     auto_map = record.get("auto_map")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def add_parser(commands: Any) -> None:
         help="turn a trained PiSSA adapter into a plain LoRA of the original model",
         description="Turn a trained PiSSA adapter and its initial adapter into a plain LoRA of the ORIGINAL model, "
         "without loading a model: exact, of rank 2r, or with --rank K the nearest of that rank. Trained heads, "
-        "embeddings and DoRA's magnitudes are copied.",
+        "embeddings and DoRA's magnitudes are copied. If the residual is quantized, the report says what is lost; "
+        "merge keeps it.",
     )
     parser.add_argument("trained", type=Path, metavar="TRAINED", help="folder of the trained adapter")
     parser.add_argument(
@@ -46,5 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         force=arguments.force,
     )
+    if report.dropped is not None:
+        print(f"pissa-kernels: {report.dropped.describe()}", file=sys.stderr)
     output(report.to_json() if arguments.json else report.table())
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
-from . import convert, demo, init, report, verify
+from . import convert, demo, init, merge, report, verify
 from .arguments import EXIT_FAILED, EXIT_USAGE
 from .streams import accept_all_text, one_line
 
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"pissa-kernels {__version__}", help="show the version and exit"
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (demo, init, verify, convert, report):
+    for module in (demo, init, verify, convert, merge, report):
         module.add_parser(commands)
     for command in commands.choices.values():
         command.add_argument(

@@ -157,7 +157,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(name := config.get("base_model_name_or_path"), (str, NoneType)):
         raise ValueError(f"{path} has the base_model_name_or_path {name!r}; accepted is a string")
     if setting := next((key for key in _UNSUPPORTED_SETTINGS if config.get(key)), None):
-        raise ValueError(f"{path} sets {setting}, so the adapter is more than two factors per layer; it stays PiSSA")
+        raise ValueError(f"{path} sets {setting}, so the adapter is more than two factors per layer; use it with PEFT")
     return config
 
 

@@ -1,21 +1,47 @@
-"""Check of a layer against the original model and the residual checkpoint: W_res + s·B₀·A₀ is W to one rounding."""
+"""Check of a layer against the original model and the residual checkpoint: W_res + s·B₀·A₀ is W to one rounding.
+
+Where the residual is quantized, the difference is the error of the quantization, which the report of the run has.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..files.folder import Checkpoint
 from ..files.header import TensorInfo, read_tensor
 from ..files.system import open_to_read
-from ..numerics import UNIT_ROUNDOFF, reconstruction
+from ..numerics import BLOCK_ELEMENTS, UNIT_ROUNDOFF, reconstruction
+from ..quantize.stored import StoredWeight, quantized_weights
 from .adapter import Layer
 from .lowrank import FactorPair
 
+# Of the norm of W − s·B₀·A₀. In 4 bits, E is about a tenth of it; with the weight of an unrelated model, more than all.
+_LARGEST_LOSS = 0.5
+# The report's errors are norms of float32 numbers, summed in float32.
+_RECORDED_DIGITS = 1e-3
 
-def check_base(base: Checkpoint, residual: Checkpoint, name: str, layer: Layer, factors: FactorPair) -> float:
-    """Compare the two models that a conversion has to make equal, in one layer.
+
+@dataclass(frozen=True)
+class BaseCheck:
+    """What was found of one layer.
+
+    Attributes:
+        reconstruction: :func:`pissa_kernels.numerics.reconstruction`, ≤ 1; None if the residual is quantized.
+        error: ‖W − W_q − s·B₀·A₀‖_F of a quantized residual, else 0.
+        weight: ‖W‖_F of the original weight; 0 if the residual is not quantized.
+    """
+
+    reconstruction: float | None
+    error: float = 0.0
+    weight: float = 0.0
+
+
+class Models:
+    """The original model and the residual checkpoint, which a conversion has to make equal.
 
     The trained layer is W_res + s·B·A, the plain LoRA on the base model is W + s·(B·A − B₀·A₀). They differ by
     W − (W_res + s·B₀·A₀), whatever training did.
@@ -23,26 +49,72 @@ def check_base(base: Checkpoint, residual: Checkpoint, name: str, layer: Layer, 
     Args:
         base: the original model.
         residual: the residual checkpoint around the initial adapter.
-        name: name of the layer in the base model.
-        layer: places of its factors.
-        factors: the factors.
-
-    Returns:
-        :func:`pissa_kernels.numerics.reconstruction` of the layer: the largest difference relative to its rounding
-        bound, ≤ 1.
-
-    Raises:
-        ValueError: the difference is above its bound, or a checkpoint has no such weight, or one of another shape or
-            with a quantized dtype.
     """
-    W, W_res = _weight(base, name, layer), _weight(residual, name, layer)
-    worst = reconstruction(W, W_res, factors.A0, factors.B0, layer.scaling)
-    if worst > 1:
-        raise ValueError(
-            f"W_res + s·B₀·A₀ of {residual.folder} differs from W of {base.folder} by {worst:.3g} times the rounding "
-            "bound; give the base model that the initial adapter was made from"
-        )
-    return worst
+
+    def __init__(self, base: Checkpoint, residual: Checkpoint) -> None:
+        self.base, self.residual = base, residual
+        self._stored = quantized_weights(residual.tensors())
+
+    def check(self, name: str, layer: Layer, factors: FactorPair, recorded: float | None) -> BaseCheck:
+        """Compare the models in one layer.
+
+        Args:
+            name: name of the layer in the base model.
+            layer: places of its factors.
+            factors: the factors.
+            recorded: ‖E‖_F of the report, if the residual is quantized and there is one.
+
+        Raises:
+            ValueError: the difference is above its bound, or a checkpoint has no such weight, or one of another shape
+                or dtype.
+        """
+        W = _weight(self.base, name, layer)
+        _, info = _find(self.residual, f"{name}.weight")
+        if info.name in self._stored:
+            return self._check_quantized(W, self._stored[info.name], layer, factors, recorded)
+        worst = reconstruction(W, _weight(self.residual, name, layer), factors.A0, factors.B0, layer.scaling)
+        if worst > 1:
+            raise ValueError(
+                f"W_res + s·B₀·A₀ of {self.residual.folder} differs from W of {self.base.folder} by {worst:.3g} times "
+                "the rounding bound; give the base model that the initial adapter was made from"
+            )
+        return BaseCheck(worst)
+
+    def _check_quantized(
+        self, W: Tensor, stored: StoredWeight, layer: Layer, factors: FactorPair, recorded: float | None
+    ) -> BaseCheck:
+        W_q = stored.read(lambda key: _read(self.residual, *self.residual.tensors()[key])).dequantize()
+        if W_q.shape != layer.shape:
+            raise ValueError(
+                f"{self.residual.folder}: the quantized weight of {stored.module!r} has shape {tuple(W_q.shape)}; "
+                f"accepted is {layer.shape}"
+            )
+        # a config that was trained on quantized weights does not say how the base model stores a square one
+        candidates = [W, W.mT] if W.shape[0] == W.shape[1] else [W]
+        error, left, weight = min(_norms(candidate, W_q, factors, layer.scaling) for candidate in candidates)
+        rounding = (len(factors.A0) + 4) * UNIT_ROUNDOFF[torch.float32] * (weight + left)
+        bound = _LARGEST_LOSS * left if recorded is None else recorded * (1 + _RECORDED_DIGITS) + rounding
+        if not error <= bound:
+            known = "" if recorded is None else f", and its report says {recorded:.3g}"
+            raise ValueError(
+                f"W_q + s·B₀·A₀ of {self.residual.folder} differs from W of {self.base.folder} by {error:.3g} in the "
+                f"Frobenius norm, of {left:.3g} of the residual{known}; give the base model that the initial adapter "
+                "was made from"
+            )
+        return BaseCheck(None, error, weight)
+
+
+def _norms(W: Tensor, W_q: Tensor, factors: FactorPair, scaling: float) -> tuple[float, float, float]:
+    """‖W − s·B₀·A₀ − W_q‖_F, ‖W − s·B₀·A₀‖_F and ‖W‖_F in float64, a block of rows at a time."""
+    A, B = factors.A0.double(), scaling * factors.B0.double()
+    squares = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(W), rows := max(1, BLOCK_ELEMENTS // W.shape[1])):
+        block = W[start : start + rows].double()
+        left = torch.addmm(block, B[start : start + rows], A, alpha=-1)
+        error = left - W_q[start : start + rows]
+        squares += torch.stack([values.square().sum() for values in (error, left, block)])
+    error_norm, left_norm, weight_norm = squares.sqrt().tolist()
+    return error_norm, left_norm, weight_norm
 
 
 def _weight(checkpoint: Checkpoint, name: str, layer: Layer) -> Tensor:
@@ -53,14 +125,18 @@ def _weight(checkpoint: Checkpoint, name: str, layer: Layer) -> Tensor:
         raise ValueError(f"{checkpoint.folder}: {info.name!r} has shape {info.shape}; accepted is {shape}")
     if info.torch_dtype not in UNIT_ROUNDOFF:
         raise ValueError(f"{checkpoint.folder}: {info.name!r} has dtype {info.dtype}; accepted are F32, F16 and BF16")
-    descriptor = open_to_read(checkpoint.folder / shard)
-    try:
-        weight = read_tensor(descriptor, info)
-    finally:
-        os.close(descriptor)
+    weight = _read(checkpoint, shard, info)
     # fan_in_fan_out is one setting for all layers, which a model with both kinds contradicts: the shape comes first
     transposed = layer.transposed if shape[0] == shape[1] else info.shape != shape
     return weight.mT if transposed else weight
+
+
+def _read(checkpoint: Checkpoint, shard: str, info: TensorInfo) -> Tensor:
+    descriptor = open_to_read(checkpoint.folder / shard)
+    try:
+        return read_tensor(descriptor, info)
+    finally:
+        os.close(descriptor)
 
 
 def _find(checkpoint: Checkpoint, key: str) -> tuple[str, TensorInfo]:

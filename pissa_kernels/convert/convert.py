@@ -8,23 +8,25 @@ models, and writes only A and B. Here one layer's factors are in memory at a tim
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ..checks import layer_context
+from ..files.advice import read_json
 from ..files.apart import check_apart
 from ..files.atomic import atomic_folder
 from ..files.destination import destination
-from ..files.folder import Checkpoint, open_checkpoint
+from ..files.folder import open_checkpoint
 from ..files.system import flush
 from .adapter import AdapterFile
-from .check_base import check_base
+from .check_base import Models
+from .dropped import Dropped, recorded_errors, together
+from .lowrank import change_norm
 from .origin import is_hub_name, original_name, residual_folder
 from .pair import AdapterPair, open_pair
 from .plain import check_plain, plan_plain, write_plain
 from .report import ConversionReport
 from .swapped import SwapCheck
-
-Models = tuple[Checkpoint, Checkpoint]
 
 
 def convert_adapter(
@@ -49,7 +51,8 @@ def convert_adapter(
         rank: K, up to 2r, for the nearest adapter of that rank, with float32 factors; a layer with a smaller 2r keeps
             its own. None for rank 2r, which is exact, in the adapter's dtype.
         base: folder of the original model, or its name on a hub, for the config. If it is a folder, and the initial
-            adapter lies in a residual checkpoint, the two models are compared weight by weight.
+            adapter lies in a residual checkpoint, the two models are compared weight by weight. A quantized residual is
+            compared to within the error that ``init`` recorded, and the report has what the plain LoRA drops of it.
         force: replace an adapter in ``out`` that this function wrote and that is as it was written.
 
     Returns:
@@ -95,18 +98,24 @@ def convert_adapter(
         name = str(base) if base is not None else original_name(pair.trained, pair.initial)
         if name is None:
             notes.append("the config names no base model, because only the residual one is known; base= names it")
-        checked = _check_layers(pair, models, notes)
+        checked, dropped = _check_layers(pair, models, notes)
+        if not dropped and (quantized := _quantized_residual(pair.initial)) is not None:
+            notes.append(
+                f"{quantized} is quantized, and the plain LoRA drops what the quantization lost, for which training "
+                "compensated; base= names the original model, with which it can be measured"
+            )
         with atomic_folder(folder, replace=check_plain if force else None) as temporary:
             layers, loss = write_plain(plain, name, temporary)
     flush(folder.resolve().parent)
     return ConversionReport(
-        layers=layers,
+        layers=[replace(layer, dropped=dropped.get(layer.name)) for layer in layers],
         out=out,
         base=name,
         loss=loss,
         carried=[info.name for info in pair.trained.others],
         checked=checked,
         notes=notes,
+        dropped=together(dropped.values()),
     )
 
 
@@ -129,20 +138,40 @@ def _open_models(initial: AdapterFile, base: str | os.PathLike[str] | None, note
     elif residual is None:
         notes.append(f"not compared with the base model, because {initial.path.parent} is not in a residual checkpoint")
     else:
-        return open_checkpoint(Path(base)), open_checkpoint(residual)
+        return Models(open_checkpoint(Path(base)), open_checkpoint(residual))
     return None
 
 
-def _check_layers(pair: AdapterPair, models: Models | None, notes: list[str]) -> float | None:
-    """Check every layer before anything is written. Returns the largest difference between the models, if any."""
+def _quantized_residual(initial: AdapterFile) -> Path | None:
+    """Folder of the residual checkpoint, if its config says that it is quantized."""
+    residual = residual_folder(initial)
+    config = {} if residual is None else read_json(residual / "config.json")
+    return residual if config.get("quantization_config") else None
+
+
+def _check_layers(
+    pair: AdapterPair, models: Models | None, notes: list[str]
+) -> tuple[float | None, dict[str, Dropped]]:
+    """Check every layer before anything is written.
+
+    Returns:
+        The largest difference between the models relative to its rounding bound, None if there is none to measure; and
+        what the plain LoRA drops in each layer with a quantized residual, by name, where that is known.
+    """
     untrained, differences, swap = [], [], SwapCheck()
+    dropped: dict[str, Dropped] = {}
+    recorded = recorded_errors(pair.initial)
     for name, layer in pair.trained.layers.items():
         with layer_context(f"layer {name!r}"):
             factors = pair.read(name)
             untrained.append(factors.untrained())
             swap.add(factors)
-            if models is not None:
-                differences.append(check_base(*models, name, layer, factors))
+            found = None if models is None else models.check(name, layer, factors, recorded.get(name))
+            if found is not None and found.reconstruction is not None:
+                differences.append(found.reconstruction)
+            elif found is not None or name in recorded:
+                error, weight = (recorded[name], None) if found is None else (found.error, found.weight)
+                dropped[name] = Dropped(error, layer.scaling * change_norm(factors), weight)
             del factors  # before the next layer's are read
     swap.finish(pair, untrained=all(untrained))
     if all(untrained):
@@ -152,4 +181,4 @@ def _check_layers(pair: AdapterPair, models: Models | None, notes: list[str]) ->
             f"{left[0].name!r} ({len(left)} such) is not copied: it is the base weight of an adapted layer, which the "
             "original model has"
         )
-    return max(differences, default=None)
+    return max(differences, default=None), dropped

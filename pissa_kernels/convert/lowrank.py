@@ -73,15 +73,28 @@ def truncated(factors: FactorPair, rank: int) -> Product:
     Returns:
         A' and B' in float32 for every dtype of the adapter: rounding to bf16 often costs more than the truncation.
     """
-    A, B, A0, B0 = (factor.double() for factor in (factors.A, factors.B, factors.A0, factors.B0))
-    # (B − B₀)·A + B₀·(A − A₀): with [B, −B₀]·[A; A₀], B·A and B₀·A₀ would cancel if training has changed them little
-    left, right = torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0], dim=0)
+    left, right = _change(factors)
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.mT)
     U, sigma, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
     kept = min(rank, len(sigma))
     root = sigma[:kept].sqrt()
-    new_A, new_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
+    new_A, new_B = right.new_zeros(rank, right.shape[1]), left.new_zeros(left.shape[0], rank)
     new_A[:kept] = root[:, None] * (Vh[:kept] @ Q_right.mT)
     new_B[:, :kept] = (Q_left @ U[:, :kept]) * root
     return Product(new_A.float(), new_B.float(), norm=float(sigma.norm()), error=float(sigma[kept:].norm()))
+
+
+def change_norm(factors: FactorPair) -> float:
+    """‖ΔW/s‖_F, in float64."""
+    left, right = _change(factors)
+    return float((torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT).norm())
+
+
+def _change(factors: FactorPair) -> tuple[Tensor, Tensor]:
+    """Two matrices (out, 2r) and (2r, in) whose product is ΔW/s, in float64.
+
+    (B − B₀)·A + B₀·(A − A₀): with [B, −B₀]·[A; A₀], B·A and B₀·A₀ would cancel if training has changed them little.
+    """
+    A, B, A0, B0 = (factor.double() for factor in (factors.A, factors.B, factors.A0, factors.B0))
+    return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0], dim=0)

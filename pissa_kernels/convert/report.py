@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..report import Report
 from ..report.tables import text_table
+from .dropped import Dropped
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class ConvertedLayer:
         rank: rank in the plain LoRA.
         scaling: s, which is that of the trained adapter.
         loss: ‖ΔW − ΔW_K‖_F / ‖ΔW‖_F; 0 at rank 2r, and for an untrained layer.
+        dropped: what the plain LoRA drops, if the residual is quantized and that is known; None otherwise.
     """
 
     name: str
@@ -28,6 +30,13 @@ class ConvertedLayer:
     rank: int
     scaling: float
     loss: float
+    dropped: Dropped | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object; "dropped" is absent where nothing is."""
+        record = {key: getattr(self, key) for key in ("name", "shape", "rank", "scaling", "loss")}
+        record["shape"] = list(self.shape)
+        return record if self.dropped is None else {**record, "dropped": self.dropped.to_dict()}
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -41,7 +50,8 @@ class ConversionReport(Report):
         loss: ‖ΔW − ΔW_K‖_F / ‖ΔW‖_F of all layers together.
         carried: keys of the trained adapter's other tensors, which were copied.
         checked: largest difference between W and W_res + s·B₀·A₀ in any layer, relative to its rounding bound (≤ 1);
-            None if the models were not compared.
+            None if the models were not compared, or the residual is quantized.
+        dropped: what the plain LoRA drops in all layers together, if the residual is quantized and that is known.
         notes: remarks for the caller, one sentence each.
     """
 
@@ -53,11 +63,18 @@ class ConversionReport(Report):
     carried: list[str]
     checked: float | None
     notes: list[str]
+    dropped: Dropped | None = None
 
     def table(self) -> str:
         """A row for each layer, the summary, and a line for everything else that the caller should know."""
+        heads = ["layer", "rank", "loss"]
         rows = [[layer.name, str(layer.rank), f"{layer.loss:.2e}"] for layer in self.layers]
-        lines = [text_table(["layer", "rank", "loss"], rows), "", self.summary()]
+        if self.dropped is not None:
+            heads += ["‖E‖/‖ΔW‖", "‖E‖/‖W‖"]
+            rows = [[*row, *_shares(layer.dropped)] for row, layer in zip(rows, self.layers, strict=True)]
+        lines = [text_table(heads, rows), "", self.summary()]
+        if self.dropped is not None:
+            lines.append(self.dropped.describe())
         if self.carried:
             lines.append(f"{len(self.carried)} other tensors were copied")
         if self.checked is not None:
@@ -78,11 +95,12 @@ class ConversionReport(Report):
         return {
             "out": str(self.out),
             "base": self.base,
-            "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "loss": self.loss,
             "carried": self.carried,
             "checked": self.checked,
             "notes": self.notes,
+            **({} if self.dropped is None else {"dropped": self.dropped.to_dict()}),
         }
 
     def to_json(self) -> str:
@@ -106,3 +124,9 @@ class ConversionReport(Report):
             TypeError: always.
         """
         ConversionReport.from_dict(path)
+
+
+def _shares(dropped: Dropped | None) -> list[str]:
+    """Cells of a table."""
+    shares = (None, None) if dropped is None else (dropped.of_change, dropped.of_weight)
+    return ["" if share is None else f"{share:.2e}" for share in shares]

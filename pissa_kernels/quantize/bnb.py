@@ -165,7 +165,7 @@ class PackedEightBit:
 
     def dequantize(self) -> Tensor:
         """The values (m, n), float32."""
-        return self.codes.float() * (self.scales / MAX_8BIT)[:, None]
+        return self.codes.float().mul_((self.scales / MAX_8BIT)[:, None])
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores; format 0 is by rows."""

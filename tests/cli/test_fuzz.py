@@ -41,9 +41,14 @@ COMMANDS = {
         ["init", "base", "out", "--force"],
         ["init", "out", "new"],
         ["convert", "out/pissa_init", "out", "new"],
+        ["merge", "out", "out/pissa_init", "new"],
     ],
     "trained": [["convert", "trained", "trained", "new"], ["convert", "trained", "residual", "new", "--rank", "3"]],
-    "residual": [["convert", "trained", "residual", "new", "--base", "base"], ["report", "residual", "--json"]],
+    "residual": [
+        ["convert", "trained", "residual", "new", "--base", "base"],
+        ["report", "residual", "--json"],
+        ["merge", "residual", "residual/pissa_init", "new", "--dtype", "float32"],
+    ],
     "report": [["report", "report/report.json", "--share", "0.5"], ["report", "report/report.json", "--html", "new"]],
     "unfinished": [["init", "base", "out", "--resume", "--force"], ["init", "base", "out", "--force"]],
 }
@@ -117,7 +122,7 @@ def check(folders: Path, place: Path, seed: int) -> None:
     what = f"seed {seed}: {mutate(place / damaged, rng)}; {' '.join(command)}"
     before = untouched(place)
     # what could be a path is made one; the rest stays as it is
-    known = {"base", "new", *COMMANDS, "report/report.json", "out/pissa_init"}
+    known = {"base", "new", *COMMANDS, "report/report.json", "out/pissa_init", "residual/pissa_init"}
     arguments = [str(place / word) if word in known and index else word for index, word in enumerate(command)]
     try:
         status, errors = run(arguments)

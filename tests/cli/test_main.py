@@ -17,7 +17,7 @@ from pissa_kernels.cli import init as init_command
 from pissa_kernels.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "init", "verify", "convert", "report")
+COMMANDS = ("demo", "init", "verify", "convert", "merge", "report")
 
 
 def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
