@@ -9,8 +9,8 @@ from ._version import __version__
 from .checkpoint.run import CheckpointReport, init_checkpoint
 from .checkpoint.verify import Finding, Verification, verify_checkpoint
 from .convert.convert import convert_adapter
-from .convert.merge import merge_checkpoint
 from .convert.report import ConversionReport
+from .merge.run import merge_checkpoint
 from .peft.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft

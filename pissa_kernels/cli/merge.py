@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..convert.merge import DTYPES, merge_checkpoint
+from ..merge.run import DTYPES, merge_checkpoint
 from .arguments import positive, quiet_libraries
 from .streams import output
 

@@ -21,9 +21,9 @@ from pissa_kernels.peft import sidecar
 
 from ..peft.test_models import lora_layers
 from ..support.checkpoints import factors, tensors
+from ..support.merging import adapt, quantize, residual, train
 from ..support.models import build
 from .adapters import make, rewrite
-from .merging import adapt, quantize, residual, train
 
 pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
 

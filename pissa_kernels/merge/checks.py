@@ -10,13 +10,13 @@ import torch
 
 from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..convert.adapter import AdapterFile
+from ..convert.plain import MARK as PLAIN
 from ..files.folder import Checkpoint
 from ..files.header import read_header
 from ..ops import WEIGHT_DTYPES
 from ..quantize.stored import StoredWeight
-from .adapter import AdapterFile
-from .merge_names import Place
-from .plain import MARK as PLAIN
+from .names import Place
 
 # Initializers with which PEFT changes the base weight whenever it loads the adapter.
 _CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")

@@ -20,9 +20,9 @@ from ..files.header import read_header
 from ..files.system import flush
 from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
-from .merge_plan import MARK, MergeJob, plan_merge
-from .merge_report import MergedLayer, MergeReport
-from .merge_write import open_files
+from .plan import MARK, MergeJob, plan_merge
+from .report import MergedLayer, MergeReport
+from .write import open_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

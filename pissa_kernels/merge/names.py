@@ -11,9 +11,9 @@ from ..adapter.names import module_name
 from ..checkpoint.classes import tensors_of_parameters
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.model import empty_model, tied_weights
+from ..convert.adapter import AdapterFile
 from ..files.folder import Checkpoint
 from ..files.header import TensorInfo, plan_header
-from .adapter import AdapterFile
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 import pissa_kernels as pk
 
 from ..peft.test_models import lora_layers
-from ..support.models import build
+from .models import build
 
 WIDTH = 64
 FORMATS: dict[str, dict[str, Any]] = {

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import layer_context
+from ..convert.adapter import Layer
 from ..files import buffer
 from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, write_at
 from ..files.system import open_to_read, open_to_write, reserve
 from ..numerics import exact_arithmetic
-from .adapter import Layer
-from .merge_plan import MergeJob, Values
+from .plan import MergeJob, Values
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ import pissa_kernels as pk
 from ..peft.test_models import moved
 from ..peft.test_save import allowed
 from ..support.checkpoints import tensors
+from ..support.merging import adapt, in_float32, load, quantize, residual, train, worst
 from ..support.models import TARGETS, build, output
-from .merging import adapt, in_float32, load, quantize, residual, train, worst
 
 pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
 # int8 layers quantize their inputs too, to 8 bits

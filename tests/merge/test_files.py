@@ -15,12 +15,12 @@ import torch
 import transformers
 
 import pissa_kernels as pk
-from pissa_kernels.convert import merge_write
 from pissa_kernels.files import header
+from pissa_kernels.merge import write
 
 from ..support.checkpoints import contents, tensors, witness
+from ..support.merging import quantize
 from ..support.models import build
-from .merging import quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_nothing(folders: Path, tmp_path: Path, monkeypatc
             raise OSError("No space left on device")
         header.write_at(*arguments)
 
-    monkeypatch.setattr(merge_write, "write_at", fail)
+    monkeypatch.setattr(write, "write_at", fail)
     with pytest.raises(OSError, match="No space"):
         merge(folders, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_changes_during_the_merge(
         os.utime(folders / "residual" / "config.json", ns=(1, len(os.listdir(tmp_path))))
         header.write_at(*arguments)
 
-    monkeypatch.setattr(merge_write, "write_at", touch)
+    monkeypatch.setattr(write, "write_at", touch)
     with pytest.raises(ValueError, match=r"residual has changed during the merge; merge again"):
         merge(folders, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
@@ -166,18 +166,18 @@ def test_a_result_lies_apart_from_what_is_read(folders: Path) -> None:
 # Kills itself at the write of the tenth tensor.
 KILLED = """
 import os, signal, sys
-from pissa_kernels.convert import merge, merge_write
-write, count = merge_write.MergeFiles.write, 0
+from pissa_kernels.merge import run, write
+merging, count = write.MergeFiles.write, 0
 
 def fatal(*arguments):
     global count
     count += 1
     if count == 10:
         os.kill(os.getpid(), signal.SIGKILL)
-    write(*arguments)
+    merging(*arguments)
 
-merge_write.MergeFiles.write = fatal
-merge.merge_checkpoint(sys.argv[1], sys.argv[1] + "/pissa_init", sys.argv[2], progress=False)
+write.MergeFiles.write = fatal
+run.merge_checkpoint(sys.argv[1], sys.argv[1] + "/pissa_init", sys.argv[2], progress=False)
 """
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import pissa_kernels as pk
 
+from ..convert.adapters import retensor, rewrite
 from ..support.checkpoints import tied_llama
-from .adapters import retensor, rewrite
-from .merging import quantize, residual
+from ..support.merging import quantize, residual
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME
 from ..checkpoint.config import read_config
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..convert.adapter import AdapterFile, read_adapter
 from ..files.folder import INDEX, Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, read_tensor
 from ..files.system import open_to_read
 from ..ops import WEIGHT_DTYPES
 from ..quantize.bnb import NESTED_BLOCK, STORAGE_DTYPES, FourBit
 from ..quantize.stored import StoredWeight, quantized_weights
-from .adapter import AdapterFile, read_adapter
-from .merge_checks import check_adapter, check_origin, check_place, check_quantization, same_folder
-from .merge_names import find_places
+from .checks import check_adapter, check_origin, check_place, check_quantization, same_folder
+from .names import find_places
 
 # In the headers of the weights. Programs that save the model again write other headers.
 MARK = {"written_by": "pissa-kernels merge"}
