@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import os
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +144,25 @@ class SavePretrained:
             if initial is not None:
                 arguments["save_embedding_layers"] = embeddings[adapter]
                 complete_conversion(peft_model, adapter, folder, arguments)
+                _warn_of_dropped_error(records_of(peft_model, adapter))
                 continue
             init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
             records = records_of(peft_model, adapter)
             if records and isinstance(init, str) and init.startswith("pissa"):
                 sidecar.write(folder, records)
+
+
+def _warn_of_dropped_error(records: Mapping[str, InitRecord]) -> None:
+    """Tell that a plain LoRA converted from a quantized residual lacks what the quantization has changed."""
+    found = [record.report.quantization for record in records.values() if record.report.quantization is not None]
+    if found:
+        warnings.warn(
+            f"the plain LoRA is the change to quantized residuals ({found[0].scheme}, {len(found)} layers). On the "
+            "original weights it drops their quantization error E = W − W_q − s·B₀·A₀, ‖E‖_F = "
+            f"{math.hypot(*(each.error for each in found)):.3g} over all layers, which training may have compensated "
+            "for. merge_checkpoint keeps it",
+            stacklevel=4,
+        )
 
 
 def _save_adapter(model: Any, adapter_name: str, state: dict[str, torch.Tensor], out: Path, folder: Path) -> None:
