@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
+from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..convert.adapter import AdapterFile
+from ..convert.adapter import AdapterFile, find_initial, read_adapter
 from ..convert.plain import MARK as PLAIN
 from ..files.folder import Checkpoint
-from ..files.header import read_header
+from ..files.header import read_header, read_tensor
 from ..ops import WEIGHT_DTYPES
+from ..peft.sidecar import INITIAL_NAME
 from ..quantize.stored import StoredWeight
 from .names import Place
 
@@ -24,8 +25,8 @@ _CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "megatron_config")
 
 
-def check_adapter(adapter: AdapterFile) -> None:
-    """Refuse an adapter whose layers are more than their base layers and s·B·A."""
+def check_adapter(adapter: AdapterFile, out: Path) -> None:
+    """Refuse an adapter whose layers are more than their base layers and s·B·A, or have other base layers than OUT."""
     folder, config = adapter.path.parent, adapter.config
     if setting := next((key for key in _UNSUPPORTED if config.get(key)), None):
         raise ValueError(
@@ -33,11 +34,27 @@ def check_adapter(adapter: AdapterFile) -> None:
             "(merge_and_unload)"
         )
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS) and not _starts_from(adapter, out):
         raise ValueError(
             f"{folder / CONFIG_NAME} has the init_lora_weights {init!r}, with which the adapter's base is a model that "
-            "PEFT changed in memory, and no checkpoint; make it a LoRA of the original model with convert, and merge "
-            "that one into the original model"
+            f"PEFT changed in memory, and {out} does not hold that with its initial adapter. Save it with save_pissa; "
+            "or make the adapter a LoRA of the original model with convert, and merge that one into the original model"
+        )
+
+
+def _starts_from(adapter: AdapterFile, out: Path) -> bool:
+    """Whether an adapter was trained from the initial factors in the ``pissa_init`` of a residual checkpoint."""
+    folder, initial = adapter.path.parent, out / ADAPTER_FOLDER
+    if not ((folder / INITIAL_NAME).is_file() and (initial / CONFIG_NAME).is_file()):
+        return False
+    own, other = find_initial(folder), read_adapter(initial)
+    if own.layers.keys() != other.layers.keys():
+        return False
+    with own.path.open("rb") as first, other.path.open("rb") as second:
+        return all(
+            torch.equal(read_tensor(first.fileno(), mine).float(), read_tensor(second.fileno(), theirs).float())
+            for name, layer in own.layers.items()
+            for mine, theirs in ((layer.A, other.layers[name].A), (layer.B, other.layers[name].B))
         )
 
 

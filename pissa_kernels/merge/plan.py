@@ -90,7 +90,7 @@ def plan_merge(out: Path, trained: Path, dtype: torch.dtype | None, trust_remote
     """
     checkpoint, adapter = open_checkpoint(out), read_adapter(trained)
     manifest = Manifest.read(out) if (out / MANIFEST).is_file() else None
-    check_adapter(adapter)
+    check_adapter(adapter, out)
     check_origin(checkpoint, adapter, manifest)
     config = read_config(checkpoint, quantized=True)
     stored = quantized_weights(checkpoint.tensors())

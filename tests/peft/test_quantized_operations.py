@@ -427,7 +427,9 @@ def test_pefts_conversion_says_what_it_drops(folder: Path, tmp_path: Path) -> No
     pk.save_pissa(model, tmp_path / "residual")
     step(model)
     initial = tmp_path / "residual" / "pissa_init"
-    with pytest.warns(UserWarning, match=r"quantized residuals \(nf4, blocks of 64.*7 layers.*drops .* = \d+\.?\d* over"):
+    with pytest.warns(
+        UserWarning, match=r"quantized residuals \(nf4, blocks of 64.*7 layers.*drops .* = \d+\.?\d* over"
+    ):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(initial))
     plain = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "plain")
     for (_, one), (_, other) in zip(lora_layers(plain), lora_layers(model), strict=True):
