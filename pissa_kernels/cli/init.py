@@ -12,8 +12,9 @@ from typing import Any
 from ..adapter.names import ADAPTER_FOLDER
 from ..adapter.patterns import matches
 from ..checkpoint.options import ALL_LINEAR, AdapterOptions, check_expression, entries
+from ..checkpoint.outcome import CheckpointReport
 from ..checkpoint.plan import CheckpointJob, plan_checkpoint
-from ..checkpoint.run import CheckpointReport, init_checkpoint
+from ..checkpoint.run import init_checkpoint
 from ..report.tables import text_table
 from .arguments import checked, initializer, pattern, positive, quiet_libraries
 from .streams import output
