@@ -141,7 +141,8 @@ def _subtracted(wide: Tensor, factors: Factors, scaling: float, out: Tensor) -> 
 
 
 def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix))
+    # a float32 sum over all elements of a large weight is off by some 1e-4
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1).double()))
 
 
 def _nuclear(matrix: Tensor) -> float:
