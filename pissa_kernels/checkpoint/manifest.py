@@ -90,6 +90,7 @@ def _is_complete(record: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(part, dict) for part in (plan, files, targets, quantized))
         and isinstance(plan["source"], str)
+        and (not quantized or _is_quantization(plan.get("quantization")))
         and all(isinstance(part, dict) for part in (*files.values(), *targets.values(), *quantized.values()))
         and all(
             isinstance(file["header"], str) and isinstance(file["tensors"], dict)
@@ -102,6 +103,12 @@ def _is_complete(record: Mapping[str, Any]) -> bool:
             for layer in (*targets.values(), *quantized.values())
         )
     )
+
+
+def _is_quantization(record: object) -> bool:
+    """Whether a plan names the format, and what it has added to config.json."""
+    kinds = {"kind": str, "double": bool, "block": int, "config": dict}
+    return isinstance(record, dict) and all(type(record.get(key)) is kind for key, kind in kinds.items())
 
 
 def _text(record: Mapping[str, Any]) -> str:

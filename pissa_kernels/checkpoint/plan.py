@@ -15,15 +15,16 @@ from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..files.apart import check_apart
 from ..files.destination import destination
-from ..files.folder import INDEX, Checkpoint, open_checkpoint
-from ..files.header import Header, TensorInfo, lay_out, plan_header, sha256
+from ..files.folder import Checkpoint, open_checkpoint
+from ..files.header import Header, TensorInfo, plan_header, sha256
 from ..files.walk import printable
 from ..quantize.iteration import DEFAULT_ITERATIONS
 from ..svd.cost import choose_plan, machine_of, workspace
 from .manifest import MANIFEST
 from .options import AdapterOptions
-from .placement import CONFIG, Placement
+from .placement import Placement
 from .quantization import QuantizationOptions, QuantizationPlan, plan_quantization
+from .quantized_files import quantized_texts, result_header
 from .targets import Adapter, LinearWeight, Target, find_targets
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
@@ -189,8 +190,8 @@ def plan_checkpoint(
         # bitsandbytes' layers are stored (out, in), those of Conv1D too
         stays = any(target.transposed and target.info.name not in plan.weights for target in adapter.targets)
         adapter = replace(adapter, config={**adapter.config, "fan_in_fan_out": stays})
-    shards = {shard: _result_header(header, plan) for shard, header in checkpoint.shards.items()}
-    texts = _texts(checkpoint, shards, plan) if plan is not None else {}
+    shards = {shard: result_header(header, plan) for shard, header in checkpoint.shards.items()}
+    texts = quantized_texts(checkpoint, shards, plan.entries) if plan is not None else {}
     tensors = _in_order(checkpoint, adapter.targets, plan, device)
     headers = {**shards, ADAPTER_WEIGHTS: _adapter_header(adapter.targets)}
     return CheckpointJob(checkpoint, out, options, adapter, headers, texts, plan, tuple(tensors), device)
@@ -216,34 +217,6 @@ def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
         CONFIG_NAME: "its adapter has no weights there, which transformers would look for",
     }
     return replace(checkpoint, others=others, left_out=left_out)
-
-
-def _result_header(header: Header, plan: QuantizationPlan | None) -> Header:
-    """The header of a shard of the result: the source's own, unless a weight in it becomes quantized."""
-    weights = plan.weights if plan is not None else {}
-    if plan is None or not weights.keys() & header.tensors.keys():
-        return header
-    tensors: list[TensorInfo] = []
-    for name, info in header.tensors.items():
-        tensors += plan.tensors(weights[name]).values() if name in weights else [info]
-    return lay_out(tensors, header.metadata)
-
-
-def _texts(checkpoint: Checkpoint, shards: Mapping[str, Header], plan: QuantizationPlan) -> dict[str, str]:
-    """config.json and the index of a quantized result."""
-    config = json.loads((checkpoint.folder / CONFIG).read_text(encoding="utf-8"))
-    found = {CONFIG: {**config, **plan.entries}}
-    if INDEX in checkpoint.others:
-        found[INDEX] = quantized_index(json.loads((checkpoint.folder / INDEX).read_text(encoding="utf-8")), shards)
-    return {name: json.dumps(record, indent=2, sort_keys=True) + "\n" for name, record in found.items()}
-
-
-def quantized_index(index: Mapping[str, Any], shards: Mapping[str, Header]) -> dict[str, Any]:
-    """The source's index with the tensors that the shards of the result have."""
-    size = sum(info.nbytes for header in shards.values() for info in header.tensors.values())
-    weight_map = {name: shard for shard, header in shards.items() for name in header.tensors}
-    metadata = index["metadata"] if isinstance(index["metadata"], dict) else {}
-    return {**index, "metadata": {**metadata, "total_size": size}, "weight_map": weight_map}
 
 
 def _in_order(

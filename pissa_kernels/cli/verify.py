@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.verify import Verification, verify_checkpoint
+from ..checkpoint.findings import Verification
+from ..checkpoint.verify import verify_checkpoint
 from ..report.tables import text_table
 from .arguments import EXIT_FAILED, positive
 from .streams import output
