@@ -5,8 +5,8 @@ from the files alone is this:
 
 - **Codes and statistics** are those of quantizing W − s·B·A again, with A and B as stored (of W for a layer without an
   adapter). On another kind of machine W − s·B·A is rounded otherwise, and where a value or a scale lies near the middle
-  between two of the format's, either may be stored. Other codes are accepted where each value is as near to W − s·B·A,
-  up to the roundings of :func:`_tie`.
+  between two of the format's, either may be stored. Other codes are accepted where each value is as near to W − s·B·A
+  up to the roundings of :func:`_tie`, and the error of all of them is the same up to :data:`OTHER_CODES`.
 - **Errors.** ‖W − W_q − s·B·A‖_F and ‖W − Q(W)‖_F in float64 are those of the report. The float32 product is within
   (r + 2)·u₃₂·(|W| + s·|B|·|A|) (Higham 2002, §3.1), the difference within u₃₂ of itself, and ‖·‖_F is summed in float32
   along rows, in at least eight lanes. :data:`OTHER_CODES` covers codes of another machine.
@@ -141,16 +141,22 @@ def _compare(
     expected = again.tensors()
     if kinds := [key for key in expected if _kind(expected[key]) != _kind(tensors[key])]:
         return 0, f"{kinds[0]} is {_kind(tensors[kinds[0]])}, not {_kind(expected[kinds[0]])}"
+    if stored.dequantize().dtype != again.dequantize().dtype:
+        return 0, f"its quantization state says {stored.dequantize().dtype}, not {again.dequantize().dtype}"
     if stored.shape != again.shape:
         return 0, f"its quantization state is of a weight {stored.shape}, not {again.shape}"
     apart = sum(int((_bytes(tensors[key]) != _bytes(values)).sum()) for key, values in expected.items())
     if not apart:
         return 0, ""
     worst = _farther(weight, product, stored, again)
-    if worst <= _tie(weight, scheme):
+    error, least = (_error(weight, packed, product) for packed in (stored, again))
+    if worst <= _tie(weight, scheme) and abs(error - least) <= OTHER_CODES * least:
         return apart, ""
     what = "Q(W − s·B·A)" if product is not None else "Q(W)"
-    return apart, f"{apart} bytes are not those of {what}: a value is farther from it by {worst:.1e} of the largest"
+    return apart, (
+        f"{apart} bytes are not those of {what}: the error is {error / least if least else torch.inf:.6f} times as "
+        f"large, and a value is farther away by {worst:.1e} of the largest"
+    )
 
 
 def _tie(weight: Tensor, scheme: Scheme) -> float:
