@@ -111,7 +111,7 @@ def check_adapted(
     apart, problem = _compare(weight, product, tensors, stored, again, scheme)
     problems = [problem] if problem else []
     error, without = _error(weight, stored, product), _error(weight, quantized_weight(weight, scheme), None)
-    size = float(weight.double().norm())
+    size = float(torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).double().norm())
     rounding = (report.rank + 2) * U32 * (size + float(product[0].norm()) * float(product[1].norm()))
     if not abs(error - quantization.error) <= _allowed(error, report) + rounding:
         problems.append(f"the error is {error:.6g}, not the report's {quantization.error:.6g}")
@@ -139,15 +139,14 @@ def _compare(
 ) -> tuple[int, str]:
     """Bytes that differ between what is stored and what quantizing again gives, and what is wrong with it."""
     expected = again.tensors()
-    if kinds := [key for key in expected if _kind(expected[key]) != _kind(tensors[key])]:
-        return 0, f"{kinds[0]} is {_kind(tensors[kinds[0]])}, not {_kind(expected[kinds[0]])}"
-    if stored.dequantize().dtype != again.dequantize().dtype:
-        return 0, f"its quantization state says {stored.dequantize().dtype}, not {again.dequantize().dtype}"
     if stored.shape != again.shape:
         return 0, f"its quantization state is of a weight {stored.shape}, not {again.shape}"
     apart = sum(int((_bytes(tensors[key]) != _bytes(values)).sum()) for key, values in expected.items())
     if not apart:
         return 0, ""
+    kinds = stored.dequantize().dtype, again.dequantize().dtype
+    if kinds[0] != kinds[1]:
+        return apart, f"its quantization state is of a weight in {kinds[0]}, not {kinds[1]}"
     worst = _farther(weight, product, stored, again)
     error, least = (_error(weight, packed, product) for packed in (stored, again))
     if worst <= _tie(weight, scheme) and abs(error - least) <= OTHER_CODES * least:
@@ -169,10 +168,6 @@ def _tie(weight: Tensor, scheme: Scheme) -> float:
     if isinstance(scheme, FourBit):
         return rounding + (1 / 64 if scheme.double else 0.0)
     return rounding + 2 * UNIT_ROUNDOFF[torch.float16]
-
-
-def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(tensor.shape), tensor.dtype
 
 
 def _bytes(tensor: Tensor) -> Tensor:

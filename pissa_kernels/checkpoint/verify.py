@@ -172,7 +172,9 @@ def _jobs(
     }
     originals = {(shard, tensor) for tensor, (shard, _) in folders.base.tensors().items()}
     quantized = folders.manifest.quantized
-    statistics = {(shard, key) for shard, key in listed if key not in quantized and _codes_of(key) in quantized}
+    suffixes = folders.scheme().layout((2, 2)) if quantized else {}
+    belonging = {tensor.removesuffix("weight") + suffix for tensor in quantized for suffix in suffixes}
+    statistics = {(shard, key) for shard, key in listed if key in belonging and key not in quantized}
     for shard, tensor in sorted((listed - statistics) ^ originals):
         where = "the original" if (shard, tensor) in listed else "the result's manifest"
         folders.verification.note(tensor, f"is not in {shard} of {where}")
@@ -188,11 +190,6 @@ def _jobs(
             yield partial(_job, tensor, partial(_copied, folders, shard, tensor))
         else:
             yield partial(_job, tensor, partial(_residual, folders, shard, tensor, about, layer))
-
-
-def _codes_of(key: str) -> str:
-    """Key of the codes that a tensor of statistics would belong to."""
-    return f"{key.rpartition('.weight.')[0] or key.rpartition('.')[0]}.weight"
 
 
 def _job(tensor: str, check: Callable[[], _TensorCheck], emit: Callable[[_TensorCheck], None]) -> None:

@@ -210,6 +210,12 @@ def test_errors_are_those_of_the_report(result: Result) -> None:
         assert error < without
 
 
+def test_verified(result: Result) -> None:
+    found = pk.verify_checkpoint(result.base, result.out, progress=False)
+    assert not found
+    assert len(found.quantized) == result.case.quantized[0]
+
+
 def test_residual_of_a_layer_that_stays(result: Result) -> None:
     if "lm_head" not in result.case.targets:
         assert all("quantization" in layer for layer in layers(result.out))
