@@ -176,20 +176,24 @@ def test_other_factors(copies: tuple[Path, Path]) -> None:
         assert words in found[QUERY]
 
 
-@pytest.mark.parametrize("change", ["shape", "blocksize", "not JSON", "dtype"])
+@pytest.mark.parametrize("change", ["shape", "blocksize", "nested_blocksize", "dtype", "quant_type", "not JSON"])
 def test_damaged_state(change: str, copies: tuple[Path, Path]) -> None:
+    """bitsandbytes is not asked for the values of a state that does not belong to the codes: it reads beyond them."""
     key = f"{KEY}.quant_state.bitsandbytes__nf4"
+
+    others = {"shape": [4096, 4096], "blocksize": 2, "nested_blocksize": 1, "dtype": "float16", "quant_type": "fp4"}
 
     def damage(found: dict[str, Tensor]) -> dict[str, Tensor]:
         state = json.loads(bytes(found[key].tolist()))
-        state |= {"shape": [16, 128], "blocksize": 128, "dtype": "float16"}
-        kept = {change: state[change]} if change in state else {}
-        text = json.dumps({**json.loads(bytes(found[key].tolist())), **kept}, separators=(",", ":")).ljust(256)
-        data = b"\xff" * 256 if change == "not JSON" else text.encode()
+        assert state.keys() >= others.keys()
+        text = json.dumps(state | ({change: others[change]} if change in others else {}), separators=(",", ":"))
+        data = b"\xff" * 256 if change == "not JSON" else text.ljust(256).encode()
         return {key: torch.frombuffer(bytearray(data), dtype=torch.uint8)}
 
     forge(copies[1], damage)
-    assert list(problems(*copies)) == [KEY]
+    found = problems(*copies)
+    assert list(found) == [KEY]
+    assert "quantization state is damaged" in found[KEY] or "quant_state.bitsandbytes__nf4 says" in found[KEY]
 
 
 # One layer, without files: what no hash tells
