@@ -107,7 +107,10 @@ class _TensorCheck:
 
 
 class _Folders:
-    """Both folders with their open files. A shard whose header is damaged is read with the original's header."""
+    """Both folders with their open files.
+
+    A shard whose header is damaged is read with the original's header, or not at all if it holds quantized weights.
+    """
 
     def __init__(self, base: Checkpoint, out: Path, manifest: Manifest, verification: Verification) -> None:
         self.base, self.out, self.manifest = base, out, manifest
@@ -121,6 +124,8 @@ class _Folders:
             if "tensors" not in about or not path.is_file():
                 continue
             header = self.base.shards.get(name)
+            if header is not None and sha256(header.encoded) != about["header"]:  # of a quantized result
+                header = None
             try:
                 found = read_header(path)
             except ValueError as error:

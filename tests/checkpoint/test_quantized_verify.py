@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import pissa_kernels as pk
 from pissa_kernels.checkpoint.check_quantized import QuantizedCheck, check_adapted, check_plain
-from pissa_kernels.checkpoint.manifest import Manifest
+from pissa_kernels.checkpoint.manifest import MANIFEST, Manifest
 from pissa_kernels.files.header import bytes_of, read_header, sha256
 from pissa_kernels.pissa import Recipe
 from pissa_kernels.quantize.bnb import EightBit, FourBit
@@ -30,6 +31,7 @@ from ..support.reference import realistic
 
 QUERY, KEY, VALUE = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
 A_QUERY = f"base_model.model.{QUERY.removesuffix('.weight')}.lora_A.weight"
+FLIPS = 60
 INDEX = "model.safetensors.index.json"
 
 
@@ -119,6 +121,35 @@ def test_file_of_another_original(name: str, copies: tuple[Path, Path]) -> None:
     assert problems(*copies) == {
         name: f"is not the file in {copies[0]} with the entries of the quantization",
     }
+
+
+@pytest.mark.parametrize("what", ["length", "name"])
+def test_damaged_header(what: str, copies: tuple[Path, Path]) -> None:
+    """The shard is named, and nothing else: its tensors have places that no other header tells."""
+    path, _, _ = tensor_at(copies[1], QUERY)
+    content = bytearray(path.read_bytes())
+    at = 0 if what == "length" else content.index(b"q_proj")
+    content[at] ^= 1
+    path.write_bytes(content)
+    assert list(problems(*copies)) == [path.name]
+
+
+def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
+    base, out = copies
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    generator = random.Random(0)
+    for number in range(FLIPS):
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(changed)
+        try:
+            assert problems(base, out), path
+        except ValueError as error:
+            assert path.name == MANIFEST, error  # without a manifest nothing can be checked
+        path.write_bytes(content)
+    assert not problems(base, out)
 
 
 def test_other_original(copies: tuple[Path, Path]) -> None:
