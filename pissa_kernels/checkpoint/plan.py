@@ -38,7 +38,7 @@ QUANTIZED_PER_SECOND = {"cpu": 2e7, "cuda": 1e10}
 WARM_SVD = 0.1
 # Bytes for each element of a weight, beyond it, at the peak of an iteration, as measured on a CPU: the weight, its
 # residual and what bitsandbytes makes of it in float32, codes of four or, in fp4, eight bytes, and dequantized values.
-QUANTIZATION_BYTES = {"nf4": 28, "fp4": 46, "int8": 34}
+QUANTIZATION_BYTES = {"nf4": 32, "fp4": 48, "int8": 36}
 
 
 @dataclass(frozen=True)

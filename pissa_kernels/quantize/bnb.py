@@ -124,7 +124,7 @@ class EightBit:
         return "int8, a scale for each row"
 
     def quantize(self, weight: Tensor, dtype: torch.dtype) -> PackedEightBit:
-        """Quantize a weight (m, n) float32. bitsandbytes rounds it to float16, and its layers compute with the codes."""
+        """Quantize a weight (m, n) float32, which bitsandbytes rounds to float16. Its layers compute with the codes."""
         half = weight.to(torch.float16)
         if not bool(half.isfinite().all()):
             raise ValueError("int8 rounds the weight to float16 first, whose range it exceeds")
