@@ -134,6 +134,13 @@ def test_damaged_header(what: str, copies: tuple[Path, Path]) -> None:
     assert list(problems(*copies)) == [path.name]
 
 
+def refused(base: Path, out: Path) -> bool:
+    try:
+        return bool(problems(base, out))
+    except ValueError as error:
+        return MANIFEST in str(error)  # without a manifest nothing can be checked
+
+
 def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
     base, out = copies
     files = sorted(path for path in out.rglob("*") if path.is_file())
@@ -144,10 +151,7 @@ def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
         changed = bytearray(content)
         changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         path.write_bytes(changed)
-        try:
-            assert problems(base, out), path
-        except ValueError as error:
-            assert path.name == MANIFEST, error  # without a manifest nothing can be checked
+        assert refused(base, out), path
         path.write_bytes(content)
     assert not problems(base, out)
 
