@@ -6,8 +6,10 @@ Triton nor safetensors, and it does not query a GPU.
 
 from . import ops
 from ._version import __version__
-from .checkpoint.run import CheckpointReport, init_checkpoint
-from .checkpoint.verify import Finding, Verification, verify_checkpoint
+from .checkpoint.findings import Finding, Verification
+from .checkpoint.outcome import CheckpointReport
+from .checkpoint.run import init_checkpoint
+from .checkpoint.verify import verify_checkpoint
 from .convert.convert import convert_adapter
 from .convert.report import ConversionReport
 from .merge.run import merge_checkpoint

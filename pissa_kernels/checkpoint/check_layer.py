@@ -34,6 +34,7 @@ U32, OMEGA32 = UNIT_ROUNDOFF[torch.float32], HALF_SUBNORMAL[torch.float32]
 SMALL_ROUNDING = 16
 # Lanes of the float32 sums of squares along rows: eight in plain torch, more in the other backends.
 ENERGY_LANES = 8
+OTHER_NORMS = "s·‖A‖² and s·‖B‖² are not the singular values in the report"
 
 
 @dataclass(frozen=True)
@@ -84,32 +85,50 @@ def check_layer(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: 
     if problem := _other_weight(weight, residual, A, B, report):
         return LayerCheck(report.name, torch.inf, 0.0, torch.inf, problem)
     errors, energy, apart = measure(weight, residual, A, B, report)
+    problem = "; ".join(problems_of(errors, energy, apart, report))
+    return LayerCheck(report.name, errors.reconstruction, energy, apart, problem)
+
+
+def problems_of(errors: Errors, energy: float, apart: float, report: LayerReport) -> list[str]:
+    """What does not hold of what :func:`measure` found."""
     problems = []
     if not errors.reconstruction <= 1:
         problems.append(f"W_res + s·B·A differs from W by {errors.reconstruction:.3g} times the rounding bound")
     if not errors.norms <= 1:
-        problems.append("s·‖A‖² and s·‖B‖² are not the singular values in the report")
+        problems.append(OTHER_NORMS)
     if not errors.energy <= 1:
         problems.append(f"the energy is {energy:.6f}, not the certificate's {report.certificate.energy:.6f}")
     if not errors.residual <= 1:
         problems.append(f"the triplets have a residual of {apart:.1e}, above the certificate's")
     if not errors.certificate <= 1:
         problems.append(f"the certificate's residual of {report.certificate.residual:.1e} is larger than any")
-    return LayerCheck(report.name, errors.reconstruction, energy, apart, "; ".join(problems))
+    return problems
 
 
 def measure(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> tuple[Errors, float, float]:
     """The errors relative to their bounds, Σσᵢ²/‖W‖_F², and the largest residual norm relative to σ₁."""
+    errors, energy, apart = measure_factors(weight, A, B, report)
+    return errors._replace(reconstruction=reconstruction(weight, residual, A, B, report.scaling)), energy, apart
+
+
+def measure_norms(A: Tensor, B: Tensor, report: LayerReport) -> float:
+    """How far the norms of the rows of A and the columns of B are from those of the singular values, over the bound."""
+    tau = (report.singular_values.double() / report.scaling).sqrt()
+    skew = (max(report.shape) / 2 + SMALL_ROUNDING) * U32
+    skew += MAX_SKEW / 2 if report.certificate.method == "fixed" else 0.0
+    return max(
+        _ratio((factor.norm(dim=0) - tau).abs(), skew * tau + _storage_error(tau, len(factor), stored.dtype))
+        for stored, factor in ((A, A.double().mT), (B, B.double()))
+    )
+
+
+def measure_factors(weight: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> tuple[Errors, float, float]:
+    """:func:`measure` without a residual: the reconstruction is 0."""
     certificate, sigma = report.certificate, report.singular_values.double()
     tau = (sigma / report.scaling).sqrt()
     # (length, r) each; a column of zeros where σ is zero
     vectors = [A.double().mT, B.double()]
     stored = [_storage_error(tau, len(A.mT), A.dtype), _storage_error(tau, len(B), B.dtype)]
-    skew = (max(weight.shape) / 2 + SMALL_ROUNDING) * U32 + (MAX_SKEW / 2 if certificate.method == "fixed" else 0.0)
-    norms = max(
-        _ratio((factor.norm(dim=0) - tau).abs(), skew * tau + error)
-        for factor, error in zip(vectors, stored, strict=True)
-    )
     V, U = (torch.where(tau > 0, factor / tau, factor) for factor in vectors)
     WV, WU, squares = _products(weight, V, U)
     off = torch.stack([(WV - U * sigma).norm(dim=0), (WU - V * sigma).norm(dim=0)])
@@ -126,18 +145,23 @@ def measure(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: Laye
     subnormal = 2 * OMEGA32 * float(sigma.sum()) / captured if captured else 0.0
     relative = (max(weight.shape) / ENERGY_LANES + SMALL_ROUNDING) * U32 + subnormal
     energies = abs(energy - certificate.energy) / (relative * energy) if energy else torch.inf
-    worst = reconstruction(weight, residual, A, B, report.scaling)
     largest = float(sigma[0])
     apart = float(off.max()) / largest if largest else float(off.max())
-    return Errors(worst, norms, energies, residuals, _ratio(allowed, largest_norm)), energy, apart
+    norms = measure_norms(A, B, report)
+    return Errors(0.0, norms, energies, residuals, _ratio(allowed, largest_norm)), energy, apart
 
 
 def _other_weight(weight: Tensor, residual: Tensor, A: Tensor, B: Tensor, report: LayerReport) -> str:
     """Why the tensors cannot be those that the report describes, "" if they can."""
-    (out, columns), r = report.shape, report.rank
     found = [(tuple(tensor.shape), tensor.dtype) for tensor in (weight, residual)]
     if found != [(report.shape, report.dtype)] * 2:
         return "the report describes another weight than " + " and ".join(f"{shape} {kind}" for shape, kind in found)
+    return other_factors(A, B, report)
+
+
+def other_factors(A: Tensor, B: Tensor, report: LayerReport) -> str:
+    """Why A and B cannot be those that the report describes, "" if they can."""
+    (out, columns), r = report.shape, report.rank
     for name, factor, shape in (("A", A, (r, columns)), ("B", B, (out, r))):
         if (tuple(factor.shape), factor.dtype) != (shape, report.dtype):
             return f"{name} is {tuple(factor.shape)} {factor.dtype}, not the {shape} {report.dtype} of the report"

@@ -93,7 +93,10 @@ class Journal:
         Raises:
             OSError: no space for the whole result, or no permission. Nothing is left behind.
         """
-        others = sum((job.checkpoint.folder / name).stat().st_size for name in job.checkpoint.others)
+        others = sum(
+            len(job.texts[name].encode()) if name in job.texts else (job.checkpoint.folder / name).stat().st_size
+            for name in job.checkpoint.others
+        )
         try:
             self._empty()
             text = json.dumps({"replace": replace, "plan": job.record()}, sort_keys=True) + "\n"

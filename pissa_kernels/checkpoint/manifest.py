@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ class Manifest:
         plan: options and source of the run (:meth:`pissa_kernels.checkpoint.plan.CheckpointJob.record`).
         files: by path, {"header": hash, "tensors": {name: hash}} of a safetensors file, {"sha256": hash} of another.
         targets: by name of a tensor, {"layer": name in the model, "transposed": whether it is stored (in, out)}.
+        quantized: the same of the tensors that have become quantized, targets or not.
     """
 
     plan: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     targets: Mapping[str, Mapping[str, Any]]
+    quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -42,7 +44,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder, with its own hash."""
-        record = {
+        record: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "source": self.source,
@@ -50,6 +52,8 @@ class Manifest:
             "files": {name: dict(file) for name, file in self.files.items()},
             "targets": {name: dict(target) for name, target in self.targets.items()},
         }
+        if self.quantized:  # absent elsewhere, so that other versions read the manifest
+            record["quantized"] = {name: dict(layer) for name, layer in self.quantized.items()}
         write_text(folder / MANIFEST, _text(record), suffix=RESUMABLE)
 
     @staticmethod
@@ -72,7 +76,7 @@ class Manifest:
                 raise ValueError("its contents do not match its hash")
             if not _is_complete(record):
                 raise ValueError("it lacks hashes of files, or what they are hashes of")
-            return Manifest(record["plan"], record["files"], record["targets"])
+            return Manifest(record["plan"], record["files"], record["targets"], record.get("quantized", {}))
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} is damaged: {error if isinstance(error, ValueError) else f'no {error}'}"
@@ -82,18 +86,29 @@ class Manifest:
 def _is_complete(record: Mapping[str, Any]) -> bool:
     """Whether the plan names the source, every file has its hashes, and every target its layer."""
     plan, files, targets = (record[key] for key in ("plan", "files", "targets"))
+    quantized = record.get("quantized", {})
     return (
-        all(isinstance(part, dict) for part in (plan, files, targets))
+        all(isinstance(part, dict) for part in (plan, files, targets, quantized))
         and isinstance(plan["source"], str)
-        and all(isinstance(part, dict) for part in (*files.values(), *targets.values()))
+        and (not quantized or _is_quantization(plan.get("quantization")))
+        and all(isinstance(part, dict) for part in (*files.values(), *targets.values(), *quantized.values()))
         and all(
             isinstance(file["header"], str) and isinstance(file["tensors"], dict)
             if "tensors" in file
             else isinstance(file["sha256"], str)
             for file in files.values()
         )
-        and all(isinstance(target["layer"], str) and type(target["transposed"]) is bool for target in targets.values())
+        and all(
+            isinstance(layer["layer"], str) and type(layer["transposed"]) is bool
+            for layer in (*targets.values(), *quantized.values())
+        )
     )
+
+
+def _is_quantization(record: object) -> bool:
+    """Whether a plan names the format, and what it has added to config.json."""
+    kinds = {"kind": str, "double": bool, "block": int, "config": dict}
+    return isinstance(record, dict) and all(type(record.get(key)) is kind for key, kind in kinds.items())
 
 
 def _text(record: Mapping[str, Any]) -> str:

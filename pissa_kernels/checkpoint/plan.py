@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,36 @@ from ..files.destination import destination
 from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, sha256
 from ..files.walk import printable
+from ..quantize.iteration import DEFAULT_ITERATIONS
 from ..svd.cost import choose_plan, machine_of, workspace
 from .manifest import MANIFEST
 from .options import AdapterOptions
 from .placement import Placement
-from .targets import Adapter, Target, find_targets
+from .quantization import QuantizationOptions, QuantizationPlan, plan_quantization
+from .quantized_files import quantized_texts, result_header
+from .targets import Adapter, LinearWeight, Target, find_targets
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
 # Bytes that are read, hashed and written per second, to weigh a copy against a decomposition.
 COPIED_PER_SECOND = 5e8
+# Elements that are quantized and dequantized per second, the error measured: on a core of an Intel Xeon, and as is
+# estimated for an H100.
+QUANTIZED_PER_SECOND = {"cpu": 2e7, "cuda": 1e10}
+# An SVD that starts from the triplets of the iteration before, against one from the start.
+WARM_SVD = 0.1
+# Bytes for each element of a weight, beyond it, at the peak of an iteration, as measured on a CPU: the weight, its
+# residual and what bitsandbytes makes of it in float32, codes of four or, in fp4, eight bytes, and dequantized values.
+QUANTIZATION_BYTES = {"nf4": 32, "fp4": 48, "int8": 36}
 
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One tensor of the checkpoint, to be copied or to become a residual.
+    """One tensor of the checkpoint, to be copied, to become a residual, or to be quantized.
 
     Attributes:
-        shard, info: file and place of the tensor, in the source and in the result.
-        target: the layer; None for a copy.
+        shard, info: file and place of the tensor in the source. In the result, the file's header has its place.
+        target: the layer; None for one without an adapter.
         seconds: estimated time on one core.
     """
 
@@ -55,7 +66,9 @@ class CheckpointJob:
         out: the folder of the result.
         options: options of the adapter.
         adapter: PEFT's config and the targets.
-        adapter_header: header of the file with A and B of every target.
+        headers: header of every file that is filled tensor by tensor, by its path in the result.
+        texts: contents of files that are not copied as they are, by path.
+        quantization: the layers that become quantized; None for a residual in the dtypes of the source.
         tensors: every tensor of the source, the longest work first.
         device: "cpu" or "cuda", where the weights are decomposed.
     """
@@ -64,14 +77,20 @@ class CheckpointJob:
     out: Path
     options: AdapterOptions
     adapter: Adapter
-    adapter_header: Header
+    headers: Mapping[str, Header]
+    texts: Mapping[str, str]
+    quantization: QuantizationPlan | None
     tensors: tuple[TensorJob, ...]
     device: str
 
     @property
-    def headers(self) -> dict[str, Header]:
-        """Header of every file that is filled tensor by tensor, by its path in the result."""
-        return {**self.checkpoint.shards, ADAPTER_WEIGHTS: self.adapter_header}
+    def adapter_header(self) -> Header:
+        """Header of the file with A and B of every target."""
+        return self.headers[ADAPTER_WEIGHTS]
+
+    def quantized(self, tensor: TensorJob) -> LinearWeight | None:
+        """The layer of a tensor that becomes quantized, None for another."""
+        return self.quantization.weights.get(tensor.info.name) if self.quantization else None
 
     @property
     def place(self) -> str:
@@ -88,15 +107,25 @@ class CheckpointJob:
         files: dict[str, list[str]] = {}
         for name, reason in self.checkpoint.left_out.items():
             files.setdefault(reason, []).append(printable(name))
-        return (*(f"left out, as {reason}: {', '.join(names)}" for reason, names in files.items()), *self.adapter.notes)
+        quantized = self.quantization.notes if self.quantization else ()
+        return (
+            *(f"left out, as {reason}: {', '.join(names)}" for reason, names in files.items()),
+            *self.adapter.notes,
+            *quantized,
+        )
 
     def workspace(self) -> int:
-        """Upper estimate of the bytes that a worker takes: a weight, the workspace of its SVD, A and B."""
-        return max(
+        """Upper estimate of the bytes that a worker takes: a weight, its SVD and its quantization, A and B."""
+        quantized = self.quantization.weights if self.quantization else {}
+        extra = QUANTIZATION_BYTES[self.quantization.options.kind] if self.quantization else 0
+        svds = [
             target.info.nbytes
             + workspace(*target.shape, target.recipe.rank, target.recipe.niter, machine=_machine(target, self.device))
+            + (extra * _elements(target) if target.info.name in quantized else 0)
             for target in self.adapter.targets
-        )
+        ]
+        others = [weight.info.nbytes + extra * _elements(weight) for weight in quantized.values()]
+        return max([*svds, *others])
 
     def record(self) -> dict[str, Any]:
         """Everything that decides the bytes of the result, in JSON types. A run resumes only where all of it agrees."""
@@ -106,6 +135,7 @@ class CheckpointJob:
             "out": self.place,
             "options": json.loads(json.dumps(asdict(self.options))),
             "adapter_header": sha256(self.adapter_header.encoded),
+            "quantization": self.quantization.record() if self.quantization else None,
             "device": self.device,
             "products": ops.backend("normal", torch.empty(1, 1, dtype=torch.bfloat16)),
             "package": __version__,
@@ -122,7 +152,13 @@ class CheckpointJob:
         return shares[process]
 
 
-def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str = "cpu") -> CheckpointJob:
+def plan_checkpoint(
+    model: Path,
+    out: Path,
+    options: AdapterOptions,
+    device: str = "cpu",
+    quantize: QuantizationOptions | None = None,
+) -> CheckpointJob:
     """Plan a run, and refuse everything that can be refused before a byte is written.
 
     Args:
@@ -130,12 +166,14 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
         out: folder of the result.
         options: options of the adapter.
         device: "cpu" or "cuda", where the weights are decomposed.
+        quantize: how the residuals are quantized; None leaves them in the dtypes of the source.
 
     Raises:
         FileExistsError: ``out`` lies in, under or above a file that is read, or in the folder of an unfinished run, or
             it is a file or a link that leads nowhere.
         OSError, TypeError, ValueError: the checkpoint cannot be read, it is a residual already, or as for
-            :func:`pissa_kernels.checkpoint.targets.find_targets`.
+            :func:`pissa_kernels.checkpoint.targets.find_targets` and
+            :func:`pissa_kernels.checkpoint.quantization.plan_quantization`.
     """
     checkpoint = _without_adapter(open_checkpoint(model))
     names = (*checkpoint.others, *checkpoint.left_out)
@@ -147,8 +185,16 @@ def plan_checkpoint(model: Path, out: Path, options: AdapterOptions, device: str
     placement.check_folder()
     check_apart([out, placement.folder], [model])
     adapter = find_targets(checkpoint, options)
-    tensors = _in_order(checkpoint, adapter.targets, device)
-    return CheckpointJob(checkpoint, out, options, adapter, _adapter_header(adapter.targets), tuple(tensors), device)
+    plan = plan_quantization(checkpoint, quantize, options.trust_remote_code) if quantize else None
+    if plan is not None:
+        # bitsandbytes' layers are stored (out, in), those of Conv1D too
+        stays = any(target.transposed and target.info.name not in plan.weights for target in adapter.targets)
+        adapter = replace(adapter, config={**adapter.config, "fan_in_fan_out": stays})
+    shards = {shard: result_header(header, plan) for shard, header in checkpoint.shards.items()}
+    texts = quantized_texts(checkpoint, shards, plan.entries) if plan is not None else {}
+    tensors = _in_order(checkpoint, adapter.targets, plan, device)
+    headers = {**shards, ADAPTER_WEIGHTS: _adapter_header(adapter.targets)}
+    return CheckpointJob(checkpoint, out, options, adapter, headers, texts, plan, tuple(tensors), device)
 
 
 def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
@@ -173,23 +219,38 @@ def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, others=others, left_out=left_out)
 
 
-def _in_order(checkpoint: Checkpoint, targets: Sequence[Target], device: str) -> list[TensorJob]:
+def _in_order(
+    checkpoint: Checkpoint, targets: Sequence[Target], plan: QuantizationPlan | None, device: str
+) -> list[TensorJob]:
     """Every tensor of a checkpoint, the longest work first."""
     by_tensor = {(target.shard, target.info.name): target for target in targets}
-    jobs = [
-        _tensor_job(shard, info, by_tensor.get((shard, name)), device)
-        for name, (shard, info) in checkpoint.tensors().items()
-    ]
+    jobs = []
+    for name, (shard, info) in checkpoint.tensors().items():
+        target = by_tensor.get((shard, name))
+        jobs.append(TensorJob(shard, info, target, _seconds(info, target, plan, device)))
     return sorted(jobs, key=lambda job: -job.seconds)
 
 
-def _tensor_job(shard: str, info: TensorInfo, target: Target | None, device: str) -> TensorJob:
+def _seconds(info: TensorInfo, target: Target | None, plan: QuantizationPlan | None, device: str) -> float:
+    """Estimated time of one tensor on one core."""
+    iterations: int = 1
     seconds = info.nbytes / COPIED_PER_SECOND
+    if plan is not None and (weight := plan.weights.get(info.name)) is not None:
+        if target is not None:
+            iterations = DEFAULT_ITERATIONS if plan.options.iterations == "auto" else plan.options.iterations
+        # with an adapter, the weight itself is quantized too, for the report
+        quantized = iterations + (target is not None)
+        seconds += quantized * _elements(weight) / QUANTIZED_PER_SECOND[device]
     if target is not None:
         m, n = max(target.shape), min(target.shape)
         machine = _machine(target, device)
-        seconds += choose_plan(m, n, target.recipe.rank, target.recipe.niter, machine=machine).seconds
-    return TensorJob(shard, info, target, seconds)
+        svd = choose_plan(m, n, target.recipe.rank, target.recipe.niter, machine=machine).seconds
+        seconds += svd * (1 + WARM_SVD * (iterations - 1))
+    return seconds
+
+
+def _elements(weight: LinearWeight) -> int:
+    return weight.shape[0] * weight.shape[1]
 
 
 def _machine(target: Target, device: str) -> str:

@@ -17,6 +17,7 @@ from ..report.layer import layer_from_dict
 from .journal import Journal
 from .manifest import REPORT, REPORT_DIGEST, Manifest
 from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob, TensorJob
+from .targets import LinearWeight
 from .worker import Record, Worker
 
 
@@ -75,10 +76,14 @@ def publish(
         name: {"header": sha256(header.encoded), "tensors": {}} for name, header in job.headers.items()
     }
     for (shard, tensor), record in records.items():
-        files[shard]["tensors"][tensor] = record["sha256"]
+        files[shard]["tensors"].update({tensor: record["sha256"], **record.get("statistics", {})})
         files[ADAPTER_WEIGHTS]["tensors"].update(record.get("adapter", {}))
     for name in job.checkpoint.others:
-        files[name] = {"sha256": copy_file(job.checkpoint.folder / name, out / name)}
+        if (text := job.texts.get(name)) is None:
+            files[name] = {"sha256": copy_file(job.checkpoint.folder / name, out / name)}
+        else:
+            write_text(out / name, text, suffix=RESUMABLE)
+            files[name] = {"sha256": sha256(text.encode())}
     config = {**job.adapter.config, "base_model_name_or_path": job.place}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_text(out / ADAPTER_CONFIG, text, suffix=RESUMABLE)
@@ -88,11 +93,16 @@ def publish(
     report = Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).to_json() + "\n"
     write_text(out / REPORT, report, suffix=RESUMABLE)
     write_text(out / REPORT_DIGEST, f"{sha256(report.encode())}  {Path(REPORT).name}\n", suffix=RESUMABLE)
-    places = {target.info.name: {"layer": target.name, "transposed": target.transposed} for target in targets}
-    Manifest(job.record(), files, places).write(out)
+    quantized = job.quantization.weights.values() if job.quantization else ()
+    Manifest(job.record(), files, _layers(targets), _layers(quantized)).write(out)
     journal.check(job)
     journal.publish(replace=replace)
 
 
+def _layers(weights: Iterable[LinearWeight]) -> dict[str, dict[str, Any]]:
+    """The layer of each tensor, for the manifest."""
+    return {weight.info.name: {"layer": weight.name, "transposed": weight.transposed} for weight in weights}
+
+
 def _digests(record: Record) -> str:
-    return json.dumps([record.get("sha256"), record.get("adapter")], sort_keys=True)
+    return json.dumps([record.get(key) for key in ("sha256", "statistics", "adapter")], sort_keys=True)

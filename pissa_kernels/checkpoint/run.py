@@ -7,50 +7,27 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..numerics import exact_arithmetic
-from ..report import Report
+from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations
 from ..runtime.distributed import ProcessGroup, joined
 from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
 from .journal import Journal
-from .manifest import REPORT
 from .options import ALL_LINEAR, AdapterOptions, entries
+from .outcome import CheckpointReport, checkpoint_report
 from .placement import is_result_of
 from .plan import CheckpointJob, TensorJob, plan_checkpoint
 from .publish import by_tensor, collect_records, publish, tensor_key
+from .quantization import DEFAULT_BLOCK, quantization_options
 from .worker import Record, Worker
 
 CPU = torch.device("cpu")
-
-
-@dataclass(eq=False, repr=False, kw_only=True)
-class CheckpointReport(Report):
-    """The report of a checkpoint run.
-
-    Attributes:
-        out: folder of the result.
-        written: tensors that the run wrote, over all processes.
-        kept: tensors that an earlier run had written.
-        size: bytes of its safetensors files.
-        left_out: files of the source that are not part of the result, such as weights in other formats.
-        layers_left_out: layers that "all-linear" leaves out, with the reason.
-        notes: what else ``init`` says of the plan on stderr, one sentence each, the files and layers above included.
-    """
-
-    out: Path
-    written: int
-    kept: int
-    size: int
-    left_out: tuple[str, ...]
-    layers_left_out: Mapping[str, str]
-    notes: tuple[str, ...]
 
 
 def init_checkpoint(
@@ -67,6 +44,11 @@ def init_checkpoint(
     init: str = "pissa",
     seed: int = 0,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
+    double_quant: bool = False,
+    quant_block: int = DEFAULT_BLOCK,
+    quant_iterations: Iterations = DEFAULT_ITERATIONS,
+    nuclear: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     resume: bool = False,
@@ -83,6 +65,9 @@ def init_checkpoint(
     one thread, so the bytes depend on the kind of CPU or GPU, not on the number of workers or processes. Under torchrun
     every process calls this on a folder that all share.
 
+    With ``quantize``, ``out`` is a pre-quantized bitsandbytes checkpoint instead: the layers that transformers would
+    quantize are stored as it stores them, with the residual where a layer is adapted.
+
     Args:
         model: folder with config.json and safetensors.
         out: folder of the result. It may exist empty; a symbolic link to a folder is followed, and a mount point is
@@ -97,6 +82,11 @@ def init_checkpoint(
         init: "pissa" or "pissa_niter_N".
         seed: seed of the sketches.
         trust_remote_code: run the Python code that comes with the checkpoint to build its model.
+        quantize: "nf4", "fp4" or "int8", the format of the result; None for the dtypes of the source.
+        double_quant: quantize the scales of nf4 and fp4 too.
+        quant_block: elements that share a scale in nf4 and fp4.
+        quant_iterations: alternations of SVD and quantization, or "auto" for as many as gain half a percent each.
+        nuclear: measure the nuclear norms of the quantization errors for the report, by full SVDs.
         device: "cpu" or "cuda", where the weights are decomposed.
         workers: weights at a time in this process; None for as many as torch has threads, two on a GPU.
         resume: continue an unfinished run, if there is one.
@@ -113,6 +103,7 @@ def init_checkpoint(
         FileExistsError: ``out`` exists, or with ``force`` holds files that no run has written; a run is unfinished; or
             ``out`` lies in, under or above the source.
         FileNotFoundError, NotADirectoryError: no checkpoint at ``model``.
+        ModuleNotFoundError: ``quantize`` without bitsandbytes.
         OSError: reading or writing failed. The run can be resumed, and the source is unchanged.
         RuntimeError: another process writes to ``out``, or ``device`` is not available.
         TypeError, ValueError: a layer or an option is refused; the message names it, and no unfinished run is left. Or
@@ -145,7 +136,8 @@ def init_checkpoint(
         use_rslora=use_rslora,
         trust_remote_code=trust_remote_code,
     )
-    job = plan_checkpoint(Path(model), Path(out), options, device)
+    quantization = quantization_options(quantize, double_quant, quant_block, quant_iterations, nuclear)
+    job = plan_checkpoint(Path(model), Path(out), options, device, quantization)
     if on_plan is not None:
         on_plan(job)
     return run_job(job, workers=workers, resume=resume, force=force, on_tensor=on_tensor, progress=progress)
@@ -169,7 +161,7 @@ def run_job(
                 lock.enter_context(journal.locked())
             finished = group.first and not _begin(job, journal, resume, force)
         if any(group.gather(finished)):
-            return _report(job, kept=len(job.tensors))
+            return checkpoint_report(job, kept=len(job.tensors))
         began, peak = time.perf_counter(), Peak()
         refusal: TypeError | ValueError | None = None
         with group.together(), peak:
@@ -181,7 +173,7 @@ def run_job(
                 refusal = error
         if any(group.gather(refusal is not None)):
             with group.together():
-                _discard(journal if group.first else None, refusal)
+                _discard(job, journal if group.first else None, refusal)
         kept = sum(group.gather(kept))
         with group.together():
             if group.first:
@@ -189,31 +181,17 @@ def run_job(
                 # the time of an earlier run is not known
                 seconds = time.perf_counter() - began if not kept else None
                 publish(job, journal, records, seconds, peak.extra_bytes, replace=force)
-        return _report(job, kept)
+        return checkpoint_report(job, kept)
 
 
-def _discard(journal: Journal | None, refusal: TypeError | ValueError | None) -> None:
+def _discard(job: CheckpointJob, journal: Journal | None, refusal: TypeError | ValueError | None) -> None:
     """Delete the unfinished run after a weight was refused: the same plan is refused again, and no other resumes it."""
     if journal is not None:
         journal.discard()
     if refusal is not None:
-        advice = "repair the weight, or leave the layer out with --exclude-modules"
+        advice = "repair the weight" + ("" if job.quantization else ", or leave the layer out with --exclude-modules")
         refusal.args = (f"{refusal}; the unfinished result is deleted: {advice}",)
         raise refusal
-
-
-def _report(job: CheckpointJob, kept: int) -> CheckpointReport:
-    report = Report.read(job.out / REPORT)
-    return CheckpointReport(
-        **vars(report),
-        out=job.out,
-        written=len(job.tensors) - kept,
-        kept=kept,
-        size=job.size,
-        left_out=tuple(job.checkpoint.left_out),
-        layers_left_out=dict(job.adapter.left_out),
-        notes=job.notes(),
-    )
 
 
 def _begin(job: CheckpointJob, journal: Journal, resume: bool, force: bool) -> bool:

@@ -26,21 +26,19 @@ from .selection import check_names, check_patterns, listed, read_past
 
 
 @dataclass(frozen=True)
-class Target:
-    """One weight that becomes a residual.
+class LinearWeight:
+    """The weight of a linear layer.
 
     Attributes:
         name: name of its layer in the model.
         shard, info: file and place of the tensor.
         transposed: whether it is stored (in, out), as in transformers' ``Conv1D``.
-        recipe: rank, scaling, initializer and seed.
     """
 
     name: str
     shard: str
     info: TensorInfo
     transposed: bool
-    recipe: Recipe
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,13 +49,24 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         dtype = self.info.torch_dtype
-        assert dtype is not None  # find_targets refuses others
+        assert dtype is not None  # others are refused, or left as they are
         return dtype
 
     @property
     def label(self) -> str:
         """The layer in messages."""
         return f"layer {self.name!r}, weight {self.info.shape}"
+
+
+@dataclass(frozen=True)
+class Target(LinearWeight):
+    """One weight that becomes a residual.
+
+    Attributes:
+        recipe: rank, scaling, initializer and seed.
+    """
+
+    recipe: Recipe
 
     @property
     def keys(self) -> tuple[str, str]:

@@ -7,58 +7,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapter.names import factor_key
-from ..files.atomic import sha256_of_file
 from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, bytes_of, chunks, read_header, read_tensor, sha256, sha256_of
 from ..files.system import open_to_read
-from ..files.walk import files_of
 from ..numerics import exact_arithmetic
-from ..report import LayerReport, Report
+from ..ops import WEIGHT_DTYPES
+from ..quantize.scheme import Scheme
+from ..report import LayerReport
 from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
 from .check_layer import LayerCheck, check_layer
-from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
-from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-
-
-class Finding(NamedTuple):
-    """One thing that does not hold.
-
-    Attributes:
-        where: name of a tensor or file.
-        what: what is wrong with it.
-    """
-
-    where: str
-    what: str
-
-
-class Verification(list[Finding]):
-    """The findings of :func:`verify_checkpoint`, sorted: an empty list where everything holds.
-
-    Attributes:
-        layers: check of every residual, in the report's order.
-        copied: number of tensors that equal the original's bit for bit.
-        files: number of other files that are as they were written.
-        extra: files that were not part of the result when it was written.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers: list[LayerCheck] = []
-        self.copied = 0
-        self.files = 0
-        self.extra: list[str] = []
-
-    def note(self, where: str, what: str) -> None:
-        """Add a finding."""
-        self.append(Finding(where, what))
+from .check_quantized import QuantizedCheck, check_adapted, check_plain
+from .findings import Verification
+from .manifest import MANIFEST, REPORT, Manifest
+from .plan import ADAPTER_WEIGHTS
+from .quantization import QuantizationOptions
+from .verify_files import check_files
 
 
 def verify_checkpoint(
@@ -67,7 +37,8 @@ def verify_checkpoint(
     """Check an initialized checkpoint against the original. Both are read completely, one tensor at a time.
 
     Three things are checked: copied tensors and files equal the original's bit for bit, and every byte is the one that
-    was written; W_res + s·B·A is W to one rounding; A and B are the triplets of their certificate.
+    was written; W_res + s·B·A is W to one rounding; A and B are the triplets of their certificate. Of a quantized
+    result, codes and scales are those of quantizing W − s·B·A again, and the errors those of the report.
 
     Args:
         base: folder of the original checkpoint.
@@ -98,7 +69,7 @@ def verify_checkpoint(
         )
     manifest = Manifest.read(out)
     verification = Verification()
-    reports = _check_files(checkpoint, out, manifest, verification)
+    reports = check_files(checkpoint, out, manifest, verification)
     threads = torch.get_num_threads()
     with _Folders(checkpoint, out, manifest, verification) as folders, exact_arithmetic(torch.device("cpu")):
         jobs = list(_jobs(folders, reports))
@@ -110,6 +81,8 @@ def verify_checkpoint(
                     verification.note(check.name, check.problem)
                 if check.layer is not None:
                     verification.layers.append(check.layer)
+                elif check.quantized is not None:
+                    verification.quantized.append(check.quantized)
                 elif not check.problem:
                     verification.copied += 1
 
@@ -119,6 +92,7 @@ def verify_checkpoint(
                 torch.set_num_threads(threads)
     order = {name: index for index, name in enumerate(reports)}
     verification.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+    verification.quantized.sort(key=lambda layer: (order.get(layer.name, len(order)), layer.name))
     verification.sort()
     return verification
 
@@ -129,10 +103,14 @@ class _TensorCheck:
     nbytes: int
     problem: str
     layer: LayerCheck | None = None
+    quantized: QuantizedCheck | None = None
 
 
 class _Folders:
-    """Both folders with their open files. A shard whose header is damaged is read with the original's header."""
+    """Both folders with their open files.
+
+    A shard whose header is damaged is read with the original's header, or not at all if it holds quantized weights.
+    """
 
     def __init__(self, base: Checkpoint, out: Path, manifest: Manifest, verification: Verification) -> None:
         self.base, self.out, self.manifest = base, out, manifest
@@ -146,6 +124,8 @@ class _Folders:
             if "tensors" not in about or not path.is_file():
                 continue
             header = self.base.shards.get(name)
+            if header is not None and sha256(header.encoded) != about["header"]:  # of a quantized result
+                header = None
             try:
                 found = read_header(path)
             except ValueError as error:
@@ -176,45 +156,13 @@ class _Folders:
     def original(self, shard: str, tensor: str) -> tuple[int, TensorInfo]:
         return self.descriptors[True, shard], self.base.shards[shard].tensors[tensor]
 
+    def scheme(self) -> Scheme:
+        """The format of the quantized weights."""
+        plan = self.manifest.plan["quantization"]
+        return QuantizationOptions(plan["kind"], plan["double"], plan["block"]).scheme
+
     def digest(self, shard: str, tensor: str) -> str:
         return str(self.manifest.files[shard]["tensors"].get(tensor))
-
-
-def _check_files(base: Checkpoint, out: Path, manifest: Manifest, verification: Verification) -> dict[str, LayerReport]:
-    """Check everything that is not a tensor. Returns the reports of the layers by name, as far as they are readable."""
-    found = set(files_of(out))
-    known = {*manifest.files, MANIFEST, REPORT, REPORT_DIGEST}
-    for name in sorted(known - found):
-        verification.note(name, "is missing")
-    for name in sorted(name for name in known & found if not (out / name).is_file()):
-        found.remove(name)
-        verification.note(name, "is not a regular file")
-    verification.extra = sorted(found - known)
-    for name, about in manifest.files.items():
-        if "tensors" in about or name not in found:
-            continue
-        if not _holds(out / name, about["sha256"]):
-            verification.note(name, "its bytes are not those that were written")
-        elif name != ADAPTER_CONFIG and not (base.folder / name).is_file():
-            verification.note(name, f"is not a file in {base.folder}")
-        elif name != ADAPTER_CONFIG and not _holds(base.folder / name, about["sha256"]):
-            verification.note(name, f"differs from the file in {base.folder}")
-        else:
-            verification.files += 1
-    if {REPORT, REPORT_DIGEST} <= found:
-        if (out / REPORT_DIGEST).read_bytes() != f"{sha256_of_file(out / REPORT)}  {Path(REPORT).name}\n".encode():
-            verification.note(REPORT, f"its bytes do not match {Path(REPORT_DIGEST).name}")
-        else:
-            verification.files += 2
-            try:
-                return {layer.name: layer for layer in Report.read(out / REPORT).layers}
-            except ValueError as error:
-                verification.note(REPORT, str(error))
-    return {}
-
-
-def _holds(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of_file(path) == sha256  # reading a pipe would wait for a writer
 
 
 def _jobs(
@@ -228,17 +176,24 @@ def _jobs(
         for tensor in about.get("tensors", ())
     }
     originals = {(shard, tensor) for tensor, (shard, _) in folders.base.tensors().items()}
-    for shard, tensor in sorted(listed ^ originals):
+    quantized = folders.manifest.quantized
+    suffixes = folders.scheme().layout((2, 2)) if quantized else {}
+    belonging = {tensor.removesuffix("weight") + suffix for tensor in quantized for suffix in suffixes}
+    statistics = {(shard, key) for shard, key in listed if key in belonging and key not in quantized}
+    for shard, tensor in sorted((listed - statistics) ^ originals):
         where = "the original" if (shard, tensor) in listed else "the result's manifest"
         folders.verification.note(tensor, f"is not in {shard} of {where}")
     for shard, tensor in sorted(listed & originals):
         if shard not in folders.headers:
             continue
         about = folders.manifest.targets.get(tensor)
-        if about is None:
+        layer = reports.get(about["layer"]) if about is not None else None
+        if tensor in quantized:
+            check = partial(_quantized, folders, shard, tensor, about is not None, layer)
+            yield partial(_job, tensor, check)
+        elif about is None:
             yield partial(_job, tensor, partial(_copied, folders, shard, tensor))
         else:
-            layer = reports.get(about["layer"])
             yield partial(_job, tensor, partial(_residual, folders, shard, tensor, about, layer))
 
 
@@ -289,9 +244,39 @@ def _residual(
     return _TensorCheck(tensor, info.nbytes, "; ".join(problems), check)
 
 
-def _read(folders: _Folders, shard: str, tensor: str, problems: list[str]) -> Tensor:
+def _quantized(folders: _Folders, shard: str, tensor: str, adapted: bool, report: LayerReport | None) -> _TensorCheck:
+    """Check the codes and statistics of a weight, and its A and B if the layer has an adapter."""
+    about = folders.manifest.quantized[tensor]
+    descriptor, info = folders.original(shard, tensor)
+    if len(info.shape) != 2 or info.torch_dtype not in WEIGHT_DTYPES:
+        return _TensorCheck(tensor, info.nbytes, f"is {info.dtype} {info.shape} in {folders.base.folder}")
+    if adapted and (ADAPTER_WEIGHTS not in folders.headers or report is None):
+        missing = REPORT if report is None else ADAPTER_WEIGHTS
+        return _TensorCheck(tensor, 0, f"cannot be checked without {missing}")
+    m, n = info.shape[::-1] if about["transposed"] else info.shape
+    scheme, problems = folders.scheme(), []  # type: ignore[var-annotated]
+    stem, stored = tensor.removesuffix("weight"), {}
+    for suffix, kind in scheme.layout((m, n)).items():
+        stored[suffix] = _read(folders, shard, stem + suffix, problems, tensor)
+        if (found := (stored[suffix].dtype, tuple(stored[suffix].shape))) != kind:
+            raise ValueError(f"{stem + suffix} is {found[1]} in {found[0]}, not {kind[1]} in {kind[0]}")
+    weight = read_tensor(descriptor, info)
+    weight = weight.mT if about["transposed"] else weight
+    try:
+        if adapted and report is not None:
+            A, B = (_read(folders, ADAPTER_WEIGHTS, factor_key(about["layer"], factor), problems) for factor in "AB")
+            check = check_adapted(weight, stored, A, B, report, scheme)
+        else:
+            check = check_plain(about["layer"], weight, stored, scheme)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return _TensorCheck(tensor, info.nbytes, "; ".join([*problems, str(error)]))
+    problems += [check.problem] if check.problem else []
+    return _TensorCheck(tensor, info.nbytes, "; ".join(problems), quantized=check)
+
+
+def _read(folders: _Folders, shard: str, tensor: str, problems: list[str], checked: str | None = None) -> Tensor:
     read = read_tensor(*folders.written(shard, tensor))
     if sha256(bytes_of(read)) != folders.digest(shard, tensor):
-        whose = "its" if shard != ADAPTER_WEIGHTS else f"{tensor}'s"
+        whose = "its" if shard != ADAPTER_WEIGHTS and tensor == (checked or tensor) else f"{tensor}'s"
         problems.append(f"{whose} bytes are not those that were written")
     return read

@@ -7,6 +7,7 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from ..files import buffer, system
 from ..files.direct import Output
 from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
-from ..pissa import principal_factors
+from ..pissa import Factors, principal_factors
+from ..quantize.iteration import QuantizedFactors, quantized_factors
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from .plan import ADAPTER_WEIGHTS, CheckpointJob, TensorJob
-from .targets import Target
+from .quantization import quantized_weight
+from .targets import LinearWeight, Target
 
 # Bytes that are written and then hashed while they are still in a core's cache.
 CACHED_BYTES = 1 << 18
@@ -37,7 +40,7 @@ Record = dict[str, Any]
 
 
 class Worker:
-    """Copies and decomposes tensors of a checkpoint. Its methods may be called from any number of threads.
+    """Copies, decomposes and quantizes tensors of a checkpoint. Its methods may be called from any number of threads.
 
     Args:
         job: the checkpoint.
@@ -81,37 +84,41 @@ class Worker:
         system.will_need(self._sources[tensor.shard], tensor.info.start, tensor.info.nbytes)
 
     def run(self, tensor: TensorJob) -> Record:
-        """Copy or decompose one tensor. Returns its journal record.
+        """Copy, decompose or quantize one tensor. Returns its journal record.
 
         Raises:
             OSError: reading or writing failed.
             ValueError, RuntimeError, MemoryError: the weight's values are refused, or memory ran out. The message names
                 the layer or the tensor.
         """
-        info, target = tensor.info, tensor.target
+        info, target, quantized = tensor.info, tensor.target, self.job.quantized(tensor)
         record = {"shard": tensor.shard, "tensor": info.name}
-        with layer_context(f"tensor {info.name!r}" if target is None else target.label):
-            if target is None:
-                return {**record, "sha256": self._copy(tensor)}
-            return {**record, **self._decompose(tensor, target)}
+        layer = target or quantized
+        with layer_context(f"tensor {info.name!r}" if layer is None else layer.label):
+            if quantized is not None:
+                return {**record, **self._quantize(tensor, quantized)}
+            if target is not None:
+                return {**record, **self._decompose(tensor, target)}
+            return {**record, "sha256": self._copy(tensor)}
 
     def holds(self, record: Record) -> bool:
         """Whether the bytes in the unfinished result have the hashes of a journal record."""
         try:
-            places = [(record["shard"], self.job.checkpoint.shards[record["shard"]].tensors[record["tensor"]])]
-            hashes = [record["sha256"]]
-            for key, sha256 in record.get("adapter", {}).items():
-                places.append((ADAPTER_WEIGHTS, self.job.adapter_header.tensors[key]))
-                hashes.append(sha256)
+            shard, header = record["shard"], self.job.headers[record["shard"]]
+            hashes = {record["tensor"]: record["sha256"], **record.get("statistics", {})}
+            expected = [(shard, header.tensors[name], sha256) for name, sha256 in hashes.items()]
+            factors = self.job.adapter_header.tensors
+            expected += [(ADAPTER_WEIGHTS, factors[key], sha256) for key, sha256 in record.get("adapter", {}).items()]
         except (KeyError, AttributeError, TypeError):
             return False
-        return all(
-            sha256_of(chunks(self._results[name].descriptor, info)) == sha256
-            for (name, info), sha256 in zip(places, hashes, strict=True)
-        )
+        return all(sha256_of(chunks(self._results[name].descriptor, info)) == sha256 for name, info, sha256 in expected)
+
+    def _place(self, tensor: TensorJob) -> TensorInfo:
+        """Where the tensor is in the result."""
+        return self.job.headers[tensor.shard].tensors[tensor.info.name]
 
     def _copy(self, tensor: TensorJob) -> str:
-        at, sha256 = tensor.info.start, hashlib.sha256()
+        at, sha256 = self._place(tensor).start, hashlib.sha256()
         for chunk in chunks(self._sources[tensor.shard], tensor.info):
             self._write(self._results[tensor.shard], chunk, at, sha256)
             at += len(chunk)
@@ -120,27 +127,58 @@ class Worker:
     def _decompose(self, tensor: TensorJob, target: Target) -> Record:
         began = time.perf_counter()
         weight = read_tensor(self._sources[tensor.shard], tensor.info, buffer.weights).to(self.device)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with self._on_device():
             factors = principal_factors(weight.mT if target.transposed else weight, target.recipe)
             with exact_arithmetic(self.device):
                 ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, target.recipe.scaling, target.transposed)
-            adapter: dict[str, str] = {}
-            for key, factor in zip(target.keys, (factors.lora_A, factors.lora_B), strict=True):
-                adapter[key] = self._store(ADAPTER_WEIGHTS, self.job.adapter_header.tensors[key], factor)
-            residual = self._store(tensor.shard, tensor.info, weight)
-        report = LayerReport(
-            name=target.name,
-            shape=target.shape,
-            rank=target.recipe.rank,
-            certificate=factors.certificate,
-            seconds=time.perf_counter() - began,
-            singular_values=factors.singular_values.cpu(),
-            dtype=target.dtype,
-            scaling=target.recipe.scaling,
-            init=target.recipe.init,
-            seed=target.recipe.seed,
-        )
-        return {"sha256": residual, "adapter": adapter, "layer": layer_to_dict(report)}
+            adapter = self._store_factors(target, factors)
+            residual = self._store(tensor.shard, self._place(tensor), weight)
+        return {"sha256": residual, "adapter": adapter, "layer": _layer(target, factors, began)}
+
+    def _quantize(self, tensor: TensorJob, layer: LinearWeight) -> Record:
+        """Quantize the residual of a weight and store its adapter, or quantize the weight of a layer without one."""
+        assert self.job.quantization is not None
+        began, target, options = time.perf_counter(), tensor.target, self.job.quantization.options
+        weight = read_tensor(self._sources[tensor.shard], tensor.info, buffer.weights).to(self.device)
+        weight = weight.mT if layer.transposed else weight
+        record: Record = {}
+        with self._on_device():
+            if target is None:
+                packed = quantized_weight(weight, options.scheme)
+            else:
+                factors = quantized_factors(
+                    weight, target.recipe, options.scheme, options.iterations, nuclear=options.nuclear
+                )
+                packed = factors.packed
+                record["adapter"] = self._store_factors(target, factors)
+                record["layer"] = _layer(target, factors, began)
+            hashes = self._store_packed(tensor, layer, packed.tensors())
+        return {"sha256": hashes.pop(tensor.info.name), "statistics": hashes, **record}
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def _store_factors(self, target: Target, factors: Factors) -> dict[str, str]:
+        """Write A and B. Returns the hashes of their bytes, by key."""
+        infos = self.job.adapter_header.tensors
+        return {
+            key: self._store(ADAPTER_WEIGHTS, infos[key], factor)
+            for key, factor in zip(target.keys, (factors.lora_A, factors.lora_B), strict=True)
+        }
+
+    def _store_packed(self, tensor: TensorJob, layer: LinearWeight, packed: Mapping[str, Tensor]) -> dict[str, str]:
+        """Write the tensors of a quantized weight. Returns the hashes of their bytes, by key."""
+        assert self.job.quantization is not None
+        infos, hashes = self.job.headers[tensor.shard].tensors, {}
+        for suffix, planned in self.job.quantization.tensors(layer).items():
+            values = packed[suffix]
+            if (values.dtype, tuple(values.shape)) != (planned.torch_dtype, planned.shape):
+                raise RuntimeError(
+                    f"bitsandbytes gives {suffix} {tuple(values.shape)} in {values.dtype}, where {planned.shape} in "
+                    f"{planned.torch_dtype} was planned"
+                )
+            hashes[planned.name] = self._store(tensor.shard, infos[planned.name], values)
+        return hashes
 
     def _store(self, name: str, info: TensorInfo, values: Tensor) -> str:
         """Write a residual or a factor to its place in a file of the result. Returns the SHA-256 of its bytes."""
@@ -179,3 +217,21 @@ class Worker:
             system.flush_contents(self._results[name].descriptor)
         except OSError as error:  # Linux reports a failed write-back once: the fsync at the end would succeed
             self._flush_error = OSError(error.errno, error.strerror, str(self._out / name))
+
+
+def _layer(target: Target, factors: Factors, began: float) -> dict[str, Any]:
+    """The layer's entry in the report, of work that began at a ``perf_counter``."""
+    report = LayerReport(
+        name=target.name,
+        shape=target.shape,
+        rank=target.recipe.rank,
+        certificate=factors.certificate,
+        seconds=time.perf_counter() - began,
+        singular_values=factors.singular_values.cpu(),
+        dtype=target.dtype,
+        scaling=target.recipe.scaling,
+        init=target.recipe.init,
+        seed=target.recipe.seed,
+        quantization=factors.quantization if isinstance(factors, QuantizedFactors) else None,
+    )
+    return layer_to_dict(report)

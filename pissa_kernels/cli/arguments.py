@@ -69,5 +69,11 @@ def quiet_libraries() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"pissa-kernels: warning: {one_line(str(message))}\n"
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
+    quiet_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
+def quiet_bitsandbytes() -> None:
+    """Silence bitsandbytes' warning of a kernel that is not installed, which it does without."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

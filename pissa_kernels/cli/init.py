@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,25 +13,27 @@ from typing import Any
 from ..adapter.names import ADAPTER_FOLDER
 from ..adapter.patterns import matches
 from ..checkpoint.options import ALL_LINEAR, AdapterOptions, check_expression, entries
+from ..checkpoint.outcome import CheckpointReport
 from ..checkpoint.plan import CheckpointJob, plan_checkpoint
-from ..checkpoint.run import CheckpointReport, init_checkpoint
-from ..report.tables import text_table
+from ..checkpoint.quantization import BLOCKS, DEFAULT_BLOCK, FORMATS, quantization_options
+from ..checkpoint.run import init_checkpoint
+from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations
 from .arguments import checked, initializer, pattern, positive, quiet_libraries
+from .plan import plan_record, plan_text
 from .streams import output
-
-MIB = 2**20
-
 
 DESCRIPTION = """\
 Split the checkpoint in the folder MODEL (config.json and safetensors) into a
 residual checkpoint, OUT, and its PiSSA adapter, OUT/pissa_init. Plain
 transformers and PEFT load both. The model is not loaded: each worker holds one
-weight at a time. OUT appears once it is complete; --resume continues a run that
-was interrupted. Started with torchrun, the processes share the work."""
+weight at a time. With --quantize, OUT is a pre-quantized bitsandbytes
+checkpoint. OUT appears once it is complete; --resume continues a run that was
+interrupted. Started with torchrun, the processes share the work."""
 EXAMPLES = """\
 examples:
   pissa-kernels init MODEL OUT --dry-run
   pissa-kernels init MODEL OUT --rank 32 --target-modules q_proj v_proj
+  pissa-kernels init MODEL OUT --rank 64 --quantize nf4 --double-quant
   torchrun --nproc-per-node 8 -m pissa_kernels init MODEL OUT --resume"""
 
 
@@ -46,6 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the result")
     _add_adapter_options(parser.add_argument_group("adapter, as for PEFT's LoraConfig"))
+    _add_quantization_options(parser.add_argument_group("quantization"))
     group = parser.add_argument_group("run")
     group.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where weights are decomposed (default: cpu)"
@@ -95,6 +99,30 @@ def _add_adapter_options(group: Any) -> None:
     )  # fmt: skip
 
 
+def _add_quantization_options(group: Any) -> None:
+    group.add_argument(
+        "--quantize", choices=FORMATS,
+        help="store the layers that transformers would quantize with bitsandbytes in this format",
+    )  # fmt: skip
+    group.add_argument("--double-quant", action="store_true", help="quantize the scales of nf4 and fp4 too")
+    group.add_argument(
+        "--quant-block", type=int, choices=BLOCKS, default=DEFAULT_BLOCK, metavar="N",
+        help="elements that share a scale in nf4 and fp4 (default: 64)",
+    )  # fmt: skip
+    group.add_argument(
+        "--quant-iterations", type=_iterations, default=DEFAULT_ITERATIONS, metavar="N",
+        help="alternations of SVD and quantization, or auto for as many as gain half a percent each (default: 5)",
+    )  # fmt: skip
+    group.add_argument(
+        "--nuclear", action="store_true", help="report nuclear norms of the quantization errors; two full SVDs a layer"
+    )
+
+
+def _iterations(text: str) -> Iterations:
+    """A number of iterations, or auto."""
+    return "auto" if text == "auto" else positive(text)
+
+
 def _module(text: str) -> str:
     """A name of modules, or a regular expression."""
     return str(checked(text, check_expression))
@@ -131,6 +159,13 @@ def run(arguments: argparse.Namespace) -> int:
         "use_rslora": arguments.rslora,
         "trust_remote_code": arguments.trust_remote_code,
     }
+    quantization: dict[str, Any] = {
+        "quantize": arguments.quantize,
+        "double_quant": arguments.double_quant,
+        "quant_block": arguments.quant_block,
+        "quant_iterations": arguments.quant_iterations,
+        "nuclear": arguments.nuclear,
+    }
     first = os.environ.get("RANK", "0") == "0"  # one of the processes of torchrun prints
 
     def announce(job: CheckpointJob) -> None:
@@ -141,15 +176,17 @@ def run(arguments: argparse.Namespace) -> int:
         output(json.dumps({"event": "tensor", **record}))
 
     if arguments.dry_run:
-        job = plan_checkpoint(arguments.model, arguments.out, AdapterOptions(**options), arguments.device)
+        quantize = quantization_options(**quantization)
+        job = plan_checkpoint(arguments.model, arguments.out, AdapterOptions(**options), arguments.device, quantize)
         announce(job)
         if first:
-            output(json.dumps(_plan_record(job)) if arguments.json else _plan_text(job))
+            output(json.dumps(plan_record(job)) if arguments.json else plan_text(job))
         return 0
     report = init_checkpoint(
         arguments.model,
         arguments.out,
         **options,
+        **quantization,
         device=arguments.device,
         workers=arguments.workers,
         resume=arguments.resume,
@@ -176,6 +213,7 @@ def _as_json(report: CheckpointReport) -> dict[str, Any]:
         "left_out": list(report.left_out),
         "layers_left_out": dict(report.layers_left_out),
         "notes": list(report.notes),
+        "quantization": _errors(report),
     }
 
 
@@ -183,56 +221,19 @@ def _as_text(report: CheckpointReport) -> str:
     lines = [report.summary()]
     if report.kept:
         lines.append(f"{report.kept} of {report.kept + report.written} tensors had been written by an earlier run")
+    if errors := _errors(report):
+        error, without = errors["error"], errors["error_without"]
+        saved = f", {1 - error / without:.1%} saved" if without else ""
+        lines.append(f"{errors['scheme']}: ‖W − W_q − s·B·A‖ is {error:.4g}, and {without:.4g} without PiSSA{saved}")
     size = f"{report.size / 1e9:.3g} GB"
     lines.append(f"{report.out}: the residual model ({size}), and its adapter in {report.out}/{ADAPTER_FOLDER}")
     return "\n".join(lines)
 
 
-def _plan_record(job: CheckpointJob) -> dict[str, Any]:
-    return {
-        "source": str(job.checkpoint.folder),
-        "out": str(job.out),
-        "bytes": job.size,
-        "adapter_bytes": job.adapter_header.size,
-        "worker_bytes": job.workspace(),
-        "core_seconds": sum(tensor.seconds for tensor in job.tensors),
-        "copied": [tensor.info.name for tensor in job.tensors if tensor.target is None],
-        "files": list(job.checkpoint.others),
-        "left_out": list(job.checkpoint.left_out),
-        "layers_left_out": dict(job.adapter.left_out),
-        "notes": list(job.notes()),
-        "targets": [
-            {
-                "name": target.name,
-                "tensor": target.info.name,
-                "shard": target.shard,
-                "shape": list(target.shape),
-                "dtype": target.info.dtype,
-                "rank": target.recipe.rank,
-                "scaling": target.recipe.scaling,
-            }
-            for target in job.adapter.targets
-        ],
-    }
-
-
-def _plan_text(job: CheckpointJob) -> str:
-    """A row for each kind of target, and the sizes."""
-    kinds: dict[tuple[str, ...], int] = {}
-    for target in job.adapter.targets:
-        shape, recipe = "×".join(map(str, target.shape)), target.recipe
-        kind = (target.name.rpartition(".")[2], shape, target.info.dtype, str(recipe.rank), f"{recipe.scaling:g}")
-        kinds[kind] = kinds.get(kind, 0) + 1
-    rows = [[*kind, str(count)] for kind, count in kinds.items()]
-    copied = [tensor for tensor in job.tensors if tensor.target is None]
-    return "\n".join(
-        [
-            text_table(["module", "shape", "dtype", "r", "scaling", "layers"], rows, [0, 2]),
-            "",
-            f"{len(job.adapter.targets)} tensors become residuals, {len(copied)} are copied "
-            f"({sum(tensor.info.nbytes for tensor in copied) / 1e9:.3g} GB), {len(job.checkpoint.others)} other files",
-            f"{job.out} takes {job.size / 1e9:.3g} GB, of which the adapter takes {job.adapter_header.size / MIB:.1f} "
-            f"MiB; a worker takes up to {job.workspace() / MIB:.0f} MiB",
-            f"about {sum(tensor.seconds for tensor in job.tensors):.0f} s of one core; nothing has been written",
-        ]
-    )
+def _errors(report: CheckpointReport) -> dict[str, Any] | None:
+    """The quantization errors of all layers together: roots of the sums of their squares."""
+    found = [layer.quantization for layer in report.layers if layer.quantization is not None]
+    if not found:
+        return None
+    errors = {name: math.hypot(*(getattr(layer, name) for layer in found)) for name in ("error", "error_without")}
+    return {"scheme": found[0].scheme, **errors}

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.verify import Verification, verify_checkpoint
+from ..checkpoint.check_quantized import QuantizedCheck
+from ..checkpoint.findings import Verification
+from ..checkpoint.verify import verify_checkpoint
 from ..report.tables import text_table
-from .arguments import EXIT_FAILED, positive
+from .arguments import EXIT_FAILED, positive, quiet_bitsandbytes
 from .streams import output
 
 DESCRIPTION = """\
@@ -22,7 +24,9 @@ read completely, one tensor at a time:
   - every byte of OUT has the hash that was recorded when it was written;
   - tensors and files that were copied equal those in BASE bit for bit;
   - W_res + s·B·A is W to one rounding;
-  - A and B are the singular triplets of their certificate.
+  - A and B are the singular triplets of their certificate;
+  - codes and scales of a quantized result are those of quantizing W - s·B·A
+    again, and the errors are those of the report.
 
 The exit status is 1 if anything does not hold."""
 
@@ -46,6 +50,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify the checkpoint and print the findings."""
+    quiet_bitsandbytes()
     findings = verify_checkpoint(arguments.base, arguments.out, workers=arguments.workers, progress=not arguments.json)
     if arguments.json:
         output(json.dumps(_as_json(findings)))
@@ -61,6 +66,7 @@ def _as_json(findings: Verification) -> dict[str, Any]:
     return {
         "holds": not findings,
         "layers": [_finite(asdict(layer)) for layer in findings.layers],
+        "quantized": [_finite(asdict(layer)) for layer in findings.quantized],
         "copied": findings.copied,
         "files": findings.files,
         "problems": [list(finding) for finding in findings],
@@ -86,14 +92,35 @@ def _as_text(findings: Verification) -> str:
         ]
         for layer in findings.layers
     ]
-    lines = [text_table(["layer", "W_res + s·B·A, × rounding", "energy, %", "residual/σ₁", "check"], rows, [0, 4]), ""]
+    heads = ["layer", "W_res + s·B·A, × rounding", "energy, %", "residual/σ₁", "check"]
+    lines = [text_table(heads, rows, [0, 4]), ""] if rows or not findings.quantized else []
+    if findings.quantized:
+        lines += [_quantized_table(findings.quantized), ""]
     lines += [f"FAILED: {where}: {what}" for where, what in findings]
     if findings.extra:
         lines.append(f"not part of the result: {', '.join(findings.extra)}")
     failed = f"{len(findings)} problem{'s' * (len(findings) > 1)}"
-    verdict = failed if findings else "every byte is as written, and W_res + s·B·A is W to one rounding"
-    lines.append(
-        f"{len(findings.layers)} residuals, {findings.copied} tensors copied bit for bit, {findings.files} other "
-        f"files: {verdict}"
-    )
+    holds = ["every byte is as written"]
+    holds += ["W_res + s·B·A is W to one rounding"] if findings.layers or not findings.quantized else []
+    holds += ["codes are those of W − s·B·A"] if findings.quantized else []
+    verdict = failed if findings else ", and ".join(holds)
+    quantized = f"{len(findings.quantized)} quantized weights, " if findings.quantized else ""
+    counts = f"{len(findings.layers)} residuals, {quantized}{findings.copied} tensors copied bit for bit"
+    lines.append(f"{counts}, {findings.files} other files: {verdict}")
     return "\n".join(lines)
+
+
+def _quantized_table(layers: list[QuantizedCheck]) -> str:
+    """A row for each quantized weight: its error, what PiSSA saves of it, and bytes unlike this machine's."""
+    rows = [
+        [
+            layer.name,
+            f"{layer.error:.4g}",
+            f"{layer.error_without:.4g}" if layer.adapted else "",
+            f"{100 * (1 - layer.error / layer.error_without):.1f}" if layer.adapted and layer.error_without else "",
+            str(layer.apart),
+            "FAILED" if layer.problem else "holds",
+        ]
+        for layer in layers
+    ]
+    return text_table(["layer", "error", "without PiSSA", "saved, %", "other bytes", "check"], rows, [0, 5])

@@ -134,14 +134,25 @@ def plan_header(
             own dtype; equal ones keep the given order.
         marks: more strings for the header.
     """
+    sizes = [(name, NAMES[dtype], shape, dtype.itemsize * torch.Size(shape).numel()) for name, dtype, shape in tensors]
+    return lay_out([TensorInfo(name, dtype, tuple(shape), 0, size) for name, dtype, shape, size in sizes], marks)
+
+
+def lay_out(tensors: Iterable[TensorInfo], marks: Mapping[str, str] | None = None) -> Header:
+    """Header of a file to be written, as of :func:`plan_header`, with tensors of dtypes that torch may not know.
+
+    Args:
+        tensors: name, dtype, shape and size of each; where they are elsewhere does not matter.
+        marks: more strings for the header.
+    """
     metadata = {"format": "pt", **(marks or {})}  # transformers and PEFT refuse a file without the format
     record: dict[str, Any] = {"__metadata__": metadata}
     placed, offset = [], 0
-    for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
-        stop = offset + dtype.itemsize * torch.Size(shape).numel()
-        record[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
-        placed.append(TensorInfo(name, NAMES[dtype], tuple(shape), offset, stop))
-        offset = stop
+    for info in sorted(tensors, key=lambda info: -(info.nbytes // max(torch.Size(info.shape).numel(), 1))):
+        moved = replace(info, start=offset, stop=offset + info.nbytes)
+        record[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, moved.stop]}
+        placed.append(moved)
+        offset = moved.stop
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     encoded = len(text).to_bytes(8, "little") + text

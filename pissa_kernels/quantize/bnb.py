@@ -79,7 +79,7 @@ class FourBit:
         statistics = {key: value for key, value in tensors.items() if key != "weight"}
         try:
             state = functional.QuantState.from_dict(dict(statistics), device=tensors["weight"].device)
-        except (KeyError, ValueError, UnicodeDecodeError) as error:
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"its quantization state is damaged: {type(error).__name__} {error}") from None
         return PackedFourBit(tensors["weight"], state)
 

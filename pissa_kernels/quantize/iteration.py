@@ -169,7 +169,8 @@ def _of_weight(factors: Factors, passes: int, energy: float) -> Certificate:
 
 
 def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix))
+    # a float32 sum over all elements of a large weight is off by some 1e-4
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1).double()))
 
 
 def _nuclear(matrix: Tensor) -> float:

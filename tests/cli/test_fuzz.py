@@ -31,9 +31,15 @@ BATCHES = 15
 SECONDS = 60
 # Resident memory that all inputs of a batch may add.
 MEMORY = 300 << 20
-# The commands on a folder that holds base, out (made by init of base), trained, residual and report.json.
+# The commands on a folder that holds base, out and quantized (made by init of base), trained, residual and report.json.
 COMMANDS = {
-    "base": [["init", "base", "new"], ["init", "base", "new", "--dry-run", "--json"], ["verify", "base", "out"]],
+    "base": [
+        ["init", "base", "new"],
+        ["init", "base", "new", "--dry-run", "--json"],
+        ["init", "base", "new", "--quantize", "int8"],
+        ["verify", "base", "out"],
+        ["verify", "base", "quantized"],
+    ],
     "out": [
         ["verify", "base", "out"],
         ["report", "out"],
@@ -43,6 +49,7 @@ COMMANDS = {
         ["convert", "out/pissa_init", "out", "new"],
         ["merge", "out", "out/pissa_init", "new"],
     ],
+    "quantized": [["verify", "base", "quantized"], ["report", "quantized"], ["init", "quantized", "new"]],
     "trained": [["convert", "trained", "trained", "new"], ["convert", "trained", "residual", "new", "--rank", "3"]],
     "residual": [
         ["convert", "trained", "residual", "new", "--base", "base"],
@@ -63,6 +70,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "folders"
     make(folder, width=32, layers=1)
     pk.init_checkpoint(folder / "base", folder / "out", rank=4, progress=False)
+    pk.init_checkpoint(
+        folder / "base", folder / "quantized", rank=4, target_modules=["q_proj", "lm_head"], progress=False,
+        quantize="nf4", double_quant=True,
+    )  # fmt: skip
     (folder / "report").mkdir()
     shutil.copy(folder / "out/pissa_init/pissa_report.json", folder / "report/report.json")
     return folder

@@ -26,6 +26,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from pissa_kernels.checkpoint.journal import Journal
 from pissa_kernels.checkpoint.options import AdapterOptions
 from pissa_kernels.checkpoint.plan import plan_checkpoint
+from pissa_kernels.checkpoint.quantization import QuantizationOptions
 from pissa_kernels.checkpoint.run import run_job
 
 OPTIONS = AdapterOptions(rank=4)
@@ -55,7 +56,7 @@ class Child:
         step: the step before which the child is killed, by its number, or by its name and the number among those of its
             name, as in ("journal", 2) for the third journal line; None for a run that ends by itself.
         torn: kill the child in the middle of the step, where it is one of :data:`TORN`.
-        options: options of the adapter.
+        options, quantize: options of the adapter, and of the quantization.
         changes: arguments of ``run_job``.
     """
 
@@ -68,10 +69,12 @@ class Child:
         step: int | tuple[str, int] | None = None,
         torn: bool = False,
         options: AdapterOptions = OPTIONS,
+        quantize: QuantizationOptions | None = None,
         **changes: Any,
     ) -> None:
         self._here, there = _processes.Pipe()
-        arguments = (there, model, out, dict(environment or {}), step, torn, options, {"resume": True, **changes})
+        settings = (options, quantize, {"resume": True, **changes})
+        arguments = (there, model, out, dict(environment or {}), step, torn, *settings)
         self._process = _processes.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
         there.close()
@@ -103,13 +106,14 @@ def _run(
     fatal: int | tuple[str, int] | None,
     torn: bool,
     options: AdapterOptions,
+    quantize: QuantizationOptions | None,
     changes: Mapping[str, Any],
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     names: list[str] = []
     try:
-        job = plan_checkpoint(model, out, options)
+        job = plan_checkpoint(model, out, options, quantize=quantize)
         _count_steps(names, fatal, torn)
         connection.send("begun")
         began = time.perf_counter()
