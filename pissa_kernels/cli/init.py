@@ -221,10 +221,6 @@ def _as_text(report: CheckpointReport) -> str:
     lines = [report.summary()]
     if report.kept:
         lines.append(f"{report.kept} of {report.kept + report.written} tensors had been written by an earlier run")
-    if errors := _errors(report):
-        error, without = errors["error"], errors["error_without"]
-        saved = f", {1 - error / without:.1%} saved" if without else ""
-        lines.append(f"{errors['scheme']}: ‖W − W_q − s·B·A‖ is {error:.4g}, and {without:.4g} without PiSSA{saved}")
     size = f"{report.size / 1e9:.3g} GB"
     lines.append(f"{report.out}: the residual model ({size}), and its adapter in {report.out}/{ADAPTER_FOLDER}")
     return "\n".join(lines)

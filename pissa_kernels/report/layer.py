@@ -21,6 +21,8 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 # Heads of the cells of layer_row, and the indices of the columns of text; all others are numbers.
 HEADS = ("layer", "shape", "dtype", "r", "energy, %", "σ₁", "σ_r", "residual/σ₁", "passes", "method", "converged", "ms")
+# Heads of the cells that a quantized layer has besides: ‖E‖_F, and the share of ‖W − Q(W)‖_F that PiSSA saves.
+QUANTIZED_HEADS = ("error", "saved, %", "iterations")
 TEXT_COLUMNS = [HEADS.index(head) for head in ("layer", "dtype", "method", "converged")]
 
 
@@ -83,6 +85,21 @@ def rank_range(layers: Sequence[LayerReport]) -> str:
 def shape_text(layer: LayerReport) -> str:
     """The layer's shape, as in "64×48"."""
     return "×".join(map(str, layer.shape))
+
+
+def layer_table(layers: Sequence[LayerReport]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Heads of a table, and a row for each layer. Only where a layer is quantized are there columns for its error."""
+    rows = [layer_row(layer) for layer in layers]
+    if all(layer.quantization is None for layer in layers):
+        return HEADS, rows
+    return HEADS + QUANTIZED_HEADS, [row + _quantized_cells(layer) for row, layer in zip(rows, layers, strict=True)]
+
+
+def _quantized_cells(layer: LayerReport) -> list[str]:
+    found = layer.quantization
+    if found is None:
+        return [""] * len(QUANTIZED_HEADS)
+    return [f"{found.error:.3g}", f"{100 * found.saved:.1f}", str(found.iterations)]
 
 
 def layer_row(layer: LayerReport) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..files.atomic import check_writable_target, write_text
 from .figures import svg_data_uri
-from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_row, rank_range, shape_text
+from .layer import TEXT_COLUMNS, LayerReport, layer_table, rank_range, shape_text
 from .pictures import report_figures
 from .report import REPORT_NAME, Report
 from .spectrum import check_share, energy_of_all, least_ranks, peft_pattern, projection_ranks, suggestion
@@ -92,7 +92,7 @@ def render_page(report: Report, shares: Sequence[float] = (0.9,), title: str | N
         suggestions=[suggestion(layers, share) for share in shares],
         projections=_projections(layers, shares),
         configs=[(100 * share, _config(layers, share)) for share in shares],
-        layers=Table(HEADS, [layer_row(layer) for layer in layers], TEXT_COLUMNS),
+        layers=Table(*layer_table(layers), TEXT_COLUMNS),
         highlighted=[index for index, layer in enumerate(layers) if not layer.certificate.converged],
         inits=sorted({layer.init for layer in layers}),
         seeds=sorted({layer.seed for layer in layers}),

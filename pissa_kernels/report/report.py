@@ -13,7 +13,7 @@ from .._version import __version__
 from ..adapter.names import ADAPTER_FOLDER
 from ..files.atomic import write_text
 from . import strict
-from .layer import HEADS, TEXT_COLUMNS, LayerReport, layer_from_dict, layer_row, layer_to_dict, rank_range
+from .layer import TEXT_COLUMNS, LayerReport, layer_from_dict, layer_table, layer_to_dict, rank_range
 from .quantization import errors_of_all
 from .spectrum import energy_of_all
 from .tables import text_table
@@ -81,7 +81,7 @@ class Report:
             <BLANKLINE>
             1 layer, rank 2, 50.00 % of the energy, residual/σ₁ ≤ 2e-06, all converged, 0.250 s in layers
         """
-        return text_table(HEADS, [layer_row(layer) for layer in self.layers], TEXT_COLUMNS) + "\n\n" + self.summary()
+        return text_table(*layer_table(self.layers), TEXT_COLUMNS) + "\n\n" + self.summary()
 
     def summary(self) -> str:
         """One line: layers, rank, captured energy of all weights (ΣΣσ̂²/Σ‖W‖_F²), largest residual, time and memory.

@@ -242,6 +242,11 @@ def test_a_report_is_written_and_read(folder: Path, tmp_path: Path) -> None:
     again = pk.Report.read(tmp_path / "report.json")
     assert [entry.quantization for entry in again.layers] == [entry.quantization for entry in report.layers]
     assert "less quantization error in 7 layers" in again.summary()
+    heads, _, row, *_ = again.table().splitlines()
+    assert heads.split()[-4:] == ["error", "saved,", "%", "iterations"]
+    found = report.layers[0].quantization
+    assert found is not None
+    assert row.split()[-3:] == [f"{found.error:.3g}", f"{100 * found.saved:.1f}", str(found.iterations)]
 
 
 def test_a_rank_above_the_width(folder: Path) -> None:
