@@ -18,6 +18,10 @@ from torch import Tensor
 NESTED_BLOCK = 256
 # bitsandbytes stores what belongs to the codes as JSON. Padding it gives it a size that does not depend on its numbers.
 STATE_BYTES = 256
+# Elements that are quantized at a time on a CPU, where bitsandbytes takes four to five float32 copies of them.
+CHUNK_ELEMENTS = 1 << 21
+# Largest block that bitsandbytes' kernel for AVX-512 takes; for others it compiles a function for each shape.
+LARGEST_KERNEL_BLOCK = 1024
 MAX_8BIT = 127.0
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,14 +50,19 @@ class FourBit:
         """Quantize a weight (m, n) float32 that a layer dequantizes to ``dtype``."""
         functional = _functional()
         self.layout((weight.shape[0], weight.shape[1]))
-        codes, state = functional.quantize_4bit(
-            weight,
-            blocksize=self.block,
-            compress_statistics=self.double,
-            quant_type=self.kind,
-            quant_storage=self.storage,
-        )
-        state.dtype = dtype
+        size = CHUNK_ELEMENTS if weight.device.type == "cpu" else weight.numel()  # a multiple of every block
+        chunks = [
+            functional.quantize_4bit(chunk, blocksize=self.block, quant_type=self.kind)
+            for chunk in torch.split(weight.flatten(), size)
+        ]
+        codes = torch.cat([codes for codes, _ in chunks]).flatten().view(self.storage)[:, None]
+        scales, code = torch.cat([state.absmax for _, state in chunks]), chunks[0][1].code
+        offset, nested = None, None
+        if self.double:
+            # in float64, because a sum in float32 depends on the number of threads
+            offset = scales.mean(dtype=torch.float64).float()
+            scales, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+        state = functional.QuantState(scales, weight.shape, code, self.block, self.kind, dtype, offset, nested)
         return PackedFourBit(codes, state)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -103,7 +112,18 @@ class PackedFourBit:
 
     def dequantize(self) -> Tensor:
         """The values (m, n)."""
-        values: Tensor = _functional().dequantize_4bit(self.codes, self.state)
+        functional, state = _functional(), self.state
+        scales, block, elements = state.absmax, state.blocksize, state.shape.numel()
+        if state.nested:
+            scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+        if block > LARGEST_KERNEL_BLOCK:
+            pieces = block // LARGEST_KERNEL_BLOCK
+            scales, block = scales.repeat_interleave(pieces)[: -(-elements // LARGEST_KERNEL_BLOCK)], block // pieces
+        # The kernel for AVX-512 takes one scale for up to 32 elements of a row, even if a block ends among them. Rows
+        # of one block each have no such place.
+        rows = (1, elements) if elements % block else (elements // block, block)
+        flat = torch.ops.bitsandbytes.dequantize_4bit(self.codes, scales, block, state.quant_type, rows, state.dtype)
+        values: Tensor = flat.view(state.shape)
         return values
 
     def tensors(self) -> dict[str, Tensor]:
@@ -124,7 +144,7 @@ class EightBit:
         return "int8, a scale for each row"
 
     def quantize(self, weight: Tensor, dtype: torch.dtype) -> PackedEightBit:
-        """Quantize a weight (m, n) float32. bitsandbytes rounds it to float16, and its layers compute with the codes."""
+        """Quantize a weight (m, n) float32. bitsandbytes rounds it to float16; its layers compute with the codes."""
         half = weight.to(torch.float16)
         if not bool(half.isfinite().all()):
             raise ValueError("int8 rounds the weight to float16 first, whose range it exceeds")
