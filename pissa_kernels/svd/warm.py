@@ -78,6 +78,23 @@ class WarmStart:
         self.block = WarmStart(svd, self.seed).block
         return svd
 
+    def certificate(self, weight: Tensor, svd: TruncatedSVD, tol: float) -> Certificate:
+        """Certificate of triplets that :meth:`solve` has found without one.
+
+        Args:
+            weight: (m, n) the weight that they are of.
+            svd: the triplets.
+            tol: tolerance on the energy deficit.
+        """
+        with exact_arithmetic(weight.device):
+            operator = WeightOperator(weight.detach())
+            U, V = (svd.Vh.mT, svd.U) if operator.wide else (svd.U, svd.Vh.mT)
+            U, S, V = U.contiguous(), svd.S * operator.scale, V.contiguous()
+            found = _projected(operator, self.block, PIECES)
+            following = S[-1:] if found is None else found[1][self.rank :]
+            triplets = Triplets(U, S, V, operator.residuals(U, S, V, operator.apply(V)), following)
+            return certified(operator, triplets, _deficit(triplets) <= tol, "warm").certificate
+
 
 def _projected(operator: WeightOperator, X: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Triplets of A projected onto span(A·X): U (m, b), S (b,) descending, V (n, b). None where X is degenerate."""
