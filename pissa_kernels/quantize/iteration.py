@@ -110,13 +110,13 @@ def quantized_factors(
         if iterations == "auto" and gained < LEAST_GAIN * without:
             break
         if iteration < most:
-            left = torch.sub(weight, values).to(dtype)
+            left = weight - values
     assert best is not None
     factors = best.factors
     if not best.certified:  # an iteration that was not the last has turned out to be
         assert start is not None
         assert best.before is not None
-        left = torch.sub(weight, best.before.dequantize()).to(dtype)
+        left = weight - best.before.dequantize()
         factors = replace(factors, certificate=start.certificate(left, best.svd, tol))
     nuclear_error = None
     if nuclear:

@@ -44,7 +44,9 @@ class WarmStart:
         start = svd.Vh.mT if m >= n else svd.U
         guards = min(GUARD_COLUMNS, min(m, n) - self.rank)
         length = len(start)
-        self.block = torch.cat([start, gaussian(length, guards, seed, start.device) / length**0.5], dim=1)
+        beyond = gaussian(length, guards, seed, start.device) / length**0.5
+        # A·beyond must not be dominated by the leading triplets, which may be a thousand times as large as the rest
+        self.block = torch.cat([start, beyond - start @ (start.mT @ beyond)], dim=1)
 
     def solve(self, weight: Tensor, tol: float, *, certify: bool = True) -> TruncatedSVD:
         """Triplets of another weight of the same shape; the subspace follows it.
