@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..numerics import exact_arithmetic
+from ..numerics import UNIT_ROUNDOFF, exact_arithmetic
 from ..pissa import Factors, Recipe, rounded_factors, tolerance
 from ..report.quantization import Quantization
 from ..svd.driver import solve_batch
@@ -29,6 +29,8 @@ DEFAULT_ITERATIONS = 5
 # Share of ‖W − Q(W)‖_F that an iteration has to gain for "auto" to go on, and the most that it makes.
 LEAST_GAIN = 0.005
 MOST_AUTOMATIC = 20
+# Share of an iteration's error above which rounding W − W_q to 16 bits counts: int8's, and at ranks of half the width.
+MOST_ROUNDING = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,9 @@ def quantized_factors(
     tol = tolerance(dtype)
     weight = weight.contiguous()
     scratch = torch.empty_like(weight, dtype=torch.float32)
-    scratch -= scheme.quantize(scratch.copy_(weight), dtype).dequantize()
+    # error that rounding W − W_q to 16 bits makes, about
+    rounding = UNIT_ROUNDOFF[dtype] * _norm(scratch.copy_(weight))
+    scratch -= scheme.quantize(scratch, dtype).dequantize()
     without, nuclear_without = _norm(scratch), _nuclear(scratch) if nuclear else None
     most = MOST_AUTOMATIC if iterations == "auto" else iterations
     best: _Iterate | None = None
@@ -110,13 +114,13 @@ def quantized_factors(
         if iterations == "auto" and gained < LEAST_GAIN * without:
             break
         if iteration < most:
-            left = weight - values
+            left = _remainder(weight, values, exact=rounding > MOST_ROUNDING * found)
     assert best is not None
     factors = best.factors
     if not best.certified:  # an iteration that was not the last has turned out to be
         assert start is not None
         assert best.before is not None
-        left = weight - best.before.dequantize()
+        left = _remainder(weight, best.before.dequantize(), exact=False)
         factors = replace(factors, certificate=start.certificate(left, best.svd, tol))
     nuclear_error = None
     if nuclear:
@@ -170,6 +174,11 @@ def _subtract(out: Tensor, weight: Tensor, factors: Factors, scaling: float) -> 
     out.copy_(weight)
     with exact_arithmetic(weight.device):
         ops.subtract_lowrank_(out, factors.lora_B, factors.lora_A, scaling)
+
+
+def _remainder(weight: Tensor, values: Tensor, exact: bool) -> Tensor:
+    """W − W_q, in float32 or, in half the time of an SVD, in the wider dtype of the two."""
+    return torch.sub(weight, values.float() if exact else values)
 
 
 def _norm(matrix: Tensor) -> float:
