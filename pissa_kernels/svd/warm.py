@@ -8,7 +8,7 @@ columns of Y are nearly orthogonal, so that YᵀY, scaled to a diagonal of ones,
 A subspace sees nothing of a direction that is orthogonal to it, so the two weights must have most of their leading
 right vectors in common: they do if they differ by much less than σ_r in the 2-norm. Where they do not, a direction with
 a singular value of up to about 2·σ_r can be missed, and the certificate does not tell. W − W_q = s·B·A + E of
-:mod:`pissa_kernels.quantize.iteration` has no such direction: A is in the subspace, and ‖E‖₂ is 0.05 to 0.3·σ_r.
+:mod:`pissa_kernels.quantize.iteration` has no such direction: A is in the subspace, and ‖E‖₂ a fraction of σ_r.
 """
 
 from __future__ import annotations

@@ -285,6 +285,9 @@ def test_the_certificate_is_of_the_last_iteration(case: str, scheme: Any) -> Non
     assert found.quantization.iterations == 5
     left = weight.double() - recorded.values[-2].double()
     check_certificate(left, found)
+    # the gap on which a warm start relies
+    values = torch.linalg.svdvals(left)
+    assert values[12] < 0.5 * values[11]
     assert found.certificate.converged
     assert found.certificate.method == "warm"
     assert energy_deficit(left, found.lora_A) <= 5e-6

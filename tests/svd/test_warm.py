@@ -60,7 +60,7 @@ def check(weight: Tensor, rank: int, found: TruncatedSVD, tol: float = TOL) -> N
     if exact[0] == 0:
         assert certificate.energy == 1
         return
-    # the float32 round-off of Z = Aᵀ·A·x relative to σ², and that of two bfloat16 pieces of x and A·x on a 16-bit weight
+    # round-off of AᵀA·x relative to σ²: float32's, or that of two bfloat16 pieces on a 16-bit weight
     pieces = EPS if weight.dtype == torch.float32 else 2.0**-16
     allowed = 20 * pieces * math.sqrt(rank) * float(exact[0] / exact[rank - 1])
     assert loss(Vh.mT) <= allowed
@@ -72,7 +72,7 @@ def check(weight: Tensor, rank: int, found: TruncatedSVD, tol: float = TOL) -> N
         assert energy_deficit(weight, Vh) <= 5 * tol + unresolved
         assert energy_deficit(weight.mT, U.mT) <= 5 * tol + unresolved
         share = float(exact[:rank].square().sum() / exact.square().sum())
-        assert certificate.energy == pytest.approx(share, rel=2e-5)
+        assert certificate.energy == pytest.approx(share, rel=2e-5 + unresolved)
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.5])
