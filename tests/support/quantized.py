@@ -1,11 +1,8 @@
-"""The iteration with exact SVDs, and PEFT's LoftQ. Nothing here calls the package but a scheme that is handed in."""
+"""The iteration with exact SVDs. Nothing here calls the package but a scheme that is handed in."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -52,28 +49,3 @@ def plain_error(weight: Tensor, scheme: Any) -> Tensor:
     """W − Q(W), float64."""
     values: Tensor = scheme.quantize(weight.float().contiguous(), weight.dtype).dequantize().double()
     return weight.double() - values
-
-
-def loftq_error(weight: Tensor, rank: int, iterations: int) -> Tensor:
-    """W − W_q − B·A of PEFT's LoftQ with NF4, float64.
-
-    ``loftq_init`` computes on a GPU, whatever the weight's device. Here its ".to('cuda')" goes to the CPU.
-    """
-    import bitsandbytes as bnb
-    from peft.utils.loftq_utils import loftq_init
-
-    with _on_cpu(torch.Tensor), _on_cpu(bnb.nn.Params4bit):
-        values, A, B = loftq_init(weight, num_bits=4, reduced_rank=rank, num_iter=iterations)
-    return weight.double() - values.double() - B.double() @ A.double()
-
-
-@contextlib.contextmanager
-def _on_cpu(cls: Any) -> Iterator[None]:
-    moved: Callable[..., Any] = cls.to
-
-    def to(tensor: Any, *args: Any, **settings: Any) -> Any:
-        args = tuple("cpu" if value == "cuda" else value for value in args)
-        return moved(tensor, *args, **{key: "cpu" if value == "cuda" else value for key, value in settings.items()})
-
-    with mock.patch.object(cls, "to", to):
-        yield
