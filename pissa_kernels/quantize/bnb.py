@@ -19,7 +19,7 @@ NESTED_BLOCK = 256
 # bitsandbytes stores what belongs to the codes as JSON. Padding it gives it a size that does not depend on its numbers.
 STATE_BYTES = 256
 # Elements that are quantized at a time on a CPU, where bitsandbytes takes four to five float32 copies of them.
-CHUNK_ELEMENTS = 1 << 21
+CHUNK_ELEMENTS = 1 << 18
 # Largest block that bitsandbytes' kernel for AVX-512 takes; for others it compiles a function for each shape.
 LARGEST_KERNEL_BLOCK = 1024
 MAX_8BIT = 127.0
@@ -50,20 +50,22 @@ class FourBit:
         """Quantize a weight (m, n) float32 that a layer dequantizes to ``dtype``."""
         functional = _functional()
         self.layout((weight.shape[0], weight.shape[1]))
-        size = CHUNK_ELEMENTS if weight.device.type == "cpu" else weight.numel()  # a multiple of every block
-        chunks = [
-            functional.quantize_4bit(chunk, blocksize=self.block, quant_type=self.kind)
-            for chunk in torch.split(weight.flatten(), size)
-        ]
-        codes = torch.cat([codes for codes, _ in chunks]).flatten().view(self.storage)[:, None]
-        scales, code = torch.cat([state.absmax for _, state in chunks]), chunks[0][1].code
+        elements = weight.numel()
+        codes = torch.empty(elements // 2, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(-(-elements // self.block), dtype=torch.float32, device=weight.device)
+        size = CHUNK_ELEMENTS if weight.device.type == "cpu" else elements  # a multiple of every block
+        for start, chunk in zip(range(0, elements, size), torch.split(weight.flatten(), size), strict=True):
+            found, of_chunk = functional.quantize_4bit(chunk, blocksize=self.block, quant_type=self.kind)
+            codes[start // 2 :][: len(found)] = found.flatten()
+            scales[start // self.block :][: len(of_chunk.absmax)] = of_chunk.absmax
         offset, nested = None, None
         if self.double:
             # in float64, because a sum in float32 depends on the number of threads
             offset = scales.mean(dtype=torch.float64).float()
             scales, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+        code = functional.get_4bit_type(self.kind, device=weight.device)
         state = functional.QuantState(scales, weight.shape, code, self.block, self.kind, dtype, offset, nested)
-        return PackedFourBit(codes, state)
+        return PackedFourBit(codes.view(self.storage)[:, None], state)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor that a checkpoint stores."""
