@@ -29,6 +29,7 @@ BENCHMARKS = {
     "kernels": Command("kernels.run", "kernels: transpose, subtraction and products, as a share of the copy rate"),
     "model": Command("models.run", "whole models: get_peft_model on a Llama-shaped model"),
     "checkpoint": Command("checkpoints.run", "whole checkpoints: pissa-kernels init on a Llama-shaped checkpoint"),
+    "quantized": Command("quantized.run", "quantized residuals: times beside full SVDs, errors beside LoftQ"),
     "cold-start": Command("kernels.cold_start", "first kernel calls of a fresh process"),
     "gpu": Command("gpu.run", "what a GPU can show, in order of worth, within some minutes"),
 }

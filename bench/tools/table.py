@@ -10,11 +10,13 @@ from ..harness.rows import Row, by_case, read_rows
 from ..harness.table import OURS, digits, formatted
 from ..harness.table import table as initializer_table
 from ..kernels.table import table as kernel_table
+from ..quantized.table import table as quantized_table
 
 # A table, and the fields that distinguish its rows; the first match counts.
 TABLES: tuple[tuple[set[str], Callable[[list[Row], str], str]], ...] = (
     ({"verb"}, kernel_table),
     ({"wall_s"}, checkpoint_table),
+    ({"svd_ms"}, quantized_table),
     ({"min_ms", "energy_deficit"}, initializer_table),
 )
 

@@ -18,6 +18,10 @@ from torch import Tensor
 NESTED_BLOCK = 256
 # bitsandbytes stores what belongs to the codes as JSON. Padding it gives it a size that does not depend on its numbers.
 STATE_BYTES = 256
+# Elements that are quantized at a time on a CPU, where bitsandbytes takes four to five float32 copies of them.
+CHUNK_ELEMENTS = 1 << 18
+# Largest block that bitsandbytes' kernel for AVX-512 takes; for others it compiles a function for each shape.
+LARGEST_KERNEL_BLOCK = 1024
 MAX_8BIT = 127.0
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,15 +50,22 @@ class FourBit:
         """Quantize a weight (m, n) float32 that a layer dequantizes to ``dtype``."""
         functional = _functional()
         self.layout((weight.shape[0], weight.shape[1]))
-        codes, state = functional.quantize_4bit(
-            weight,
-            blocksize=self.block,
-            compress_statistics=self.double,
-            quant_type=self.kind,
-            quant_storage=self.storage,
-        )
-        state.dtype = dtype
-        return PackedFourBit(codes, state)
+        elements = weight.numel()
+        codes = torch.empty(elements // 2, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(-(-elements // self.block), dtype=torch.float32, device=weight.device)
+        size = CHUNK_ELEMENTS if weight.device.type == "cpu" else elements  # a multiple of every block
+        for start, chunk in zip(range(0, elements, size), torch.split(weight.flatten(), size), strict=True):
+            found, of_chunk = functional.quantize_4bit(chunk, blocksize=self.block, quant_type=self.kind)
+            codes[start // 2 :][: len(found)] = found.flatten()
+            scales[start // self.block :][: len(of_chunk.absmax)] = of_chunk.absmax
+        offset, nested = None, None
+        if self.double:
+            # in float64, because a sum in float32 depends on the number of threads
+            offset = scales.mean(dtype=torch.float64).float()
+            scales, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+        code = functional.get_4bit_type(self.kind, device=weight.device)
+        state = functional.QuantState(scales, weight.shape, code, self.block, self.kind, dtype, offset, nested)
+        return PackedFourBit(codes.view(self.storage)[:, None], state)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor that a checkpoint stores."""
@@ -103,7 +114,18 @@ class PackedFourBit:
 
     def dequantize(self) -> Tensor:
         """The values (m, n)."""
-        values: Tensor = _functional().dequantize_4bit(self.codes, self.state)
+        functional, state = _functional(), self.state
+        scales, block, elements = state.absmax, state.blocksize, state.shape.numel()
+        if state.nested:
+            scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+        if block > LARGEST_KERNEL_BLOCK:
+            pieces = block // LARGEST_KERNEL_BLOCK
+            scales, block = scales.repeat_interleave(pieces)[: -(-elements // LARGEST_KERNEL_BLOCK)], block // pieces
+        # The kernel for AVX-512 takes one scale for up to 32 elements of a row, even if a block ends among them. Rows
+        # of one block each have no such place.
+        rows = (1, elements) if elements % block else (elements // block, block)
+        flat = torch.ops.bitsandbytes.dequantize_4bit(self.codes, scales, block, state.quant_type, rows, state.dtype)
+        values: Tensor = flat.view(state.shape)
         return values
 
     def tensors(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ error of a quantization, so its triplets are found from those of the iteration b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..numerics import exact_arithmetic
+from ..numerics import UNIT_ROUNDOFF, exact_arithmetic
 from ..pissa import Factors, Recipe, rounded_factors, tolerance
 from ..report.quantization import Quantization
 from ..svd.driver import solve_batch
-from ..svd.result import Certificate
+from ..svd.result import Certificate, TruncatedSVD
 from ..svd.warm import WarmStart
 from .scheme import Packed, Scheme
 
@@ -28,6 +29,8 @@ DEFAULT_ITERATIONS = 5
 # Share of ‖W − Q(W)‖_F that an iteration has to gain for "auto" to go on, and the most that it makes.
 LEAST_GAIN = 0.005
 MOST_AUTOMATIC = 20
+# Share of an iteration's error above which rounding W − W_q to 16 bits counts: int8's, and at ranks of half the width.
+MOST_ROUNDING = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,44 +88,56 @@ def quantized_factors(
     """
     dtype = weight.dtype  # that a layer dequantizes to
     tol = tolerance(dtype)
-    wide = weight.float().contiguous()
-    scratch = torch.empty_like(wide)
-    plain = wide - (scheme.quantize(wide, dtype).dequantize() if plain is None else plain)
-    without, nuclear_without = _norm(plain), _nuclear(plain) if nuclear else None
-    del plain
+    weight = weight.contiguous()
+    scratch = torch.empty_like(weight, dtype=torch.float32)
+    # error that rounding W − W_q to 16 bits makes, about
+    energy = _norm(scratch.copy_(weight)) ** 2
+    rounding = UNIT_ROUNDOFF[dtype] * math.sqrt(energy)
+    scratch -= scheme.quantize(scratch, dtype).dequantize() if plain is None else plain
+    without, nuclear_without = _norm(scratch), _nuclear(scratch) if nuclear else None
     most = MOST_AUTOMATIC if iterations == "auto" else iterations
-    best, error, start, passes = None, float("inf"), None, 0
-    energy = _norm(wide) ** 2
+    best: _Iterate | None = None
+    start: WarmStart | None = None
+    passes = 0
     left = weight
     for iteration in range(1, most + 1):
+        certify = start is None or iteration == most or iterations == "auto"
         if start is None:
             svd = solve_batch([left], recipe.rank, tol=tol, niter=recipe.niter, seed=recipe.seed)[0]
             start = WarmStart(svd, recipe.seed) if most > 1 else None
         else:
-            svd = start.solve(left, tol, certify=iteration == most or iterations == "auto")
+            svd = start.solve(left, tol, certify=certify)
         passes += svd.certificate.passes
         factors = rounded_factors([left], [svd], [recipe.scaling], adapter_dtype or dtype)[0]
-        residual = _subtracted(wide, factors, recipe.scaling, scratch)
-        packed = scheme.quantize(residual, dtype)
+        _subtract(scratch, weight, factors, recipe.scaling)
+        packed = scheme.quantize(scratch, dtype)
         values = packed.dequantize()
-        residual -= values
-        found = _norm(residual)
-        if not found < error:
+        scratch -= values
+        found = _norm(scratch)
+        if best is not None and not found < best.error:
             break
-        gained, error = error - found, found
-        quantization = Quantization(scheme.name, error, without, iteration)
-        factors = replace(factors, certificate=_of_weight(factors, passes, energy))
-        best = QuantizedFactors(**vars(factors), packed=packed, quantization=quantization)
+        gained = best.error - found if best is not None else math.inf
+        best = _Iterate(factors, svd, packed, found, iteration, certify, before=best.packed if best else None)
         if iterations == "auto" and gained < LEAST_GAIN * without:
             break
         if iteration < most:
-            left = torch.sub(wide, values, out=scratch).to(weight.dtype)
+            left = _remainder(weight, values, exact=rounding > MOST_ROUNDING * found)
     assert best is not None
+    factors = best.factors
+    if not best.certified:  # an iteration that was not the last has turned out to be
+        assert start is not None
+        assert best.before is not None
+        left = _remainder(weight, best.before.dequantize(), exact=False)
+        certificate = start.certificate(left, best.svd, tol)
+        passes += certificate.passes
+        factors = replace(factors, certificate=certificate)
+    factors = replace(factors, certificate=_of_weight(factors, passes, energy))
+    nuclear_error = None
     if nuclear:
-        residual = _subtracted(wide, best, recipe.scaling, scratch).sub_(best.packed.dequantize())
-        measured = replace(best.quantization, nuclear_error=_nuclear(residual), nuclear_error_without=nuclear_without)
-        best = replace(best, quantization=measured)
-    return best
+        _subtract(scratch, weight, factors, recipe.scaling)
+        nuclear_error = _nuclear(scratch.sub_(best.packed.dequantize()))
+    quantization = Quantization(scheme.name, best.error, without, best.iteration, nuclear_error, nuclear_without)
+    return QuantizedFactors(**vars(factors), packed=best.packed, quantization=quantization)
 
 
 def dequantized(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -154,11 +169,39 @@ def error_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pac
     return _norm(left)
 
 
-def _subtracted(wide: Tensor, factors: Factors, scaling: float, out: Tensor) -> Tensor:
-    out.copy_(wide)
-    with exact_arithmetic(wide.device):
+@dataclass(frozen=True, eq=False)
+class _Iterate:
+    """Result of one iteration.
+
+    Attributes:
+        factors: A and B.
+        svd: the triplets that they are from.
+        packed: W_q.
+        error: ‖W − W_q − s·B·A‖_F.
+        iteration: its number, from 1.
+        certified: whether the certificate of ``svd`` says anything of the accuracy.
+        before: W_q of the iteration before; None in the first.
+    """
+
+    factors: Factors
+    svd: TruncatedSVD
+    packed: Packed
+    error: float
+    iteration: int
+    certified: bool
+    before: Packed | None
+
+
+def _subtract(out: Tensor, weight: Tensor, factors: Factors, scaling: float) -> None:
+    """W − s·B·A in float32."""
+    out.copy_(weight)
+    with exact_arithmetic(weight.device):
         ops.subtract_lowrank_(out, factors.lora_B, factors.lora_A, scaling)
-    return out
+
+
+def _remainder(weight: Tensor, values: Tensor, exact: bool) -> Tensor:
+    """W − W_q, in float32 or, in half the time of an SVD, in the wider dtype of the two."""
+    return torch.sub(weight, values.float() if exact else values)
 
 
 def _of_weight(factors: Factors, passes: int, energy: float) -> Certificate:
@@ -169,8 +212,8 @@ def _of_weight(factors: Factors, passes: int, energy: float) -> Certificate:
 
 
 def _norm(matrix: Tensor) -> float:
-    # a float32 sum over all elements of a large weight is off by some 1e-4
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1).double()))
+    # torch's norm adds up in float32, which is off by 6e-4 of itself at 4096×4096
+    return math.sqrt(float(ops.sum_of_squares(matrix.unsqueeze(0))))
 
 
 def _nuclear(matrix: Tensor) -> float:

@@ -4,6 +4,11 @@ Let X be the right vectors of the other weight, Y = A·X and Z = AᵀY. The sing
 span(Y) are those of the pencil (ZᵀZ, YᵀY): with ZᵀZ·t = σ²·YᵀY·t, u = Y·t and σ·v = Z·t. So the two products, which
 one reading of the weight gives, are all that a Rayleigh–Ritz projection takes, and Aᵀu = σ·v holds to round-off. The
 columns of Y are nearly orthogonal, so that YᵀY, scaled to a diagonal of ones, is well conditioned.
+
+A subspace sees nothing of a direction that is orthogonal to it, so the two weights must have most of their leading
+right vectors in common: they do if they differ by much less than σ_r in the 2-norm. Where they do not, a direction with
+a singular value of up to about 2·σ_r can be missed, and the certificate does not tell. W − W_q = s·B·A + E of
+:mod:`pissa_kernels.quantize.iteration` has no such direction: A is in the subspace, and ‖E‖₂ a fraction of σ_r.
 """
 
 from __future__ import annotations
@@ -44,7 +49,9 @@ class WarmStart:
         start = svd.Vh.mT if m >= n else svd.U
         guards = min(GUARD_COLUMNS, min(m, n) - self.rank)
         length = len(start)
-        self.block = torch.cat([start, gaussian(length, guards, seed, start.device) / length**0.5], dim=1)
+        beyond = gaussian(length, guards, seed, start.device) / length**0.5
+        # A·beyond must not be dominated by the leading triplets, which may be a thousand times as large as the rest
+        self.block = torch.cat([start, beyond - start @ (start.mT @ beyond)], dim=1)
 
     def solve(self, weight: Tensor, tol: float, *, certify: bool = True) -> TruncatedSVD:
         """Triplets of another weight of the same shape; the subspace follows it.
@@ -77,6 +84,23 @@ class WarmStart:
         svd = solve_batch([weight], self.rank, tol=tol, niter=None, seed=self.seed)[0]
         self.block = WarmStart(svd, self.seed).block
         return svd
+
+    def certificate(self, weight: Tensor, svd: TruncatedSVD, tol: float) -> Certificate:
+        """Certificate of triplets that :meth:`solve` has found without one.
+
+        Args:
+            weight: (m, n) the weight that they are of.
+            svd: the triplets.
+            tol: tolerance on the energy deficit.
+        """
+        with exact_arithmetic(weight.device):
+            operator = WeightOperator(weight.detach())
+            U, V = (svd.Vh.mT, svd.U) if operator.wide else (svd.U, svd.Vh.mT)
+            U, S, V = U.contiguous(), svd.S * operator.scale, V.contiguous()
+            found = _projected(operator, self.block, PIECES)
+            following = S[-1:] if found is None else found[1][self.rank :]
+            triplets = Triplets(U, S, V, operator.residuals(U, S, V, operator.apply(V)), following)
+            return certified(operator, triplets, _deficit(triplets) <= tol, "warm").certificate
 
 
 def _projected(operator: WeightOperator, X: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor] | None:
