@@ -17,7 +17,7 @@ import pissa_kernels
 from .paths import ROOT
 from .rows import Row
 
-PACKAGES = ("torch", "peft", "transformers", "triton")
+PACKAGES = ("torch", "peft", "transformers", "triton", "bitsandbytes")
 
 
 def about(device: str) -> Row:

@@ -146,11 +146,16 @@ class EightBit:
         return "int8, a scale for each row"
 
     def quantize(self, weight: Tensor, dtype: torch.dtype) -> PackedEightBit:
-        """Quantize a weight (m, n) float32, which bitsandbytes rounds to float16. Its layers compute with the codes."""
-        half = weight.to(torch.float16)
-        if not bool(half.isfinite().all()):
-            raise ValueError("int8 rounds the weight to float16 first, whose range it exceeds")
-        codes, scales, _ = _functional().int8_vectorwise_quant(half)
+        """Quantize a weight (m, n) float32. bitsandbytes rounds it to float16; its layers compute with the codes."""
+        functional, (m, n) = _functional(), weight.shape
+        codes = torch.empty(m, n, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(m, dtype=torch.float32, device=weight.device)
+        rows = max(1, CHUNK_ELEMENTS // n) if weight.device.type == "cpu" else m
+        for start in range(0, m, rows):
+            half = weight[start : start + rows].to(torch.float16)
+            if not bool(half.isfinite().all()):
+                raise ValueError("int8 rounds the weight to float16 first, whose range it exceeds")
+            codes[start : start + rows], scales[start : start + rows], _ = functional.int8_vectorwise_quant(half)
         return PackedEightBit(codes, scales)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -196,6 +196,10 @@ def test_quantizing_in_chunks_changes_nothing(
     packed = FourBit(kind).quantize(weight, torch.float32)
     assert torch.equal(packed.codes, whole[0])
     assert torch.equal(packed.state.absmax, whole[1].absmax)
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+    by_rows = EightBit().quantize(weight, torch.float32)
+    assert torch.equal(by_rows.codes, codes)
+    assert torch.equal(by_rows.scales, scales)
 
 
 def four_bit_layer(
