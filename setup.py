@@ -100,7 +100,15 @@ class BuildLibraries(build_ext):
     def cpu_objects(self) -> list[str]:
         flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
         steps = ("cpu/gram_schmidt.cpp", "cpu/orthonormalize.cpp", "cpu/chebyshev.cpp", "cpu/ritz.cpp")
-        sources = ["registration.cpp", "cpu/isa.cpp", "cpu/self_check.cpp", "cpu/verbs.cpp", "cpu/products.cpp", *steps]
+        sources = [
+            "registration.cpp",
+            "cpu/isa.cpp",
+            "cpu/self_check.cpp",
+            "cpu/verbs.cpp",
+            "cpu/products.cpp",
+            "cpu/quantize.cpp",
+        ]
+        sources += steps
         sources += ["cpu/amx_products.cpp"] if X86 else []
         objects = [self.compile(CSRC / name, flags) for name in sources]
         tiles = ("cpu/amx.cpp", "cpu/amx_gram.cpp", "cpu/amx_subtract.cpp") if X86 else ()

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "product.h"
+#include "quantize_blocks.h"
 #include "subtract_lowrank.h"
 #include "sum_of_squares.h"
 #include "transpose_cast.h"
@@ -91,5 +92,6 @@ namespace pissa::cpu {
 extern const Kernels PISSA_ISA;
 const Kernels PISSA_ISA = {PISSA_STRING(PISSA_ISA), transpose_cast_any, subtract_lowrank_any,
                            subtract_workspace,      multiply_any,       multiply_adjoint_any,
-                           sum_of_squares_any,      gram,               transform};
+                           sum_of_squares_any,      quantize_blocks,    gram,
+                           transform};
 }  // namespace pissa::cpu

@@ -34,6 +34,13 @@ struct Panel {
   Layout layout;
 };
 
+// Sixteen values, in ascending order: what lies between two neighbors, and the code of each.
+constexpr int MIDPOINTS = 15;
+struct Table {
+  float midpoints[MIDPOINTS];
+  uint8_t codes[MIDPOINTS + 1];
+};
+
 struct Kernels {
   const char* name;  // of the instruction set
 
@@ -58,6 +65,10 @@ struct Kernels {
 
   // sums[i] = the sum of squares of row i, for rows [begin, end) of a weight with contiguous rows.
   void (*sum_of_squares)(const Matrix& weight, int64_t begin, int64_t end, double* sums);
+
+  // Codes, two in each byte, and scales of blocks [begin, end) of `count` values; a block is a multiple of 32 values.
+  void (*quantize_blocks)(const float* values, int64_t count, const Table& table, int64_t block, int64_t begin,
+                          int64_t end, uint8_t* codes, float* scales);
 
   // For a transposed panel P of eight columns: its Gram matrix PᵀP (8, 8), and P = P·M in place with an upper
   // triangular M (8, 8), both row-major.

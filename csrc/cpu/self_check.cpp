@@ -94,6 +94,17 @@ Values others(const Kernels& body, const Sample& sample, Dtype dtype) {
   body.transpose_cast(W, {result.data(), Dtype::f32, W.cols, W.rows, W.rows, 1}, 0, W.cols);
   std::vector<double> sums(W.rows);
   body.sum_of_squares(W, 0, W.rows, sums.data());
+  if (dtype == Dtype::f32) {
+    constexpr int64_t block = 64, count = Sample::ROWS * Sample::COLS / 2 * 2, blocks = (count + block - 1) / block;
+    Table table;
+    for (int k = 0; k < MIDPOINTS; ++k) table.midpoints[k] = (k - 7) / 8.0f;
+    for (int k = 0; k <= MIDPOINTS; ++k) table.codes[k] = static_cast<uint8_t>(k);
+    std::vector<uint8_t> codes(count / 2);
+    Values scales(blocks);
+    body.quantize_blocks(sample.weight.data(), count, table, block, 0, blocks, codes.data(), scales.data());
+    for (const uint8_t code : codes) result.push_back(code / 255.0f);
+    result.insert(result.end(), scales.begin(), scales.end());
+  }
   result.insert(result.end(), sums.begin(), sums.end());
   // the residual W − ½·L·R, in the weight's dtype and then widened by the transpose
   const int64_t bytes = W.rows * W.cols * (dtype == Dtype::f32 ? 4 : 2);

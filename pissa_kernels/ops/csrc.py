@@ -140,6 +140,10 @@ def _register_fakes() -> None:
         m, n = weight.shape
         return start.new_empty(m, rank), start.new_empty(n, rank), start.new_empty(start.shape[1] + rank + 3)
 
+    def quantize_blocks(values: Tensor, block: int, midpoints: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = (values.numel() + block - 1) // block
+        return values.new_empty(values.numel() // 2, dtype=torch.uint8), values.new_empty(blocks)
+
     def gram(weight: Tensor) -> Tensor:
         return weight.new_empty(weight.shape[1], weight.shape[1], dtype=torch.float32)
 
@@ -147,7 +151,7 @@ def _register_fakes() -> None:
         return weights.new_empty(weights.shape[0], dtype=torch.float64)
 
     products, panels = (matmul, rmatmul, normal), (orthonormalize, chebyshev_filter, ritz, triplets, chebyshev)
-    for fake in (*products, *panels, gram, sum_of_squares, transpose_cast, subtract_lowrank_):
+    for fake in (*products, *panels, gram, sum_of_squares, quantize_blocks, transpose_cast, subtract_lowrank_):
         torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
 
 
@@ -186,6 +190,22 @@ def gram(weight: Tensor) -> Tensor:
 def sum_of_squares(weights: Tensor) -> Tensor:
     """‖W‖_F² of each weight of a batch. See :func:`pissa_kernels.ops.sum_of_squares`."""
     result: Tensor = torch.ops.pissa_kernels.sum_of_squares(weights)
+    return result
+
+
+def quantize_blocks(values: Tensor, block: int, midpoints: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of a table of sixteen values, for blocks that share a scale. No verb: bitsandbytes takes its place.
+
+    Args:
+        values: (n,) float32, contiguous, n even.
+        block: number of values that share a scale, a multiple of 32.
+        midpoints: (15,) float32, ascending: what lies between two neighbors of the table, relative to the scale.
+        codes: (16,) uint8, the code of each value of the table.
+
+    Returns:
+        (n/2,) uint8, the first of two codes in the upper half; and (⌈n/block⌉,) the largest |value| of each block.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.pissa_kernels.quantize_blocks(values, block, midpoints, codes)
     return result
 
 

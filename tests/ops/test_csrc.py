@@ -48,8 +48,29 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
     torch.library.opcheck(ops.triplets, (W, torch.randn(n, 3), 2, torch.randn(m, 3)))
     torch.library.opcheck(ops.chebyshev, (W, None, torch.randn(m, 12), 2, 1e-6, 20))
     torch.library.opcheck(ops.chebyshev, (W, torch.eye(n), torch.randn(n, 12), 2, 1e-6, 20))
+    torch.library.opcheck(
+        ops.quantize_blocks, (torch.randn(74), 32, torch.linspace(-1, 1, 15), torch.arange(16).byte())
+    )
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(m, 3), torch.randn(3, n), 0.5))
     torch.library.opcheck(ops.subtract_lowrank_, (W.clone(), torch.randn(n, 3), torch.randn(3, m), 0.5, True))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.ones(4, 8), 32, torch.ones(15), torch.ones(16).byte()), "contiguous vector of float32"),
+        ((torch.ones(64)[::2], 32, torch.ones(15), torch.ones(16).byte()), "contiguous vector of float32"),
+        ((torch.ones(64).half(), 32, torch.ones(15), torch.ones(16).byte()), "contiguous vector of float32"),
+        ((torch.ones(64), 32, torch.ones(14), torch.ones(16).byte()), "expected 15 midpoints"),
+        ((torch.ones(64), 32, torch.ones(15), torch.ones(16)), "expected 16 codes in uint8"),
+        ((torch.ones(64), 48, torch.ones(15), torch.ones(16).byte()), "blocks of a multiple of 32"),
+        ((torch.ones(63), 32, torch.ones(15), torch.ones(16).byte()), "an even number of values"),
+    ],
+)
+def test_quantize_blocks_refuses(arguments: tuple[torch.Tensor, ...], words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.pissa_kernels.quantize_blocks(*arguments)
 
 
 @needs_library

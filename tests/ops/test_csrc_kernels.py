@@ -18,7 +18,8 @@ import setuptools
 
 ROOT = Path(__file__).parents[2]
 KERNELS, DRIVER = ROOT / "csrc" / "cpu" / "kernels.cpp", ROOT / "tests" / "ops" / "csrc_kernels" / "main.cpp"
-NAMES = ("transpose_cast", "subtract_lowrank", "multiply", "multiply_adjoint", "sum_of_squares", "gram", "transform")
+PRODUCTS = ("multiply", "multiply_adjoint", "gram", "transform")
+NAMES = (*PRODUCTS, "transpose_cast", "subtract_lowrank", "sum_of_squares", "quantize_blocks")
 CROSS = "aarch64-linux-gnu-"
 pytestmark = pytest.mark.slow
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,15 @@ OPERATIONS: dict[str, Callable[[ModelWalk], None]] = {
 
 
 def table() -> dict[tuple[str, str], str]:
-    """The cells of the page's table, by operation and state."""
+    """The cells of the page's table of states, by operation and state."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    lines = lines[next(index for index, line in enumerate(lines) if line.startswith("| operation | original |")) :]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in PAGE.read_text(encoding="utf-8").splitlines()
-        if line.startswith("|")
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines)
     ]
-    start = next(index for index, row in enumerate(rows) if row[0] == "operation")
-    states = rows[start][1:]
-    return {(row[0], state): cell for row in rows[start + 2 :] for state, cell in zip(states, row[1:], strict=True)}
+    states = rows[0][1:]
+    return {(row[0], state): cell for row in rows[2:] for state, cell in zip(states, row[1:], strict=True)}
 
 
 CELLS = table()

@@ -12,12 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pissa_kernels.quantize.bnb import STATE_BYTES, EightBit, FourBit, PackedEightBit, PackedFourBit, standard_state
+from pissa_kernels.ops import csrc
+from pissa_kernels.quantize.bnb import (
+    STATE_BYTES,
+    EightBit,
+    FourBit,
+    PackedEightBit,
+    PackedFourBit,
+    _has_kernel,
+    _table,
+    standard_state,
+)
 
 bnb = pytest.importorskip("bitsandbytes", reason="the formats are those of bitsandbytes, which is not installed")
 functional = bnb.functional
 
 KINDS = ("nf4", "fp4")
+needs_library = pytest.mark.skipif(csrc._failure("cpu") is not None, reason=str(csrc._failure("cpu")))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A block whose scale is smaller does not keep its codes. bitsandbytes divides a float32 block by max(scale, 1e-38), and
 # values far below float16's smallest normal number, 6e-5, have few bits: the second code of FP4 is 0.0052.
@@ -185,6 +196,33 @@ def test_double_quantization_does_not_depend_on_the_number_of_threads(threads: i
     assert float(packed.state.offset) == float(exact.float())
 
 
+@needs_library
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=80, deadline=None)
+@given(weight=matrices(outliers=True), block=st.sampled_from([32, 64, 256, 4096]))
+def test_codes_of_csrc_are_those_of_bitsandbytes(kind: str, weight: Tensor, block: int) -> None:
+    values = weight.flatten()[: weight.numel() // 2 * 2]
+    assert _has_kernel(values)
+    table = _table(kind)
+    assert table is not None
+    codes, scales = csrc.quantize_blocks(values, block, *table)
+    expected, state = functional.quantize_4bit(values, blocksize=block, quant_type=kind)
+    assert torch.equal(codes, expected.flatten())
+    assert torch.equal(scales, state.absmax)
+
+
+@needs_library
+def test_a_version_with_other_codes_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = functional.quantize_4bit
+
+    def other(values: Tensor, **options: Any) -> Any:
+        return quantize(values * 1.001, **options)
+
+    monkeypatch.setattr(functional, "quantize_4bit", other)
+    _has_kernel(torch.ones(64))  # which loads the library
+    assert _table.__wrapped__("nf4") is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(64, 128), (33, 250), (1, 4098)])
 def test_quantizing_in_chunks_changes_nothing(
@@ -193,6 +231,7 @@ def test_quantizing_in_chunks_changes_nothing(
     weight = random(*shape)
     whole = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
     monkeypatch.setattr("pissa_kernels.quantize.bnb.CHUNK_ELEMENTS", 4096)
+    monkeypatch.setenv("PISSA_KERNELS_BACKEND", "torch")  # csrc takes a weight at a time
     packed = FourBit(kind).quantize(weight, torch.float32)
     assert torch.equal(packed.codes, whole[0])
     assert torch.equal(packed.state.absmax, whole[1].absmax)

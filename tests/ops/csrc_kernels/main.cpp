@@ -5,6 +5,7 @@
 //       tests/ops/csrc_kernels/main.cpp -o kernels && qemu-aarch64 kernels
 //
 // Prints a line for each kernel. Exits with 1 at the first element that is outside of its bound.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -194,6 +195,38 @@ void test_sum_of_squares() {
   }
 }
 
+void test_quantize_blocks() {
+  Results results{"quantize_blocks"};
+  Table table;
+  for (int k = 0; k < MIDPOINTS; ++k) table.midpoints[k] = 0.13f * (k - 7) + 0.01f;
+  for (int k = 0; k <= MIDPOINTS; ++k) table.codes[k] = static_cast<uint8_t>((7 * k + 3) % 16);
+  for (int64_t block : {32, 64, 96}) {
+    for (int64_t count : {int64_t{34}, 4 * block, 5 * block + 6}) {
+      const int64_t blocks = (count + block - 1) / block, begin = blocks > 2 ? 1 : 0;
+      std::vector<float> values(count);
+      for (int64_t i = 0; i < count; ++i) values[i] = i / block == 2 ? 0.0f : std::ldexp(random_float(), 30 - i % 60);
+      std::vector<uint8_t> codes(count / 2, 0xee);
+      std::vector<float> scales(blocks, -1.0f);
+      tested.quantize_blocks(values.data(), count, table, block, begin, blocks, codes.data(), scales.data());
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t index = i / block, first = index * block, last = std::min(count, first + block);
+        float largest = 0.0f;
+        for (int64_t j = first; j < last; ++j) largest = std::max(largest, std::fabs(values[j]));
+        const float divisor = std::max(largest, 1e-38f);
+        const bool whole = last - first == block;
+        const volatile float inverse = 1.0f / divisor;
+        const volatile float scaled = whole ? values[i] * inverse : values[i] / divisor;
+        const float inside = std::min(1.0f, std::max(-1.0f, float(scaled)));
+        int below = 0;
+        for (int k = 0; k < MIDPOINTS; ++k) below += inside > table.midpoints[k];
+        const int code = codes[i / 2] >> (i % 2 ? 0 : 4) & 15;
+        same(results, code, index < begin ? 0xe : table.codes[below], F32, index, i);
+        if (i == first) same(results, scales[index], index < begin ? -1.0f : whole ? largest : divisor, F32, index, -1);
+      }
+    }
+  }
+}
+
 void test_panels_of_eight() {
   Results gram_results{"gram"}, transform_results{"transform"};
   for (int64_t rows : {32, 96, 1056}) {
@@ -230,5 +263,6 @@ int main() {
   test_multiply();
   test_multiply_adjoint();
   test_sum_of_squares();
+  test_quantize_blocks();
   test_panels_of_eight();
 }
