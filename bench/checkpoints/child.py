@@ -21,18 +21,29 @@ from ..harness.resident import peak_of, status_mib
 Job = Callable[[Path, Path, int, str], None]
 
 
-def ours() -> Job:
-    """Import what ``pissa-kernels init`` needs; returns the function that runs it."""
+def ours(*options: str) -> Job:
+    """Import what ``pissa-kernels init`` needs; returns the function that runs it.
+
+    Args:
+        options: more of its options.
+    """
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     from pissa_kernels.cli import main as cli
 
     def job(model: Path, out: Path, rank: int, device: str) -> None:
-        if cli.command(["init", str(model), str(out), "--rank", str(rank), "--device", device]):
+        if cli.command(["init", str(model), str(out), "--rank", str(rank), "--device", device, *options]):
             raise RuntimeError("pissa-kernels init failed")
 
     return job
+
+
+def quantized() -> Job:
+    """The same for a quantized residual; bitsandbytes is imported as well."""
+    import bitsandbytes  # noqa: F401
+
+    return ours("--quantize", "nf4", "--double-quant")
 
 
 def stock() -> Job:
@@ -62,7 +73,10 @@ def stock() -> Job:
     return job
 
 
-PROVIDERS = {"ours pissa": ours, "peft pissa_niter_4": stock}
+QUANTIZED = "ours pissa nf4"
+PROVIDERS = {"ours pissa": ours, "peft pissa_niter_4": stock, QUANTIZED: quantized}
+# Those that run where none are named.
+DEFAULT = ("ours pissa", "peft pissa_niter_4")
 
 
 def main() -> None:

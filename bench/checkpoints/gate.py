@@ -16,6 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..harness import gate
+from .child import QUANTIZED
+
+# Relative difference of a reported error from float64: sums in float32, and scales that are dequantized otherwise.
+REPORT_LIMIT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def check_result(provider: str, model: Path, out: Path, modules: Iterable[str], 
     """
     try:
         base, result, adapter = (Folder(path) for path in (model, out, out / "pissa_init"))
+        if provider == QUANTIZED:
+            return _quantized(base, result, adapter, out, set(checked))
         config = json.loads((out / "pissa_init" / "adapter_config.json").read_text(encoding="utf-8"))
         reason = _other_tensors(base, result, adapter, set(modules))
         if reason is not None:
@@ -88,6 +94,39 @@ def _figures(
     deficit = gate.subspace_deficit(truth.weight, A, truth.optimum(config["r"]))  # type: ignore[arg-type]
     residual, scaling = result.read(f"{module}.weight"), config["lora_alpha"] / config["r"]
     return deficit, gate.rounding_error(truth.weight, residual, B, A, scaling)
+
+
+def _quantized(base: Folder, result: Folder, adapter: Folder, out: Path, checked: set[str]) -> Verdict:
+    """The errors of quantized residuals in the report against float64, and below those of plain quantization."""
+    from bitsandbytes import functional
+
+    report = json.loads((out / "pissa_init" / "pissa_report.json").read_text(encoding="utf-8"))
+    for layer in report["layers"]:
+        if (module := layer["name"]) not in checked:
+            continue
+        weight = base.read(f"{module}.weight")
+        A, B = (adapter.read(f"base_model.model.{module}.lora_{factor}.weight").double() for factor in "AB")
+        plain = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        error = float((weight.double() - _dequantized(result, module) - layer["scaling"] * B @ A).norm())
+        without = float((weight.double() - functional.dequantize_4bit(*plain).double()).norm())
+        found = layer["quantization"]
+        for name, measured in (("error", error), ("error_without", without)):
+            if not abs(found[name] - measured) <= REPORT_LIMIT * measured:
+                return Verdict(f"{module}: the report's {name} is {found[name]}, and {measured} in float64")
+        if not error < without:
+            return Verdict(f"{module}: the error {error} is not below that of plain quantization, {without}")
+    return Verdict(None)
+
+
+def _dequantized(result: Folder, module: str) -> Tensor:
+    """The values of a quantized weight by bitsandbytes alone, float64."""
+    from bitsandbytes import functional
+
+    stem = f"{module}.weight"
+    statistics = {name: result.read(name) for name in result.names() if name.startswith(f"{stem}.")}
+    state = functional.QuantState.from_dict(statistics, device=torch.device("cpu"))
+    values: Tensor = functional.dequantize_4bit(result.read(stem), state).double()
+    return values
 
 
 def _other_tensors(base: Folder, result: Folder, adapter: Folder, modules: set[str]) -> str | None:

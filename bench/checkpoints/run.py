@@ -30,7 +30,7 @@ from ..harness.dtypes import DTYPES
 from ..harness.paths import ROOT
 from ..harness.rows import Row, fields_of, first_fields
 from ..models.llama import ModelCase, add_case_arguments, case_of
-from .child import PROVIDERS
+from .child import DEFAULT, PROVIDERS
 from .folder import checkpoint_of, distinct_projections, projections
 from .gate import Verdict, check_result
 from .table import table
@@ -56,7 +56,7 @@ class Checkpoint(Benchmark[ModelCase]):
         self, parser: argparse.ArgumentParser, arguments: argparse.Namespace
     ) -> list[tuple[ModelCase, list[str]]]:
         whole = case_of(parser, arguments)
-        providers = arguments.providers or list(PROVIDERS)
+        providers = arguments.providers or list(DEFAULT)
         return [(case, providers) for case in (sweep(whole) if arguments.sweep else [whole])]
 
     def measure(self, case: ModelCase, providers: Sequence[str], settings: Settings) -> Iterator[Row]:

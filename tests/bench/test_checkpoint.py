@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.__main__ import main
 from bench.checkpoints import folder as checkpoint_folder
-from bench.checkpoints.child import PROVIDERS
+from bench.checkpoints.child import DEFAULT, QUANTIZED
 from bench.checkpoints.folder import checkpoint_of, distinct_projections, projections
 from bench.checkpoints.gate import Folder, Verdict, check_result
 from bench.checkpoints.run import Checkpoint
@@ -139,7 +139,7 @@ def test_rows_and_table_of_a_tiny_checkpoint(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "rows.jsonl"
     assert main(["checkpoint", *TINY, "--out", str(out)]) == 0
     rows = {row["provider"]: row for row in read_rows(out)}
-    assert list(rows) == list(PROVIDERS)
+    assert list(rows) == list(DEFAULT)
     for row in rows.values():
         assert row["wall_s"] > row["imports_s"] + row["work_s"] > row["work_s"] > 0
         assert row["cpu_s"] > row["work_cpu_s"] > 0
@@ -182,3 +182,21 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 def test_a_sweep_has_fewer_layers_and_more() -> None:
     assert [case.layers for case, _ in parse(Checkpoint(), ["--sweep"]).selection] == [4, 22, 44]
+
+
+def test_quantized_residuals_pass_a_gate_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out"
+    command = ["init", str(checkpoint_of(CASE)), str(out), "--rank", "4", "--quantize", "nf4", "--double-quant"]
+    assert cli.main(command) == 0
+
+    def verdict() -> Verdict:
+        return check_result(QUANTIZED, checkpoint_of(CASE), out, projections(CASE), distinct_projections(CASE))
+
+    assert verdict() == Verdict(None)
+    report = out / "pissa_init" / "pissa_report.json"
+    record = json.loads(report.read_text())
+    layer = next(each for each in record["layers"] if each["name"] in distinct_projections(CASE))
+    layer["quantization"]["error"] *= 1.001
+    report.write_text(json.dumps(record))
+    assert "the report's error is" in str(verdict().reason)
