@@ -204,7 +204,8 @@ def test_codes_of_csrc_are_those_of_bitsandbytes(kind: str, weight: Tensor, bloc
     values = weight.flatten()[: weight.numel() // 2 * 2]
     assert _has_kernel(values)
     table = _table(kind)
-    assert table is not None
+    if table is None:
+        pytest.skip(f"bitsandbytes {bnb.__version__} makes other codes, and csrc is not used")
     codes, scales = csrc.quantize_blocks(values, block, *table)
     expected, state = functional.quantize_4bit(values, blocksize=block, quant_type=kind)
     assert torch.equal(codes, expected.flatten())
@@ -293,11 +294,11 @@ def test_bitsandbytes_reads_the_padded_state(dtype: torch.dtype, double: bool) -
     tensors = packed.tensors()
     assert tensors["weight.quant_state.bitsandbytes__nf4"].shape == (STATE_BYTES,)
     statistics = {key.removeprefix("weight."): value for key, value in tensors.items() if key != "weight"}
-    read = functional.QuantState.from_dict(statistics, device=torch.device("cpu"))
+    read = functional.QuantState.from_dict(dict(statistics), device=torch.device("cpu"))
     assert read.dtype == dtype
     assert (read.blocksize, tuple(read.shape), read.quant_type, read.nested) == (64, (24, 64), "nf4", double)
     assert torch.equal(functional.dequantize_4bit(tensors["weight"], read), packed.dequantize())
-    parameter = bnb.nn.Params4bit.from_prequantized(tensors["weight"], statistics, device="cpu")
+    parameter = bnb.nn.Params4bit.from_prequantized(tensors["weight"], dict(statistics), device="cpu")
     assert torch.equal(functional.dequantize_4bit(parameter.data, parameter.quant_state), packed.dequantize())
 
 
