@@ -20,7 +20,7 @@ from ..report.quantization import Quantization
 from ..svd.cost import machine_of, workspace
 from . import forward, state
 from .quantized import matrix_shape
-from .record import InitRecord, fingerprint, matches, of_adapter, records
+from .record import InitRecord, check_given, fingerprint, of_adapter, records
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,18 +200,7 @@ class LayerJob:
     def _check_given(self, found: Tensor, dtype: torch.dtype) -> None:
         """Refuse factors that were not taken from W, whose fingerprint is ``found`` and whose dtype is ``dtype``."""
         assert self.given is not None
-        dtypes = (self.given.report.dtype, dtype)
-        if not matches(self.given.before, found, dtypes, other=self.given.after):
-            if (quantized := self.given.report.quantization) is not None:
-                raise ValueError(
-                    f"the adapter was trained on a quantized residual ({quantized.scheme}), and this weight is not "
-                    "quantized. Load the base model quantized as for the training, or convert the adapter to a plain "
-                    "LoRA (convert_adapter)"
-                )
-            raise ValueError(
-                "the weight is not the one that the adapter's initial factors were taken from. Load the base model "
-                "that the adapter was trained on, neither its residual nor another model."
-            )
+        check_given(self.given, found, dtype)
 
     def _repeats(self, record: InitRecord) -> bool:
         """Whether this job would find the factors of an earlier record."""

@@ -108,6 +108,31 @@ def matches(
     return _rms(found.double() - recorded.double()) <= allowed + subnormal
 
 
+def check_given(given: InitRecord, found: Tensor, dtype: torch.dtype) -> None:
+    """Refuse initial factors that were not taken from a weight.
+
+    Args:
+        given: the record of the factors, from a file.
+        found: fingerprint of the weight.
+        dtype: of the weight.
+
+    Raises:
+        ValueError: with what to load instead.
+    """
+    if matches(given.before, found, (given.report.dtype, dtype), other=given.after):
+        return
+    if (quantized := given.report.quantization) is not None:
+        raise ValueError(
+            f"the adapter was trained on a quantized residual ({quantized.scheme}), and this weight is not quantized. "
+            "Load the base model quantized as for the training, or convert the adapter to a plain LoRA "
+            "(convert_adapter)"
+        )
+    raise ValueError(
+        "the weight is not the one that the adapter's initial factors were taken from. Load the base model that the "
+        "adapter was trained on, neither its residual nor another model."
+    )
+
+
 def _rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
