@@ -27,7 +27,7 @@ def scheme_of(base: Any) -> BnbScheme | None:
     weight: Any = getattr(base, "weight", None)
     if weight is None:
         return None
-    if (state := _state(base)) is not None:
+    if getattr(state := _state(base), "quant_type", None) in ("nf4", "fp4"):
         double = bool(getattr(weight, "compress_statistics", state.nested))
         return FourBit(state.quant_type, state.blocksize, double, weight.dtype)
     return EightBit() if weight.dtype == torch.int8 and hasattr(weight, "SCB") else None

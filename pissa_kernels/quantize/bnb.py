@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import csrc, dispatch
+from ..ops import dispatch
 
 # Blocks of the scales that double quantization makes, which bitsandbytes fixes.
 NESTED_BLOCK = 256
@@ -67,7 +67,7 @@ class FourBit:
         """Codes (n/2,) uint8 and scales of values (n,), by csrc where it makes the codes of bitsandbytes."""
         table = _table(self.kind) if values.device.type == "cpu" and _has_kernel(values) else None
         if table is not None:
-            return csrc.quantize_blocks(values, self.block, *table)
+            return _kernel(values, self.block, *table)
         elements = len(values)
         codes = torch.empty(elements // 2, dtype=torch.uint8, device=values.device)
         scales = torch.empty(-(-elements // self.block), dtype=torch.float32, device=values.device)
@@ -218,6 +218,12 @@ def _has_kernel(values: Tensor) -> bool:
     return dispatch.select("sum_of_squares", values.view(1, 1, -1)) == "csrc"
 
 
+def _kernel(values: Tensor, block: int, midpoints: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`pissa_kernels.ops.csrc.quantize_blocks`, once the library is loaded."""
+    found: tuple[Tensor, Tensor] = dispatch.load("csrc").quantize_blocks(values, block, midpoints, codes)
+    return found
+
+
 @functools.cache
 def _table(kind: str) -> tuple[Tensor, Tensor] | None:
     """Midpoints and codes with which csrc makes the codes of bitsandbytes; None if this version makes others.
@@ -234,7 +240,7 @@ def _table(kind: str) -> tuple[Tensor, Tensor] | None:
     sample = (sizes * torch.randn(len(sizes), block, generator=generator, dtype=torch.float64).tanh()).float()
     exact = torch.cat([midpoints, values, torch.zeros(block - len(midpoints) - len(values))])
     sample = torch.cat([sample.flatten(), exact, 3.7 * exact, torch.zeros(block), sample.flatten()[-block // 2 - 2 :]])
-    found = csrc.quantize_blocks(sample, block, midpoints, order.to(torch.uint8))
+    found = _kernel(sample, block, midpoints, order.to(torch.uint8))
     codes, state = functional.quantize_4bit(sample, blocksize=block, quant_type=kind)
     same = torch.equal(found[0], codes.flatten()) and torch.equal(found[1], state.absmax)
     return (midpoints, order.to(torch.uint8)) if same else None
