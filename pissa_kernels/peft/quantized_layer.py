@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import DTYPE_SENTENCE, check_weight
 from ..pissa import Factors
+from ..quantize.bnb import PackedEightBit
 from ..quantize.iteration import (
     DEFAULT_ITERATIONS,
     Iterations,
@@ -165,8 +166,10 @@ class QuantizedLayerJob(LayerJob):
             raise _without_original(base)
         weight = self.quantizing.originals.weight(self.model, self.name, base)
         check_weight(weight)
-        state = getattr(base.weight, "quant_state", None)
-        return weight.to(self.weight.device if device is None else device, getattr(state, "dtype", weight.dtype))
+        # in the standard order, because packing codes for a CPU changes the dtype as well
+        live = quantized.packed_of(base)
+        dtype = weight.dtype if isinstance(live, PackedEightBit) else live.state.dtype
+        return weight.to(self.weight.device if device is None else device, dtype)
 
     def _check_original(self, weight: Tensor, plain: Tensor) -> None:
         """Refuse an original whose quantized values are not those of the layer.
@@ -185,8 +188,8 @@ class QuantizedLayerJob(LayerJob):
             off = _distance(state.weight_of(self.layer, None).to(weight.device), weight)
             if off > ERRORS * errors:
                 raise ValueError(
-                    f"the original one is not the weight that the layer is a residual of ({off / errors:.2g} times its "
-                    "quantization error apart). Pass the checkpoint that the model was quantized from"
+                    f"the original one is not the weight that the layer is a residual of: they are {off:.3g} apart, "
+                    f"and quantization accounts for {errors:.3g}. Pass the checkpoint that the model was quantized from"
                 )
             return
         live = quantized.values_of(self.layer.get_base_layer()).to(weight.device)
@@ -198,9 +201,9 @@ class QuantizedLayerJob(LayerJob):
             if _distance(live, dequantized(weight.to(dtype), self.scheme)) <= SAME * error:
                 return
         raise ValueError(
-            f"its quantized weight is not that of the original one ({off / error if error else float('inf'):.2g} times "
-            "the error of quantizing it apart): it is a residual already, or of another model. Load the model that "
-            "belongs to the original checkpoint, quantized"
+            f"its quantized weight is not that of the original one (they are {off:.3g} apart, and quantization "
+            f"accounts for {error:.3g}): it is a residual already, or of another model. Load the model that belongs to "
+            "the original checkpoint, quantized"
         )
 
     def _put(
@@ -225,7 +228,7 @@ class QuantizedLayerJob(LayerJob):
         before = (after.double() + self.recipe.scaling * product).float()
         with self.restored_on_failure():
             self.set_adapter(factors.lora_A, factors.lora_B)
-            if not any(name != self.adapter for name in self.layer.lora_A):
+            if records(self.layer) and not any(name != self.adapter for name in self.layer.lora_A):
                 forward.drop(self.layer)  # of an adapter that is gone
             if packed is not None:
                 quantized.put(base, stored)

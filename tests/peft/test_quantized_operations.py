@@ -390,14 +390,15 @@ def test_packed_codes_do_not_fool_the_records(kind: str, folder: Path, tmp_path:
             assert float((found - value).norm()) < 2**-8 * float(value.norm())
 
 
-def test_a_packed_model_gets_an_adapter(folder: Path) -> None:
-    model = loaded(folder)
-    pack_for_cpu(model)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_packed_model_gets_an_adapter(dtype: torch.dtype, folder: Path) -> None:
+    packed, plain = loaded(folder, dtype=dtype), loaded(folder, dtype=dtype)
+    pack_for_cpu(packed)
     with pk.patch_peft(original=folder):
-        model = peft.get_peft_model(model, lora())
-    other = made(folder)
+        model, other = (peft.get_peft_model(each, lora()) for each in (packed, plain))
     for (_, one), (_, two) in zip(lora_layers(model), lora_layers(other), strict=True):
         assert torch.equal(codes(one.get_base_layer()), codes(two.get_base_layer()))
+        assert one.get_base_layer().weight.quant_state.dtype == dtype
 
 
 def test_copies_and_pickles(folder: Path, kind: str) -> None:
