@@ -120,8 +120,10 @@ def quantized_factors(
         best = _Iterate(factors, svd, packed, found, iteration, certify, before=best.packed if best else None)
         if iterations == "auto" and gained < LEAST_GAIN * without:
             break
+        left = weight  # the one before is not needed any more, and as large
         if iteration < most:
             left = _remainder(weight, values, exact=rounding > MOST_ROUNDING * found)
+        del values
     assert best is not None
     factors = best.factors
     if not best.certified:  # an iteration that was not the last has turned out to be
