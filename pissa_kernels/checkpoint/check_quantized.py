@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..numerics import BLOCK_ELEMENTS, UNIT_ROUNDOFF
 from ..quantize.bnb import FourBit
-from ..quantize.iteration import quantized_residual
+from ..quantize.iteration import quantized_residual, quantized_weight
 from ..quantize.scheme import Packed, Scheme
 from ..report import LayerReport
 from .check_layer import (
@@ -40,7 +40,6 @@ from .check_layer import (
     other_factors,
     problems_of,
 )
-from .quantization import quantized_weight
 
 # Largest relative difference of an error that codes and scales of another kind of machine account for.
 OTHER_CODES = 1e-5

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..checks import layer_context
 from ..files.folder import Checkpoint
@@ -16,7 +15,7 @@ from ..files.header import NAMES, TensorInfo
 from ..ops import WEIGHT_DTYPES
 from ..quantize.bnb import EightBit, FourBit
 from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations, check_iterations
-from ..quantize.scheme import Packed, Scheme
+from ..quantize.scheme import Scheme
 from .classes import tensors_of_parameters
 from .config import making_model, read_config
 from .model import class_name, empty_model, tied_weights
@@ -117,22 +116,6 @@ class QuantizationPlan:
     def record(self) -> dict[str, Any]:
         """What decides the bytes of the result, in JSON types."""
         return {**asdict(self.options), "config": dict(self.entries), "bitsandbytes": self.version}
-
-
-def quantized_weight(weight: Tensor, scheme: Scheme) -> Packed:
-    """Q(W) of a layer without an adapter.
-
-    Args:
-        weight: (out, in), any strides; only read.
-        scheme: the format.
-
-    Raises:
-        ValueError: NaN or Inf in the weight, or the format cannot hold it.
-    """
-    wide = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if not bool(wide.isfinite().all()):
-        raise ValueError("the weight holds NaN or Inf")
-    return scheme.quantize(wide, weight.dtype)
 
 
 def plan_quantization(

@@ -22,11 +22,10 @@ from ..files.direct import Output
 from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
 from ..pissa import Factors, principal_factors
-from ..quantize.iteration import QuantizedFactors, quantized_factors
+from ..quantize.iteration import QuantizedFactors, quantized_factors, quantized_weight
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from .plan import ADAPTER_WEIGHTS, CheckpointJob, TensorJob
-from .quantization import quantized_weight
 from .targets import LinearWeight, Target
 
 # Bytes that are written and then hashed while they are still in a core's cache.

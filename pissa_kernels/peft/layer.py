@@ -272,8 +272,8 @@ class LayerJob:
             seed=self.recipe.seed,
             quantization=quantization,
         )
-        initial = (self.adapter, factors.lora_A, factors.lora_B, report, before, after, shared)
-        forward.remember(self.layer, InitRecord(*initial))
+        A, B = factors.lora_A, factors.lora_B
+        forward.remember(self.layer, InitRecord(self.adapter, A, B, report, before, after, shared))
         return report
 
     def _adapter(self) -> tuple[Tensor, Tensor]:

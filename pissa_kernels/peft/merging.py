@@ -32,7 +32,9 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
         return
     check_merge(layer, new)
     if is_quantized(layer.get_base_layer()):
-        _merge_quantized(layer, new, safe_merge)
+        with _as_merged(layer, merged):
+            _merge_quantized(layer, new, safe_merge)
+        _keep_scalings(layer, merged, new)
         return
     change = _change(layer, merged, [*merged, *new])
     weight = layer.get_base_layer().weight
@@ -46,6 +48,11 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
             layer.merged_adapters[:] = merged
             weight.data = backup
         raise
+    _keep_scalings(layer, merged, new)
+
+
+def _keep_scalings(layer: Any, merged: Sequence[str], new: Sequence[str]) -> None:
+    """Remember with which scalings adapters are merged: those that were before, and the new ones."""
     earlier = {name: scaling for name, scaling in layer.__dict__.get(_MERGED, {}).items() if name in merged}
     layer.__dict__[_MERGED] = earlier | {name: float(layer.scaling[name]) for name in new}
 
@@ -55,6 +62,7 @@ def unmerge(layer: Any) -> None:
     merged = [name for name in layer.merged_adapters if name in layer.lora_A]
     if _BEFORE in layer.__dict__:
         put(layer.get_base_layer(), layer.__dict__.pop(_BEFORE))
+        layer.__dict__.pop(_MERGED, None)
         layer.merged_adapters.clear()
         return
     with _as_merged(layer, merged):

@@ -101,6 +101,8 @@ def patch_peft(
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget must be a number of bytes above 0, got {memory_budget}")
     resources = schedule.Resources(None if device is None else _existing(device), memory_budget)
+    if original is not None and os.path.isdir(original):
+        original = os.path.abspath(original)  # the model may be used in another working directory
     quantized = QuantizedSettings(original, check_iterations(quant_iterations), nuclear_norms)
     return PatchedPeft(
         seed=seed, on_layer=on_layer, batch=batch, resources=resources, progress=progress, quantized=quantized
@@ -162,7 +164,12 @@ def reopened(seed: int, quantized: QuantizedSettings = NOT_QUANTIZED) -> context
     if any(patch.applies() for patch in list(_active)):
         return contextlib.nullcontext()
     original, iterations, nuclear = quantized
-    return patch_peft(seed=seed, progress=False, original=original, quant_iterations=iterations, nuclear_norms=nuclear)
+    # the checkpoint may be gone by now, and only a new start of a quantized layer reads it
+    with contextlib.suppress(OSError, ValueError):
+        return patch_peft(
+            seed=seed, progress=False, original=original, quant_iterations=iterations, nuclear_norms=nuclear
+        )
+    return patch_peft(seed=seed, progress=False)
 
 
 class PatchedPeft(Report):

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..checks import quantization_of
 from ..quantize.bnb import EightBit, FourBit, PackedEightBit, PackedFourBit, standard_state
 
 BnbScheme: TypeAlias = FourBit | EightBit
@@ -122,8 +121,3 @@ def _unpack(module: nn.Module, *_: Any) -> None:
 def _state(base: Any) -> Any:
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     return state if state is not None else getattr(base, "quant_state", None)
-
-
-def unpacked_reason(base: Any) -> str:
-    """What a weight is whose quantization cannot be read."""
-    return quantization_of(base.weight) or f"{type(base.weight).__name__}"

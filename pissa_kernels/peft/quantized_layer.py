@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import DTYPE_SENTENCE, check_weight
+from ..checks import DTYPE_SENTENCE, check_weight, quantization_of
 from ..pissa import Factors
 from ..quantize.bnb import PackedEightBit
 from ..quantize.iteration import (
     DEFAULT_ITERATIONS,
     Iterations,
-    dequantized,
     error_of,
     quantized_factors,
     quantized_residual,
+    quantized_weight,
 )
 from ..report import LayerReport
 from ..report.quantization import Quantization
@@ -101,7 +101,7 @@ class QuantizedLayerJob(LayerJob):
 
     def _start(self, began: float, device: torch.device | None) -> LayerReport:
         weight = self._original(device)
-        plain = dequantized(weight, self.scheme)
+        plain = quantized_weight(weight, self.scheme).dequantize()
         self._check_original(weight, plain)
         found = quantized_factors(
             weight,
@@ -134,7 +134,7 @@ class QuantizedLayerJob(LayerJob):
     def _quantize_residual(self, given: InitRecord, factors: Factors, weight: Tensor, began: float) -> LayerReport:
         """Quantize the residual of an adapter that was trained on a 16-bit model."""
         super()._check_given(fingerprint(weight).double(), weight.dtype)
-        plain = dequantized(weight, self.scheme)
+        plain = quantized_weight(weight, self.scheme).dequantize()
         self._check_original(weight, plain)
         A, B, scaling = factors.lora_A, factors.lora_B, given.report.scaling
         packed = quantized_residual(weight, A, B, scaling, self.scheme)
@@ -198,7 +198,7 @@ class QuantizedLayerJob(LayerJob):
             return
         # int8 does not say what dtype the model had that was quantized
         for dtype in {torch.bfloat16, torch.float16} - {weight.dtype} if weight.dtype == torch.float32 else ():
-            if _distance(live, dequantized(weight.to(dtype), self.scheme)) <= SAME * error:
+            if _distance(live, quantized_weight(weight.to(dtype), self.scheme).dequantize()) <= SAME * error:
                 return
         raise ValueError(
             f"its quantized weight is not that of the original one (they are {off:.3g} apart, and quantization "
@@ -262,11 +262,12 @@ def quantized_job(job: LayerJob, model: nn.Module | None, quantizing: Quantizing
     return found
 
 
-def _without_original(base: nn.Module) -> TypeError:
+def _without_original(base: Any) -> TypeError:
+    kind = quantization_of(base.weight) or "bitsandbytes"
     return TypeError(
-        f"{DTYPE_SENTENCE} the weight is quantized ({quantized.unpacked_reason(base)}), and PiSSA starts from the "
-        "weight before that. Pass the checkpoint that it was quantized from, patch_peft(original=FOLDER), or "
-        "original='dequantized' to take the dequantized weight for it; or load the model without quantization"
+        f"{DTYPE_SENTENCE} the weight is quantized ({kind}), and PiSSA starts from the weight before that. Pass the "
+        "checkpoint that it was quantized from, patch_peft(original=FOLDER), or original='dequantized' to take the "
+        "dequantized weight for it; or load the model without quantization"
     )
 
 

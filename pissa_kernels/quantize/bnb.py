@@ -1,6 +1,6 @@
 """The formats of bitsandbytes: NF4 and FP4 in blocks, and int8 by rows (Dettmers et al., arXiv 2305.14314, 2208.07339).
 
-bitsandbytes does the arithmetic, so that the codes are those that its layers make and read.
+The codes are those that its layers make and read: bitsandbytes does the arithmetic, or csrc does it to the same bits.
 """
 
 from __future__ import annotations
@@ -228,8 +228,7 @@ def _kernel(values: Tensor, block: int, midpoints: Tensor, codes: Tensor) -> tup
 def _table(kind: str) -> tuple[Tensor, Tensor] | None:
     """Midpoints and codes with which csrc makes the codes of bitsandbytes; None if this version makes others.
 
-    bitsandbytes takes ten times as long on a CPU. Both are compared on values of all sizes, on the midpoints
-    themselves, and on a last block that is shorter.
+    The two are compared on values of all sizes, on the midpoints themselves, and on a last block that is shorter.
     """
     functional, block = _functional(), 64
     values = functional.get_4bit_type(kind, device="cpu").float()

@@ -81,7 +81,7 @@ def quantized_factors(
             ‖W − Q(W)‖_F.
         adapter_dtype: dtype that will store A and B; by default the weight's.
         nuclear: whether to measure nuclear norms as well, by full SVDs.
-        plain: :func:`dequantized` of the weight, where it is known.
+        plain: values of :func:`quantized_weight`, where they are known.
 
     Raises:
         ValueError: NaN or Inf in the weight; A, B or the residual leave their range; the format cannot hold the shape.
@@ -142,9 +142,20 @@ def quantized_factors(
     return QuantizedFactors(**vars(factors), packed=best.packed, quantization=quantization)
 
 
-def dequantized(weight: Tensor, scheme: Scheme) -> Tensor:
-    """The values of Q(W), without PiSSA, for a weight (out, in) in the dtype that a layer dequantizes to."""
-    return scheme.quantize(weight.float().contiguous(), weight.dtype).dequantize()
+def quantized_weight(weight: Tensor, scheme: Scheme) -> Packed:
+    """Q(W), without PiSSA.
+
+    Args:
+        weight: (out, in) in the dtype that a layer dequantizes to, any strides; only read.
+        scheme: the format.
+
+    Raises:
+        ValueError: NaN or Inf in the weight, or the format cannot hold it.
+    """
+    wide = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if not bool(wide.isfinite().all()):
+        raise ValueError("the weight holds NaN or Inf")
+    return scheme.quantize(wide, weight.dtype)
 
 
 def quantized_residual(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, scheme: Scheme) -> Packed:
@@ -202,7 +213,7 @@ def _subtract(out: Tensor, weight: Tensor, factors: Factors, scaling: float) -> 
 
 
 def _remainder(weight: Tensor, values: Tensor, exact: bool) -> Tensor:
-    """W − W_q, in float32 or, in half the time of an SVD, in the wider dtype of the two."""
+    """W − W_q, in float32, or in the wider dtype of the two, on which products are faster."""
     return torch.sub(weight, values.float() if exact else values)
 
 

@@ -200,6 +200,22 @@ def test_merging_another_adapter_takes_out_the_first(folder: Path) -> None:
     assert torch.equal(codes(layer.get_base_layer()), before)
 
 
+def test_a_second_merge_after_the_scaling_has_changed(folder: Path) -> None:
+    model, _ = trained(folder)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    before, first = codes(layer.get_base_layer()), dequantized(layer.get_base_layer()) + product(layer)
+    model.add_adapter("plain", lora(init_lora_weights=True, r=4))
+    layer.lora_B["plain"].weight.data.normal_(0, 0.01)
+    model.merge_adapter(["default"])
+    for each in dict(lora_layers(model)).values():
+        each.set_scale("default", 3)
+    model.merge_adapter(["plain"])  # beside the first one as it was merged
+    wanted = first + product(layer, "plain")
+    assert torch.equal(codes(layer.get_base_layer()), quantized_codes(wanted, layer, "nf4"))
+    model.unmerge_adapter()
+    assert torch.equal(codes(layer.get_base_layer()), before)
+
+
 def test_merge_and_unload(folder: Path, kind: str) -> None:
     model, _ = trained(folder, kind)
     wanted = {name: dequantized(layer.get_base_layer()) + product(layer) for name, layer in lora_layers(model)}
@@ -365,6 +381,22 @@ def test_two_adapters_of_other_settings_from_files(folder: Path, tmp_path: Path)
         with torch.no_grad():
             found = layer(torch.eye(layer.in_features).bfloat16()).double().mT
         assert float((found - W - change).norm()) < 0.01 * float(W.norm()), name
+
+
+def test_a_model_whose_checkpoint_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    with pk.patch_peft(original="base"):
+        model = peft.get_peft_model(loaded(base), lora(target_modules=["q_proj"])).train()
+    monkeypatch.chdir("/")
+    model.add_adapter("in another folder", lora(target_modules=["v_proj"]))
+    base.rename(tmp_path / "moved")
+    model.add_adapter("plain", lora(init_lora_weights=True, target_modules=["q_proj"]))
+    model.add_adapter("second", lora(r=4, target_modules=["q_proj"]))
+    before = logits(model)
+    with pytest.raises(TypeError, match=r"layer 'model.layers.0.mlp.up_proj'.*original=FOLDER"):
+        model.add_adapter("new", lora(target_modules=["up_proj"]))
+    assert torch.equal(logits(model), before)
 
 
 # What a forward pass on some CPUs does to the codes
