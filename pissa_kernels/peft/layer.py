@@ -15,8 +15,7 @@ from .. import ops
 from ..checks import layer_context
 from ..numerics import exact_arithmetic
 from ..pissa import Factors, Recipe, principal_factors
-from ..report import LayerReport
-from ..report.quantization import Quantization
+from ..report import LayerReport, Quantization
 from ..svd.cost import machine_of, workspace
 from . import forward, state
 from .quantized import matrix_shape

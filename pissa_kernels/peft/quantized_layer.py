@@ -22,8 +22,7 @@ from ..quantize.iteration import (
     quantized_residual,
     quantized_weight,
 )
-from ..report import LayerReport
-from ..report.quantization import Quantization
+from ..report import LayerReport, Quantization
 from ..svd.cost import machine_of, workspace
 from . import forward, quantized, state
 from .layer import LayerJob

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..numerics import UNIT_ROUNDOFF, exact_arithmetic
 from ..pissa import Factors, Recipe, rounded_factors, tolerance
-from ..report.quantization import Quantization
+from ..report import Quantization
 from ..svd.driver import solve_batch
 from ..svd.result import Certificate, TruncatedSVD
 from ..svd.warm import WarmStart
