@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw energy, spectra and ranks into this folder")
     parser.add_argument("--svg", action="store_true", help="draw the pictures as SVG instead of PNG")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report with its pictures as one HTML page")
+    parser.add_argument("--parts", action="store_true", help="show a row for each expert of a stack, too")
     parser.add_argument("--json", action="store_true", help="print only the JSON of the report")
     parser.set_defaults(run=run)
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         output(report.to_json())
         return 0
-    output(report.table())
+    output(report.table(parts=arguments.parts))
     for q in shares if report.layers else []:
         output(suggestion(report.layers, q))
     for path in drawn:

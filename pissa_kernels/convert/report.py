@@ -65,8 +65,8 @@ class ConversionReport(Report):
     notes: list[str]
     dropped: Dropped | None = None
 
-    def table(self) -> str:
-        """A row for each layer, the summary, and a line for everything else that the caller should know."""
+    def table(self, *, parts: bool = False) -> str:
+        """A row for each layer, whatever ``parts`` says, the summary, and a line for everything else that the caller should know."""
         heads = ["layer", "rank", "loss"]
         rows = [[layer.name, str(layer.rank), f"{layer.loss:.2e}"] for layer in self.layers]
         if self.dropped is not None:

@@ -31,18 +31,22 @@ class LayerReport:
     """Report of the initialization of one layer.
 
     Attributes:
-        name: name of the module in the model, or its class if the model is not known.
-        shape: (out, in) of the weight in the adapter's orientation.
+        name: name of the module in the model, or its class if the model is not known; with the name of the parameter
+            where the adapter is of a parameter, as in "model.layers.0.mlp.experts.gate_up_proj".
+        shape: (out, in) of the weight in the adapter's orientation; of each matrix, where there are several.
         rank: r.
         certificate: certificate of the SVD.
         seconds: wall time of checking, decomposing and writing back, in seconds; for a layer in a batch, its share of
             the batch's time.
-        singular_values: (r,) float32 on the CPU, descending, before the scaling.
+        singular_values: (r,) float32 on the CPU, descending, before the scaling; root mean squares over the parts.
         dtype: dtype of the weight.
         scaling: the adapter's scaling s.
         init: "pissa" or "pissa_niter_N".
         seed: seed of the sketch.
         quantization: what quantizing the residual has lost; None for a residual in ``dtype``.
+        parts: reports of the single matrices, where the layer has several: the experts of a stack, the groups of a
+            convolution. The layer's certificate sums them up: the energy is that of all together, and the residual and
+            the passes are the largest.
 
     Examples:
         >>> import torch
@@ -74,6 +78,46 @@ class LayerReport:
     init: str
     seed: int
     quantization: Quantization | None = None
+    parts: tuple[LayerReport, ...] = ()
+
+
+def of_parts(name: str, parts: Sequence[LayerReport], seconds: float) -> LayerReport:
+    """Report of a layer from those of its matrices, which have one shape, rank and recipe.
+
+    Args:
+        name: name of the layer; its matrices are "name[0]", "name[1]", and so on.
+        parts: at least one.
+        seconds: wall time of the layer, in seconds.
+    """
+    squares = torch.stack([part.singular_values.double().square() for part in parts])
+    whole = sum(_whole(part) for part in parts)
+    methods = dict.fromkeys(part.certificate.method for part in parts)
+    certificate = Certificate(
+        passes=max(part.certificate.passes for part in parts),
+        energy=min(1.0, float(squares.sum()) / whole) if whole > 0 else 1.0,
+        residual=max(part.certificate.residual for part in parts),
+        converged=all(part.certificate.converged for part in parts),
+        method="+".join(methods),
+    )
+    return dataclasses.replace(
+        parts[0],
+        name=name,
+        certificate=certificate,
+        seconds=seconds,
+        singular_values=squares.mean(0).sqrt().float(),
+        parts=tuple(dataclasses.replace(part, name=f"{name}[{index}]") for index, part in enumerate(parts)),
+    )
+
+
+def _whole(layer: LayerReport) -> float:
+    captured = float(layer.singular_values.double().square().sum())
+    energy = layer.certificate.energy
+    return captured / energy if energy > 0 else captured  # e may underflow to 0
+
+
+def frobenius_squared(layer: LayerReport) -> float:
+    """‖W‖_F² = Σσ̂²/e, of all matrices together; 0 for a zero matrix."""
+    return max(1, len(layer.parts)) * _whole(layer)
 
 
 def rank_range(layers: Sequence[LayerReport]) -> str:
@@ -83,8 +127,8 @@ def rank_range(layers: Sequence[LayerReport]) -> str:
 
 
 def shape_text(layer: LayerReport) -> str:
-    """The layer's shape, as in "64×48"."""
-    return "×".join(map(str, layer.shape))
+    """The layer's shape, as in "64×48"; "8×64×48" for a stack of eight matrices."""
+    return "×".join(map(str, (len(layer.parts), *layer.shape) if layer.parts else layer.shape))
 
 
 def layer_table(layers: Sequence[LayerReport]) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -136,7 +180,18 @@ def layer_to_dict(layer: LayerReport) -> dict[str, Any]:
         "certificate": dataclasses.asdict(layer.certificate),
     }
     # absent elsewhere, so that other versions read the report
-    return record if layer.quantization is None else {**record, "quantization": layer.quantization.to_dict()}
+    if layer.quantization is not None:
+        record["quantization"] = layer.quantization.to_dict()
+    if layer.parts:
+        record["parts"] = [
+            {
+                "seconds": part.seconds,
+                "singular_values": part.singular_values.tolist(),
+                "certificate": dataclasses.asdict(part.certificate),
+            }
+            for part in layer.parts
+        ]
+    return record
 
 
 def layer_from_dict(record: object, path: str) -> LayerReport:
@@ -149,29 +204,53 @@ def layer_from_dict(record: object, path: str) -> LayerReport:
     Raises:
         ValueError: the record is not such an object; the message names what was found and what is accepted.
     """
-    quantized = isinstance(record, dict) and "quantization" in record
-    values = strict.fields(record, path, _LAYER_RULES | _QUANTIZED_RULE if quantized else _LAYER_RULES)
-    sigma, rank, shape = values["singular_values"], values["rank"], values["shape"]
-    if not (len(sigma) == rank <= min(shape)):
-        raise ValueError(
-            f"{path} has {len(sigma)} singular values, rank {rank} and shape {shape}; accepted are as many values as "
-            "the rank, and a rank up to the smaller side of the shape"
-        )
-    certificate = strict.fields(values["certificate"], f"{path}.certificate", _CERTIFICATE_RULES)
-    floats = {key: float(certificate[key]) for key in ("energy", "residual")}
-    return LayerReport(
+    optional = {key: rule for key, rule in _OPTIONAL_RULES.items() if isinstance(record, dict) and key in record}
+    values = strict.fields(record, path, _LAYER_RULES | optional)
+    rank, shape = values["rank"], values["shape"]
+    layer = LayerReport(
         name=values["name"],
         shape=(shape[0], shape[1]),
         rank=rank,
-        certificate=Certificate(**{**certificate, **floats}),
+        certificate=_certificate(values, path),
         seconds=float(values["seconds"]),
-        singular_values=torch.tensor(sigma, dtype=torch.float32),
+        singular_values=_spectrum(values, rank, shape, path),
         dtype=_DTYPES[values["dtype"]],
         scaling=float(values["scaling"]),
         init=values["init"],
         seed=values["seed"],
-        quantization=quantization_from_dict(values["quantization"], f"{path}.quantization") if quantized else None,
+        quantization=(
+            quantization_from_dict(values["quantization"], f"{path}.quantization") if "quantization" in values else None
+        ),
     )
+    parts = []
+    for index, part in enumerate(values.get("parts", ())):
+        place = f"{path}.parts[{index}]"
+        found = strict.fields(part, place, _PART_RULES)
+        parts.append(
+            dataclasses.replace(
+                layer,
+                name=f"{layer.name}[{index}]",
+                certificate=_certificate(found, place),
+                seconds=float(found["seconds"]),
+                singular_values=_spectrum(found, rank, shape, place),
+            )
+        )
+    return dataclasses.replace(layer, parts=tuple(parts))
+
+
+def _certificate(values: dict[str, Any], path: str) -> Certificate:
+    found = strict.fields(values["certificate"], f"{path}.certificate", _CERTIFICATE_RULES)
+    return Certificate(**{**found, **{key: float(found[key]) for key in ("energy", "residual")}})
+
+
+def _spectrum(values: dict[str, Any], rank: int, shape: Sequence[int], path: str) -> Tensor:
+    sigma = values["singular_values"]
+    if not (len(sigma) == rank <= min(shape)):
+        raise ValueError(
+            f"{path} has {len(sigma)} singular values, rank {rank} and shape {list(shape)}; accepted are as many "
+            "values as the rank, and a rank up to the smaller side of the shape"
+        )
+    return torch.tensor(sigma, dtype=torch.float32)
 
 
 def _is_init(value: object) -> bool:
@@ -202,7 +281,8 @@ _LAYER_RULES = {
     "singular_values": strict.Rule("an array of finite float32 numbers ≥ 0", _is_spectrum),
     "certificate": strict.OBJECT,
 }
-_QUANTIZED_RULE = {"quantization": strict.OBJECT}
+_OPTIONAL_RULES = {"quantization": strict.OBJECT, "parts": strict.ARRAY}
+_PART_RULES = {key: _LAYER_RULES[key] for key in ("seconds", "singular_values", "certificate")}
 _CERTIFICATE_RULES = {
     "passes": strict.COUNT,
     "energy": strict.NUMBER,

@@ -65,8 +65,11 @@ class Report:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary()}>"
 
-    def table(self) -> str:
+    def table(self, *, parts: bool = False) -> str:
         """A row for each layer, and the summary: energy in % of ‖W‖_F², the residual relative to σ₁, times in ms.
+
+        Args:
+            parts: below a layer of several matrices, such as a stack of experts, show a row for each of them.
 
         Examples:
             >>> import torch
@@ -81,7 +84,8 @@ class Report:
             <BLANKLINE>
             1 layer, rank 2, 50.00 % of the energy, residual/σ₁ ≤ 2e-06, all converged, 0.250 s in layers
         """
-        return text_table(*layer_table(self.layers), TEXT_COLUMNS) + "\n\n" + self.summary()
+        rows = [row for layer in self.layers for row in (layer, *(layer.parts if parts else ()))]
+        return text_table(*layer_table(rows), TEXT_COLUMNS) + "\n\n" + self.summary()
 
     def summary(self) -> str:
         """One line: layers, rank, captured energy of all weights (ΣΣσ̂²/Σ‖W‖_F²), largest residual, time and memory.
@@ -100,8 +104,10 @@ class Report:
             return "no layer was initialized"
         loose = sum(not layer.certificate.converged for layer in self.layers)
         quantized = [layer.quantization for layer in self.layers if layer.quantization is not None]
+        matrices = sum(max(1, len(layer.parts)) for layer in self.layers)
         parts = [
-            f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}",
+            f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+            + (f" of {matrices} matrices" if matrices > len(self.layers) else ""),
             rank_range(self.layers),
             f"{100 * energy_of_all(self.layers):.2f} % of the energy",
             f"residual/σ₁ ≤ {max(layer.certificate.residual for layer in self.layers):.0e}",

@@ -16,21 +16,14 @@ import torch
 from torch import Tensor
 
 from ..adapter.patterns import matches
-from .layer import LayerReport
+from .layer import LayerReport, frobenius_squared
 from .names import Place, row_labels, split_names
-
-
-def frobenius_squared(layer: LayerReport) -> float:
-    """‖W‖_F² = Σσ̂²/e; 0 for a zero matrix."""
-    captured = float(layer.singular_values.double().square().sum())
-    energy = layer.certificate.energy
-    return captured / energy if energy > 0 else captured  # e may underflow to 0
 
 
 def energy_of_all(layers: Sequence[LayerReport]) -> float:
     """Captured share of the energy of all weights together, ΣΣσ̂²/Σ‖W‖_F²; 1 if all are zero or there is no layer."""
     whole = sum(frobenius_squared(layer) for layer in layers)
-    captured = sum(float(layer.singular_values.double().square().sum()) for layer in layers)
+    captured = sum(max(1, len(layer.parts)) * float(layer.singular_values.double().square().sum()) for layer in layers)
     return captured / whole if whole > 0 else 1.0
 
 
@@ -48,12 +41,16 @@ def least_rank(layer: LayerReport, share: float, of: Literal["captured", "whole"
         of: "captured" for q of the energy captured at rank r, "whole" for q of ‖W‖_F².
 
     Returns:
-        k, or None if rank r holds less than ``share`` of the whole.
+        k, or None if rank r holds less than ``share`` of the whole. For a layer of several matrices the k of the one
+        that needs most.
 
     Raises:
         ValueError: the share is out of range.
     """
     check_share(share)
+    if layer.parts:
+        of_parts = [least_rank(part, share, of) for part in layer.parts]
+        return None if None in of_parts else max(rank for rank in of_parts if rank is not None)
     held = _cumulative_share(layer) if of == "captured" else cumulative_energy(layer)
     rank = int(torch.searchsorted(held, torch.tensor(share, dtype=torch.float64))) + 1
     return rank if rank <= layer.rank else None
