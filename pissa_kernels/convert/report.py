@@ -66,7 +66,11 @@ class ConversionReport(Report):
     dropped: Dropped | None = None
 
     def table(self, *, parts: bool = False) -> str:
-        """A row for each layer, whatever ``parts`` says, the summary, and a line for everything else that the caller should know."""
+        """A row for each layer, the summary, and a line for everything else that the caller should know.
+
+        Args:
+            parts: without effect; a row holds for all matrices of its layer.
+        """
         heads = ["layer", "rank", "loss"]
         rows = [[layer.name, str(layer.rank), f"{layer.loss:.2e}"] for layer in self.layers]
         if self.dropped is not None:
