@@ -78,7 +78,7 @@ def train(model: Any) -> torch.Tensor:
         gradients = torch.autograd.grad(-logs[..., 7].mean(), parameters)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter -= 0.05 * parameter.norm() / (gradient.norm() + 1e-30) * gradient
+                parameter -= 0.02 * parameter.norm() / (gradient.norm() + 1e-30) * gradient
     return logits(model)
 
 
