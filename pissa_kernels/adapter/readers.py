@@ -19,6 +19,8 @@ from torch import nn
 DESCRIPTIONS = frozenset(("device", "dtype", "is_meta", "ndim", "requires_grad", "shape", "size"))
 # Methods that set weights before training, or tie them.
 SETTING_UP = ("__init__", "_init", "init_", "_reset", "reset_", "_tie", "tie_", "post_init", "resize_", "set_")
+# Methods that run only where a caller asks for it, as in ``fuse_projections`` of diffusers.
+ON_REQUEST = ("fuse_",)
 # Base classes whose many methods never read a particular child.
 GENERAL = ("builtins.", "torch.nn.modules.module.", "transformers.modeling_utils.", "transformers.generation.")
 
@@ -94,7 +96,8 @@ def weight_reads(kind: type) -> dict[str, bool]:
         kind: the class of a module.
 
     Returns:
-        For each name whether a statement reads it that no condition precedes. Empty where the source is not known.
+        For each name whether a statement reads it that no condition precedes, in a method that is not called on
+        request only. Empty where the source is not known.
     """
     reads: dict[str, bool] = {}
     overridden: set[str] = set()
@@ -106,8 +109,9 @@ def weight_reads(kind: type) -> dict[str, bool]:
             here.add(method.name)
             if method.name in overridden or method.name.startswith(SETTING_UP):
                 continue
+            on_request = method.name.startswith(ON_REQUEST)
             for path, always in _reads_of(method):
-                reads[path] = reads.get(path, False) or always
+                reads[path] = reads.get(path, False) or (always and not on_request)
         overridden |= here
     return reads
 
