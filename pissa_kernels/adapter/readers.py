@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+# Names of weights; the second is that of torch's attention.
+WEIGHTS = frozenset(("weight", "in_proj_weight"))
 # Attributes that say nothing of the values.
 DESCRIPTIONS = frozenset(("device", "dtype", "is_meta", "ndim", "requires_grad", "shape", "size"))
 # Methods that set weights before training, or tie them.
@@ -37,6 +39,11 @@ class Reader(NamedTuple):
     name: str
     kind: str
     always: bool
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the reader is torch's attention, which reads its ``out_proj``."""
+        return self.kind == nn.MultiheadAttention.__name__
 
     @property
     def owner(self) -> str:
@@ -84,7 +91,7 @@ def reads_in_torch(module: nn.Module) -> dict[str, bool] | None:
     if isinstance(module, nn.MultiheadAttention):
         return {"out_proj": True}
     if isinstance(module, nn.TransformerEncoderLayer):  # its fast path, in eval mode
-        return {"linear1": True, "linear2": True, "self_attn.out_proj": True}
+        return {"linear1": True, "linear2": True, "self_attn": True, "self_attn.out_proj": True}
     return {} if type(module).__module__.startswith("torch.nn.") else None
 
 
@@ -141,7 +148,7 @@ def _reads_of(method: ast.FunctionDef) -> Iterator[tuple[str, bool]]:
     waiting: list[tuple[ast.AST, ast.AST, bool]] = [(child, method, False) for child in method.body]
     while waiting:
         node, around, conditional = waiting.pop()
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+        if isinstance(node, ast.Attribute) and node.attr in WEIGHTS and isinstance(node.ctx, ast.Load):
             path = _path(node.value)
             if path and not _only_describes(around):
                 yield path, not conditional
