@@ -42,7 +42,7 @@ def test_a_trained_adapter_is_saved_and_loaded(name: str, dtype: torch.dtype, tm
     base = build(name, dtype)
     model, _ = patched(name, base)
     expected = train(name, model)
-    assert off(exact_output(name, base), expected) > 10 * allowed(name, base), "training has changed nothing"
+    assert off(exact_output(name, base), expected) > 5 * allowed(name, base), "training has changed nothing"
     model.save_pretrained(tmp_path)
     with pk.patch_peft() as report:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
@@ -81,7 +81,7 @@ def test_the_residual_model_and_its_adapter_load_without_the_hook(
     assert_state(before, model)
     residual = KindModel.from_pretrained(tmp_path / "out", dtype=dtype).eval()
     assert residual.state_dict().keys() == base.state_dict().keys()
-    assert off(exact_output(name, base), output(name, residual)) > 10 * allowed(name, base)
+    assert off(exact_output(name, base), output(name, residual)) > 5 * allowed(name, base)
     plain = peft.PeftModel.from_pretrained(residual, tmp_path / "out" / "pissa_init").eval()
     assert off(exact_output(name, base), output(name, plain)) <= allowed(name, base)
     report = pk.Report.read(tmp_path / "out" / "pissa_init" / "pissa_report.json")
@@ -117,7 +117,7 @@ def test_a_second_adapter(name: str, dtype: torch.dtype) -> None:
     model.set_adapter("second")
     assert off(exact_output(name, base), output(name, model)) <= allowed(name, base)
     second = train(name, model)
-    assert off(exact_output(name, base), second) > 10 * allowed(name, base)
+    assert off(exact_output(name, base), second) > 5 * allowed(name, base)
     model.set_adapter("default")
     assert off(first, output(name, model)) <= allowed(name, base)
     with model.disable_adapter():
@@ -179,7 +179,7 @@ def test_a_new_adapter_after_delete_adapter(name: str, rank: int) -> None:
     assert off(exact_output(name, base), output(name, model)) <= allowed(name, base)
     expected = train(name, model)
     model.delete_adapter("new")
-    assert off(expected, output(name, model.base_model)) > 10 * allowed(name, base)
+    assert off(expected, output(name, model.base_model)) > 5 * allowed(name, base)
     assert off(exact_output(name, base), output(name, model.base_model)) <= allowed(name, base)
 
 

@@ -159,8 +159,10 @@ def _conv(make: Callable[..., nn.Module], inputs: int, outputs: int, *args: Any,
     def conv(factor: int) -> nn.Module:
         return make(inputs * factor, outputs * factor, *args, **options)
 
-    matrices = flat if groups == 1 else in_groups(groups)
-    return Kind(conv, _images, matrices, groups=groups, merges=groups == 1, **kind)
+    if groups == 1:
+        return Kind(conv, _images, flat, **kind)
+    # PEFT's DoRA takes norms of another matrix where there are groups
+    return Kind(conv, _images, in_groups(groups), groups=groups, merges=False, options=("dropout", "bias"), **kind)
 
 
 def _stack(experts: int, is_transposed: bool) -> Kind:
