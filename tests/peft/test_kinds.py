@@ -156,7 +156,7 @@ def test_an_option_that_peft_does_not_have_leaves_the_model(name: str) -> None:
     base = build(name)
     before = copy.deepcopy(base.state_dict())
     types = [type(module) for module in base.modules()]
-    with pytest.raises((ValueError, NotImplementedError), match="(?i)dora"), pk.patch_peft():
+    with pytest.raises((ValueError, NotImplementedError), match=r"(?i)dora"), pk.patch_peft():
         peft.get_peft_model(base, lora_config(name, use_dora=True))
     assert [type(module) for module in base.modules()] == types
     assert base.state_dict().keys() == before.keys()

@@ -89,7 +89,7 @@ def _kernel(layer: Any, conv: Any) -> Tensor:
         return layer(x)[(0, slice(None), *pixel)]  # type: ignore[no-any-return]
 
     with torch.enable_grad():
-        jacobian = torch.autograd.functional.jacobian(at_pixel, x)[:, 0]
+        jacobian = torch.autograd.functional.jacobian(at_pixel, x, vectorize=True)[:, 0]
     before = [
         (k - 1) // 2 if conv.padding == "same" else p
         for k, p in zip(conv.kernel_size, conv.padding if conv.padding != "same" else conv.kernel_size, strict=True)
