@@ -125,10 +125,10 @@ def unload(
     if merge:
         for each in _wrapping(layer):
             each.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    for each in (*_wrapping(layer), *_inside(base)):
+    for each in (*_wrapping(layer), *merging.inside(base)):
         if not each.merged and records(each):
             _unload_weight(each, [] if merge else _of_recipe(each))
-    if _inside(base):
+    if merging.inside(base):
         return type(layer).unload_and_optionally_merge_module(layer, False, safe_merge, None)  # type: ignore[no-any-return]
     return base
 
@@ -138,11 +138,6 @@ def _wrapping(layer: Any) -> Iterator[Any]:
     while hasattr(layer, "base_layer"):
         yield layer
         layer = layer.base_layer
-
-
-def _inside(base: torch.nn.Module) -> list[Any]:
-    """The LoRA layer inside of an attention, which PEFT merges and unloads with it."""
-    return [base.out_proj] if isinstance(base, torch.nn.MultiheadAttention) else []
 
 
 def _unload_weight(layer: Any, wanted: list[InitRecord]) -> None:
