@@ -160,5 +160,5 @@ def _check_unshared(layout: Layout, ties: Ties | None) -> None:
         raise ValueError(
             f"the weight {tuple(layout.weight.shape)} is tied to {other}, which would change with it. Untie them first "
             "(config.tie_word_embeddings = False, then module.weight = nn.Parameter(module.weight.detach().clone())), "
-            "or leave the layer out of target_modules."
+            "adapt the embedding with ensure_weight_tying=True, or leave the layer out of target_modules."
         )

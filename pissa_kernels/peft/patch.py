@@ -34,6 +34,7 @@ from .load import loading
 from .originals import open_originals
 from .quantized_layer import Quantizing
 from .scope import can_be_deferred, injecting, replacing
+from .tied import Follower
 
 _lock = threading.RLock()
 _active: list[PatchedPeft] = []
@@ -249,6 +250,9 @@ class PatchedPeft(Report):
     ) -> None:
         """Initialize one layer: at once, or at the end of the injection."""
         injection, source, name = injecting.get(), loading.get(), name or replacing.get().name
+        if injection is not None and name is not None and injection.ties.kept(name):
+            injection.tied.append(Follower(layer, adapter_name, name))
+            return
         given = source.initial(name, adapter_name) if source is not None else None
         around = {} if injection is None else {key: getattr(injection, key) for key in ("ties", "notices", "model")}
         job = prepare(
