@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.layouts import layout_of
+from ..adapter.layouts import layout_of, mark_projection
 from .scope import Session, replacing
-from .substitute import mark_attention
 from .targets import is_pissa
 
 Function = Callable[..., Any]
@@ -57,7 +56,7 @@ def wrap_update_attention(session: Session, previous: Function) -> Function:
             previous(layer, adapter_name, *args, config=config, **kwargs)
             return
         previous(layer, adapter_name, *args, config=_plain(config), **kwargs)
-        mark_attention(layer)
+        mark_projection(layer)
         name = replacing.get().name
         inside = None if name is None else f"{name}.base_layer.out_proj"
         init = config.init_lora_weights

@@ -57,9 +57,11 @@ def patch_peft(
     Called as a function, it applies to every thread until :func:`unpatch_peft`. As a context manager
     (``with patch_peft() as report:``) it applies to the thread that entered it, until the block ends. Patches nest, and
     the innermost one does the work. When a patch ends, the methods that it replaced are restored, PEFT's own or those
-    of other code. Layers whose weight the model reads without calling them (``nn.MultiheadAttention``), expert weights
-    and sharded weights are refused, before the model has been changed; Megatron's tensor-parallel layers go to the
-    method that was there. A rank above a layer's width is limited to it, with a warning.
+    of other code. Initialized are ``nn.Linear``, ``Conv1D``, embeddings, convolutions, ``nn.MultiheadAttention``, and
+    parameters (``target_parameters``), such as stacks of experts, each expert by itself. Layers whose weight the model
+    reads without calling them, and sharded weights, are refused, before the model has been changed; Megatron's
+    tensor-parallel layers go to the method that was there. A rank above a layer's width is limited to it, with a
+    warning; one more warning lists the layers that stay plain LoRA, if there are any.
 
     Args:
         seed: seed of every layer's sketch.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layouts import IN_ATTENTION, Layout, layout_of
+from ..adapter.layouts import Layout, is_projection, layout_of
 from . import state
 from .state import TERMS, Terms
 
@@ -27,11 +27,6 @@ def attach(layer: Any) -> None:
     """Register the hooks."""
     layer.register_forward_pre_hook(enter)
     layer.register_forward_hook(leave, always_call=True)
-
-
-def mark_attention(layer: Any) -> None:
-    """Mark the LoRA layer of an attention's ``out_proj``, to which PEFT's forward pass does not belong."""
-    layer.get_base_layer().out_proj.__dict__[IN_ATTENTION] = True
 
 
 def enter(layer: Any, args: tuple[Any, ...]) -> None:
@@ -71,7 +66,7 @@ def _computed_by(layer: Any) -> Iterator[Any]:
 
 
 def _is_of_attention(layer: Any) -> bool:
-    return IN_ATTENTION in layer.__dict__ or isinstance(layer.get_base_layer(), nn.MultiheadAttention)
+    return is_projection(layer) or isinstance(layer.get_base_layer(), nn.MultiheadAttention)
 
 
 class _PutAside:
