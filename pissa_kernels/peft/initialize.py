@@ -125,6 +125,7 @@ def prepare(
         check_rank(recipe.rank, job.shape)
         check_scaling(recipe.scaling)
         _check_adapter(job)
+        job.check_original()
     return job
 
 
