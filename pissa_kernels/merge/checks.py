@@ -10,7 +10,7 @@ import torch
 
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..convert.adapter import AdapterFile, find_initial, read_adapter
+from ..convert.adapter import AdapterFile, find_initial
 from ..convert.plain import MARK as PLAIN
 from ..files.folder import Checkpoint
 from ..files.header import read_header, read_tensor
@@ -47,7 +47,7 @@ def _starts_from(adapter: AdapterFile, out: Path) -> bool:
     folder, initial = adapter.path.parent, out / ADAPTER_FOLDER
     if not ((folder / INITIAL_NAME).is_file() and (initial / CONFIG_NAME).is_file()):
         return False
-    own, other = find_initial(folder), read_adapter(initial)
+    own, other = find_initial(folder), find_initial(initial)
     if own.layers.keys() != other.layers.keys():
         return False
     with own.path.open("rb") as first, other.path.open("rb") as second:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import layer_context
-from ..convert.adapter import Layer
+from ..convert.layer import Layer
 from ..files import buffer
 from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, write_at
 from ..files.system import open_to_read, open_to_write, reserve
