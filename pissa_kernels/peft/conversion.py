@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import layout_of
 from ..adapter.names import KEY_PREFIX
 from ..files.atomic import atomic_file
-from ..numerics import exact_arithmetic
 from .record import records
-from .state import weight_of
+from .state import add_, weight_of
 
 _BASE_WEIGHT = ".base_layer.weight"
 
@@ -98,10 +97,9 @@ def _original(layer: Any, adapter: str, initial: dict[str, Tensor], key: str) ->
     factors = [initial.get(f"{key}.lora_{factor}.weight") for factor in "BA"]
     if records(layer) or any(factor is None for factor in factors):
         return weight
-    B, A = (factor.to(weight.device).float() for factor in factors if factor is not None)
+    B, A = (factor.float() for factor in factors if factor is not None)
     total = weight.float().clone(memory_format=torch.preserve_format)
-    with exact_arithmetic(weight.device):
-        ops.subtract_lowrank_(total, B, A, -float(layer.scaling[adapter]), bool(layer.fan_in_fan_out))
+    add_(total, [(A, B)], [float(layer.scaling[adapter])], layout_of(layer))
     return total.to(weight.dtype)
 
 

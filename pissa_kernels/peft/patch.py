@@ -244,13 +244,23 @@ class PatchedPeft(Report):
         """Context in which a patch with this one's seed applies, also after this one has ended; picklable."""
         return functools.partial(reopened, self.seed, self.quantized)
 
-    def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
+    def initialize(
+        self, layer: Any, adapter_name: str, init: str, *, name: str | None = None, is_cast: bool = False
+    ) -> None:
         """Initialize one layer: at once, or at the end of the injection."""
-        injection, source, name = injecting.get(), loading.get(), replacing.get().name
+        injection, source, name = injecting.get(), loading.get(), name or replacing.get().name
         given = source.initial(name, adapter_name) if source is not None else None
         around = {} if injection is None else {key: getattr(injection, key) for key in ("ties", "notices", "model")}
         job = prepare(
-            layer, adapter_name, init, seed=self.seed, name=name, given=given, quantizing=self._quantizing, **around
+            layer,
+            adapter_name,
+            init,
+            seed=self.seed,
+            name=name,
+            given=given,
+            quantizing=self._quantizing,
+            deferred=is_cast,
+            **around,
         )
         if job is None:
             return

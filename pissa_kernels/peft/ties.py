@@ -66,17 +66,17 @@ class Ties:
 
     def of(self, module: nn.Module, key: str = "weight") -> str | None:
         """Name of another parameter that shares memory with ``module``'s, or None."""
-        return next((name for _, name in self.others(module, key)), None)
+        return next((name for _, _, name in self.others(module, key)), None)
 
-    def others(self, module: nn.Module, key: str = "weight") -> Iterator[tuple[nn.Module, str]]:
-        """The other parameters that share memory with ``module``'s: the module of each, and its name.
+    def others(self, module: nn.Module, key: str = "weight") -> Iterator[tuple[nn.Module, str, str]]:
+        """The other parameters that share memory with ``module``'s: the module of each, its name in it, and its name.
 
         A module that the model holds in several places is one module.
         """
         self._build()
         for other, other_key, name in self._groups.get(id(getattr(module, key)), ()):
             if other is not module or other_key != key:
-                yield other, f"{name}.{other_key}"
+                yield other, other_key, f"{name}.{other_key}"
 
     def holders(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
         """Every module that holds ``module`` as a child, and the attribute."""
