@@ -25,7 +25,9 @@ from .options import AdapterOptions
 from .placement import Placement
 from .quantization import QuantizationOptions, QuantizationPlan, plan_quantization
 from .quantized_files import quantized_texts, result_header
-from .targets import Adapter, LinearWeight, Target, find_targets
+from .selection import listed
+from .targets import Adapter, find_targets
+from .weights import Expert, LinearWeight, Stack, Target
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
@@ -43,18 +45,36 @@ QUANTIZATION_BYTES = {"nf4": 32, "fp4": 48, "int8": 36}
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One tensor of the checkpoint, to be copied, to become a residual, or to be quantized.
+    """One tensor of the checkpoint, to be copied, to become a residual, or to be quantized; or one matrix of a stack.
 
     Attributes:
-        shard, info: file and place of the tensor in the source. In the result, the file's header has its place.
-        target: the layer; None for one without an adapter.
+        shard, info: file and place of the tensor in the source. In the result, the file's header has its place. Of a
+            matrix that has several pieces, the first.
+        target: the layer, or the matrix of a stack; None for a tensor without an adapter.
         seconds: estimated time on one core.
     """
 
     shard: str
     info: TensorInfo
-    target: Target | None
+    target: Target | Expert | None
     seconds: float
+
+    @property
+    def places(self) -> list[tuple[str, TensorInfo]]:
+        """File and place in the source of all that is read."""
+        if isinstance(self.target, Expert):
+            return [(piece.shard, piece.info) for piece in self.target.pieces]
+        return [(self.shard, self.info)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(info.nbytes for _, info in self.places)
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        """What identifies the job: the file and the name of the tensor, and the number of the matrix."""
+        return self.shard, self.info.name, self.target.index if isinstance(self.target, Expert) else None
 
 
 @dataclass(frozen=True)
@@ -67,9 +87,11 @@ class CheckpointJob:
         options: options of the adapter.
         adapter: PEFT's config and the targets.
         headers: header of every file that is filled tensor by tensor, by its path in the result.
+        staged: header of the file that has the B of every matrix of every stack, until a whole B is known; None without
+            stacks.
         texts: contents of files that are not copied as they are, by path.
         quantization: the layers that become quantized; None for a residual in the dtypes of the source.
-        tensors: every tensor of the source, the longest work first.
+        tensors: every tensor of the source, or matrix of a stack, the longest work first.
         device: "cpu" or "cuda", where the weights are decomposed.
     """
 
@@ -78,6 +100,7 @@ class CheckpointJob:
     options: AdapterOptions
     adapter: Adapter
     headers: Mapping[str, Header]
+    staged: Header | None
     texts: Mapping[str, str]
     quantization: QuantizationPlan | None
     tensors: tuple[TensorJob, ...]
@@ -87,6 +110,11 @@ class CheckpointJob:
     def adapter_header(self) -> Header:
         """Header of the file with A and B of every target."""
         return self.headers[ADAPTER_WEIGHTS]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The layers that have several matrices."""
+        return [target for target in self.adapter.targets if isinstance(target, Stack)]
 
     def quantized(self, tensor: TensorJob) -> LinearWeight | None:
         """The layer of a tensor that becomes quantized, None for another."""
@@ -119,9 +147,9 @@ class CheckpointJob:
         quantized = self.quantization.weights if self.quantization else {}
         extra = QUANTIZATION_BYTES[self.quantization.options.kind] if self.quantization else 0
         svds = [
-            target.info.nbytes
+            _elements(target) * target.dtype.itemsize
             + workspace(*target.shape, target.recipe.rank, target.recipe.niter, machine=_machine(target, self.device))
-            + (extra * _elements(target) if target.info.name in quantized else 0)
+            + (extra * _elements(target) if isinstance(target, Target) and target.info.name in quantized else 0)
             for target in self.adapter.targets
         ]
         others = [weight.info.nbytes + extra * _elements(weight) for weight in quantized.values()]
@@ -188,13 +216,23 @@ def plan_checkpoint(
     plan = plan_quantization(checkpoint, quantize, options.trust_remote_code) if quantize else None
     if plan is not None:
         # bitsandbytes' layers are stored (out, in), those of Conv1D too
-        stays = any(target.transposed and target.info.name not in plan.weights for target in adapter.targets)
-        adapter = replace(adapter, config={**adapter.config, "fan_in_fan_out": stays})
+        linear = [target for target in adapter.targets if isinstance(target, Target)]
+        stays = any(target.transposed and target.info.name not in plan.weights for target in linear)
+        adapter = replace(adapter, config={**adapter.config, "fan_in_fan_out": stays}, notes=_notes(adapter))
     shards = {shard: result_header(header, plan) for shard, header in checkpoint.shards.items()}
     texts = quantized_texts(checkpoint, shards, plan.entries) if plan is not None else {}
     tensors = _in_order(checkpoint, adapter.targets, plan, device)
     headers = {**shards, ADAPTER_WEIGHTS: _adapter_header(adapter.targets)}
-    return CheckpointJob(checkpoint, out, options, adapter, headers, texts, plan, tuple(tensors), device)
+    staged = _staged_header([target for target in adapter.targets if isinstance(target, Stack)])
+    return CheckpointJob(checkpoint, out, options, adapter, headers, staged, texts, plan, tuple(tensors), device)
+
+
+def _notes(adapter: Adapter) -> tuple[str, ...]:
+    """The notes on an adapter whose linear layers are quantized."""
+    stacks = [target.name for target in adapter.targets if isinstance(target, Stack)]
+    if not stacks:
+        return adapter.notes
+    return (*adapter.notes, f"stay in their dtype, as bitsandbytes quantizes linear layers alone: {listed(stacks)}")
 
 
 def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
@@ -220,14 +258,22 @@ def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _in_order(
-    checkpoint: Checkpoint, targets: Sequence[Target], plan: QuantizationPlan | None, device: str
+    checkpoint: Checkpoint, targets: Sequence[Target | Stack], plan: QuantizationPlan | None, device: str
 ) -> list[TensorJob]:
-    """Every tensor of a checkpoint, the longest work first."""
-    by_tensor = {(target.shard, target.info.name): target for target in targets}
+    """Every tensor of a checkpoint, or matrix of a stack, the longest work first."""
+    by_tensor: dict[tuple[str, str], Target | None] = {}
     jobs = []
+    for layer in targets:
+        if isinstance(layer, Target):
+            by_tensor[layer.shard, layer.info.name] = layer
+            continue
+        by_tensor |= {(piece.shard, piece.info.name): None for pieces in layer.pieces for piece in pieces}
+        seconds = layer.nbytes / len(layer.pieces) / COPIED_PER_SECOND + _svd_seconds(layer, device)
+        jobs += [TensorJob(expert.pieces[0].shard, expert.pieces[0].info, expert, seconds) for expert in layer.experts]
     for name, (shard, info) in checkpoint.tensors().items():
         target = by_tensor.get((shard, name))
-        jobs.append(TensorJob(shard, info, target, _seconds(info, target, plan, device)))
+        if target is not None or (shard, name) not in by_tensor:
+            jobs.append(TensorJob(shard, info, target, _seconds(info, target, plan, device)))
     return sorted(jobs, key=lambda job: -job.seconds)
 
 
@@ -242,27 +288,37 @@ def _seconds(info: TensorInfo, target: Target | None, plan: QuantizationPlan | N
         quantized = iterations + (target is not None)
         seconds += quantized * _elements(weight) / QUANTIZED_PER_SECOND[device]
     if target is not None:
-        m, n = max(target.shape), min(target.shape)
-        machine = _machine(target, device)
-        svd = choose_plan(m, n, target.recipe.rank, target.recipe.niter, machine=machine).seconds
-        seconds += svd * (1 + WARM_SVD * (iterations - 1))
+        seconds += _svd_seconds(target, device) * (1 + WARM_SVD * (iterations - 1))
     return seconds
 
 
-def _elements(weight: LinearWeight) -> int:
+def _svd_seconds(target: Target | Stack, device: str) -> float:
+    """Estimated time of an SVD of a layer's weight, or of one matrix of a stack."""
+    m, n = max(target.shape), min(target.shape)
+    machine = _machine(target, device)
+    return choose_plan(m, n, target.recipe.rank, target.recipe.niter, machine=machine).seconds
+
+
+def _elements(weight: LinearWeight | Stack) -> int:
     return weight.shape[0] * weight.shape[1]
 
 
-def _machine(target: Target, device: str) -> str:
+def _machine(target: Target | Stack, device: str) -> str:
     return machine_of(torch.empty(1, 1, dtype=target.dtype)) if device == "cpu" else device
 
 
-def _adapter_header(targets: Sequence[Target]) -> Header:
+def _adapter_header(targets: Sequence[Target | Stack]) -> Header:
     tensors = []
     for target in targets:
-        out_features, in_features = target.shape
-        key_A, key_B = target.keys
         # in the weight's dtype, as PEFT stores them, so that loading without a cast to float32 rounds nothing
-        tensors.append((key_A, target.dtype, (target.recipe.rank, in_features)))
-        tensors.append((key_B, target.dtype, (out_features, target.recipe.rank)))
+        tensors += [(key, target.dtype, shape) for key, shape in zip(target.keys, target.factors, strict=True)]
     return plan_header(tensors)
+
+
+def _staged_header(stacks: Sequence[Stack]) -> Header | None:
+    """Header of a file with (E, out, r) of each stack: the columns of one matrix are strided in the packed B."""
+    if not stacks:
+        return None
+    return plan_header(
+        [(stack.name, stack.dtype, (len(stack.pieces), stack.shape[0], stack.recipe.rank)) for stack in stacks]
+    )
