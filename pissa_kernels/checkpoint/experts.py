@@ -128,8 +128,8 @@ def find_stack(
         operations = ", ".join(map(repr, conversion.operations))
         raise ValueError(
             f"layer {name!r}: transformers makes it of {number} tensors by {operations}; init undoes a stack of the "
-            "experts (MergeModulelist), with the rows of their projections joined (Concatenate), and a Transpose; leave "
-            "it out of target_parameters"
+            "experts (MergeModulelist), with the rows of their projections joined (Concatenate), and a Transpose; "
+            "leave it out of target_parameters"
         )
     rows = 0
     pieces: list[tuple[Piece, ...]] = [()] * experts

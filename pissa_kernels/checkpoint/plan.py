@@ -18,8 +18,7 @@ from ..files.destination import destination
 from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, sha256
 from ..files.walk import printable
-from ..quantize.iteration import DEFAULT_ITERATIONS
-from ..svd.cost import choose_plan, machine_of, workspace
+from .cost import COPIED_PER_SECOND, svd_seconds, tensor_seconds, worker_bytes
 from .manifest import MANIFEST
 from .options import AdapterOptions
 from .placement import Placement
@@ -31,16 +30,6 @@ from .weights import Expert, LinearWeight, Stack, Target
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
-# Bytes that are read, hashed and written per second, to weigh a copy against a decomposition.
-COPIED_PER_SECOND = 5e8
-# Elements that are quantized and dequantized per second, the error measured: on a core of an Intel Xeon, and as is
-# estimated for an H100.
-QUANTIZED_PER_SECOND = {"cpu": 2e7, "cuda": 1e10}
-# An SVD that starts from the triplets of the iteration before, against one from the start.
-WARM_SVD = 0.1
-# Bytes for each element of a weight, beyond it, at the peak of an iteration, as measured on a CPU: the weight, its
-# residual and what bitsandbytes makes of it in float32, codes of four or, in fp4, eight bytes, and dequantized values.
-QUANTIZATION_BYTES = {"nf4": 32, "fp4": 48, "int8": 36}
 
 
 @dataclass(frozen=True)
@@ -144,16 +133,7 @@ class CheckpointJob:
 
     def workspace(self) -> int:
         """Upper estimate of the bytes that a worker takes: a weight, its SVD and its quantization, A and B."""
-        quantized = self.quantization.weights if self.quantization else {}
-        extra = QUANTIZATION_BYTES[self.quantization.options.kind] if self.quantization else 0
-        svds = [
-            _elements(target) * target.dtype.itemsize
-            + workspace(*target.shape, target.recipe.rank, target.recipe.niter, machine=_machine(target, self.device))
-            + (extra * _elements(target) if isinstance(target, Target) and target.info.name in quantized else 0)
-            for target in self.adapter.targets
-        ]
-        others = [weight.info.nbytes + extra * _elements(weight) for weight in quantized.values()]
-        return max([*svds, *others])
+        return worker_bytes(self.adapter.targets, self.quantization, self.device)
 
     def record(self) -> dict[str, Any]:
         """Everything that decides the bytes of the result, in JSON types. A run resumes only where all of it agrees."""
@@ -268,43 +248,13 @@ def _in_order(
             by_tensor[layer.shard, layer.info.name] = layer
             continue
         by_tensor |= {(piece.shard, piece.info.name): None for pieces in layer.pieces for piece in pieces}
-        seconds = layer.nbytes / len(layer.pieces) / COPIED_PER_SECOND + _svd_seconds(layer, device)
+        seconds = layer.nbytes / len(layer.pieces) / COPIED_PER_SECOND + svd_seconds(layer, device)
         jobs += [TensorJob(expert.pieces[0].shard, expert.pieces[0].info, expert, seconds) for expert in layer.experts]
     for name, (shard, info) in checkpoint.tensors().items():
         target = by_tensor.get((shard, name))
         if target is not None or (shard, name) not in by_tensor:
-            jobs.append(TensorJob(shard, info, target, _seconds(info, target, plan, device)))
+            jobs.append(TensorJob(shard, info, target, tensor_seconds(info, target, plan, device)))
     return sorted(jobs, key=lambda job: -job.seconds)
-
-
-def _seconds(info: TensorInfo, target: Target | None, plan: QuantizationPlan | None, device: str) -> float:
-    """Estimated time of one tensor on one core."""
-    iterations: int = 1
-    seconds = info.nbytes / COPIED_PER_SECOND
-    if plan is not None and (weight := plan.weights.get(info.name)) is not None:
-        if target is not None:
-            iterations = DEFAULT_ITERATIONS if plan.options.iterations == "auto" else plan.options.iterations
-        # with an adapter, the weight itself is quantized too, for the report
-        quantized = iterations + (target is not None)
-        seconds += quantized * _elements(weight) / QUANTIZED_PER_SECOND[device]
-    if target is not None:
-        seconds += _svd_seconds(target, device) * (1 + WARM_SVD * (iterations - 1))
-    return seconds
-
-
-def _svd_seconds(target: Target | Stack, device: str) -> float:
-    """Estimated time of an SVD of a layer's weight, or of one matrix of a stack."""
-    m, n = max(target.shape), min(target.shape)
-    machine = _machine(target, device)
-    return choose_plan(m, n, target.recipe.rank, target.recipe.niter, machine=machine).seconds
-
-
-def _elements(weight: LinearWeight | Stack) -> int:
-    return weight.shape[0] * weight.shape[1]
-
-
-def _machine(target: Target | Stack, device: str) -> str:
-    return machine_of(torch.empty(1, 1, dtype=target.dtype)) if device == "cpu" else device
 
 
 def _adapter_header(targets: Sequence[Target | Stack]) -> Header:

@@ -33,7 +33,7 @@ EXAMPLES = """\
 examples:
   pissa-kernels init MODEL OUT --dry-run
   pissa-kernels init MODEL OUT --rank 32 --target-modules q_proj v_proj
-  pissa-kernels init MODEL OUT --target-parameters experts.gate_up_proj experts.down_proj
+  pissa-kernels init MODEL OUT --target-parameters gate_up_proj down_proj
   pissa-kernels init MODEL OUT --rank 64 --quantize nf4 --double-quant
   torchrun --nproc-per-node 8 -m pissa_kernels init MODEL OUT --resume"""
 
