@@ -38,10 +38,13 @@ class Known:
     Attributes:
         names: names of parameters by PEFT's path of the wrapper, as in the manifest of a residual checkpoint.
         matrices: the (E, out, in) that a parameter may have, by its name, as in the report of an initialization.
+        order: names of parameters in the order of their wrappers, the outermost first, as in a
+            ``pissa_initial.safetensors``. It decides between parameters of one shape.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     matrices: Mapping[str, Collection[tuple[int, ...]]] = field(default_factory=dict)
+    order: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def parameters_of(
                 f"layer {module!r}: its wrappers {', '.join(paths)} are not nested as PEFT nests them; save it again"
             )
         options = list(_options(module, paths, stored, config, known or Known()))
+        if known is not None and known.order and len(options) > 1:
+            options = [option for option in options if _is_in_order(option, known.order)]
         if not options:
             raise ValueError(
                 f"layer {module!r}: there are factors of {len(paths)} parameters, which are not those that "
@@ -109,6 +114,25 @@ def parameters_of(
             )
         found.update(_choice(paths, _likely(options, paths, stored, config), config, stored))
     return found
+
+
+def name_inside(path: str, wrappers: Iterable[str]) -> str:
+    """Name of a module in the base model, from PEFT's path, which may lead through wrappers of parameters.
+
+    Args:
+        path: the path, of a wrapper itself too.
+        wrappers: paths of all wrappers.
+
+    Examples:
+        >>> from pissa_kernels.adapter.wrapped import name_inside
+        >>> name_inside("mlp.experts.base_layer.base_layer.gate", ["mlp.experts", "mlp.experts.base_layer"])
+        'mlp.experts.gate'
+    """
+    for wrapper in sorted(wrappers, key=len, reverse=True):
+        inside = f"{wrapper}{_INNER}."
+        if path.startswith(inside):
+            path = f"{wrapper}.{path.removeprefix(inside)}"
+    return path
 
 
 def _likely(
@@ -165,6 +189,11 @@ def _options(
     for option in permutations(names, len(paths)):
         if all(name in fits for name, fits in zip(option, fitting, strict=True)):
             yield option
+
+
+def _is_in_order(option: Sequence[str], order: Sequence[str]) -> bool:
+    """Whether parameters are in the order in which a file has them, which has them all."""
+    return set(option) <= set(order) and list(option) == sorted(option, key=order.index)
 
 
 def _fits(path: str, name: str, found: Stored, config: Mapping[str, Any], known: Known) -> bool:

@@ -178,7 +178,6 @@ def _read_sidecar(path: Path) -> AdapterFile:
     try:
         record = header.metadata["pissa_kernels"]
         report = Report.from_dict(json.loads(record))
-        paths = _paths(header)
         for layer in report.layers:
             with layer_context(f"layer {layer.name!r}"):
                 A, B = _recorded(layer.name, header)
@@ -189,15 +188,12 @@ def _read_sidecar(path: Path) -> AdapterFile:
         digest = sidecar.digest(record, _Tensors(file.fileno(), header))
     if header.metadata.get("sha256") != digest:
         raise ValueError(f"{path} is damaged: its contents do not match the hash in its header")
-    return AdapterFile(path, {}, layers, (), known=Known(paths, _matrices(report)))
+    return AdapterFile(path, {}, layers, (), known=_known_in(report))
 
 
-def _paths(header: Header) -> dict[str, str]:
-    """Names of adapted parameters by PEFT's paths, where the file has them."""
-    paths = load(header.metadata.get("paths", "{}"))
-    if not (isinstance(paths, dict) and all(isinstance(name, str) for name in paths.values())):
-        raise ValueError(f"its paths are {paths!r}; accepted is an object of strings")
-    return paths
+def _known_in(report: Report) -> Known:
+    """What the report of a ``pissa_initial.safetensors`` says, whose layers are in the order of PEFT's modules."""
+    return Known(matrices=_matrices(report), order=[layer.name for layer in report.layers])
 
 
 def _recorded(name: str, header: Header) -> tuple[TensorInfo, TensorInfo]:

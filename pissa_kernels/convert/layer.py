@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..adapter.attention import out_proj_count
+from ..adapter.layouts import attention_gain
 from ..adapter.packing import Packing, packing_of
 from ..adapter.patterns import rank_of, scaling_of
-from ..adapter.wrapped import Known, Parameter, Stored, parameters_of
+from ..adapter.wrapped import Known, Parameter, Stored, name_inside, parameters_of
 from ..checks import layer_context
 from ..files.header import DTYPES, TensorInfo
 from ..report import LayerReport
@@ -38,7 +38,7 @@ class Layer:
         settings: the name that PEFT looks up in ``rank_pattern`` and ``alpha_pattern``.
         weight: name of the weight in the base model; "" where the file does not tell it.
         wrapped: whether PEFT adapts the parameter itself, as that of fused experts, and not the module that owns it.
-        count: how often PEFT adds s·B·A to the weight: 1, but for the output projection of ``nn.MultiheadAttention``.
+        gain: how often PEFT adds s·B·A to the weight: g of :mod:`pissa_kernels.adapter.layouts`.
     """
 
     A: TensorInfo
@@ -51,12 +51,12 @@ class Layer:
     settings: str
     weight: str
     wrapped: bool = False
-    count: int = 1
+    gain: int = 1
 
     @property
     def factor(self) -> float:
-        """The factor of B·A in what the layer computes: s, or a multiple of it."""
-        return self.count * self.scaling
+        """g·s: PEFT's layer computes with W + g·s·B·A."""
+        return self.gain * self.scaling
 
     @property
     def embedding(self) -> bool:
@@ -105,27 +105,29 @@ def read_layers(
         raise ValueError(f"{file}: {error}") from None
     layers = {}
     for path, pair in factors.items():
-        with layer_context(f"layer {path!r} in {file}"):
-            layer = _layer(path, pair["A"], pair["B"], config, parameters.get(path), factors)
-        layers[layer.weight if layer.wrapped and layer.weight else path] = layer
+        name = name_inside(path, parameters)
+        with layer_context(f"layer {name!r} in {file}"):
+            layer = _layer(path, name, pair["A"], pair["B"], config, parameters.get(path), factors)
+        layers[layer.weight if layer.wrapped and layer.weight else name] = layer
     return layers
 
 
 def _layer(
     path: str,
+    name: str,
     A: TensorInfo,
     B: TensorInfo,
     config: Mapping[str, Any],
     parameter: Parameter | None,
     paths: Mapping[str, object],
 ) -> Layer:
-    attention, count = path.removesuffix(_OUT_PROJ), 1
+    attention, gain = name.removesuffix(_OUT_PROJ), 1
     if parameter is not None:
         settings, weight = parameter.name, parameter.name if parameter.decided else ""
-    elif attention != path and attention in paths:
-        settings, weight, count = attention, f"{attention}.out_proj.weight", out_proj_count()
+    elif attention != name and path.removesuffix(_OUT_PROJ) in paths:
+        settings, weight, gain = attention, f"{attention}.out_proj.weight", attention_gain()
     else:
-        settings, weight = path, f"{path}.in_proj_weight" if path + _OUT_PROJ in paths else f"{path}.weight"
+        settings, weight = name, f"{name}.in_proj_weight" if path + _OUT_PROJ in paths else f"{name}.weight"
     rank = rank_of(config, settings)
     experts = 1 if parameter is None else parameter.experts
     _check_shapes(A, B, rank, experts)
@@ -140,7 +142,7 @@ def _layer(
         settings=settings,
         weight=weight,
         wrapped=parameter is not None,
-        count=count,
+        gain=gain,
     )
 
 

@@ -71,7 +71,6 @@ def open_pair(trained: Path, initial: Path) -> Iterator[AdapterPair]:
 
 def _check_same_layers(trained: AdapterFile, initial: AdapterFile) -> None:
     plain = {name for name, layer in trained.layers.items() if layer.embedding and not initial.config}
-    _check_named(trained, initial)
     for adapter, other in ((trained, initial), (initial, trained)):
         if missing := [name for name in adapter.layers if name not in other.layers and name not in plain]:
             raise ValueError(
@@ -87,20 +86,10 @@ def _check_same_layers(trained: AdapterFile, initial: AdapterFile) -> None:
                 ("number of matrices", *parts, parts[0] == parts[1]),
                 ("shape", layer.shape, first.shape, layer.shape == first.shape),
                 ("kernel", layer.packing.kernel, first.packing.kernel, layer.packing.kernel == first.packing.kernel),
-                ("scaling", layer.scaling, first.scaling, same(layer.scaling, first.scaling)),
+                ("scaling", layer.factor, first.factor, same(layer.factor, first.factor)),
             ):
                 if not equal:
                     raise ValueError(
                         f"{what} {found} in {trained.path}, but {expected} in {initial.path}; accepted is an initial "
                         "adapter with the same settings"
                     )
-
-
-def _check_named(trained: AdapterFile, initial: AdapterFile) -> None:
-    """Refuse a file that has initial factors by names, where the trained adapter does not tell which are which."""
-    for name, layer in trained.layers.items():
-        if layer.wrapped and not layer.weight and not initial.config:
-            raise ValueError(
-                f"layer {name!r}: {trained.path} does not tell which of the parameters of one shape its factors are "
-                f"for, and {initial.path} has them by their names; give the initial adapter as PEFT saves it"
-            )
