@@ -8,13 +8,16 @@ rows are those of the groups one after another. Each row of A sees the inputs of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .names import module_name
 from .stacks import packed, unpacked
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def restacked(A: Tensor, B: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     by expert or by group; the numbers are all there.
 
     Args:
-        A, B: tensors that PEFT wrote, or (p·2r, in) of any layer.
-        packing: how the factors of the adapter itself are packed.
+        A, B: tensors that PEFT wrote.
+        packing: how the factors of the adapter are packed.
 
     Raises:
         ValueError: A or B does not have two halves of such a packing.
@@ -150,3 +153,24 @@ def restacked(A: Tensor, B: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         )
     (A, A0), (B, B0) = A.chunk(2), B.chunk(2, dim=1)
     return stacked(A, B, A0, -B0, packing)
+
+
+def restack_file(tensors: MutableMapping[str, Tensor], experts: Mapping[str, int]) -> None:
+    """:func:`restacked` of every layer in a file that PEFT wrote with ``path_initial_model_for_weight_conversion``.
+
+    Args:
+        tensors: the tensors by key, of which those of experts and of convolutions with groups are replaced.
+        experts: E of each parameter that PEFT wraps, by the wrapper's key without ".lora_A.weight".
+
+    Raises:
+        ValueError: the factors of a layer are not two adapters that were concatenated; the message names it.
+    """
+    for key in [key for key in tensors if key.endswith(_A)]:
+        module = key.removesuffix(_A)
+        A, B = tensors[key], tensors[module + _B]
+        try:
+            packing = packing_of(A.shape, B.shape, experts.get(module, 1))
+            if packing.parts > 1:
+                tensors[key], tensors[module + _B] = restacked(A, B, packing)
+        except ValueError as error:
+            raise ValueError(f"layer {module_name(module)!r}: {error}") from None
