@@ -56,9 +56,7 @@ def check_parameters(model: nn.Module, options: AdapterOptions, stacks: Sequence
     for entry in options.target_parameters:
         found = [name for name in parameters if has_name(entry, name)]
         if not found:
-            near = difflib.get_close_matches(entry, {name[-len(entry) :] for name in stacks}, n=1, cutoff=0.8)
-            hint = f"; did you mean {near[0].lstrip('.')!r}?" if near else known
-            raise ValueError(f"target_parameters: {entry!r} not found in the model{hint}")
+            raise ValueError(f"target_parameters: {entry!r} not found in the model{_hint(entry, stacks, ()) or known}")
         for name in found:
             if (shape := tuple(parameters[name].shape)) and parameters[name].ndim != 3:
                 raise ValueError(
