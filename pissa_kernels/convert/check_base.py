@@ -5,7 +5,6 @@ Where the residual is quantized, the difference is the error of the quantization
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -171,20 +170,15 @@ def _norms(W: Tensor, W_q: Tensor, factors: FactorPair, scaling: float) -> tuple
 def _weight(checkpoint: Checkpoint, layer: Layer) -> Tensor:
     """The weight of a layer, (out, in), in its own dtype; of a convolution (out, in/g·k) of all groups."""
     shard, info = _find(checkpoint, layer.weight)
-    shape, groups, kernel = layer.shape, layer.packing.groups, layer.packing.kernel
-    if kernel:
-        inputs = layer.A.shape[1] // groups
-        shape = (layer.B.shape[0], inputs * math.prod(kernel))
-        accepted: tuple[int, ...] = (layer.B.shape[0], inputs, *kernel)
-    else:
-        accepted = shape
-    if sorted(info.shape) != sorted(accepted) or (kernel and info.shape != accepted):
+    shape, accepted = layer.shape, layer.weight_shape
+    convolution = len(accepted) > 2
+    if info.shape != accepted and (convolution or sorted(info.shape) != sorted(accepted)):
         raise ValueError(f"{checkpoint.folder}: {info.name!r} has shape {info.shape}; accepted is {accepted}")
     if info.torch_dtype not in UNIT_ROUNDOFF:
         raise ValueError(f"{checkpoint.folder}: {info.name!r} has dtype {info.dtype}; accepted are F32, F16 and BF16")
     weight = _read(checkpoint, shard, info)
-    if kernel:
-        return weight.reshape(shape)
+    if convolution:
+        return weight.flatten(1)
     # fan_in_fan_out is one setting for all layers, which a model with both kinds contradicts: the shape comes first
     transposed = layer.transposed if shape[0] == shape[1] else info.shape != shape
     return weight.mT if transposed else weight

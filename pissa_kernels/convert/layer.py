@@ -69,6 +69,14 @@ class Layer:
         return self.B.shape[0] // self.packing.groups, math.prod(self.A.shape[1:])
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, if it is no stack and not stored (in, out)."""
+        packing = self.packing
+        if not packing.kernel:
+            return self.shape
+        return self.B.shape[0], self.A.shape[1] // packing.groups, *packing.kernel
+
+    @property
     def dtype(self) -> torch.dtype:
         """The smallest dtype that represents both factors exactly."""
         return torch.promote_types(DTYPES[self.A.dtype], DTYPES[self.B.dtype])

@@ -120,9 +120,16 @@ def check_place(
         )
     if place.layer is None:
         return
-    expected = adapter.layers[place.layer].shape
-    if place.transposed and not dequantized:
+    layer = adapter.layers[place.layer]
+    expected = layer.weight_shape if place.piece is None else place.piece.shape(layer)
+    if place.transposed and place.piece is None and not dequantized:
         expected = expected[::-1]
+    if layer.packing.groups > 1:
+        raise ValueError(
+            f"layer {place.layer!r} is a convolution with {layer.packing.groups} groups: its adapter reads the inputs "
+            "of all of them, which the weight has no place for; load the adapter with PEFT, which does not merge it "
+            "either"
+        )
     if shape != expected:
         raise ValueError(
             f"layer {place.layer!r}: the factors in {adapter.path.parent} are for a weight {expected}, and {key!r} of "
