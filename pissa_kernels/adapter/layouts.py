@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -121,7 +122,7 @@ class Layout:
 
     def shape(self, weight: Tensor) -> tuple[int, int]:
         """(out, in) of each matrix of a weight."""
-        _, m, n = self.stack(weight).shape
+        m, n = weight.shape[-2:]
         return (n, m) if self.transposed else (m, n)
 
     def joined(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +176,10 @@ class _Convolution(Layout):
         return super().rank(adapter) // self.parts
 
     def stack(self, weight: Tensor) -> Tensor:
-        return weight.reshape(self.parts, len(weight) // self.parts, -1)
+        return weight.reshape(self.parts, *self.shape(weight))
+
+    def shape(self, weight: Tensor) -> tuple[int, int]:
+        return len(weight) // self.parts, math.prod(weight.shape[1:])
 
     def joined(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         parts, rank, _ = A.shape

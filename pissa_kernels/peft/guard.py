@@ -125,10 +125,10 @@ def unload(
     if merge:
         for each in _wrapping(layer):
             each.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    for each in (*_wrapping(layer), *_inside(base)):
+    for each in (*_wrapping(layer), *merging.inside(base)):
         if not each.merged and records(each):
             _unload_weight(each, [] if merge else _of_recipe(each))
-    if _inside(base):
+    if merging.inside(base):
         return type(layer).unload_and_optionally_merge_module(layer, False, safe_merge, None)  # type: ignore[no-any-return]
     return base
 
@@ -138,11 +138,6 @@ def _wrapping(layer: Any) -> Iterator[Any]:
     while hasattr(layer, "base_layer"):
         yield layer
         layer = layer.base_layer
-
-
-def _inside(base: torch.nn.Module) -> list[Any]:
-    """The LoRA layer inside of an attention, which PEFT merges and unloads with it."""
-    return [base.out_proj] if isinstance(base, torch.nn.MultiheadAttention) else []
 
 
 def _unload_weight(layer: Any, wanted: list[InitRecord]) -> None:
@@ -252,6 +247,28 @@ def load_adapter(model: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Any:
         return type(model).load_adapter(model, *args, **kwargs)
 
 
+def unload_lora(model: Any, reopen: Reopen) -> None:
+    """``unload_lora`` of diffusers, which takes PEFT's layers out by itself and leaves what they store: W here."""
+    layers = [layer for _, layer in adapted_layers(model) if not layer.merged]
+    for layer in layers:
+        _check_kept(layer, False, None)
+    for layer in layers:
+        forward.restore_(layer)
+    type(model).unload_lora(model)
+    _unguard(model)
+
+
+def fuse_qkv_projections(model: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Any:
+    """``fuse_qkv_projections`` of diffusers, which copies the stored weights: only where they are no residuals."""
+    for _, layer in adapted_layers(model):
+        if not layer.merged:
+            raise ValueError(
+                f"{state.label(layer)}: fuse_qkv_projections copies stored weights without their adapters, and this "
+                "one is a residual of PiSSA. Call fuse_lora() and unload_lora() first"
+            )
+    return type(model).fuse_qkv_projections(model, *args, **kwargs)
+
+
 _UNLOAD = "unload_and_optionally_merge_module"  # PEFT looks for it on each layer
 _OF_LAYER: dict[str, Callable[..., Any]] = {
     "merge": merging.merge,
@@ -264,7 +281,12 @@ _OF_TUNER: dict[str, Callable[..., Any]] = {
     "merge_adapter": merge_adapter,
     "_unload_and_optionally_merge": unload_and_optionally_merge,
 }
-_OF_MODEL: dict[str, Callable[..., Any]] = {"add_adapter": add_adapter, "load_adapter": load_adapter}
+_OF_MODEL: dict[str, Callable[..., Any]] = {
+    "add_adapter": add_adapter,
+    "load_adapter": load_adapter,
+    "unload_lora": unload_lora,
+    "fuse_qkv_projections": fuse_qkv_projections,
+}
 
 
 def protect_peft_model(peft_model: Any, reopen: Reopen) -> None:

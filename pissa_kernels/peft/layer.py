@@ -177,9 +177,12 @@ class LayerJob:
         while budget is not None and together < self.parts and self._needed(matrices, 2 * together, device) <= budget:
             together *= 2
         for start in range(0, self.parts, together):
-            batch = list(matrices[start : start + together].to(device))
-            with layer_context(self.part_label(start)) if together == 1 else contextlib.nullcontext():
-                found += principal_factors_of_batch(batch, [self.recipe] * len(batch), dtype)
+            batch = matrices[start : start + together].to(device)
+            if together > 1:
+                found += principal_factors_of_batch(list(batch), [self.recipe] * len(batch), dtype)
+                continue
+            with layer_context(self.part_label(start)):
+                found.append(principal_factors(batch[0], self.recipe, dtype))
         return found
 
     def _needed(self, matrices: Tensor, batch: int, device: torch.device) -> int:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..adapter.layouts import layout_of
+from ..adapter.layouts import IN_ATTENTION, layout_of
 from . import state
 from .quantized import copied, is_quantized, put, scheme_of
 
@@ -20,6 +21,11 @@ _MERGED = "pissa_merged"
 _BEFORE = "pissa_packed"
 # Relative difference of scalings that are equal: PEFT multiplies and divides them, or makes float32 tensors of them.
 SCALING_TOLERANCE = 1e-6
+
+
+def inside(base: nn.Module) -> list[Any]:
+    """The LoRA layer inside of an attention, which PEFT merges and unloads with it."""
+    return [base.out_proj] if isinstance(base, nn.MultiheadAttention) else []
 
 
 def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -32,7 +38,10 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     if not new:
         method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
         return
-    check_merge(layer, new)
+    if IN_ATTENTION not in layer.__dict__:  # PEFT has changed the weight already where the attention merges it
+        check_merge(layer, new)
+    for each in inside(layout.module):
+        check_merge(each, new)
     if is_quantized(layout.module):
         with _as_merged(layer, merged):
             _merge_quantized(layer, new, safe_merge)

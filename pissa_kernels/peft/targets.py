@@ -61,6 +61,11 @@ def check_target(
         if parameter is None:
             _check_readers(model, name, notices)
         _check_place(model, name, base, config)
+        if config.use_dora and getattr(base, "groups", 1) > 1:
+            raise ValueError(
+                f"DoRA in PEFT takes its norms from another matrix where a {type(base).__name__} has groups, here "
+                f"{base.groups}. Leave out use_dora, or the layer, as with exclude_modules=[{name!r}]"
+            )
         if weight_of(base, parameter) is None:
             raise ValueError(f"{type(base).__name__} has no weight that PiSSA could initialize; leave it out")
 

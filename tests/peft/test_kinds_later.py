@@ -22,8 +22,6 @@ DTYPES = [
 every_kind = pytest.mark.parametrize("name", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 MERGED = [name for name, kind in KINDS.items() if kind.merges]
-# where [A; A₀] and [B, −B₀] make the sum of the two products
-CONCATENATED = [name for name in KINDS if KINDS[name].groups == 1 and not name.startswith("stack")]
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:
@@ -42,7 +40,7 @@ def test_a_trained_adapter_is_saved_and_loaded(name: str, dtype: torch.dtype, tm
     base = build(name, dtype)
     model, _ = patched(name, base)
     expected = train(name, model)
-    assert off(exact_output(name, base), expected) > 10 * allowed(name, base), "training has changed nothing"
+    assert off(exact_output(name, base), expected) > 5 * allowed(name, base), "training has changed nothing"
     model.save_pretrained(tmp_path)
     with pk.patch_peft() as report:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
@@ -81,7 +79,7 @@ def test_the_residual_model_and_its_adapter_load_without_the_hook(
     assert_state(before, model)
     residual = KindModel.from_pretrained(tmp_path / "out", dtype=dtype).eval()
     assert residual.state_dict().keys() == base.state_dict().keys()
-    assert off(exact_output(name, base), output(name, residual)) > 10 * allowed(name, base)
+    assert off(exact_output(name, base), output(name, residual)) > 5 * allowed(name, base)
     plain = peft.PeftModel.from_pretrained(residual, tmp_path / "out" / "pissa_init").eval()
     assert off(exact_output(name, base), output(name, plain)) <= allowed(name, base)
     report = pk.Report.read(tmp_path / "out" / "pissa_init" / "pissa_report.json")
@@ -117,7 +115,7 @@ def test_a_second_adapter(name: str, dtype: torch.dtype) -> None:
     model.set_adapter("second")
     assert off(exact_output(name, base), output(name, model)) <= allowed(name, base)
     second = train(name, model)
-    assert off(exact_output(name, base), second) > 10 * allowed(name, base)
+    assert off(exact_output(name, base), second) > 5 * allowed(name, base)
     model.set_adapter("default")
     assert off(first, output(name, model)) <= allowed(name, base)
     with model.disable_adapter():
@@ -179,7 +177,7 @@ def test_a_new_adapter_after_delete_adapter(name: str, rank: int) -> None:
     assert off(exact_output(name, base), output(name, model)) <= allowed(name, base)
     expected = train(name, model)
     model.delete_adapter("new")
-    assert off(expected, output(name, model.base_model)) > 10 * allowed(name, base)
+    assert off(expected, output(name, model.base_model)) > 5 * allowed(name, base)
     assert off(exact_output(name, base), output(name, model.base_model)) <= allowed(name, base)
 
 
@@ -211,6 +209,25 @@ def test_merging(name: str, dtype: torch.dtype) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize("name", MERGED)
+def test_merging_a_second_adapter(name: str, dtype: torch.dtype) -> None:
+    base = build(name, dtype)
+    model, _ = patched(name, base)
+    first = train(name, model)
+    with pk.patch_peft():
+        model.add_adapter("second", lora_config(name, 2))
+    model.set_adapter("second")
+    second = train(name, model)
+    model.merge_adapter(["second"])
+    assert off(second, output(name, model)) <= 2 * allowed(name, base)
+    model.unmerge_adapter()
+    assert off(second, output(name, model)) <= 2 * allowed(name, base)
+    model.set_adapter("default")
+    assert off(first, output(name, model)) <= 2 * allowed(name, base)
+    assert off(second, output(name, model.merge_and_unload(adapter_names=["second"]))) <= 2 * allowed(name, base)
+
+
+@every_dtype
 @every_kind
 def test_unload(name: str, dtype: torch.dtype) -> None:
     base = build(name, dtype)
@@ -236,25 +253,16 @@ def test_a_merge_that_peft_refuses_changes_nothing(name: str) -> None:
 
 @every_kind
 def test_peft_converts_a_trained_adapter(name: str, tmp_path: Path) -> None:
-    """The base with the plain LoRA is the trained model; where PEFT's concatenation is wrong, it is refused."""
+    """The base with the plain LoRA is the trained model."""
     base = build(name)
     model, _ = patched(name, base)
     expected = train(name, model)
     before = state(model)
     pk.save_pissa(model, tmp_path / "out")
     arguments = {"path_initial_model_for_weight_conversion": str(tmp_path / "out" / "pissa_init")}
-    refusal = ""
-    try:
-        model.save_pretrained(tmp_path / "plain", **arguments)
-    except ValueError as error:
-        refusal = str(error)
-    if refusal:
-        assert name not in CONCATENATED, refusal
-        assert "convert_adapter" in refusal
-        assert not (tmp_path / "plain").exists()
-    else:
-        plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain").eval()
-        assert off(expected, output(name, plain)) <= 2 * allowed(name, base)
+    model.save_pretrained(tmp_path / "plain", **arguments)
+    plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain").eval()
+    assert off(expected, output(name, plain)) <= 2 * allowed(name, base)
     assert_state(before, model)
 
 

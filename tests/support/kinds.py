@@ -120,7 +120,7 @@ class Kind:
     settings: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": [NAME]})
     groups: int = 1
     memory_format: torch.memory_format = torch.preserve_format
-    wide: int = 8
+    wide: int = 5
     merges: bool = True
     options: tuple[str, ...] = ("dora", "dropout", "bias")
 
@@ -153,14 +153,16 @@ def _embedding(make: Callable[..., nn.Module], *scale: float) -> Kind:
 
 
 def _conv(make: Callable[..., nn.Module], inputs: int, outputs: int, *args: Any, **options: Any) -> Kind:
-    kind = {name: options.pop(name) for name in ("memory_format", "wide") if name in options}
+    kind = {"wide": 6} | {name: options.pop(name) for name in ("memory_format", "wide") if name in options}
     groups = options.get("groups", 1)
 
     def conv(factor: int) -> nn.Module:
         return make(inputs * factor, outputs * factor, *args, **options)
 
-    matrices = flat if groups == 1 else in_groups(groups)
-    return Kind(conv, _images, matrices, groups=groups, merges=groups == 1, **kind)
+    if groups == 1:
+        return Kind(conv, _images, flat, **kind)
+    # PEFT's DoRA takes norms of another matrix where there are groups
+    return Kind(conv, _images, in_groups(groups), groups=groups, merges=False, options=("dropout", "bias"), **kind)
 
 
 def _stack(experts: int, is_transposed: bool) -> Kind:
@@ -169,7 +171,7 @@ def _stack(experts: int, is_transposed: bool) -> Kind:
 
     names = {f"{NAME}.{name}": f"{NAME}.{name}" for name in ("gate_up_proj", "down_proj")}
     matrices = stacked_transposed if is_transposed else stacked
-    return Kind(stack, _expert_inputs, matrices, names, {"target_parameters": list(names)}, options=())
+    return Kind(stack, _expert_inputs, matrices, names, {"target_parameters": list(names)}, wide=8, options=())
 
 
 KINDS: dict[str, Kind] = {
@@ -195,7 +197,8 @@ KINDS: dict[str, Kind] = {
     "MultiheadAttention": Kind(
         lambda factor: nn.MultiheadAttention(32 * factor, 4, batch_first=True),
         lambda layer: _noise(3, 7, layer.embed_dim),
-        weights={NAME: f"{NAME}.in_proj_weight", f"{NAME}.out_proj": f"{NAME}.out_proj.weight"},
+        wide=6,
+        weights={NAME: f"{NAME}.in_proj_weight", f"{NAME}.base_layer.out_proj": f"{NAME}.out_proj.weight"},
         options=("dropout",),
     ),
     "parameter": Kind(
