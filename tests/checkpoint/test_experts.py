@@ -272,11 +272,11 @@ def test_ranks_and_scalings_of_parameters(tmp_path: Path) -> None:
     found = {layer.name.removeprefix("model.layers."): (layer.rank, layer.scaling) for layer in report.layers}
     assert found == {
         "0.mlp.experts.gate_up_proj": (3, 5.0),
-        "0.mlp.experts.down_proj": (28, 2.0),
+        "0.mlp.experts.down_proj": (24, 2.0),
         "1.mlp.experts.gate_up_proj": (30, 0.5),
-        "1.mlp.experts.down_proj": (28, 2.0),
+        "1.mlp.experts.down_proj": (24, 2.0),
     }
-    assert any("narrower than the rank" in note and "down_proj (rank 28 instead of 30)" in note for note in notes)
+    assert any("narrower than the rank" in note and "down_proj (rank 24 instead of 30)" in note for note in notes)
     assert moved(output(model), output(load(tmp_path / "out", torch.float32))) <= allowed(torch.float32)
     assert pk.verify_checkpoint(folder, tmp_path / "out", progress=False) == []
     assert max(deficit for _, deficit in deficits(model, tmp_path / "out")) <= 1e-6
@@ -297,7 +297,7 @@ def test_dry_run_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     command = ["init", str(folder), str(tmp_path / "out"), "--rank", "4", "--target-parameters", "gate_up_proj"]
     assert main([*command, "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert f"gate_up_proj  {EXPERTS}×56×40" in text
+    assert f"gate_up_proj  {EXPERTS}×48×40" in text
     assert f"{2 * 2 * EXPERTS} tensors become residuals" in text
     assert main([*command, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -311,3 +311,45 @@ def test_dry_run_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["verify", str(folder), str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [len(layer["parts"]) for layer in found["layers"]] == [EXPERTS, EXPERTS]
+
+
+# Quantized results
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_linear_layers_are_quantized_and_experts_are_not(name: str, tmp_path: Path) -> None:
+    """The layers around the experts are quantized as transformers does it, with its codes; the experts are residuals."""
+    folder = saved(moe(name), tmp_path / "model")
+    out = tmp_path / "out"
+    notes: list[str] = []
+    init(folder, out, quantize="nf4", on_plan=lambda job: notes.extend(job.notes()))
+    (note,) = [note for note in notes if "bitsandbytes" in note]
+    assert note.startswith("stay in their dtype, as bitsandbytes quantizes linear layers alone: model.layers.0.mlp.exp")
+    assert pk.verify_checkpoint(folder, out, progress=False) == []
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    load_stock = transformers.AutoModelForCausalLM.from_pretrained
+    stock = load_stock(folder, quantization_config=config, dtype=torch.float32).eval()
+    residual = load_stock(out, dtype=torch.float32).eval()
+    kinds = [{type(module).__name__ for module in model.modules()} for model in (stock, residual)]
+    assert kinds[0] == kinds[1]
+    assert "Linear4bit" in kinds[0]
+    assert all(stack.dtype == torch.float32 for _, stack in stacks(residual))
+    expected = output(stock)
+    assert moved(expected, output(residual)) > 3 * allowed(torch.float32)
+    adapted = peft.PeftModel.from_pretrained(residual, out, subfolder="pissa_init").eval()
+    assert moved(expected, output(adapted)) <= allowed(torch.float32)
+
+
+def test_quantized_modules_beside_experts(tmp_path: Path) -> None:
+    folder = saved(moe("deepseek_v3", torch.bfloat16), tmp_path / "model")
+    report = init(folder, tmp_path / "out", target_modules=["o_proj"], quantize="nf4")
+    found = {layer.name: layer for layer in report.layers}
+    assert [layer.quantization is not None for layer in found.values()] == [".o_proj" in name for name in found]
+    assert sum(bool(layer.parts) for layer in found.values()) == 2
+    checked = pk.verify_checkpoint(folder, tmp_path / "out", progress=False)
+    assert checked == []
+    assert len(checked.layers) == 2
+    loaded = load(tmp_path / "out", torch.bfloat16)
+    assert output(loaded).isfinite().all()

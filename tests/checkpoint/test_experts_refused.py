@@ -52,7 +52,7 @@ def rename(values: dict[str, torch.Tensor], old: str, new: str) -> None:
 
 
 def stack_twice(values: dict[str, torch.Tensor]) -> None:
-    values["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(11, 56, 40, dtype=torch.bfloat16)
+    values["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(11, 48, 40, dtype=torch.bfloat16)
 
 
 # by name: what is done to the checkpoint, words of the message
@@ -72,12 +72,12 @@ SPOILT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "one by one and fused": (stack_twice, rf"layer '{NAME}': transformers loads it from 23 tensors"),
     "a narrow expert": (
-        lambda values: values.update({W1.format(5): torch.zeros(28, 39, dtype=torch.bfloat16)}),
-        rf"layer '{NAME}': tensor '.*experts\.5\.w1\.weight' has shape \(28, 39\), others have \(28, 40\)",
+        lambda values: values.update({W1.format(5): torch.zeros(24, 39, dtype=torch.bfloat16)}),
+        rf"layer '{NAME}': tensor '.*experts\.5\.w1\.weight' has shape \(24, 39\), others have \(24, 40\)",
     ),
     "all experts have more rows": (
-        lambda values: values.update({W1.format(e): torch.zeros(30, 40, dtype=torch.bfloat16) for e in range(11)}),
-        rf"layer '{NAME}': each expert has tensors of shape \(30, 40\) and \(28, 40\), and the model has \(56, 40\)",
+        lambda values: values.update({W1.format(e): torch.zeros(26, 40, dtype=torch.bfloat16) for e in range(11)}),
+        rf"layer '{NAME}': each expert has tensors of shape \(26, 40\) and \(24, 40\), and the model has \(48, 40\)",
     ),
     "integers": (
         lambda values: values.update({name: value.to(torch.int8) for name, value in values.items() if "w1" in name}),
@@ -93,7 +93,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "NaN": (
         lambda values: values[W1.format(3)].fill_(float("nan")),
-        rf"layer '{NAME}\[3\]', weight \(56, 40\): .*; the unfinished result is deleted: repair the weight, or leave "
+        rf"layer '{NAME}\[3\]', weight \(48, 40\): .*; the unfinished result is deleted: repair the weight, or leave "
         "the layer out of --target-parameters",
     ),
 }
@@ -128,7 +128,7 @@ ARGUMENTS: dict[str, tuple[Sequence[str], str]] = {
     ),
     "rank of a stack too high": (
         ["--target-parameters", "gate_up_proj", "--rank-pattern", "gate_up_proj=41"],
-        rf"layer '{NAME}', 11 weights of \(56, 40\): .*1 ≤ r ≤ 40, got r=41",
+        rf"layer '{NAME}', 11 weights of \(48, 40\): .*1 ≤ r ≤ 40, got r=41",
     ),
     "a pattern of another parameter": (
         ["--target-parameters", "gate_up_proj", "--rank-pattern", "experts.down_proj=2"],
@@ -167,7 +167,7 @@ def test_names_that_peft_takes_for_parameters(tmp_path: Path, capsys: pytest.Cap
     """The dense layer of DeepSeek has a down_proj; PEFT adapts the experts' stack in its place."""
     base = saved(moe("deepseek_v3"), tmp_path / "source" / "model")
     names = ["--target-modules", "q_a_proj", "down_proj"]
-    refused(capsys, r"is a DeepseekV3\w+ whose down_proj has shape \(11, 40, 28\)", base, tmp_path / "out", *names)
+    refused(capsys, r"is a DeepseekV3\w+ whose down_proj has shape \(11, 40, 24\)", base, tmp_path / "out", *names)
     more = ["--target-parameters", "mlp.experts.down_proj"]
     refused(capsys, "PEFT adapts the parameters down_proj in place of", base, tmp_path / "out", *names, *more)
 
@@ -175,7 +175,7 @@ def test_names_that_peft_takes_for_parameters(tmp_path: Path, capsys: pytest.Cap
 def test_a_single_transposed_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = moe("gpt_oss", experts=1)
     base = saved(model, tmp_path / "source" / "model")
-    words = r"down_proj' has shape \(1, 28, 40\), a single matrix stored \(in, out\), to which PEFT adds the change"
+    words = r"down_proj' has shape \(1, 24, 40\), a single matrix stored \(in, out\), to which PEFT adds the change"
     refused(capsys, words, base, tmp_path / "out", "--target-parameters", *BOTH)
 
 
@@ -227,7 +227,7 @@ def test_transposed_on_loading(tmp_path: Path) -> None:
     """Qwen3-VL's file has (E, in, out), and its model (E, out, in)."""
     text = {
         "hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 100, "num_experts": 11, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "head_dim": 10,
+        "vocab_size": 100, "num_experts": 11, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 10,
         "intermediate_size": 64, "pad_token_id": None,
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 40}
@@ -243,11 +243,11 @@ def test_transposed_on_loading(tmp_path: Path) -> None:
     edit(base, transpose)
     (key,) = [name for name in tensors(base) if name.endswith("experts.gate_up_proj")]
     (stack,) = [value for name, value in model.named_parameters() if name.endswith("experts.gate_up_proj")]
-    assert tensors(base)[key].shape == (11, 40, 56)
-    assert stack.shape == (11, 56, 40)
+    assert tensors(base)[key].shape == (11, 40, 48)
+    assert stack.shape == (11, 48, 40)
     report = pk.init_checkpoint(base, tmp_path / "out", rank=4, target_parameters=BOTH, progress=False)
     assert pk.verify_checkpoint(base, tmp_path / "out", progress=False) == []
-    assert {layer.shape for layer in report.layers} == {(56, 40), (40, 28)}
+    assert {layer.shape for layer in report.layers} == {(48, 40), (40, 24)}
     import peft
 
     loaded = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "out").eval()

@@ -30,8 +30,6 @@ from .test_resume import KILLS
 
 EXPERTS = 3
 OPTIONS = AdapterOptions(rank=4, target_modules=("q_proj",), target_parameters=tuple(BOTH))
-# Files of a run that are filled at its end, besides those of the journal.
-LAST = 25
 
 
 @dataclasses.dataclass
@@ -101,15 +99,23 @@ def _clear(undisturbed: Undisturbed) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_killed_at_steps(undisturbed: Undisturbed) -> None:
-    """A draw of all steps, and those of the end: B is packed, the report and the manifest are written and moved."""
+    """A draw of the steps at work, and of those after it: B is packed, and all is written, flushed and moved."""
     steps = undisturbed.steps
     every = [(step, torn) for step, name in enumerate(steps) for torn in ([False, True] if name in TORN else [False])]
-    early = [one for one in every if one[0] < len(steps) - LAST]
-    chosen = [*random.Random(0).sample(early, min(KILLS, len(early))), *every[len(early) :]]
+    worked = len(steps) - steps[::-1].index("journal")
+    draw = random.Random(0)
+    for part in ([one for one in every if one[0] < worked], [one for one in every if one[0] >= worked]):
+        chosen = draw.sample(part, min(KILLS, len(part)))
+        assert len(chosen) >= 10
+        kill_at(undisturbed, chosen)
+
+
+def kill_at(undisturbed: Undisturbed, chosen: list[tuple[int, bool]]) -> None:
+    """Kill a run at each step, in the middle of it or before, resume it, and compare."""
     for step, torn in chosen:
         undisturbed.killed(step, torn)
         undisturbed.resume()
-        undisturbed.check(f"killed at step {step}, {steps[step]}")
+        undisturbed.check(f"killed at step {step}, {undisturbed.steps[step]}")
 
 
 def test_finished_experts_are_kept(undisturbed: Undisturbed) -> None:

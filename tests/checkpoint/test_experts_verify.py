@@ -202,7 +202,7 @@ def test_a_manifest_of_other_matrices_is_found(copies: tuple[Path, Path]) -> Non
     changes: list[dict[str, Any]] = (
         [{"experts": EXPERTS + 1}, {"transposed": False}]
         if is_fused(out)
-        else [{"expert": EXPERTS}, {"expert": 4}, {"rows": [1, 29]}, {"rows": [0, 27]}, {"transposed": True}]
+        else [{"expert": EXPERTS}, {"expert": 4}, {"rows": [1, 25]}, {"rows": [0, 23]}, {"transposed": True}]
     )
     for change in changes:
         edit_manifest(out, lambda record, change=change: record["targets"][tensor].update(change))  # type: ignore[misc]

@@ -18,18 +18,19 @@ def moe(name: str, dtype: torch.dtype = torch.float32, experts: int = EXPERTS, l
     """A seeded model with stacks of experts: mixtral, qwen3_moe, deepseek_v3 (a dense layer first) or gpt_oss."""
     import transformers as t
 
+    # sides are multiples of 8, as torch's grouped products need them in 16-bit dtypes
     common = {
         "hidden_size": 40, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 100, "num_experts_per_tok": 2, "tie_word_embeddings": False, "pad_token_id": None,
         "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
-    routed: dict[str, Any] = {"intermediate_size": 64, "moe_intermediate_size": 28}
+    routed: dict[str, Any] = {"intermediate_size": 64, "moe_intermediate_size": 24}
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     state = torch.get_rng_state()
     torch.manual_seed(0)
     if name == "mixtral":
         model: Any = t.MixtralForCausalLM(
-            t.MixtralConfig(**common, intermediate_size=28, num_local_experts=experts, head_dim=10)
+            t.MixtralConfig(**common, intermediate_size=24, num_local_experts=experts, head_dim=10)
         )
     elif name == "qwen3_moe":
         model = t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**common, **routed, num_experts=experts, head_dim=10))
@@ -39,7 +40,7 @@ def moe(name: str, dtype: torch.dtype = torch.float32, experts: int = EXPERTS, l
         model = t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**{**common, **heads}, **routed, **latent, **groups))
     else:
         model = t.GptOssForCausalLM(
-            t.GptOssConfig(**common, intermediate_size=28, num_local_experts=experts, head_dim=10)
+            t.GptOssConfig(**common, intermediate_size=24, num_local_experts=experts, head_dim=10)
         )
     torch.set_rng_state(state)
     for index, (_, stack) in enumerate(stacks(model)):
