@@ -256,3 +256,30 @@ def test_a_parameter_that_the_checkpoint_does_not_have(copied: Path) -> None:
     shutil.copytree(copied / "out/pissa_init", copied / "trained")
     rewrite(copied / "trained", target_parameters=["experts.gate_up_proj", "experts.other"])
     refused(copied, r"model\.layers\.\d\.mlp\.experts\S*'?: .*")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_residual_of_the_hook(name: str, tmp_path: Path) -> None:
+    """No manifest tells where its experts are: the model does."""
+    model = moe(name, torch.float32, layers=2)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["o_proj"], target_parameters=BOTH, init_lora_weights="pissa"
+    )
+    saved(model, tmp_path / "base")
+    with pk.patch_peft():
+        adapted = peft.get_peft_model(copy.deepcopy(model), config)
+        pk.save_pissa(adapted, tmp_path / "out")
+        trained = train(adapted.train(), tmp_path / "trained", 3.0)
+        wanted = output(adapted.eval())
+    pk.merge_checkpoint(tmp_path / "out", trained, tmp_path / "merged", progress=False)
+    assert moved(wanted, output(load(tmp_path / "merged"))) <= allowed(torch.float32)
+    assert moved(output(model), wanted) > 100 * allowed(torch.float32)
+    for initial in ("out", "trained"):
+        lora = tmp_path / f"lora from {initial}"
+        done = pk.convert_adapter(trained, tmp_path / initial, lora, base=tmp_path / "base")
+        # the file of Mixtral has experts one by one, whose names are those of no parameter
+        assert len(done.notes) == (0 if (initial, name) == ("out", "gpt_oss") else 1)
+        assert (done.checked is not None) == (initial == "out")
+        assert {layer.parts for layer in done.layers} == {1, EXPERTS}
+        plain = peft.PeftModel.from_pretrained(copy.deepcopy(model), lora).eval()
+        assert moved(wanted, output(plain)) <= allowed(torch.float32)

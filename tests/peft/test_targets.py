@@ -67,9 +67,7 @@ def scores(model: Any) -> torch.Tensor:
         return model(IMAGES).logits
 
 
-def assert_refused(
-    model: nn.Module, settings: peft.LoraConfig, words: str, kind: type[Exception] = ValueError
-) -> None:
+def assert_refused(model: nn.Module, settings: peft.LoraConfig, words: str, kind: type[Exception] = ValueError) -> None:
     """Refused with these words; the model has the modules and the weights that it had."""
     names = [name for name, _ in model.named_modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
