@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
 from typing import Any
 
 from .patterns import has_name, matches, rank_of, scaling_of
 
 _INNER = ".base_layer"
+# Ways to name the wrappers of one module that are tried: all of seven.
+_MOST_OPTIONS = 5040
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,26 @@ def _options(
                 f"accepted are factors of {' or '.join(names) or 'a parameter of target_parameters'}, with as many "
                 "rows for each matrix as the rank of the config"
             )
-    for option in permutations(names, len(paths)):
-        if all(name in fits for name, fits in zip(option, fitting, strict=True)):
-            yield option
+    chosen: list[str] = []
+
+    def extend() -> Iterator[tuple[str, ...]]:
+        if len(chosen) == len(paths):
+            yield tuple(chosen)
+            return
+        for name in fitting[len(chosen)]:
+            if name not in chosen:
+                chosen.append(name)
+                yield from extend()
+                chosen.pop()
+
+    for number, option in enumerate(extend()):
+        if number == _MOST_OPTIONS:
+            raise ValueError(
+                f"layer {module!r}: the adapter's file does not say which of {len(names)} parameters its "
+                f"{len(paths)} pairs of factors are for; give the initial adapter in the residual checkpoint of init, "
+                "or in a pissa_initial.safetensors"
+            )
+        yield option
 
 
 def _is_in_order(option: Sequence[str], order: Sequence[str]) -> bool:

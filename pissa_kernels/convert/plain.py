@@ -58,7 +58,8 @@ def plan_plain(pair: AdapterPair, rank: int | None) -> PlainLora:
         rank: K; None for 2r.
 
     Raises:
-        ValueError: K is out of range or no rank of a convolution with groups, or a tensor to copy has an unknown dtype.
+        ValueError: K is out of range or no rank of a convolution with groups; such a one has DoRA; or a tensor to copy
+            has an unknown dtype.
     """
     trained, initial = pair.trained, pair.initial
     highest = 2 * max(layer.rank for layer in trained.layers.values())
@@ -72,6 +73,11 @@ def plan_plain(pair: AdapterPair, rank: int | None) -> PlainLora:
             if rank is not None
             else torch.promote_types(layer.dtype, initial.layers.get(name, layer).dtype)
         )
+        if layer.packing.groups > 1 and trained.config.get("use_dora"):
+            raise ValueError(
+                f"layer {name!r} is a convolution with {layer.packing.groups} groups under DoRA, whose norms PEFT takes "
+                "of another product than the one that it adds, so that no other factors have them; use it with PEFT"
+            )
         if ranks[name] % layer.packing.groups:
             raise ValueError(
                 f"layer {name!r} is a convolution with {layer.packing.groups} groups, which PEFT gives ranks that are "

@@ -162,3 +162,14 @@ def test_refusals(found: dict[str, Stored], words: str) -> None:
     config = {"r": 2, "lora_alpha": 2, "target_parameters": ["e.x", "e.y"]}
     with pytest.raises(ValueError, match=words):
         parameters_of(found, config)
+
+
+def test_many_parameters_that_nothing_tells_apart() -> None:
+    names = [f"p{index}" for index in range(9)]
+    config = {"r": 2, "lora_alpha": 2, "target_parameters": [f"e.{name}" for name in names]}
+    found = {path: Stored(8, (3, 3)) for path in wrapper_paths("e", names).values()}
+    with pytest.raises(ValueError, match=r"layer 'e': .* which of 9 parameters its 9 pairs of factors are for"):
+        parameters_of(found, config)
+    known = Known(names={path: name for name, path in wrapper_paths("e", names).items()})
+    read = parameters_of(found, config, known)
+    assert {path: parameter.name for path, parameter in read.items()} == dict(known.names)

@@ -105,7 +105,7 @@ def test_a_rank_that_groups_do_not_divide(rank: int, tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
-@pytest.mark.parametrize("kind", ["embedding", "conv1d", "conv2d"])
+@pytest.mark.parametrize("kind", ["embedding", "conv1d", "conv2d", "conv3d"])
 def test_dora_keeps_its_magnitudes(kind: str, tmp_path: Path) -> None:
     """Each takes its norms from the sum of the weight and the product, which is the same in both models."""
     torch.manual_seed(2)
@@ -116,6 +116,16 @@ def test_dora_keeps_its_magnitudes(kind: str, tmp_path: Path) -> None:
     done = convert_adapter(tmp_path / "trained", tmp_path / "residual", tmp_path / "lora", base=tmp_path / "base")
     assert len(done.carried) == 1
     assert off(output(loaded(base, tmp_path / "lora")), output(model)) <= 1e-6
+
+
+def test_dora_of_groups_is_refused(tmp_path: Path) -> None:
+    """PEFT takes its norms from a product of A and B that no forward pass computes with."""
+    torch.manual_seed(2)
+    base = Kinds()
+    save(tmp_path, base, adapted(base, target_modules=["grouped"], use_dora=True))
+    with pytest.raises(ValueError, match=r"layer 'grouped' is a convolution with 2 groups under DoRA, .*; use it with"):
+        convert_adapter(tmp_path / "trained", tmp_path / "residual", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("key", ["embed.weight", "attn.in_proj_weight", "attn.out_proj.weight", "conv2.weight"])

@@ -21,6 +21,7 @@ from ..peft.test_models import moved
 from ..peft.test_save import allowed
 from ..support.checkpoints import tensors
 from ..support.experts import BOTH, EXPERTS, moe, saved
+from ..support.merging import adapt as adapt_quantized
 from ..support.merging import load, train
 from ..support.models import output
 from ..support.reference import ROUNDOFF
@@ -283,3 +284,21 @@ def test_a_residual_of_the_hook(name: str, tmp_path: Path) -> None:
         assert {layer.parts for layer in done.layers} == {1, EXPERTS}
         plain = peft.PeftModel.from_pretrained(copy.deepcopy(model), lora).eval()
         assert moved(wanted, output(plain)) <= allowed(torch.float32)
+
+
+@pytest.mark.parametrize(("name", "fused"), [("qwen3_moe", False), ("gpt_oss", True)])
+def test_quantized_layers_around_experts(name: str, fused: bool, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
+    out = residual(tmp_path, name, torch.float32, fused, quantize="nf4")
+    model = adapt_quantized(out, out / "pissa_init")
+    trained = train(model, tmp_path / "trained", 3.0)
+    report = pk.merge_checkpoint(out, trained, tmp_path / "merged", progress=False)
+    assert {layer.quantized for layer in report.layers} == {None, "nf4"}
+    base, found = tensors(tmp_path / "base"), tensors(tmp_path / "merged")
+    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in base.items()}
+    assert moved(output(model.eval()), output(load(tmp_path / "merged"))) <= allowed(torch.float32)
+    converted = pk.convert_adapter(trained, out, tmp_path / "lora", base=tmp_path / "base")
+    assert converted.checked is not None
+    assert converted.checked <= 1
+    dropped = {layer.name for layer in converted.layers if layer.dropped is not None}
+    assert dropped == {layer.name for layer in report.layers if layer.quantized}
