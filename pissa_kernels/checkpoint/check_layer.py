@@ -47,6 +47,8 @@ class LayerCheck:
         energy: Σσᵢ²/‖W‖_F² of the singular values in the report, at most 1.
         residual: max of ‖W·vᵢ − σᵢ·uᵢ‖ and ‖Wᵀ·uᵢ − σᵢ·vᵢ‖ over σ₁, with vᵢ and uᵢ from the factors as stored.
         problem: what does not hold, "" if everything does.
+        parts: checks of the single matrices, where the layer has several: the largest errors of them are the layer's,
+            and the energy is that of all together.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LayerCheck:
     energy: float
     residual: float
     problem: str
+    parts: tuple[LayerCheck, ...] = ()
 
 
 class Errors(NamedTuple):

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..adapter.tensors import Conversion
+from ..adapter.tensors import conversions_of_parameters as conversions_of
 from ..adapter.tensors import tensors_of_parameters as tensors_of
 from ..files.folder import Checkpoint
 from .config import is_model_class, making_model
@@ -112,3 +114,8 @@ def _classes_of(config: Any) -> list[type]:
 def tensors_of_parameters(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """:func:`pissa_kernels.adapter.tensors.tensors_of_parameters` of a checkpoint's tensors."""
     return tensors_of(model, checkpoint.tensors(), model.state_dict())
+
+
+def conversions_of_parameters(model: Any, checkpoint: Checkpoint) -> dict[str, Conversion]:
+    """:func:`pissa_kernels.adapter.tensors.conversions_of_parameters` of a checkpoint's tensors."""
+    return conversions_of(model, checkpoint.tensors(), model.state_dict())

@@ -25,6 +25,7 @@ from ..report.strict import load
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST
 from .placement import Placement, appeared, is_result_of
 from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob
+from .stacks import STAGED
 
 PLAN = "plan.json"
 
@@ -73,7 +74,7 @@ class Journal:
 
     def _known_files(self) -> set[str]:
         """What a run writes into the folder, by its plan."""
-        known = {PLAN}
+        known = {PLAN, STAGED}
         if self.exists():
             source = self._plan()["plan"]["fingerprint"]
             written = {*source, MANIFEST, REPORT, REPORT_DIGEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS}
@@ -115,8 +116,10 @@ class Journal:
 
     def lay_out(self, job: CheckpointJob) -> None:
         """Create every file that tensors are written into, at its full size and with its header. Contents are kept."""
-        for name, header in job.headers.items():
-            path = self.out / name
+        files = {self.out / name: header for name, header in job.headers.items()}
+        if job.staged is not None:
+            files[self.folder / STAGED] = job.staged
+        for path, header in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = system.open_to_write(path, os.O_CREAT)
             try:

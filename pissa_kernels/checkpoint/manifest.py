@@ -1,4 +1,15 @@
-"""``pissa_manifest.json``: the source and options of a residual checkpoint, and the hashes of its tensors and files."""
+"""``pissa_manifest.json``: the source and options of a residual checkpoint, and the hashes of its tensors and files.
+
+``targets`` has every tensor that is a residual, with its ``layer``, the name in the model, and ``transposed``, whether
+each matrix is stored (in, out). The factors of a linear layer have the keys of its name. A stack of matrices, such as
+the experts of a block, has the name of a parameter, and besides:
+
+- ``key``: the module of its factors, as in "model.layers.0.mlp.experts.base_layer", the wrapper that PEFT makes. They
+  are packed: row e·r + k of A (r·E, in) and column k·E + e of B (out, r·E) belong to matrix e.
+- Where one tensor is the whole stack, ``experts``: E. Its entry in ``files`` has a hash for each matrix, in a list.
+- Where a tensor belongs to one matrix, ``expert``: e, from 0, and ``rows``: the first row of the matrix (out, in) that
+  it has, and the one after the last.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +39,9 @@ class Manifest:
     Attributes:
         plan: options and source of the run (:meth:`pissa_kernels.checkpoint.plan.CheckpointJob.record`).
         files: by path, {"header": hash, "tensors": {name: hash}} of a safetensors file, {"sha256": hash} of another.
-        targets: by name of a tensor, {"layer": name in the model, "transposed": whether it is stored (in, out)}.
+            A tensor that is a whole stack has a list of hashes, one for each matrix.
+        targets: by name of a tensor, {"layer": name in the model, "transposed": whether it is stored (in, out)}, and
+            the entries above of a stack.
         quantized: the same of the tensors that have become quantized, targets or not.
     """
 
@@ -93,16 +106,38 @@ def _is_complete(record: Mapping[str, Any]) -> bool:
         and (not quantized or _is_quantization(plan.get("quantization")))
         and all(isinstance(part, dict) for part in (*files.values(), *targets.values(), *quantized.values()))
         and all(
-            isinstance(file["header"], str) and isinstance(file["tensors"], dict)
+            isinstance(file["header"], str)
+            and isinstance(file["tensors"], dict)
+            and all(map(_is_hash, file["tensors"].values()))
             if "tensors" in file
             else isinstance(file["sha256"], str)
             for file in files.values()
         )
         and all(
-            isinstance(layer["layer"], str) and type(layer["transposed"]) is bool
+            isinstance(layer["layer"], str) and type(layer["transposed"]) is bool and _is_of_stack(layer)
             for layer in (*targets.values(), *quantized.values())
         )
     )
+
+
+def _is_hash(value: object) -> bool:
+    """Whether a value is the hash of a tensor, or those of its matrices."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _is_of_stack(layer: Mapping[str, Any]) -> bool:
+    """Whether the entries of a tensor say which matrices of a stack it has, or none."""
+    others = {name: value for name, value in layer.items() if name not in ("layer", "transposed", "key")}
+    if "key" not in layer:
+        return not others
+    match others:
+        case {"experts": number}:
+            numbers, fits = [number], len(others) == 1
+        case {"expert": number, "rows": [first, last]}:
+            numbers, fits = [number + 1, last - first, first + 1], len(others) == 2
+        case _:
+            return False
+    return fits and isinstance(layer["key"], str) and all(type(value) is int and value >= 1 for value in numbers)
 
 
 def _is_quantization(record: object) -> bool:

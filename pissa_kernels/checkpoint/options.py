@@ -29,7 +29,9 @@ class AdapterOptions:
         alpha: ``lora_alpha``; None for the rank, a scaling of 1.
         init: "pissa" or "pissa_niter_N".
         seed: seed of the sketches.
-        target_modules: names, "all-linear" among them or alone, or one regular expression.
+        target_modules: names, "all-linear" among them or alone, or one regular expression; none where only parameters
+            are adapted.
+        target_parameters: names of parameters that are stacks of matrices, such as fused experts, or their ends.
         exclude_modules: names, or one regular expression.
         rank_pattern, alpha_pattern: ranks and alphas of single layers, as PEFT takes them.
         use_rslora: scale by alpha/√r instead of alpha/r.
@@ -44,6 +46,7 @@ class AdapterOptions:
     init: str = "pissa"
     seed: int = 0
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -73,8 +76,11 @@ class AdapterOptions:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("target_modules", "exclude_modules"):
             _check_entries(name, getattr(self, name))
-        if not self.target_modules:
+        _check_entries("target_parameters", self.target_parameters, expressions=False)
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty; give names of modules, or None for all-linear")
+        if not self.target_modules and self.exclude_modules:
+            raise ValueError("exclude_modules leaves out modules, and target_parameters alone adapts none")
         if any(map(is_all_linear, self.exclude_modules)):
             raise ValueError("exclude_modules takes names, or one regular expression, but not all-linear")
 
@@ -102,6 +108,11 @@ def entries(name: str, modules: str | Iterable[str] | None, default: tuple[str, 
     if isinstance(modules, (bytes, Mapping)) or not isinstance(modules, Iterable):
         raise TypeError(f"{name} must be a name or a list of names, got {modules!r}")
     return tuple(sorted(modules) if isinstance(modules, (set, frozenset)) else modules)
+
+
+def default_modules(target_parameters: tuple[str, ...]) -> tuple[str, ...]:
+    """What ``target_modules`` are if they are not given: all linear layers, or none beside named parameters."""
+    return () if target_parameters else (ALL_LINEAR,)
 
 
 def is_all_linear(entry: str) -> bool:
@@ -135,14 +146,18 @@ def check_expression(entry: str) -> None:
             raise ValueError(f"{entry!r} is not a regular expression: {error}{hint}") from None
 
 
-def _check_entries(option: str, names: tuple[str, ...]) -> None:
+def _check_entries(option: str, names: tuple[str, ...], *, expressions: bool = True) -> None:
     for index, entry in enumerate(names):
         if not isinstance(entry, str):
-            raise TypeError(f"{option} must be names of modules, got {entry!r}")
+            raise TypeError(f"{option} must be names of {'modules' if expressions else 'parameters'}, got {entry!r}")
         if not entry.strip():
             raise ValueError(f"{option} has an empty name")
         if entry in names[:index]:
             raise ValueError(f"{option} names {entry!r} twice")
+        if not expressions:
+            if is_expression(entry):
+                raise ValueError(f"{option} takes names or their ends, and {entry!r} is a regular expression")
+            continue
         try:
             check_expression(entry)
         except ValueError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..files.atomic import sha256_of_file
 from ..files.destination import check_deletable
-from ..files.header import chunks, read_header, sha256_of
+from ..files.header import has_hashes, read_header
 from ..files.places import Places
 from ..files.system import flush
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST, Manifest
@@ -200,6 +200,6 @@ def _is_as_written(path: Path, about: object) -> bool:
             with contextlib.suppress(ValueError), path.open("rb") as file:
                 infos = read_header(path).tensors
                 return infos.keys() == hashes.keys() and all(
-                    sha256_of(chunks(file.fileno(), info)) == hashes[name] for name, info in infos.items()
+                    has_hashes(file.fileno(), info, hashes[name]) for name, info in infos.items()
                 )
     return False

@@ -18,43 +18,52 @@ from ..files.destination import destination
 from ..files.folder import Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, sha256
 from ..files.walk import printable
-from ..quantize.iteration import DEFAULT_ITERATIONS
-from ..svd.cost import choose_plan, machine_of, workspace
+from .cost import COPIED_PER_SECOND, svd_seconds, tensor_seconds, worker_bytes
 from .manifest import MANIFEST
 from .options import AdapterOptions
 from .placement import Placement
 from .quantization import QuantizationOptions, QuantizationPlan, plan_quantization
 from .quantized_files import quantized_texts, result_header
-from .targets import Adapter, LinearWeight, Target, find_targets
+from .selection import listed
+from .targets import Adapter, find_targets
+from .weights import Expert, LinearWeight, Stack, Target
 
 ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
-# Bytes that are read, hashed and written per second, to weigh a copy against a decomposition.
-COPIED_PER_SECOND = 5e8
-# Elements that are quantized and dequantized per second, the error measured: on a core of an Intel Xeon, and as is
-# estimated for an H100.
-QUANTIZED_PER_SECOND = {"cpu": 2e7, "cuda": 1e10}
-# An SVD that starts from the triplets of the iteration before, against one from the start.
-WARM_SVD = 0.1
-# Bytes for each element of a weight, beyond it, at the peak of an iteration, as measured on a CPU: the weight, its
-# residual and what bitsandbytes makes of it in float32, codes of four or, in fp4, eight bytes, and dequantized values.
-QUANTIZATION_BYTES = {"nf4": 32, "fp4": 48, "int8": 36}
 
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One tensor of the checkpoint, to be copied, to become a residual, or to be quantized.
+    """One tensor of the checkpoint, to be copied, to become a residual, or to be quantized; or one matrix of a stack.
 
     Attributes:
-        shard, info: file and place of the tensor in the source. In the result, the file's header has its place.
-        target: the layer; None for one without an adapter.
+        shard, info: file and place of the tensor in the source. In the result, the file's header has its place. Of a
+            matrix that has several pieces, the first.
+        target: the layer, or the matrix of a stack; None for a tensor without an adapter.
         seconds: estimated time on one core.
     """
 
     shard: str
     info: TensorInfo
-    target: Target | None
+    target: Target | Expert | None
     seconds: float
+
+    @property
+    def places(self) -> list[tuple[str, TensorInfo]]:
+        """File and place in the source of all that is read."""
+        if isinstance(self.target, Expert):
+            return [(piece.shard, piece.info) for piece in self.target.pieces]
+        return [(self.shard, self.info)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(info.nbytes for _, info in self.places)
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        """What identifies the job: the file and the name of the tensor, and the number of the matrix."""
+        return self.shard, self.info.name, self.target.index if isinstance(self.target, Expert) else None
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,11 @@ class CheckpointJob:
         options: options of the adapter.
         adapter: PEFT's config and the targets.
         headers: header of every file that is filled tensor by tensor, by its path in the result.
+        staged: header of the file that has the B of every matrix of every stack, until a whole B is known; None without
+            stacks.
         texts: contents of files that are not copied as they are, by path.
         quantization: the layers that become quantized; None for a residual in the dtypes of the source.
-        tensors: every tensor of the source, the longest work first.
+        tensors: every tensor of the source, or matrix of a stack, the longest work first.
         device: "cpu" or "cuda", where the weights are decomposed.
     """
 
@@ -78,6 +89,7 @@ class CheckpointJob:
     options: AdapterOptions
     adapter: Adapter
     headers: Mapping[str, Header]
+    staged: Header | None
     texts: Mapping[str, str]
     quantization: QuantizationPlan | None
     tensors: tuple[TensorJob, ...]
@@ -87,6 +99,11 @@ class CheckpointJob:
     def adapter_header(self) -> Header:
         """Header of the file with A and B of every target."""
         return self.headers[ADAPTER_WEIGHTS]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The layers that have several matrices."""
+        return [target for target in self.adapter.targets if isinstance(target, Stack)]
 
     def quantized(self, tensor: TensorJob) -> LinearWeight | None:
         """The layer of a tensor that becomes quantized, None for another."""
@@ -116,16 +133,7 @@ class CheckpointJob:
 
     def workspace(self) -> int:
         """Upper estimate of the bytes that a worker takes: a weight, its SVD and its quantization, A and B."""
-        quantized = self.quantization.weights if self.quantization else {}
-        extra = QUANTIZATION_BYTES[self.quantization.options.kind] if self.quantization else 0
-        svds = [
-            target.info.nbytes
-            + workspace(*target.shape, target.recipe.rank, target.recipe.niter, machine=_machine(target, self.device))
-            + (extra * _elements(target) if target.info.name in quantized else 0)
-            for target in self.adapter.targets
-        ]
-        others = [weight.info.nbytes + extra * _elements(weight) for weight in quantized.values()]
-        return max([*svds, *others])
+        return worker_bytes(self.adapter.targets, self.quantization, self.device)
 
     def record(self) -> dict[str, Any]:
         """Everything that decides the bytes of the result, in JSON types. A run resumes only where all of it agrees."""
@@ -188,13 +196,23 @@ def plan_checkpoint(
     plan = plan_quantization(checkpoint, quantize, options.trust_remote_code) if quantize else None
     if plan is not None:
         # bitsandbytes' layers are stored (out, in), those of Conv1D too
-        stays = any(target.transposed and target.info.name not in plan.weights for target in adapter.targets)
-        adapter = replace(adapter, config={**adapter.config, "fan_in_fan_out": stays})
+        linear = [target for target in adapter.targets if isinstance(target, Target)]
+        stays = any(target.transposed and target.info.name not in plan.weights for target in linear)
+        adapter = replace(adapter, config={**adapter.config, "fan_in_fan_out": stays}, notes=_notes(adapter))
     shards = {shard: result_header(header, plan) for shard, header in checkpoint.shards.items()}
     texts = quantized_texts(checkpoint, shards, plan.entries) if plan is not None else {}
     tensors = _in_order(checkpoint, adapter.targets, plan, device)
     headers = {**shards, ADAPTER_WEIGHTS: _adapter_header(adapter.targets)}
-    return CheckpointJob(checkpoint, out, options, adapter, headers, texts, plan, tuple(tensors), device)
+    staged = _staged_header([target for target in adapter.targets if isinstance(target, Stack)])
+    return CheckpointJob(checkpoint, out, options, adapter, headers, staged, texts, plan, tuple(tensors), device)
+
+
+def _notes(adapter: Adapter) -> tuple[str, ...]:
+    """The notes on an adapter whose linear layers are quantized."""
+    stacks = [target.name for target in adapter.targets if isinstance(target, Stack)]
+    if not stacks:
+        return adapter.notes
+    return (*adapter.notes, f"stay in their dtype, as bitsandbytes quantizes linear layers alone: {listed(stacks)}")
 
 
 def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
@@ -220,49 +238,37 @@ def _without_adapter(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _in_order(
-    checkpoint: Checkpoint, targets: Sequence[Target], plan: QuantizationPlan | None, device: str
+    checkpoint: Checkpoint, targets: Sequence[Target | Stack], plan: QuantizationPlan | None, device: str
 ) -> list[TensorJob]:
-    """Every tensor of a checkpoint, the longest work first."""
-    by_tensor = {(target.shard, target.info.name): target for target in targets}
+    """Every tensor of a checkpoint, or matrix of a stack, the longest work first."""
+    by_tensor: dict[tuple[str, str], Target | None] = {}
     jobs = []
+    for layer in targets:
+        if isinstance(layer, Target):
+            by_tensor[layer.shard, layer.info.name] = layer
+            continue
+        by_tensor |= {(piece.shard, piece.info.name): None for pieces in layer.pieces for piece in pieces}
+        seconds = layer.nbytes / len(layer.pieces) / COPIED_PER_SECOND + svd_seconds(layer, device)
+        jobs += [TensorJob(expert.pieces[0].shard, expert.pieces[0].info, expert, seconds) for expert in layer.experts]
     for name, (shard, info) in checkpoint.tensors().items():
         target = by_tensor.get((shard, name))
-        jobs.append(TensorJob(shard, info, target, _seconds(info, target, plan, device)))
+        if target is not None or (shard, name) not in by_tensor:
+            jobs.append(TensorJob(shard, info, target, tensor_seconds(info, target, plan, device)))
     return sorted(jobs, key=lambda job: -job.seconds)
 
 
-def _seconds(info: TensorInfo, target: Target | None, plan: QuantizationPlan | None, device: str) -> float:
-    """Estimated time of one tensor on one core."""
-    iterations: int = 1
-    seconds = info.nbytes / COPIED_PER_SECOND
-    if plan is not None and (weight := plan.weights.get(info.name)) is not None:
-        if target is not None:
-            iterations = DEFAULT_ITERATIONS if plan.options.iterations == "auto" else plan.options.iterations
-        # with an adapter, the weight itself is quantized too, for the report
-        quantized = iterations + (target is not None)
-        seconds += quantized * _elements(weight) / QUANTIZED_PER_SECOND[device]
-    if target is not None:
-        m, n = max(target.shape), min(target.shape)
-        machine = _machine(target, device)
-        svd = choose_plan(m, n, target.recipe.rank, target.recipe.niter, machine=machine).seconds
-        seconds += svd * (1 + WARM_SVD * (iterations - 1))
-    return seconds
-
-
-def _elements(weight: LinearWeight) -> int:
-    return weight.shape[0] * weight.shape[1]
-
-
-def _machine(target: Target, device: str) -> str:
-    return machine_of(torch.empty(1, 1, dtype=target.dtype)) if device == "cpu" else device
-
-
-def _adapter_header(targets: Sequence[Target]) -> Header:
+def _adapter_header(targets: Sequence[Target | Stack]) -> Header:
     tensors = []
     for target in targets:
-        out_features, in_features = target.shape
-        key_A, key_B = target.keys
         # in the weight's dtype, as PEFT stores them, so that loading without a cast to float32 rounds nothing
-        tensors.append((key_A, target.dtype, (target.recipe.rank, in_features)))
-        tensors.append((key_B, target.dtype, (out_features, target.recipe.rank)))
+        tensors += [(key, target.dtype, shape) for key, shape in zip(target.keys, target.factors, strict=True)]
     return plan_header(tensors)
+
+
+def _staged_header(stacks: Sequence[Stack]) -> Header | None:
+    """Header of a file with (E, out, r) of each stack: the columns of one matrix are strided in the packed B."""
+    if not stacks:
+        return None
+    return plan_header(
+        [(stack.name, stack.dtype, (len(stack.pieces), stack.shape[0], stack.recipe.rank)) for stack in stacks]
+    )

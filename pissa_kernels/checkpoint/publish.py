@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,28 @@ import torch
 
 from ..files.atomic import RESUMABLE, copy_file, write_text
 from ..files.header import sha256
-from ..report import Report
-from ..report.layer import layer_from_dict
+from ..report import LayerReport, Report
+from ..report.layer import layer_from_dict, of_parts
 from .journal import Journal
 from .manifest import REPORT, REPORT_DIGEST, Manifest
-from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob, TensorJob
-from .targets import LinearWeight
+from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob
+from .stacks import pack_factors
+from .weights import LinearWeight, Stack, Target
 from .worker import Record, Worker
 
-
-def tensor_key(tensor: TensorJob) -> tuple[str, str]:
-    """Shard and name of a tensor."""
-    return tensor.shard, tensor.info.name
+# Shard and name of a tensor, and the number of a matrix of a stack.
+Key = tuple[str, str, int | None]
 
 
-def by_tensor(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
-    """Journal records by shard and name of their tensor."""
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+def by_tensor(records: Iterable[Record]) -> dict[Key, list[Record]]:
+    """Journal records by their tensor or matrix."""
+    found: dict[Key, list[Record]] = defaultdict(list)
     for record in records:
-        found[record.get("shard", ""), record.get("tensor", "")].append(record)
+        found[record.get("shard", ""), record.get("tensor", ""), record.get("expert")].append(record)
     return found
 
 
-def collect_records(job: CheckpointJob, journal: Journal, *, check: bool) -> dict[tuple[str, str], Record]:
+def collect_records(job: CheckpointJob, journal: Journal, *, check: bool) -> dict[Key, Record]:
     """One journal record for every tensor.
 
     Args:
@@ -48,23 +47,23 @@ def collect_records(job: CheckpointJob, journal: Journal, *, check: bool) -> dic
     recorded = by_tensor(journal.records())
     with Worker(job, journal.out, torch.device("cpu")) as worker:
         for tensor in job.tensors:
-            records = recorded.get(tensor_key(tensor), [])
+            records = recorded.get(tensor.key, [])
             # runs on different machines may have written different bytes: the file holds those of one of them
             if check or len({_digests(record) for record in records}) != 1:
-                records = list(filter(worker.holds, records))
+                records = [record for record in records if worker.holds(tensor, record)]
             if not records:
                 raise RuntimeError(
                     f"{journal.folder}: the bytes of tensor {tensor.info.name!r} are not those that were written; "
                     "--resume writes the tensor again"
                 )
-            found[tensor_key(tensor)] = records[-1]
+            found[tensor.key] = records[-1]
     return found
 
 
 def publish(
     job: CheckpointJob,
     journal: Journal,
-    records: dict[tuple[str, str], Record],
+    records: dict[Key, Record],
     seconds: float | None,
     peak_bytes: int | None,
     *,
@@ -75,9 +74,13 @@ def publish(
     files: dict[str, dict[str, Any]] = {
         name: {"header": sha256(header.encoded), "tensors": {}} for name, header in job.headers.items()
     }
-    for (shard, tensor), record in records.items():
-        files[shard]["tensors"].update({tensor: record["sha256"], **record.get("statistics", {})})
-        files[ADAPTER_WEIGHTS]["tensors"].update(record.get("adapter", {}))
+    for (shard, tensor, expert), record in records.items():
+        if expert is None:
+            files[shard]["tensors"].update({tensor: record["sha256"], **record.get("statistics", {})})
+            files[ADAPTER_WEIGHTS]["tensors"].update(record.get("adapter", {}))
+    for stack in job.stacks:
+        _add_hashes(files, stack, [records[key] for key in _keys(stack)])
+    files[ADAPTER_WEIGHTS]["tensors"].update(pack_factors(job, journal.folder, out))
     for name in job.checkpoint.others:
         if (text := job.texts.get(name)) is None:
             files[name] = {"sha256": copy_file(job.checkpoint.folder / name, out / name)}
@@ -89,7 +92,7 @@ def publish(
     write_text(out / ADAPTER_CONFIG, text, suffix=RESUMABLE)
     files[ADAPTER_CONFIG] = {"sha256": sha256(text.encode())}
     targets = job.adapter.targets
-    layers = [layer_from_dict(records[target.shard, target.info.name]["layer"], target.name) for target in targets]
+    layers = [_layer(target, records) for target in targets]
     report = Report(layers=layers, seconds=seconds, peak_extra_bytes=peak_bytes).to_json() + "\n"
     write_text(out / REPORT, report, suffix=RESUMABLE)
     write_text(out / REPORT_DIGEST, f"{sha256(report.encode())}  {Path(REPORT).name}\n", suffix=RESUMABLE)
@@ -99,10 +102,49 @@ def publish(
     journal.publish(replace=replace)
 
 
-def _layers(weights: Iterable[LinearWeight]) -> dict[str, dict[str, Any]]:
+def _keys(stack: Stack) -> list[Key]:
+    """The keys of a stack's matrices, in order."""
+    firsts = [pieces[0] for pieces in stack.pieces]
+    return [(first.shard, first.info.name, index) for index, first in enumerate(firsts)]
+
+
+def _add_hashes(files: dict[str, dict[str, Any]], stack: Stack, records: Sequence[Record]) -> None:
+    """Add the hashes of a stack's tensors: a list of one for each matrix, if one tensor is the whole stack."""
+    if stack.fused:
+        first = stack.pieces[0][0]
+        files[first.shard]["tensors"][first.info.name] = [record["sha256"] for record in records]
+        return
+    for pieces, record in zip(stack.pieces, records, strict=True):
+        for piece, sha256_ in zip(pieces, (record["sha256"], *record["others"]), strict=True):
+            files[piece.shard]["tensors"][piece.info.name] = sha256_
+
+
+def _layer(target: Target | Stack, records: dict[Key, Record]) -> LayerReport:
+    """The report of a layer."""
+    if isinstance(target, Target):
+        return layer_from_dict(records[target.shard, target.info.name, None]["layer"], target.name)
+    parts = [layer_from_dict(records[key]["layer"], target.name) for key in _keys(target)]
+    return of_parts(target.name, parts, sum(part.seconds for part in parts))
+
+
+def _layers(weights: Iterable[LinearWeight | Stack]) -> dict[str, dict[str, Any]]:
     """The layer of each tensor, for the manifest."""
-    return {weight.info.name: {"layer": weight.name, "transposed": weight.transposed} for weight in weights}
+    found: dict[str, dict[str, Any]] = {}
+    for weight in weights:
+        about: dict[str, Any] = {"layer": weight.name, "transposed": weight.transposed}
+        if isinstance(weight, LinearWeight):
+            found[weight.info.name] = about
+            continue
+        about["key"] = weight.module
+        if weight.fused:
+            found[weight.pieces[0][0].info.name] = {**about, "experts": len(weight.pieces)}
+            continue
+        for expert in weight.experts:
+            for piece in expert.pieces:
+                found[piece.info.name] = {**about, "expert": expert.index, "rows": list(piece.rows)}
+    return found
 
 
 def _digests(record: Record) -> str:
-    return json.dumps([record.get(key) for key in ("sha256", "statistics", "adapter")], sort_keys=True)
+    kept = ("sha256", "statistics", "adapter", "others", "factors")
+    return json.dumps([record.get(key) for key in kept], sort_keys=True)

@@ -20,7 +20,7 @@ from .classes import tensors_of_parameters
 from .config import making_model, read_config
 from .model import class_name, empty_model, tied_weights
 from .selection import listed
-from .targets import LinearWeight
+from .weights import LinearWeight
 
 FORMATS = ("nf4", "fp4", "int8")
 DEFAULT_BLOCK = 64

@@ -19,11 +19,11 @@ from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
 from ..runtime.workers import run_jobs
 from .journal import Journal
-from .options import ALL_LINEAR, AdapterOptions, entries
+from .options import AdapterOptions, default_modules, entries
 from .outcome import CheckpointReport, checkpoint_report
 from .placement import is_result_of
 from .plan import CheckpointJob, TensorJob, plan_checkpoint
-from .publish import by_tensor, collect_records, publish, tensor_key
+from .publish import by_tensor, collect_records, publish
 from .quantization import DEFAULT_BLOCK, quantization_options
 from .worker import Record, Worker
 
@@ -37,6 +37,7 @@ def init_checkpoint(
     rank: int = 16,
     alpha: float | None = None,
     target_modules: str | Sequence[str] | None = None,
+    target_parameters: Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -61,9 +62,9 @@ def init_checkpoint(
 
     ``out`` becomes a checkpoint with the names, dtypes, shards and index of the source, in which the weights of the
     adapted layers are residuals; ``out/pissa_init`` holds the adapter. Plain transformers and PEFT load both. One
-    weight per worker is in memory at a time. The result appears complete or not at all. Each weight is decomposed by
-    one thread, so the bytes depend on the kind of CPU or GPU, not on the number of workers or processes. Under torchrun
-    every process calls this on a folder that all share.
+    weight per worker is in memory at a time, or one matrix of a stack. The result appears complete or not at all. Each
+    weight is decomposed by one thread, so the bytes depend on the kind of CPU or GPU, not on the number of workers or
+    processes. Under torchrun every process calls this on a folder that all share.
 
     With ``quantize``, ``out`` is a pre-quantized bitsandbytes checkpoint instead: the layers that transformers would
     quantize are stored as it stores them, with the residual where a layer is adapted.
@@ -75,7 +76,9 @@ def init_checkpoint(
         rank: r of every layer.
         alpha: ``lora_alpha``; None for the rank, a scaling of 1.
         target_modules: names of modules, with "all-linear" among them or alone, or one regular expression, as for PEFT;
-            None for "all-linear".
+            None for "all-linear", or with ``target_parameters`` for none.
+        target_parameters: names of parameters that are stacks of matrices, such as the fused experts of a layer, or
+            their ends, as for PEFT; None for none. Each matrix gets a rank r of its own.
         exclude_modules: names of modules, or one regular expression; None for none.
         rank_pattern, alpha_pattern: ranks and alphas of single layers, as for PEFT.
         use_rslora: scale by alpha/√r instead of alpha/r.
@@ -94,7 +97,7 @@ def init_checkpoint(
             ``resume``.
         progress: show a bar where stderr is a terminal.
         on_plan: called with the plan before anything is written.
-        on_tensor: called with the journal record of each tensor of this process.
+        on_tensor: called with the journal record of each tensor, or matrix of a stack, of this process.
 
     Returns:
         The report of all layers, in the model's order.
@@ -124,12 +127,14 @@ def init_checkpoint(
     """
     if device != "cpu" and not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: this torch sees no CUDA device")
+    parameters = entries("target_parameters", target_parameters)
     options = AdapterOptions(
         rank=rank,
         alpha=alpha,
         init=init,
         seed=seed,
-        target_modules=entries("target_modules", target_modules, (ALL_LINEAR,)),
+        target_modules=entries("target_modules", target_modules, default_modules(parameters)),
+        target_parameters=parameters,
         exclude_modules=entries("exclude_modules", exclude_modules),
         rank_pattern={} if rank_pattern is None else rank_pattern,
         alpha_pattern={} if alpha_pattern is None else alpha_pattern,
@@ -189,7 +194,10 @@ def _discard(job: CheckpointJob, journal: Journal | None, refusal: TypeError | V
     if journal is not None:
         journal.discard()
     if refusal is not None:
-        advice = "repair the weight" + ("" if job.quantization else ", or leave the layer out with --exclude-modules")
+        layer = getattr(refusal, "layer", "")
+        of_stack = any(f"{stack.name}[" in layer for stack in job.stacks)
+        out = "out of --target-parameters" if of_stack else "out with --exclude-modules"
+        advice = "repair the weight" + ("" if job.quantization else f", or leave the layer {out}")
         refusal.args = (f"{refusal}; the unfinished result is deleted: {advice}",)
         raise refusal
 
@@ -236,7 +244,7 @@ def _work(
         def one(index: int, emit: Callable[[tuple[TensorJob, Record, bool]], None]) -> None:
             torch.set_num_threads(1)  # of this thread, and of MKL in the whole process
             tensor = tensors[index]
-            record = next(filter(worker.holds, recorded.get(tensor_key(tensor), ())), None)
+            record = next((line for line in recorded.get(tensor.key, ()) if worker.holds(tensor, line)), None)
             if index + workers < len(tensors):
                 worker.will_need(tensors[index + workers])
             emit((tensor, record or worker.run(tensor), record is not None))
@@ -249,7 +257,7 @@ def _work(
             else:
                 lines.write(json.dumps(record) + "\n")
                 lines.flush()
-            tick(tensor.info.name, tensor.info.nbytes)
+            tick(tensor.info.name, tensor.nbytes)
             if on_tensor is not None:
                 on_tensor({**record, "kept": held})
 

@@ -40,6 +40,31 @@ def check_names(model: nn.Module, options: AdapterOptions) -> None:
     _check_containers(modules, excluded, options)
 
 
+def check_parameters(model: nn.Module, options: AdapterOptions, stacks: Sequence[str]) -> None:
+    """Refuse names of ``target_parameters`` that match no parameter, or one that is no stack of matrices.
+
+    Args:
+        model: the model.
+        options: the options.
+        stacks: names of the parameters that are stacks.
+
+    Raises:
+        ValueError: the message has the name, what it matches, and names of stacks.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if options.target_parameters else {}
+    known = f"; its stacks of matrices are {_ends(stacks)}" if stacks else "; it has no stacks of matrices"
+    for entry in options.target_parameters:
+        found = [name for name in parameters if has_name(entry, name)]
+        if not found:
+            raise ValueError(f"target_parameters: {entry!r} not found in the model{_hint(entry, stacks, ()) or known}")
+        for name in found:
+            if (shape := tuple(parameters[name].shape)) and parameters[name].ndim != 3:
+                raise ValueError(
+                    f"target_parameters: {entry!r} matches {name!r}, which has shape {shape}; it takes stacks of "
+                    f"matrices, with three dimensions, and --target-modules takes linear layers{known}"
+                )
+
+
 def read_past(model: nn.Module, names: Sequence[str], options: AdapterOptions) -> tuple[dict[str, str], list[str]]:
     """Layers whose weight a module around them reads, so that their adapter is no part of what the model computes.
 
@@ -191,6 +216,11 @@ def _last_names(names: Iterable[str]) -> str:
     """The last parts of names, the most frequent first."""
     counts = Counter(name.rpartition(".")[2] for name in names)
     return " ".join(name for name, _ in counts.most_common(SHOWN))
+
+
+def _ends(names: Iterable[str]) -> str:
+    """The last two parts of names, each once."""
+    return " ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
 
 
 def _quoted(names: Sequence[str]) -> str:

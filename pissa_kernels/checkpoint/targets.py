@@ -8,70 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..adapter.layers import in_scope, lora_layers
-from ..adapter.names import factor_key
-from ..adapter.patterns import pattern_key, with_ranks, without_order
+from ..adapter.layers import placed_lora_layers
+from ..adapter.patterns import has_name, pattern_key, with_ranks, without_order
 from ..checks import check_rank, check_scaling, layer_context
 from ..files.folder import Checkpoint
-from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
-from .classes import tensors_of_parameters
+from .classes import conversions_of_parameters, tensors_of_parameters
+from .experts import find_stack, is_wrapper, matrices_of, parameter_of, stacks_in
 from .model import empty_model, tied_weights
 from .options import ALL_LINEAR, AdapterOptions, as_peft, is_all_linear
-from .selection import check_names, check_patterns, listed, read_past
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """The weight of a linear layer.
-
-    Attributes:
-        name: name of its layer in the model.
-        shard, info: file and place of the tensor.
-        transposed: whether it is stored (in, out), as in transformers' ``Conv1D``.
-    """
-
-    name: str
-    shard: str
-    info: TensorInfo
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        m, n = self.info.shape
-        return (n, m) if self.transposed else (m, n)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype = self.info.torch_dtype
-        assert dtype is not None  # others are refused, or left as they are
-        return dtype
-
-    @property
-    def label(self) -> str:
-        """The layer in messages."""
-        return f"layer {self.name!r}, weight {self.info.shape}"
-
-
-@dataclass(frozen=True)
-class Target(LinearWeight):
-    """One weight that becomes a residual.
-
-    Attributes:
-        recipe: rank, scaling, initializer and seed.
-    """
-
-    recipe: Recipe
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """Keys of A and B in the adapter's file."""
-        return factor_key(self.name, "A"), factor_key(self.name, "B")
+from .selection import check_names, check_parameters, check_patterns, listed, read_past
+from .weights import Stack, Target
 
 
 @dataclass(frozen=True)
@@ -80,13 +30,13 @@ class Adapter:
 
     Attributes:
         config: contents of adapter_config.json with sorted lists, without the path of the base model.
-        targets: the layers, in the model's order.
+        targets: the layers, in the model's order: linear ones, and stacks of matrices.
         left_out: layers that all-linear leaves out, with the reason.
         notes: sentences for the user about single layers.
     """
 
     config: Mapping[str, Any]
-    targets: tuple[Target, ...]
+    targets: tuple[Target | Stack, ...]
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
 
@@ -96,37 +46,53 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
 
     Raises:
         TypeError: a target is quantized, or its dtype is not float32, float16 or bfloat16.
-        ValueError: nothing to adapt; a tensor of another shape than the model's; a target that is tied, fused from
-            several tensors, read by another module, or not a linear layer; a rank or scaling out of range; a name or
-            pattern that decides for no layer. The message names the layer, the tensor or the option.
+        ValueError: nothing to adapt; a tensor of another shape than the model's; a target that is tied, read by another
+            module, made of other tensors in a way that cannot be undone, or neither a linear layer nor a stack of
+            matrices; a rank or scaling out of range; a name or pattern that decides for no layer. The message names the
+            layer, the tensor or the option.
     """
     model = empty_model(checkpoint, options.trust_remote_code)
     check_names(model, options)
+    stacks = stacks_in(model)
+    check_parameters(model, options, stacks)
     modules = [name for name, _ in model.named_modules()]
     plain, transformed = tensors_of_parameters(model, checkpoint)
+    conversions = conversions_of_parameters(model, checkpoint) if options.target_parameters else {}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = tied_weights(model)
-    adapted = _adapt(model, checkpoint, options)
-    layers = list(lora_layers(adapted))
-    _check_kinds(layers)
-    left_out, notes = read_past(adapted.get_base_model(), [name for name, _ in layers], options)
+    adapted = _adapt(model, checkpoint, options, stacks)
+    layers = [(place, layer) for _, place, layer in placed_lora_layers(adapted)]
+    _check_kinds(layers, options, stacks)
+    if converted := {*(adapted.peft_config["default"].target_parameters or ())} - {*options.target_parameters}:
+        raise ValueError(
+            f"target_modules: PEFT adapts the parameters {', '.join(sorted(converted))} in place of the modules that "
+            "have their names; name them with --target-parameters alone"
+        )
+    linear = [name for name, layer in layers if not is_wrapper(layer)]
+    left_out, notes = read_past(adapted.get_base_model(), linear, options)
     kind, named = type(model).__name__, (getattr(model.config, "architectures", None) or ["no class"])[0]
     if kind != named:
         notes.append(f"config.json names {named}; the tensors are those of {kind}, which is taken")
     tensors, targets, limited = checkpoint.tensors(), [], []
-    for name, layer in layers:
-        if name in left_out:
+    for module, layer in layers:
+        if module in left_out:
             continue
-        _check_untied(name, layer, tied)
-        shard, info = tensors[_only_tensor(name, checkpoint, plain, transformed)]
-        rank, width = int(layer.r["default"]), min(layer.get_base_layer().weight.shape)
+        name = parameter_of(module, layer) if is_wrapper(layer) else module
+        shape = matrices_of(name, layer)[1:] if is_wrapper(layer) else tuple(layer.get_base_layer().weight.shape)
+        _check_untied(name, shape, tied, is_wrapper(layer))
+        rank, width = int(layer.r["default"]), min(shape)
         if width < rank and pattern_key(options.rank_pattern, name) is None:
             limited.append(f"{name} (rank {width} instead of {rank})")
             rank = width
         recipe = Recipe(rank, float(layer.scaling["default"]), options.init, options.seed)
-        target = Target(name, shard, info, bool(layer.fan_in_fan_out), recipe)
+        target: Target | Stack
+        if is_wrapper(layer):
+            target = find_stack(name, module, layer, recipe, checkpoint, plain.get(name, ()), conversions.get(name))
+        else:
+            shard, info = tensors[_only_tensor(name, checkpoint, plain, transformed)]
+            target = Target(name, shard, info, bool(layer.fan_in_fan_out), recipe)
         with layer_context(target.label):
-            _check_target(target, tuple(layer.get_base_layer().weight.shape))
+            _check_target(target, shape)
         targets.append(target)
     _check_shapes(shapes, checkpoint, plain)
     if not targets:
@@ -137,8 +103,11 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
         widest = max(targets, key=lambda target: min(target.shape))
         with layer_context(widest.label):
             check_rank(options.rank, widest.shape)
+    # PEFT nests the wrappers of one module, the last outermost
+    order = {name: index for index, name in enumerate(shapes)}
+    targets.sort(key=lambda target: order[target.name if isinstance(target, Stack) else f"{target.name}.weight"])
     names = [target.name for target in targets]
-    check_patterns(options, names, modules)
+    check_patterns(options, names, [*modules, *stacks])
     config = _config_record(adapted.peft_config["default"], options, names, list(left_out))
     if limited:  # as the hook does it; the scalings stay
         config = with_ranks(config, {target.name: target.recipe.rank for target in targets})
@@ -146,12 +115,12 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     return Adapter(config, tuple(targets), left_out, tuple(notes))
 
 
-def _adapt(model: nn.Module, checkpoint: Checkpoint, options: AdapterOptions) -> Any:
+def _adapt(model: nn.Module, checkpoint: Checkpoint, options: AdapterOptions, stacks: Sequence[str]) -> Any:
     """The model with the adapter. PEFT knows all-linear alone, so beside names it becomes names first."""
     target_modules = as_peft(options.target_modules)
     if isinstance(target_modules, list) and any(map(is_all_linear, target_modules)):
         linear = _inject(empty_model(checkpoint, options.trust_remote_code), options, ALL_LINEAR)
-        _check_kinds(list(lora_layers(linear)))
+        _check_kinds([(place, layer) for _, place, layer in placed_lora_layers(linear)], options, stacks)
         target_modules = sorted({*linear.peft_config["default"].target_modules, *options.named})
     return _inject(model, options, target_modules)
 
@@ -193,6 +162,7 @@ def _lora_config(model: nn.Module, options: AdapterOptions, target_modules: str 
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         target_modules=target_modules,
         exclude_modules=as_peft(options.exclude_modules) if options.exclude_modules else None,
+        target_parameters=list(options.target_parameters) or None,
         rank_pattern=dict(options.rank_pattern),
         alpha_pattern=dict(options.alpha_pattern),
         use_rslora=options.use_rslora,
@@ -204,25 +174,41 @@ def _lora_config(model: nn.Module, options: AdapterOptions, target_modules: str 
     )
 
 
-def _check_kinds(layers: Sequence[tuple[str, Any]]) -> None:
-    """Refuse layers that are not linear, and name those that are.
+def _check_kinds(layers: Sequence[tuple[str, Any]], options: AdapterOptions, stacks: Sequence[str]) -> None:
+    """Refuse layers that are neither linear nor named in ``target_parameters``, and say what names adapt the model.
 
-    For a mixture of experts, PEFT's all-linear includes fused experts and the router.
+    For a mixture of experts, PEFT's all-linear includes fused experts and the router; and the names of the projections
+    that the experts once had stand for the fused ones.
     """
     linear = sorted({name.rpartition(".")[2] for name, layer in layers if _is_linear(layer)})
+    modules = f"--target-modules {' '.join(linear)}" if linear else ""
+    parameters = f"--target-parameters {' '.join(_endings(stacks))}" if stacks else ""
     for name, layer in layers:
-        if not _is_linear(layer):
-            base = layer.get_base_layer()
-            parameter = getattr(layer, "parameter_name", "weight")
-            shape = tuple(getattr(getattr(base, parameter, None), "shape", ()))
-            raise ValueError(
-                f"layer {name!r} is a {type(base).__name__} whose {parameter} has shape {shape}; PiSSA takes linear "
-                "layers with a 2-D weight" + (f", here --target-modules {' '.join(linear)}" if linear else "")
-            )
+        if is_wrapper(layer):
+            parameter = parameter_of(name, layer)
+            if any(has_name(entry, parameter) for entry in options.target_parameters):
+                continue
+        elif _is_linear(layer):
+            continue
+        base = layer.get_base_layer()
+        parameter = getattr(layer, "parameter_name", "weight")
+        shape = tuple(getattr(getattr(base, parameter, None), "shape", ()))
+        advice = ", here " * bool(modules) + modules + ", and stacks of matrices with " * bool(parameters) + parameters
+        raise ValueError(
+            f"layer {name!r} is a {type(base).__name__} whose {parameter} has shape {shape}; PiSSA takes linear "
+            f"layers with a 2-D weight{advice}"
+        )
 
 
 def _is_linear(layer: Any) -> bool:
-    return in_scope(layer) and not isinstance(layer.get_base_layer(), nn.Embedding)
+    from peft.tuners.lora.layer import Linear
+
+    return isinstance(layer, Linear) and not isinstance(layer.get_base_layer(), nn.Embedding)
+
+
+def _endings(stacks: Sequence[str]) -> list[str]:
+    """The last two parts of names of parameters, as ``target_parameters`` takes them."""
+    return sorted({".".join(name.split(".")[-2:]) for name in stacks})
 
 
 def _check_shapes(
@@ -240,23 +226,25 @@ def _check_shapes(
                 )
 
 
-def _check_untied(name: str, layer: Any, tied: Mapping[str, str]) -> None:
+def _check_untied(name: str, shape: tuple[int, ...], tied: Mapping[str, str], of_parameter: bool) -> None:
     if name in tied:
+        out = "out of target_parameters" if of_parameter else "out with --exclude-modules"
         raise ValueError(
-            f"layer {name!r}: the weight {tuple(layer.get_base_layer().weight.shape)} is tied to {tied[name]}, which "
-            "would change with it. Leave the layer out with --exclude-modules, or save the model untied "
-            "(config.tie_word_embeddings = False)."
+            f"layer {name!r}: the weight {shape} is tied to {tied[name]}, which would change with it. Leave the layer "
+            f"{out}, or save the model untied (config.tie_word_embeddings = False)."
         )
 
 
-def _check_target(target: Target, shape: tuple[int, ...]) -> None:
-    if target.info.torch_dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"the weight is {target.info.dtype}; PiSSA takes F32, F16 and BF16. Quantize the residual checkpoint, not "
-            "the original one."
-        )
-    if target.info.shape != shape:
-        raise ValueError(f"the model of config.json has a weight of shape {shape}")
+def _check_target(target: Target | Stack, shape: tuple[int, ...]) -> None:
+    """Check what was found for a layer, whose weight has this shape in the model."""
+    if isinstance(target, Target):
+        if target.info.torch_dtype not in WEIGHT_DTYPES:
+            raise TypeError(
+                f"the weight is {target.info.dtype}; PiSSA takes F32, F16 and BF16. Quantize the residual checkpoint, "
+                "not the original one."
+            )
+        if target.info.shape != shape:
+            raise ValueError(f"the model of config.json has a weight of shape {shape}")
     check_rank(target.recipe.rank, target.shape)
     check_scaling(target.recipe.scaling)
 

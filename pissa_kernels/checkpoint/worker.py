@@ -19,14 +19,15 @@ from .. import ops
 from ..checks import layer_context
 from ..files import buffer, system
 from ..files.direct import Output
-from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, sha256_of, write_at
+from ..files.header import TensorInfo, bytes_of, chunks, read_into, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
 from ..pissa import Factors, principal_factors
 from ..quantize.iteration import QuantizedFactors, quantized_factors, quantized_weight
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
 from .plan import ADAPTER_WEIGHTS, CheckpointJob, TensorJob
-from .targets import LinearWeight, Target
+from .stacks import STAGED, expert_places
+from .weights import Expert, LinearWeight, Target
 
 # Bytes that are written and then hashed while they are still in a core's cache.
 CACHED_BYTES = 1 << 18
@@ -62,14 +63,19 @@ class Worker:
                 if name in self.job.checkpoint.shards:
                     self._sources[name] = system.open_to_read(self.job.checkpoint.folder / name)
                     stack.callback(os.close, self._sources[name])
-                self._results[name] = Output(self._out / name)
-                stack.callback(self._results[name].close)
+                self._open(name, self._out / name, stack)
+            if self.job.staged is not None:
+                self._open(STAGED, self._out.parent / STAGED, stack)
             self._writers = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="pissa_kernels-write"))
             self._opened = stack.pop_all()
         # flush while the next weights are computed, rather than everything in the fsync at the end
         self._flusher = threading.Thread(target=self._flush, name="pissa_kernels-flush", daemon=True)
         self._flusher.start()
         return self
+
+    def _open(self, name: str, path: Path, stack: contextlib.ExitStack) -> None:
+        self._results[name] = Output(path)
+        stack.callback(self._results[name].close)
 
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
@@ -80,7 +86,8 @@ class Worker:
 
     def will_need(self, tensor: TensorJob) -> None:
         """Start reading a tensor of the source into the page cache."""
-        system.will_need(self._sources[tensor.shard], tensor.info.start, tensor.info.nbytes)
+        for shard, info in tensor.places:
+            system.will_need(self._sources[shard], info.start, info.nbytes)
 
     def run(self, tensor: TensorJob) -> Record:
         """Copy, decompose or quantize one tensor. Returns its journal record.
@@ -91,26 +98,37 @@ class Worker:
                 the layer or the tensor.
         """
         info, target, quantized = tensor.info, tensor.target, self.job.quantized(tensor)
-        record = {"shard": tensor.shard, "tensor": info.name}
+        record: Record = {"shard": tensor.shard, "tensor": info.name}
         layer = target or quantized
         with layer_context(f"tensor {info.name!r}" if layer is None else layer.label):
             if quantized is not None:
                 return {**record, **self._quantize(tensor, quantized)}
+            if isinstance(target, Expert):
+                return {**record, "expert": target.index, **self._decompose_expert(target)}
             if target is not None:
                 return {**record, **self._decompose(tensor, target)}
             return {**record, "sha256": self._copy(tensor)}
 
-    def holds(self, record: Record) -> bool:
-        """Whether the bytes in the unfinished result have the hashes of a journal record."""
+    def holds(self, tensor: TensorJob, record: Record) -> bool:
+        """Whether the bytes in the unfinished result have the hashes of a tensor's journal record."""
         try:
-            shard, header = record["shard"], self.job.headers[record["shard"]]
-            hashes = {record["tensor"]: record["sha256"], **record.get("statistics", {})}
-            expected = [(shard, header.tensors[name], sha256) for name, sha256 in hashes.items()]
-            factors = self.job.adapter_header.tensors
-            expected += [(ADAPTER_WEIGHTS, factors[key], sha256) for key, sha256 in record.get("adapter", {}).items()]
-        except (KeyError, AttributeError, TypeError):
+            if isinstance(tensor.target, Expert):
+                places = expert_places(self.job, tensor.target)
+                hashes = [record["sha256"], *record["others"], *record["factors"]]
+                expected = [(*place, sha256) for place, sha256 in zip(places, hashes, strict=True)]
+            else:
+                expected = self._expected(tensor, record)
+        except (KeyError, AttributeError, TypeError, ValueError):
             return False
         return all(sha256_of(chunks(self._results[name].descriptor, info)) == sha256 for name, info, sha256 in expected)
+
+    def _expected(self, tensor: TensorJob, record: Record) -> list[tuple[str, TensorInfo, str]]:
+        """File, place and hash of what the record of a tensor says was written."""
+        infos = self.job.headers[tensor.shard].tensors
+        hashes = {tensor.info.name: record["sha256"], **record.get("statistics", {})}
+        expected = [(tensor.shard, infos[name], sha256) for name, sha256 in hashes.items()]
+        factors = self.job.adapter_header.tensors
+        return expected + [(ADAPTER_WEIGHTS, factors[key], hash_) for key, hash_ in record.get("adapter", {}).items()]
 
     def _place(self, tensor: TensorJob) -> TensorInfo:
         """Where the tensor is in the result."""
@@ -134,9 +152,40 @@ class Worker:
             residual = self._store(tensor.shard, self._place(tensor), weight)
         return {"sha256": residual, "adapter": adapter, "layer": _layer(target, factors, began)}
 
+    def _decompose_expert(self, expert: Expert) -> Record:
+        """Decompose one matrix of a stack, and write back its residual in the pieces that the files have."""
+        began = time.perf_counter()
+        weight = self._read(expert).to(self.device)
+        with self._on_device():
+            factors = principal_factors(weight.mT if expert.transposed else weight, expert.recipe)
+            with exact_arithmetic(self.device):
+                ops.subtract_lowrank_(weight, factors.lora_B, factors.lora_A, expert.recipe.scaling, expert.transposed)
+            values = [weight] if len(expert.pieces) == 1 else [weight[slice(*piece.rows)] for piece in expert.pieces]
+            values += [factors.lora_A, factors.lora_B]
+            # on a GPU all of them are copied into the memory that the weight was read into
+            places = expert_places(self.job, expert)
+            hashes = [self._store(*place, part) for place, part in zip(places, values, strict=True)]
+        return {
+            "sha256": hashes[0],
+            "others": hashes[1:-2],
+            "factors": hashes[-2:],
+            "layer": _layer(expert, factors, began),
+        }
+
+    def _read(self, expert: Expert) -> Tensor:
+        """One matrix of a stack as the file has it, its pieces below one another."""
+        first = expert.pieces[0]
+        if len(expert.pieces) == 1:
+            return read_tensor(self._sources[first.shard], first.info, buffer.weights)
+        weight = buffer.weights.take(expert.shape, expert.dtype, first.info.start)
+        for piece in expert.pieces:
+            read_into(self._sources[piece.shard], bytes_of(weight[slice(*piece.rows)]), piece.info.start)
+        return weight
+
     def _quantize(self, tensor: TensorJob, layer: LinearWeight) -> Record:
         """Quantize the residual of a weight and store its adapter, or quantize the weight of a layer without one."""
         assert self.job.quantization is not None
+        assert not isinstance(tensor.target, Expert)  # bitsandbytes quantizes linear layers alone
         began, target, options = time.perf_counter(), tensor.target, self.job.quantization.options
         weight = read_tensor(self._sources[tensor.shard], tensor.info, buffer.weights).to(self.device)
         weight = weight.mT if layer.transposed else weight
@@ -218,7 +267,7 @@ class Worker:
             self._flush_error = OSError(error.errno, error.strerror, str(self._out / name))
 
 
-def _layer(target: Target, factors: Factors, began: float) -> dict[str, Any]:
+def _layer(target: Target | Expert, factors: Factors, began: float) -> dict[str, Any]:
     """The layer's entry in the report, of work that began at a ``perf_counter``."""
     report = LayerReport(
         name=target.name,

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..adapter.names import ADAPTER_FOLDER
 from ..adapter.patterns import matches
-from ..checkpoint.options import ALL_LINEAR, AdapterOptions, check_expression, entries
+from ..checkpoint.options import AdapterOptions, check_expression, default_modules, entries
 from ..checkpoint.outcome import CheckpointReport
 from ..checkpoint.plan import CheckpointJob, plan_checkpoint
 from ..checkpoint.quantization import BLOCKS, DEFAULT_BLOCK, FORMATS, quantization_options
@@ -33,6 +33,7 @@ EXAMPLES = """\
 examples:
   pissa-kernels init MODEL OUT --dry-run
   pissa-kernels init MODEL OUT --rank 32 --target-modules q_proj v_proj
+  pissa-kernels init MODEL OUT --target-parameters gate_up_proj down_proj
   pissa-kernels init MODEL OUT --rank 64 --quantize nf4 --double-quant
   torchrun --nproc-per-node 8 -m pissa_kernels init MODEL OUT --resume"""
 
@@ -83,7 +84,12 @@ def _add_adapter_options(group: Any) -> None:
     group.add_argument(
         "--target-modules", nargs="+", action="extend", type=_module, metavar="NAME",
         help="names of the modules to adapt, all-linear among them or alone, or one regular expression "
-        "(default: all-linear)",
+        "(default: all-linear, or none with --target-parameters)",
+    )  # fmt: skip
+    group.add_argument(
+        "--target-parameters", nargs="+", action="extend", metavar="NAME",
+        help="names, or their ends, of parameters that are stacks of matrices, as experts.gate_up_proj "
+        "experts.down_proj: each expert gets factors of its own (default: none)",
     )  # fmt: skip
     group.add_argument(
         "--exclude-modules", nargs="+", action="extend", type=_module, metavar="NAME",
@@ -147,12 +153,14 @@ class _Pattern(argparse.Action):
 def run(arguments: argparse.Namespace) -> int:
     """Initialize the checkpoint, or print the plan."""
     quiet_libraries()
+    parameters = entries("target_parameters", arguments.target_parameters)
     options: dict[str, Any] = {
         "rank": arguments.rank,
         "alpha": arguments.alpha,
         "init": arguments.init,
         "seed": arguments.seed,
-        "target_modules": entries("target_modules", arguments.target_modules, (ALL_LINEAR,)),
+        "target_modules": entries("target_modules", arguments.target_modules, default_modules(parameters)),
+        "target_parameters": parameters,
         "exclude_modules": entries("exclude_modules", arguments.exclude_modules),
         "rank_pattern": arguments.rank_pattern or {},
         "alpha_pattern": arguments.alpha_pattern or {},

@@ -23,7 +23,7 @@ read completely, one tensor at a time:
 
   - every byte of OUT has the hash that was recorded when it was written;
   - tensors and files that were copied equal those in BASE bit for bit;
-  - W_res + s·B·A is W to one rounding;
+  - W_res + s·B·A is W to one rounding, of each expert of a stack;
   - A and B are the singular triplets of their certificate;
   - codes and scales of a quantized result are those of quantizing W - s·B·A
     again, and the errors are those of the report.
@@ -76,9 +76,12 @@ def _as_json(findings: Verification) -> dict[str, Any]:
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """The record with null for NaN and Inf, which are no JSON."""
-    return {
+    finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
+    if (parts := finite.pop("parts", None)) is not None and parts:  # the matrices of a stack
+        finite["parts"] = [_finite(part) for part in parts]
+    return finite
 
 
 def _as_text(findings: Verification) -> str:

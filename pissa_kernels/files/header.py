@@ -65,6 +65,16 @@ class TensorInfo:
         """The same tensor ``offset`` bytes further into the file."""
         return replace(self, start=offset + self.start, stop=offset + self.stop)
 
+    def rows(self, first: int, last: int) -> TensorInfo:
+        """The place of consecutive rows of the tensor, ``last`` not among them; of matrices, if it is a stack."""
+        size = self.nbytes // self.shape[0]
+        start = self.start + first * size
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, stop=start + (last - first) * size)
+
+    def matrix(self, index: int) -> TensorInfo:
+        """The place of one matrix of a stack (E, m, n)."""
+        return replace(self.rows(index, index + 1), shape=self.shape[1:])
+
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
@@ -219,6 +229,16 @@ def chunks(descriptor: int, info: TensorInfo) -> Iterator[memoryview]:
         read_into(descriptor, chunk, start)
         yield chunk
         start = stop
+
+
+def has_hashes(descriptor: int, info: TensorInfo, expected: object) -> bool:
+    """Whether a tensor's bytes have the hash, or those of its matrices the hashes, that a manifest has of them."""
+    if not isinstance(expected, list):
+        return sha256_of(chunks(descriptor, info)) == expected
+    parts = [info.matrix(index) for index in range(len(expected))] if len(expected) == info.shape[0] else []
+    return bool(parts) and all(
+        sha256_of(chunks(descriptor, part)) == one for part, one in zip(parts, expected, strict=True)
+    )
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -123,8 +123,8 @@ def test_hashes_cover_every_chunk(folders: tuple[Path, Path], tmp_path: Path, mo
         hashes = {name: sha256 for file in files.values() for name, sha256 in file.get("tensors", {}).items()}
         for tensor in job.tensors:
             record = {"shard": tensor.shard, "tensor": tensor.info.name, "sha256": hashes[tensor.info.name]}
-            assert worker.holds(record)
-            assert not worker.holds({**record, "sha256": hashes[QUERY if tensor.info.name != QUERY else NORM]})
+            assert worker.holds(tensor, record)
+            assert not worker.holds(tensor, {**record, "sha256": hashes[QUERY if tensor.info.name != QUERY else NORM]})
 
 
 def test_only_the_damaged_tensor_is_named(copies: tuple[Path, Path]) -> None:

@@ -94,7 +94,10 @@ def untimed(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = contents(folder)
     for name in [name for name in found if name.endswith(REPORT)]:
         out = folder / name.removesuffix(REPORT)
-        found[name] = [{**layer, "seconds": None} for layer in layers(out)]
+        found[name] = [
+            {**layer, "seconds": None, "parts": [{**part, "seconds": None} for part in layer.get("parts", ())]}
+            for layer in layers(out)
+        ]
         found[f"{name}.sha256"] = None
     return found
 
