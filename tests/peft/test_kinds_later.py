@@ -276,5 +276,6 @@ def test_convert_adapter(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pk.convert_adapter(tmp_path / "trained", tmp_path / "trained", tmp_path / "plain")
     plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain").eval()
     assert off(expected, output(name, plain)) <= 2 * allowed(name, base)
-    with plain.disable_adapter():
-        assert torch.equal(output(name, plain), output(name, base))
+    with plain.disable_adapter():  # PEFT's passes of an attention have rounded its weights by now
+        exact = allowed(name, base) if name == "MultiheadAttention" else 0.0
+        assert off(output(name, base), output(name, plain)) <= exact
