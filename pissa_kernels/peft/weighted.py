@@ -19,7 +19,7 @@ from ..adapter.layers import lora_layers
 from ..adapter.layouts import adapters_of, layout_of
 from . import forward, state
 from .additions import removed_on_failure
-from .guard import Guard, Reopen
+from .guarded import Guard, Reopen
 from .record import InitRecord, of_adapter
 from .state import adapted_layers
 

@@ -112,3 +112,12 @@ def test_it_scales_adapters_in_the_call() -> None:
     with torch.no_grad():
         without = model(sample, torch.tensor([3, 700]), states, cross_attention_kwargs={"scale": 0.0}).sample
     assert off(found.exact, without) <= found.tolerance
+
+
+def test_a_scaled_fusion_is_refused_before_anything_is_scaled() -> None:
+    found, model, _ = added(UNET)
+    train(model)
+    trained = found.call(model)
+    with pytest.raises(ValueError, match=r"^layer '.*fuse_lora\(lora_scale=0\.5\).*lora_scale=1"):
+        model.fuse_lora(lora_scale=0.5)
+    assert torch.equal(trained, found.call(model))
