@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import stacks
 
 # Attribute of the LoRA layer of an attention's out_proj.
-IN_ATTENTION = "pissa_in_attention"
+_IN_ATTENTION = "pissa_in_attention"
 
 
 class Layout:
@@ -82,7 +83,7 @@ class Layout:
     @property
     def gain(self) -> int:
         """g."""
-        return attention_gain() if IN_ATTENTION in self.layer.__dict__ else 1
+        return attention_gain() if is_projection(self.layer) else 1
 
     @property
     def adapters(self) -> Collection[str]:
@@ -254,6 +255,16 @@ def layout_of(layer: Any) -> Layout:
         (classes.ParamWrapper, _Parameter),
     )
     return next((kind for cls, kind in kinds if isinstance(layer, cls)), Layout)(layer)
+
+
+def is_projection(layer: Any) -> bool:
+    """Whether a layer is that of the ``out_proj`` of an ``nn.MultiheadAttention``, which does not call it."""
+    return _IN_ATTENTION in layer.__dict__ or isinstance(layer.get_base_layer(), NonDynamicallyQuantizableLinear)
+
+
+def mark_projection(attention: Any) -> None:
+    """Mark the LoRA layer of the ``out_proj`` inside that of an attention, which may be of another class."""
+    attention.get_base_layer().out_proj.__dict__[_IN_ATTENTION] = True
 
 
 def adapters_of(layer: Any) -> Collection[str]:

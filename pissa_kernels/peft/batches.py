@@ -34,8 +34,8 @@ HALVED = (torch.OutOfMemoryError, ValueError)
 
 
 def needed_bytes(job: LayerJob, device: torch.device, batch: int = 1) -> int:
-    """Bytes on ``device`` for a batch of layers like this one: their workspace, and the stacks that are in flight."""
-    streamed = 0 if job.weight.device == device else IN_FLIGHT * job.weight.nbytes
+    """Bytes on ``device`` for a batch of matrices like this layer's: their workspace, and what is in flight."""
+    streamed = 0 if job.weight.device == device else IN_FLIGHT * job.weight.nbytes // job.parts
     return job.workspace(device, batch) + batch * streamed
 
 

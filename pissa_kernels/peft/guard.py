@@ -173,7 +173,7 @@ def merge_adapter(tuner: Any, reopen: Reopen, adapter_names: list[str] | None = 
 
 
 def _check_merges(tuner: Any, adapter_names: list[str] | None) -> None:
-    check_separate(tuner)
+    check_separate(tuner.model)
     for _, layer in adapted_layers(tuner):
         names = layer.active_adapters if adapter_names is None else adapter_names
         if not isinstance(names, str):
@@ -192,7 +192,7 @@ def unload_and_optionally_merge(
     """``LoraModel._unload_and_optionally_merge``, after the checks of all layers."""
     if merge:
         _check_merges(tuner, adapter_names)
-    check_separate(tuner)
+    check_separate(tuner.model)
     kept = frozenset(
         name for name, config in tuner.peft_config.items() if getattr(config, "init_lora_weights", None) is True
     )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapter.layers import in_scope
-from . import base_weights, kinds, start
+from . import base_weights, kinds, start, tied
 from .additions import check_addition, removed_on_failure
 from .creation import creating
 from .guard import protect, protect_peft_model
@@ -27,6 +27,7 @@ from .replicated import follow, split
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
 from .targets import is_pissa
+from .tied import is_tied
 from .ties import Ties
 from .weighted import add_weighted_adapter
 from .wrapping import injected, warn_of_plain_layers, wrapping
@@ -151,7 +152,8 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
         configs = self.peft_config
         check_addition(model, adapter_name, configs[adapter_name], loading=loading.get() is not None)
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
-        injection = Injection(Ties(model, replicated=replicated), model)
+        kept = functools.partial(is_tied, configs[adapter_name])
+        injection = Injection(Ties(model, replicated=replicated, kept=kept), model)
         try:
             with resident(model, adapter_name), removed_on_failure(model, adapter_name, injection):
                 with injected(injection, configs[adapter_name], model, adapter_name):
@@ -163,6 +165,7 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
                 if jobs:
                     session.run(jobs)
                 session.layers += [follow(job, first) for job, first in copies]
+                session.layers += tied.follow(injection.tied, model)
                 if is_pissa(configs[adapter_name]) and loading.get() is None:
                     warn_of_plain_layers(injection, model, adapter_name)
         finally:

@@ -33,15 +33,22 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
     stores them in it. The weight holds W − s·B·A in its own storage, layout and dtype. If the weight or the adapter is
     on the meta device, a checkpoint will fill it: nothing is changed, and a warning says so.
 
+    Other layers than linear ones have A and B in the shapes that PEFT gives them, for each matrix of their weight: the
+    weight of an embedding is transposed, that of a convolution is (out, in·k) for each of its groups, and a stack of
+    experts is one matrix for each expert. Of an ``nn.MultiheadAttention`` this is ``in_proj``; ``out_proj`` has a LoRA
+    layer of its own, ``self.base_layer.out_proj``.
+
     Args:
-        self: a LoRA layer with ``get_base_layer()``, ``r``, ``scaling``, ``lora_A``, ``lora_B``, ``fan_in_fan_out``.
+        self: a LoRA layer of PEFT: Linear, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention or ParamWrapper.
         adapter_name: key of the adapter in those.
         init_lora_weights: "pissa" or "pissa_niter_N", as for :func:`pissa_kernels.decompose`.
 
     Raises:
         TypeError: a quantized weight, or a dtype other than float32, float16 and bfloat16.
         ValueError: an unknown ``init_lora_weights``; a rank, scaling or shape out of range; NaN, Inf or an empty
-            weight; a weight that is sharded, offloaded, or used in a second place. Nothing has been written then.
+            weight; a weight that is sharded, offloaded, or used in a second place; a module whose adapter PEFT computes
+            in another way than the module computes (a dilated convolution, an embedding with ``max_norm``). Nothing has
+            been written then.
 
     Examples:
         >>> import peft, torch
@@ -125,6 +132,7 @@ def prepare(
         check_rank(recipe.rank, job.shape)
         check_scaling(recipe.scaling)
         _check_adapter(job)
+        job.check_original()
     return job
 
 
@@ -159,5 +167,5 @@ def _check_unshared(layout: Layout, ties: Ties | None) -> None:
         raise ValueError(
             f"the weight {tuple(layout.weight.shape)} is tied to {other}, which would change with it. Untie them first "
             "(config.tie_word_embeddings = False, then module.weight = nn.Parameter(module.weight.detach().clone())), "
-            "or leave the layer out of target_modules."
+            "adapt the embedding with ensure_weight_tying=True, or leave the layer out of target_modules."
         )

@@ -6,14 +6,15 @@ experts, where it looks for a ``weight`` that they do not have.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ..adapter.layouts import layout_of, mark_projection
 from .scope import Session, replacing
-from .substitute import mark_attention
 from .targets import is_pissa
 
 Function = Callable[..., Any]
@@ -25,7 +26,8 @@ def wrap_reset_parameters(session: Session, previous: Function) -> Function:
     def reset_lora_parameters(layer: Any, adapter_name: str, init_lora_weights: Any) -> None:
         if session.applies() and isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa"):
             previous(layer, adapter_name, True)
-            session.initialize(layer, adapter_name, init_lora_weights)
+            with _gathered(layer):
+                session.initialize(layer, adapter_name, init_lora_weights)
         else:
             previous(layer, adapter_name, init_lora_weights)
 
@@ -40,7 +42,8 @@ def wrap_update_parameter(session: Session, previous: Function) -> Function:
             previous(layer, adapter_name, *args, config=config, **kwargs)
             return
         previous(layer, adapter_name, *args, config=_plain(config), **kwargs)
-        session.initialize(layer, adapter_name, config.init_lora_weights, is_cast=True)
+        with _gathered(layer):
+            session.initialize(layer, adapter_name, config.init_lora_weights, is_cast=True)
 
     return update_layer
 
@@ -53,12 +56,14 @@ def wrap_update_attention(session: Session, previous: Function) -> Function:
             previous(layer, adapter_name, *args, config=config, **kwargs)
             return
         previous(layer, adapter_name, *args, config=_plain(config), **kwargs)
-        mark_attention(layer)
+        mark_projection(layer)
         name = replacing.get().name
         inside = None if name is None else f"{name}.base_layer.out_proj"
         init = config.init_lora_weights
-        session.initialize(layer, adapter_name, init, is_cast=True)
-        session.initialize(layer.get_base_layer().out_proj, adapter_name, init, name=inside, is_cast=True)
+        projection = layer.get_base_layer().out_proj
+        with _gathered(layer), _gathered(projection):
+            session.initialize(layer, adapter_name, init, is_cast=True)
+            session.initialize(projection, adapter_name, init, name=inside, is_cast=True)
 
     return update_layer
 
@@ -72,6 +77,13 @@ def is_of_attention(target: Any, layer: Any) -> bool:
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     return isinstance(base, nn.MultiheadAttention) and layer.get_base_layer() is not base
+
+
+def _gathered(layer: Any) -> contextlib.AbstractContextManager[object]:
+    """Context in which the weight is whole under DeepSpeed's ZeRO-3, as PEFT makes it for a linear layer."""
+    from peft.utils.integrations import gather_params_ctx
+
+    return gather_params_ctx(layout_of(layer).weight)  # type: ignore[no-any-return]
 
 
 def _plain(config: Any) -> Any:

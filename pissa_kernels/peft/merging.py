@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.layouts import IN_ATTENTION, layout_of
+from ..adapter.layouts import is_projection, layout_of
 from . import state
 from .quantized import copied, is_quantized, put, scheme_of
 
@@ -38,7 +38,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     if not new:
         method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
         return
-    if IN_ATTENTION not in layer.__dict__:  # PEFT has changed the weight already where the attention merges it
+    if not is_projection(layer):  # PEFT has changed the weight already where the attention merges it
         check_merge(layer, new)
     for each in inside(layout.module):
         check_merge(each, new)

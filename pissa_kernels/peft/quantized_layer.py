@@ -95,6 +95,9 @@ class QuantizedLayerJob(LayerJob):
     def backup(self) -> Callable[[], object]:
         return quantized.kept(self.layer.get_base_layer())
 
+    def check_original(self) -> None:
+        """Nothing: the weight is compared with the original one when that is read."""
+
     def _restore(self) -> None:
         """Nothing: the original weight is read again."""
 

@@ -76,8 +76,9 @@ def check_separate(model: nn.Module) -> None:
         if owner is not layout.module:
             with layer_context(f"layer {name!r}"):
                 raise ValueError(
-                    f"it shares its weight with {first!r} (layer_replication), and each has an adapter of its own, so "
-                    "that the weight can neither take their changes nor be restored. Keep the adapters"
+                    f"it shares its weight with {first!r} (layer_replication, or tied embeddings), and each has an "
+                    "adapter of its own, so that the weight can neither take their changes nor be restored. Keep the "
+                    "adapters"
                 )
 
 

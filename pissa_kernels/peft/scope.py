@@ -15,6 +15,7 @@ from ..report import LayerReport
 from .layer import LayerJob
 from .notices import Notices
 from .record import records
+from .tied import Follower
 from .ties import Ties
 
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class Injection:
             where the model had that: another module and its attribute.
         ranks: ranks and alphas in the config before a layer needed others; None before the first layer.
         is_undone: whether all of the call is undone after a failure.
+        tied: layers that follow the embedding whose weight they have.
         weights: functions that restore the weights which the call changes; only where it is undone.
     """
 
@@ -90,6 +92,7 @@ class Injection:
     wrapped: list[tuple[list[tuple[nn.Module, str]], nn.Module, nn.Module]] = field(default_factory=list)
     ranks: dict[str, Any] | None = None
     is_undone: bool = False
+    tied: list[Follower] = field(default_factory=list)
     weights: list[Callable[[], object]] = field(default_factory=list)
 
     def keep(self, job: LayerJob) -> None:

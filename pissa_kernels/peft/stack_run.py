@@ -15,8 +15,9 @@ from torch import Tensor
 from ..checks import layer_context
 from ..pissa import Factors
 from ..report import LayerReport
-from .layer import Kept, LayerJob
+from .layer import LayerJob
 from .record import fingerprint, records
+from .writing import Kept
 
 Emit = Callable[[tuple[LayerJob, LayerReport]], None]
 Work = Callable[[Emit], None]

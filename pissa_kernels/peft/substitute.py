@@ -7,13 +7,13 @@ subtracted again, which would round it at every pass, as PEFT does with the weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layouts import IN_ATTENTION, layout_of
+from ..adapter.layouts import Layout, is_projection, layout_of
 from . import state
 from .state import TERMS, Terms
 
@@ -29,11 +29,6 @@ def attach(layer: Any) -> None:
     layer.register_forward_hook(leave, always_call=True)
 
 
-def mark_attention(layer: Any) -> None:
-    """Mark the LoRA layer of an attention's ``out_proj``, to which PEFT's forward pass does not belong."""
-    layer.get_base_layer().out_proj.__dict__[IN_ATTENTION] = True
-
-
 def enter(layer: Any, args: tuple[Any, ...]) -> None:
     """Forward pre-hook: let the module compute with W_res + C."""
     if layer.merged and layer.disable_adapters:
@@ -43,8 +38,15 @@ def enter(layer: Any, args: tuple[Any, ...]) -> None:
     if layer.merged:
         return
     for each in _computed_by(layer):
-        put_aside.append(_PutAside(each))
-        put_aside[-1].substitute()
+        layout, found = layout_of(each), each.__dict__.get(TERMS) or Terms()
+        active = () if each.disable_adapters else each.active_adapters
+        coefficients = found.missing(active, layout.scalings)
+        is_corrected = any(isinstance(total, Tensor) or total for total in coefficients)
+        # PEFT adds to the weights of an attention in every pass, and subtracts it again
+        if is_corrected or _is_of_attention(each):
+            put_aside.append(_PutAside(each, layout))
+        if is_corrected:
+            put_aside[-1].substitute(found, coefficients)
 
 
 def leave(layer: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -63,29 +65,28 @@ def _computed_by(layer: Any) -> Iterator[Any]:
         yield base.out_proj
 
 
-class _PutAside:
-    """The stored parameter of a LoRA layer during one pass."""
+def _is_of_attention(layer: Any) -> bool:
+    return is_projection(layer) or isinstance(layer.get_base_layer(), nn.MultiheadAttention)
 
-    def __init__(self, layer: Any) -> None:
-        layout = layout_of(layer)
+
+class _PutAside:
+    """The stored parameter of a LoRA layer during one pass, and the guards of its methods."""
+
+    def __init__(self, layer: Any, layout: Layout) -> None:
         self.layer, self.layout, self.module, self.key = layer, layout, layout.module, layout.parameter
         self.parameter: Any = self.module._parameters[self.key]
         self.order = list(self.module._parameters)
         self.guards: dict[str, Any] = {}
-        if isinstance(self.module, nn.MultiheadAttention) or IN_ATTENTION in layer.__dict__:
+        if _is_of_attention(layer):
             self.guards = {name: layer.__dict__.pop(name) for name in _OF_PEFT if name in layer.__dict__}
 
-    def substitute(self) -> None:
-        layer = self.layer
-        found: Terms = layer.__dict__.get(TERMS) or Terms()
-        active = () if layer.disable_adapters else layer.active_adapters
-        coefficients = found.missing(active, self.layout.scalings)
-        if not any(isinstance(total, Tensor) or total for total in coefficients):
-            return
+    def substitute(self, found: Terms, coefficients: Sequence[Any]) -> None:
+        """Put W_res + C in the parameter's place."""
         if self.parameter.is_meta:
             raise RuntimeError(
-                f"{state.label(layer)}: the weight is not in memory (offloaded), and these adapters need another one "
-                "than is stored. Use the adapter that was initialized first, alone, or load the model without offload"
+                f"{state.label(self.layer)}: the weight is not in memory (offloaded), and these adapters need another "
+                "one than is stored. Activate the adapter that was initialized first, alone, or load the model without "
+                "offload"
             )
         with torch.no_grad():
             weight = self.parameter.detach().clone(memory_format=torch.preserve_format)
@@ -93,6 +94,7 @@ class _PutAside:
         self.module._parameters[self.key] = nn.Parameter(weight, requires_grad=False)
 
     def put_back(self) -> None:
+        """Put the parameter back, in its place among those of the module."""
         self.module.__dict__.pop(self.key, None)  # PEFT may have made an attribute of it
         self.module._parameters[self.key] = self.parameter
         in_order = {key: self.module._parameters[key] for key in self.order}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers
-from ..adapter.layouts import IN_ATTENTION, layout_of
+from ..adapter.layouts import is_projection, layout_of
 from ..adapter.patterns import rank_of, with_rank, with_ranks
 from ..checks import layer_context
 from .additions import check_active_variant
@@ -160,7 +160,7 @@ def settle_ranks(config: Any, before: dict[str, Any], model: nn.Module, adapter:
 
 def _has_own_rank(layer: Any) -> bool:
     """Whether PEFT looks up the rank of a layer by its name: that of an attention's ``out_proj`` is the attention's."""
-    return IN_ATTENTION not in layer.__dict__
+    return not is_projection(layer)
 
 
 def _set(config: Any, settings: dict[str, Any]) -> None:

@@ -21,7 +21,10 @@ from ..support.kinds_operations import off
 from ..support.kinds_reference import rounded_deficit
 from ..support.reference import ROUNDOFF, energy_deficit
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
 DEFICIT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-6}
 # layers of each model, by the last parts of their names
 TARGETS: dict[str, list[str]] = {
@@ -32,7 +35,7 @@ TARGETS: dict[str, list[str]] = {
 }
 UNET = "unet"
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_model = pytest.mark.parametrize(
     "name",
     [

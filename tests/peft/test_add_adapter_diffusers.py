@@ -17,7 +17,7 @@ from .test_add_adapter import DTYPES, UNET, added, config, train
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None, reason="needs diffusers, which is not installed"
 )
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def test_it_saves_and_loads_the_adapter(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_it_fuses_and_unfuses(dtype: torch.dtype) -> None:
     assert off(found.exact, found.call(model)) <= 2 * found.tolerance
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5])
+@pytest.mark.parametrize("scale", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_weights_of_adapters(scale: float) -> None:
     """A weight w of an adapter is W + w·(s·B·A − s·B₀·A₀): at 0 the base."""
     found, model, _ = added(UNET)

@@ -39,11 +39,14 @@ MODELS: dict[str, Architecture] = {
 }
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = {"deepseek_v3": ["q_a_proj", "o_proj"]}
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
 DEFICIT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-6}
 
 every_model = pytest.mark.parametrize("name", MODELS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def attention(name: str) -> list[str]:

@@ -47,11 +47,14 @@ MODELS: dict[str, tuple[Architecture, dict[str, tuple[int, int]]]] = {
         {"c_attn": (192, 64)},
     ),
 }
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
 DEFICIT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-6}
 
 every_model = pytest.mark.parametrize("name", MODELS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def config(name: str, **changes: Any) -> peft.LoraConfig:

@@ -17,7 +17,10 @@ from ..support.kinds_operations import allowed, exact_output, off, output, patch
 from ..support.kinds_reference import computed, rounded_deficit, stock, within_groups
 from ..support.reference import ROUNDOFF, energy_deficit, optimal_energies, singular_values
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
 # in bfloat16, what rounding A leaves as a rule; see rounded_deficit
 DEFICIT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-6}
 RANK = 6
@@ -52,8 +55,15 @@ def rank_of(name: str) -> int:
     return 2 if name == "Conv2d, depthwise" else RANK
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
+@pytest.mark.parametrize(
+    ("init", "dtype"),
+    [
+        pytest.param("pissa", torch.float32, id="float32"),
+        pytest.param("pissa", torch.bfloat16, id="bfloat16"),
+        pytest.param("pissa_niter_4", torch.float32, id="float32, niter", marks=pytest.mark.slow),
+        pytest.param("pissa_niter_4", torch.bfloat16, id="bfloat16, niter", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_matrix_against_an_exact_svd(name: str, init: str, dtype: torch.dtype) -> None:
     """Wide enough for the iteration: energy of the factors, report, and W_res + ΔW = W to one rounding."""
@@ -135,7 +145,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_the_output_does_not_change(name: str, option: str, dtype: torch.dtype) -> None:
     base = build(name, dtype)
