@@ -8,16 +8,12 @@ rows are those of the groups one after another. Each row of A sees the inputs of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .names import module_name
 from .stacks import packed, unpacked
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -106,71 +102,3 @@ def packing_of(A: Sequence[int], B: Sequence[int], experts: int = 1) -> Packing:
             "convolution (r, in, *kernel) and (out, r/groups, 1, …)"
         )
     return Packing(groups=A[0] // B[1], kernel=tuple(A[2:]))
-
-
-def stacked(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Factors of rank 2r whose product is B·A − B₀·A₀ in every matrix of a layer.
-
-    Args:
-        A, B, A0, B0: the two pairs as PEFT stores them, of one dtype.
-        packing: how they are packed.
-
-    Returns:
-        A and B as PEFT stores them at rank 2r.
-    """
-    (A, B), (A0, B0) = packing.split(A, B), packing.split(A0, B0)
-    return packing.join(torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2))
-
-
-def restacked(A: Tensor, B: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """What :func:`stacked` makes, from PEFT's ``path_initial_model_for_weight_conversion``.
-
-    PEFT 0.21 concatenates [A; A₀] and [B, −B₀] as they are stored. For layers with one matrix, and for convolutions
-    without groups, that is a LoRA of rank 2r. Otherwise the rows and columns of the two halves have to be interleaved
-    by expert or by group; the numbers are all there.
-
-    Args:
-        A, B: tensors that PEFT wrote.
-        packing: how the factors of the adapter are packed.
-
-    Raises:
-        ValueError: A or B does not have two halves of such a packing.
-
-    Examples:
-        >>> import torch
-        >>> from pissa_kernels.adapter.packing import Packing, restacked, stacked
-        >>> A, A0, B, B0 = torch.randn(8, 6), torch.randn(8, 6), torch.randn(5, 8), torch.randn(5, 8)
-        >>> written = torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
-        >>> found, wanted = restacked(*written, Packing(experts=4)), stacked(A, B, A0, B0, Packing(experts=4))
-        >>> [torch.equal(*pair) for pair in zip(found, wanted)]
-        [True, True]
-    """
-    columns = B.shape[1] * packing.groups
-    if A.shape[0] != columns or columns % (2 * packing.parts):
-        raise ValueError(
-            f"lora_A has shape {tuple(A.shape)} and lora_B {tuple(B.shape)}; accepted are two adapters that were "
-            f"concatenated, with {packing.parts} matrices each"
-        )
-    (A, A0), (B, B0) = A.chunk(2), B.chunk(2, dim=1)
-    return stacked(A, B, A0, -B0, packing)
-
-
-def restack_file(tensors: MutableMapping[str, Tensor], experts: Mapping[str, int]) -> None:
-    """:func:`restacked` of every layer in a file that PEFT wrote with ``path_initial_model_for_weight_conversion``.
-
-    Args:
-        tensors: the tensors by key, of which those of experts and of convolutions with groups are replaced.
-        experts: E of each parameter that PEFT wraps, by the wrapper's key without ".lora_A.weight".
-
-    Raises:
-        ValueError: the factors of a layer are not two adapters that were concatenated; the message names it.
-    """
-    for key in [key for key in tensors if key.endswith(_A)]:
-        module = key.removesuffix(_A)
-        A, B = tensors[key], tensors[module + _B]
-        try:
-            packing = packing_of(A.shape, B.shape, experts.get(module, 1))
-            if packing.parts > 1:
-                tensors[key], tensors[module + _B] = restacked(A, B, packing)
-        except ValueError as error:
-            raise ValueError(f"layer {module_name(module)!r}: {error}") from None

@@ -114,7 +114,11 @@ class Models:
         """Compare fused experts, or another parameter that PEFT adapts by itself."""
         models, ways = (self.base, self.residual), []
         if name in self._pieces:
+            # a base model with the experts in another layout has none of these tensors
             ways = [self._pieces[name]]
+            if not any(_candidates(self.base, piece.key) for piece in self._pieces[name]):
+                self.left_out[name] = "in other tensors there"
+                return None
         elif layer.weight and all(_candidates(checkpoint, layer.weight) for checkpoint in models):
             # a square matrix may be stored either way, of which one is right
             ways = [[piece] for piece in fused(self.residual, _find(self.residual, layer.weight)[1], layer)]

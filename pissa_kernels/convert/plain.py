@@ -76,7 +76,7 @@ def plan_plain(pair: AdapterPair, rank: int | None) -> PlainLora:
         if layer.packing.groups > 1 and trained.config.get("use_dora"):
             raise ValueError(
                 f"layer {name!r} is a convolution with {layer.packing.groups} groups under DoRA, whose norms PEFT "
-                "takes of another product than the one that it adds, so that no other factors have them; use it with PEFT"
+                "takes of another product than it adds, so that no other factors have them; use it with PEFT"
             )
         if ranks[name] % layer.packing.groups:
             raise ValueError(

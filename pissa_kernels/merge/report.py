@@ -78,8 +78,11 @@ class MergeReport:
         return f"{self.out}: a full checkpoint of {self.size / 2**20:.1f} MiB, {', '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object."""
+        """A JSON object; "tensors" is absent where there is one."""
         layers = [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers]
+        for layer in layers:
+            if layer["tensors"] == 1:
+                del layer["tensors"]
         return {**vars(self), "layers": layers, "out": str(self.out)}
 
     def to_json(self) -> str:

@@ -318,7 +318,7 @@ def test_dry_run_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_linear_layers_are_quantized_and_experts_are_not(name: str, tmp_path: Path) -> None:
-    """The layers around the experts are quantized as transformers does it, with its codes; the experts are residuals."""
+    """The layers around the experts are quantized as transformers does it, and the experts are residuals."""
     folder = saved(moe(name), tmp_path / "model")
     out = tmp_path / "out"
     notes: list[str] = []

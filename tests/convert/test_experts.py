@@ -222,6 +222,22 @@ def test_experts_that_no_manifest_names_are_not_compared_and_a_note_says_so(tmp_
     )
 
 
+def test_a_base_model_in_another_layout_is_not_compared_and_a_note_says_so(tmp_path: Path) -> None:
+    make(tmp_path)
+    retensor(tmp_path / "residual/model.safetensors", one_by_one)
+    write_manifest(tmp_path / "residual", targets(apart=True))
+    arguments = (tmp_path / "trained", tmp_path / "residual", tmp_path / "lora")
+    done = convert_adapter(*arguments, base=tmp_path / "base")
+    assert done.checked is None
+    assert len(done.notes) == 1
+    assert done.notes[0].endswith("because its experts are in other tensors there")
+    retensor(tmp_path / "base/model.safetensors", one_by_one)
+    missing = "mlp.experts.2.up_proj.weight"
+    retensor(tmp_path / "base/model.safetensors", lambda tensors: tensors.pop(missing))
+    with pytest.raises(ValueError, match=rf"layer '\S+gate_up_proj': \S+/base has 0 tensors that could be '{missing}'"):
+        convert_adapter(*arguments, base=tmp_path / "base", force=True)
+
+
 def test_a_manifest_that_lacks_rows_is_refused(tmp_path: Path) -> None:
     make(tmp_path)
     for name in ("base", "residual"):

@@ -75,3 +75,24 @@ def test_parameters_of_one_shape(names: tuple[str, str], tmp_path: Path) -> None
     plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora")
     assert off(output(plain), output(model)) <= 1e-6
     assert off(output(base), output(model)) > 1e-2
+
+
+def test_pefts_own_conversion_gives_the_same_model(tmp_path: Path) -> None:
+    """``save_pretrained`` with the initial adapter, which the hook completes, beside ``convert``."""
+    torch.manual_seed(5)
+    base = Kinds()
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, init_lora_weights="pissa", target_modules=MODULES, rank_pattern={"gate_up_proj": 3},
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )  # fmt: skip
+    with pk.patch_peft():
+        model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+        pk.save_pissa(model, tmp_path / "residual")
+        train(model)
+        model.save_pretrained(tmp_path / "trained")
+        initial = str(tmp_path / "residual" / "pissa_init")
+        model.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=initial)
+    convert_adapter(tmp_path / "trained", initial, tmp_path / "lora")
+    for name in ("lora", "peft"):
+        plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)
+        assert off(output(plain), output(model)) <= 1e-6, name

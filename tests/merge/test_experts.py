@@ -112,6 +112,9 @@ def test_a_residual_of_init(name: str, dtype: torch.dtype, fused: bool, tmp_path
     manifest = json.loads((out / "pissa_manifest.json").read_text())["targets"]
     assert {key for key in base if not torch.equal(found[key], base[key])} <= manifest.keys()
     assert sum(layer.tensors for layer in report.layers) == len(manifest)
+    assert {layer.get("tensors", 1) for layer in report.to_dict()["layers"]} == {
+        layer.tensors for layer in report.layers
+    }
     assert {layer.name for layer in report.layers} == {about["layer"] for about in manifest.values()}
     assert report.copied == len(base) - len(manifest)
 
