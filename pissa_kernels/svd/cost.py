@@ -60,7 +60,7 @@ MACHINES = {
     # interpreter's lock.
     "cpu": Machine(flops=1.5e11, products=1.5e11, gram=1.5e11, read=2e-10, call=1e-5, eigh=AVX2_EIGH),
     "cpu avx2": Machine(
-        flops=1.5e11, products=1.5e11, gram=1.5e11, read=4.7e-11, call=6e-6, eigh=AVX2_EIGH, min_block=8
+        flops=1.5e11, products=1.5e11, gram=1.5e11, read=1.2e-11, call=6e-6, eigh=AVX2_EIGH, min_block=4
     ),
     # one thread of an Intel Xeon with AMX. Tiles have 16 columns.
     "cpu avx512": Machine(
@@ -79,7 +79,7 @@ MACHINES = {
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 # Small operations of one CholeskyQR2 with its projections, of one Rayleigh–Ritz round, and of turning a subspace into
 # triplets.
-PANEL_CALLS, ROUND_CALLS, FINAL_CALLS = 50, 30, 60
+PANEL_CALLS, ROUND_CALLS, FINAL_CALLS = 12, 30, 60
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
 DENSE_FALLBACK_WIDTH = 1024
 
@@ -198,7 +198,7 @@ def _workspace_alone(m: int, n: int, rank: int, niter: int | None, machine: str)
 def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:
     """Krylov to a tolerance, for blocks of 8 or a multiple of 16 columns: BLAS takes as long for 24 as for 32."""
     plans = []
-    for block in (8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
+    for block in (4, 8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
         # narrower blocks take ordinary singular values of large ranks for clusters, and solve the weight twice
         if block < max(constants.min_block, min(32, rank // 4)):
             continue
