@@ -22,6 +22,10 @@ from .krylov import steps_for_niter
 from .stopping import GUARD_VECTORS
 
 
+# Elements of a weight that stays in the last cache from one product to the next.
+CACHED_ELEMENTS = 1 << 23
+
+
 @dataclass(frozen=True)
 class Machine:
     """Constants of a kind of device, as ``python -m bench calibrate`` measures them.
@@ -31,9 +35,11 @@ class Machine:
         products: operations per second in a product of a weight with a panel.
         gram: operations per second in a Gram matrix of a weight.
         read: seconds to read one element of a weight in such a product.
+        read_memory: the same for weights of more than :data:`CACHED_ELEMENTS`; 0 where it is no longer.
         call: seconds for one small operation: its launch, or its overhead in C++ and Python.
         eigh: coefficients (n, n², n³) of the seconds for ``eigh`` in float32.
         min_block: columns of the narrowest Krylov block worth considering.
+        panel_calls: small operations of one Krylov step: a CholeskyQR2 with its projections.
     """
 
     flops: float
@@ -43,6 +49,8 @@ class Machine:
     call: float
     eigh: tuple[float, float, float]
     min_block: int = 16
+    panel_calls: int = 50
+    read_memory: float = 0.0
 
     def eigenproblem(self, n: int) -> float:
         """Seconds for ``eigh`` of an n×n matrix."""
@@ -51,7 +59,8 @@ class Machine:
 
     def product(self, m: int, n: int, columns: int) -> float:
         """Seconds for a product of an m×n weight with a panel."""
-        return self.read * m * n + 2 * m * n * columns / self.products + self.call
+        read = self.read if m * n <= CACHED_ELEMENTS else max(self.read, self.read_memory)
+        return read * m * n + 2 * m * n * columns / self.products + self.call
 
 
 AVX2_EIGH, AVX512_EIGH = (0.0, 3.3e-8, 5e-11), (8e-7, 2e-8, 5.5e-11)
@@ -60,7 +69,15 @@ MACHINES = {
     # interpreter's lock.
     "cpu": Machine(flops=1.5e11, products=1.5e11, gram=1.5e11, read=2e-10, call=1e-5, eigh=AVX2_EIGH),
     "cpu avx2": Machine(
-        flops=1.5e11, products=1.5e11, gram=1.5e11, read=1.2e-11, call=6e-6, eigh=AVX2_EIGH, min_block=4
+        flops=1.5e11,
+        products=1.5e11,
+        gram=1.5e11,
+        read=4.7e-11,
+        call=6e-6,
+        eigh=AVX2_EIGH,
+        min_block=4,
+        panel_calls=12,
+        read_memory=8e-11,
     ),
     # one thread of an Intel Xeon with AMX. Tiles have 16 columns.
     "cpu avx512": Machine(
@@ -77,9 +94,8 @@ MACHINES = {
 }
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-# Small operations of one CholeskyQR2 with its projections, of one Rayleigh–Ritz round, and of turning a subspace into
-# triplets.
-PANEL_CALLS, ROUND_CALLS, FINAL_CALLS = 12, 30, 60
+# Small operations of one Rayleigh–Ritz round, and of turning a subspace into triplets.
+ROUND_CALLS, FINAL_CALLS = 30, 60
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
 DENSE_FALLBACK_WIDTH = 1024
 
@@ -196,7 +212,7 @@ def _workspace_alone(m: int, n: int, rank: int, niter: int | None, machine: str)
 
 
 def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:
-    """Krylov to a tolerance, for blocks of 8 or a multiple of 16 columns: BLAS takes as long for 24 as for 32."""
+    """Krylov to a tolerance, for blocks of 4, 8 or a multiple of 16 columns: BLAS takes as long for 24 as for 32."""
     plans = []
     for block in (4, 8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
         # narrower blocks take ordinary singular values of large ranks for clusters, and solve the weight twice
@@ -252,7 +268,7 @@ def _final(constants: Machine, m: int, n: int, rank: int, columns: int) -> float
 def _krylov_step(constants: Machine, m: int, n: int, block: int, basis: int, call: float) -> float:
     """Seconds of a step: two products, projections against half the final basis, two rounds of CholeskyQR."""
     orthogonal = (2 * basis + 8 * block) * n * block / constants.flops
-    return 2 * constants.product(m, n, block) + orthogonal + PANEL_CALLS * call
+    return 2 * constants.product(m, n, block) + orthogonal + constants.panel_calls * call
 
 
 def _multiple_of_16(columns: int) -> int:
