@@ -64,7 +64,7 @@ def peft(init: str) -> Provider:
     """PEFT's initializer of a linear layer, expert by expert with all threads."""
     from peft.tuners.lora.layer import LoraLayer
 
-    initializer: Callable[[Any, str, str], None] = LoraLayer.pissa_init  # type: ignore[assignment]
+    initializer: Callable[[Any, str, str], None] = LoraLayer.pissa_init
 
     def initialize(stack: Tensor, rank: int) -> list[Pair]:
         layer, pairs = lora_layer(stack[0], rank, False), []

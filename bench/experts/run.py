@@ -143,7 +143,7 @@ class StackTrial(Trial):
 
 def gated(case: Case, providers: Sequence[str], stack: Tensor, device: str) -> dict[str, StackTrial]:
     """A trial for each provider and its baseline, run once and compared with float64 references."""
-    names = {name: None for name in providers} | {BASELINES[name]: None for name in providers if name in BASELINES}
+    names = dict.fromkeys(providers) | {BASELINES[name]: None for name in providers if name in BASELINES}
     trials = {name: StackTrial() for name in names}
     for name, trial in trials.items():
         with trial.attempt():

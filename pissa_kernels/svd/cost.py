@@ -21,7 +21,9 @@ from . import fixed
 from .krylov import steps_for_niter
 from .stopping import GUARD_VECTORS
 
-
+# Small operations of one CholeskyQR2 with its projections, of one Rayleigh–Ritz round, and of turning a subspace into
+# triplets.
+PANEL_CALLS, ROUND_CALLS, FINAL_CALLS = 50, 30, 60
 # Elements of a weight that stays in the last cache from one product to the next.
 CACHED_ELEMENTS = 1 << 23
 
@@ -39,7 +41,7 @@ class Machine:
         call: seconds for one small operation: its launch, or its overhead in C++ and Python.
         eigh: coefficients (n, n², n³) of the seconds for ``eigh`` in float32.
         min_block: columns of the narrowest Krylov block worth considering.
-        panel_calls: small operations of one Krylov step: a CholeskyQR2 with its projections.
+        narrow_calls: small operations of one Krylov step with a block of at most eight columns.
     """
 
     flops: float
@@ -49,7 +51,7 @@ class Machine:
     call: float
     eigh: tuple[float, float, float]
     min_block: int = 16
-    panel_calls: int = 50
+    narrow_calls: int = PANEL_CALLS
     read_memory: float = 0.0
 
     def eigenproblem(self, n: int) -> float:
@@ -76,7 +78,7 @@ MACHINES = {
         call=6e-6,
         eigh=AVX2_EIGH,
         min_block=4,
-        panel_calls=12,
+        narrow_calls=12,
         read_memory=8e-11,
     ),
     # one thread of an Intel Xeon with AMX. Tiles have 16 columns.
@@ -94,8 +96,6 @@ MACHINES = {
 }
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-# Small operations of one Rayleigh–Ritz round, and of turning a subspace into triplets.
-ROUND_CALLS, FINAL_CALLS = 30, 60
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
 DENSE_FALLBACK_WIDTH = 1024
 
@@ -267,8 +267,9 @@ def _final(constants: Machine, m: int, n: int, rank: int, columns: int) -> float
 
 def _krylov_step(constants: Machine, m: int, n: int, block: int, basis: int, call: float) -> float:
     """Seconds of a step: two products, projections against half the final basis, two rounds of CholeskyQR."""
+    calls = constants.narrow_calls if block <= 8 else PANEL_CALLS
     orthogonal = (2 * basis + 8 * block) * n * block / constants.flops
-    return 2 * constants.product(m, n, block) + orthogonal + constants.panel_calls * call
+    return 2 * constants.product(m, n, block) + orthogonal + calls * call
 
 
 def _multiple_of_16(columns: int) -> int:

@@ -209,7 +209,7 @@ class LanczosBasis:
         return UnresolvedSpectrum(edge, guard_value, following[::-1], self.block)
 
     def leading(self, vectors: Tensor, rank: int, unresolved: UnresolvedSpectrum) -> Subspace:
-        """The ``rank`` leading Ritz vectors, with A·V where ``AQ_blocks`` covers all of Q."""
+        """The ``rank`` leading Ritz vectors, with A·V where ``image`` is known."""
         wanted = vectors[:, -rank:]
         AV = None if self.image is None else self.image[: self.size].mT @ wanted
         return Subspace(self.rows[: self.size].mT @ wanted, AV, unresolved.deficit, unresolved.hidden)

@@ -23,8 +23,9 @@ SEPARATION = 10.0
 CLUSTER_WIDTH = 1e-2
 # Round-off of residuals and of equal Ritz values, relative to θ_1.
 ROUNDOFF = 2e-6
-# Multiple of the second-order estimate that counts as the energy deficit. Blocks of fewer columns miss more directions of
-# small residuals: with four, the true deficit was up to 3.1 times the estimate on 46 weights with the spectra of real ones.
+# Multiple of the second-order estimate that counts as the energy deficit. Narrower blocks miss more directions of small
+# residuals: with four columns, the true deficit was up to 3.1 times the estimate on 46 weights with the spectra of real
+# ones.
 SAFETY, SAFETY_NARROW = 2.0, 4.0
 NARROW = 8
 # Smallest factor by which one step with a block of r columns is expected to reduce the energy deficit.
