@@ -229,15 +229,16 @@ def test_singular_values_beyond_float32_are_refused() -> None:
         pk.truncated_svd(torch.full((8, 8), 3e38), 1)
 
 
-def test_layouts_and_flags_do_not_change_the_answer() -> None:
+def test_layouts_and_flags_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A·V as block Krylov computes it on the way has a longer sum's round-off
+    try_first("chebyshev", monkeypatch)
     W = realistic(500, 600).float()
-    tol = 1e-10  # at the default, where an iteration stops decides the last digits
-    expected = pk.truncated_svd(W, 8, tol=tol)
+    expected = pk.truncated_svd(W, 8)
     wide = W.new_zeros(1000, 700)
     wide[::2, 50:650] = W
     views = [W.mT.contiguous().mT, wide[::2, 50:650], W.clone().requires_grad_(), torch.nn.Parameter(W.clone())]
     for view in views:
-        result = pk.truncated_svd(view, 8, tol=tol)
+        result = pk.truncated_svd(view, 8)
         assert not result.U.requires_grad
         torch.testing.assert_close(result.S, expected.S, rtol=4 * EPS, atol=0)
     expanded = torch.linspace(1, 2, 300).expand(200, 300)
