@@ -99,7 +99,7 @@ class BuildLibraries(build_ext):
 
     def cpu_objects(self) -> list[str]:
         flags = [*FLAGS, *(["-DPISSA_X86"] if X86 else [])]
-        steps = ("cpu/gram_schmidt.cpp", "cpu/orthonormalize.cpp", "cpu/chebyshev.cpp", "cpu/ritz.cpp")
+        steps = ("gram_schmidt", "orthonormalize", "lanczos", "chebyshev", "ritz")
         sources = [
             "registration.cpp",
             "cpu/isa.cpp",
@@ -108,7 +108,7 @@ class BuildLibraries(build_ext):
             "cpu/products.cpp",
             "cpu/quantize.cpp",
         ]
-        sources += steps
+        sources += [f"cpu/{name}.cpp" for name in steps]
         sources += ["cpu/amx_products.cpp"] if X86 else []
         objects = [self.compile(CSRC / name, flags) for name in sources]
         tiles = ("cpu/amx.cpp", "cpu/amx_gram.cpp", "cpu/amx_subtract.cpp") if X86 else ()

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "model": Command("models.run", "whole models: get_peft_model on a Llama-shaped model"),
     "checkpoint": Command("checkpoints.run", "whole checkpoints: pissa-kernels init on a Llama-shaped checkpoint"),
     "quantized": Command("quantized.run", "quantized residuals: times beside full SVDs, errors beside LoftQ"),
+    "experts": Command("experts.run", "stacks of experts: their adapters, beside loops of PEFT's initializer"),
     "cold-start": Command("kernels.cold_start", "first kernel calls of a fresh process"),
     "gpu": Command("gpu.run", "what a GPU can show, in order of worth, within some minutes"),
 }

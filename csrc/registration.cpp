@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(pissa_kernels, library) {
   library.def(
       "chebyshev(Tensor weight, Tensor? H, Tensor start, int rank, float tol, int max_products) "
       "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "lanczos(Tensor weight, Tensor panel, Tensor coupling, Tensor(a!) rows, Tensor(b!)? image, Tensor(c!) T, int size, "
+      "int count) -> (Tensor, Tensor, Tensor)");
   library.def("quantize_blocks(Tensor values, int block, Tensor midpoints, Tensor codes) -> (Tensor, Tensor)");
   library.def("transpose_cast(Tensor weight, ScalarType dtype) -> Tensor");
   // Returns nothing, because torch.compile cannot functionalize an operator that returns the argument it mutates.

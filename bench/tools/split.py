@@ -3,8 +3,9 @@
 The parts are products with the weight, orthonormalization, small dense problems, the measurement of the residual, and
 the rest. Each part is timed exclusively, by wrapping the engine's functions during a run. A Rayleigh–Ritz projection is
 one call and counts as products, its small problem and the orthonormalization before it included; the residual includes
-the product, the orthonormalization and the small SVD before it. The Chebyshev iteration, one call of csrc elsewhere, is
-done step by step. On a GPU every boundary between parts synchronizes the device, so that the sum is an upper bound.
+the product, the orthonormalization and the small SVD before it. The Chebyshev iteration and the steps of block Krylov,
+one call of csrc elsewhere, are done one by one. On a GPU every boundary between parts synchronizes the device, so that
+the sum is an upper bound.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def clocked(device: str) -> Iterator[Clock]:
     clock = Clock(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(WeightOperator, "chebyshev", return_value=None))
+        stack.enter_context(mock.patch.object(WeightOperator, "lanczos", return_value=None))
         for part, functions in PARTS.items():
             for owner, name in functions:
                 stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))

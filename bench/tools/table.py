@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from .. import commands
 from ..checkpoints.table import table as checkpoint_table
+from ..experts.table import table as expert_table
 from ..harness.rows import Row, by_case, read_rows
 from ..harness.table import OURS, digits, formatted
 from ..harness.table import table as initializer_table
@@ -17,6 +18,7 @@ TABLES: tuple[tuple[set[str], Callable[[list[Row], str], str]], ...] = (
     ({"verb"}, kernel_table),
     ({"wall_s"}, checkpoint_table),
     ({"svd_ms"}, quantized_table),
+    ({"ms_an_expert"}, expert_table),
     ({"min_ms", "energy_deficit"}, initializer_table),
 )
 

@@ -27,11 +27,12 @@ enum class Layout {
   deinterleaved,  // [row / 16][row % 2][column][row % 16 / 2]: even rows, then odd ones, as 16 bfloat16 are widened
 };
 
-// A packed float32 panel, with a multiple of HALF_TILE columns.
+// A packed float32 panel, with a multiple of HALF_TILE columns. Those from `used` on are padding.
 struct Panel {
   float* data;
   int64_t rows, columns;
   Layout layout;
+  int64_t used;
 };
 
 // Sixteen values, in ascending order: what lies between two neighbors, and the code of each.

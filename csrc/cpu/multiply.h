@@ -62,14 +62,14 @@ template <class F>
 void sum_tree(const Panel& total, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t leaf, const F& f) {
   int64_t levels = 0;
   for (int64_t branch = leaf; branch < last - first; branch *= FANOUT) ++levels;
-  const Panels scratch(levels, total.rows, total.columns, total.layout);
+  const Panels scratch(levels, total.rows, total.used, total.layout);
   sum_branches(total, scratch, 0, begin, end, first, last, leaf, f);
 }
 
 // Rows [begin, end) of W·X, a block of rows at a time; f(Y, row, rows) is called while the block's part Y is in cache.
 template <class F>
 void multiply_blocks(const Matrix& W, const Panel& X, int64_t begin, int64_t end, const Matrix& out, const F& f) {
-  const Panels storage(1, BLOCK_ROWS, X.columns, Layout::tiles);
+  const Panels storage(1, BLOCK_ROWS, X.used, Layout::tiles);
   const Panel Y = storage[0];
   for (int64_t row = begin; row < end; row += BLOCK_ROWS) {
     const int64_t rows = std::min(end - row, BLOCK_ROWS);

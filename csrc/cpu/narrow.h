@@ -2,7 +2,8 @@
 //
 // product.h broadcasts each element of W and multiplies it by the panel's columns; with so few columns the broadcasts
 // take most of the time. Here vectors lie along W's rows and are loaded straight from memory. X and Z are packed with
-// eight rows in a vector (Layout::transposed or Layout::deinterleaved), and four of their columns are in use at a time.
+// eight rows in a vector (Layout::transposed or Layout::deinterleaved), and four of their columns are in use at a time, so
+// that a panel of at most four takes half the time.
 #pragma once
 
 #include "block.h"
@@ -13,8 +14,9 @@ namespace {
 // broadcast Y of three rows and four columns.
 constexpr int MATMUL_ROWS = 2, ADJOINT_ROWS = 3;
 constexpr int64_t COLUMNS = 8, HALF = 4;
-// Columns of W in a pass, whose part of X or Z (16 KiB) stays in L1.
-constexpr int64_t PASS_COLS = 512;
+// Columns of W in a pass, whose part of X or Z (16 KiB) stays in L1, for USED columns of these.
+template <int64_t USED>
+constexpr int64_t PASS_COLS = 512 * COLUMNS / USED;
 // Rows from the current one to the one that is prefetched, a multiple of both register tiles.
 constexpr int64_t PREFETCH_ROWS = 6;
 
@@ -80,13 +82,14 @@ inline __attribute__((always_inline)) void for_vectors(const typename T::Scalar*
   }
 }
 
-// ROWS rows of Y += those of W·X, over `cols` columns of W.
-template <class T, int ROWS>
+// ROWS rows of Y += those of W·X, over `cols` columns of W, for the first USED columns of X.
+template <class T, int ROWS, int64_t USED>
 __attribute__((noinline)) void multiply_rows_narrow(const typename T::Scalar* W, int64_t stride, const float* X,
                                                     int64_t cols, float* Y, int64_t ahead) {
-  f32x8 sums[ROWS][COLUMNS];
+  static_assert(USED == COLUMNS || ROWS <= 2, "two rows of four sums fill the vectors of a horizontal sum");
+  f32x8 sums[USED == COLUMNS ? ROWS : 1][COLUMNS] = {};
 #pragma GCC unroll 2
-  for (int half = 0; half < COLUMNS; half += HALF) {
+  for (int half = 0; half < USED; half += HALF) {
     f32x8 sum[ROWS][HALF] = {};
     for_vectors<T, ROWS>(W, stride, cols, ahead, [&](const f32x8* w, int64_t at) __attribute__((always_inline)) {
       add_products<ROWS>(w, X + at + half * LANES, sum);
@@ -94,18 +97,24 @@ __attribute__((noinline)) void multiply_rows_narrow(const typename T::Scalar* W,
 #pragma GCC unroll 2
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < HALF; ++j) sums[i][half + j] = sum[i][j];
+      for (int j = 0; j < HALF; ++j) (USED == COLUMNS ? sums[i][half + j] : sums[0][i * HALF + j]) = sum[i][j];
   }
+  if constexpr (USED == COLUMNS) {
 #pragma GCC unroll 2
-  for (int i = 0; i < ROWS; ++i) store(Y + i * COLUMNS, load<f32x8>(Y + i * COLUMNS) + horizontal_sums(sums[i]));
+    for (int i = 0; i < ROWS; ++i) store(Y + i * COLUMNS, load<f32x8>(Y + i * COLUMNS) + horizontal_sums(sums[i]));
+  } else {
+    const f32x8 both = horizontal_sums(sums[0]);
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < HALF; ++j) Y[i * COLUMNS + j] += both[i * HALF + j];
+  }
 }
 
-// `cols` rows of Z += (ROWS rows of W)ᵀ·(the same rows of Y).
-template <class T, int ROWS>
+// `cols` rows of Z += (ROWS rows of W)ᵀ·(the same rows of Y), for the first USED columns of Y.
+template <class T, int ROWS, int64_t USED>
 __attribute__((noinline)) void add_rows_narrow(const typename T::Scalar* W, int64_t stride, const float* Y,
                                                int64_t cols, float* Z, int64_t ahead) {
 #pragma GCC unroll 2
-  for (int half = 0; half < COLUMNS; half += HALF) {
+  for (int half = 0; half < USED; half += HALF) {
     f32x8 y[ROWS][HALF];
 #pragma GCC unroll 3
     for (int i = 0; i < ROWS; ++i)
@@ -123,17 +132,17 @@ struct Count {
 };
 
 // f(count, pointer to W[row + i][col], its stride, i, col, cols, ahead) for the rows [row, row + rows) of W, `count` at
-// a time: ROWS, or one at the end. A pass covers at most PASS_COLS columns. Columns that do not fill a cache line are
+// a time: ROWS, or one at the end. A pass covers at most PASS columns. Columns that do not fill a cache line are
 // copied to a buffer and followed by zeros.
-template <class T, int ROWS, class F>
+template <class T, int ROWS, int64_t PASS, class F>
 inline __attribute__((always_inline)) void for_rows(const pissa::Matrix& weight, int64_t row, int64_t rows,
                                                     int64_t begin, int64_t end, const F& f) {
   typedef typename T::Scalar Scalar;
   constexpr int64_t STEP = LINE_BYTES / sizeof(Scalar);
   const int64_t stride = weight.row_stride;
-  for (int64_t col = begin; col < end; col += PASS_COLS) {
+  for (int64_t col = begin; col < end; col += PASS) {
     const Scalar* const W = static_cast<const Scalar*>(weight.data) + row * stride + col;
-    const int64_t cols = smaller(end - col, PASS_COLS), rest = cols % STEP, whole = cols - rest;
+    const int64_t cols = smaller(end - col, PASS), rest = cols % STEP, whole = cols - rest;
     const auto call = [&](auto count, int64_t i, int64_t ahead) {
       if (whole > 0) f(count, W + i * stride, stride, i, col, whole, ahead);
       if (rest == 0) return;
@@ -146,30 +155,30 @@ inline __attribute__((always_inline)) void for_rows(const pissa::Matrix& weight,
     int64_t i = 0;
     for (; i < grouped; i += ROWS) {
       const int64_t next = i + PREFETCH_ROWS;  // past the last rows, the first rows of the next pass
-      call(Count<ROWS>{}, i, next < grouped ? PREFETCH_ROWS * stride : (PREFETCH_ROWS - grouped) * stride + PASS_COLS);
+      call(Count<ROWS>{}, i, next < grouped ? PREFETCH_ROWS * stride : (PREFETCH_ROWS - grouped) * stride + PASS);
     }
     for (; i < rows; ++i) call(Count<1>{}, i, stride);
   }
 }
 
-template <class T>
+template <class T, int64_t USED>
 void multiply_narrow(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                      const Panel& X, const Panel& Y) {
-  for_rows<T, MATMUL_ROWS>(weight, row, rows, begin, end,
+  for_rows<T, MATMUL_ROWS, PASS_COLS<USED>>(weight, row, rows, begin, end,
                            [&](auto count, const typename T::Scalar* W, int64_t stride, int64_t i, int64_t col,
                                int64_t cols, int64_t ahead) {
-                             multiply_rows_narrow<T, count.value>(W, stride, X.data + col * COLUMNS, cols,
+                             multiply_rows_narrow<T, count.value, USED>(W, stride, X.data + col * COLUMNS, cols,
                                                                   Y.data + i * COLUMNS, ahead);
                            });
 }
 
-template <class T>
+template <class T, int64_t USED>
 void multiply_adjoint_narrow(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                              const Panel& Y, int64_t Y_row, const Panel& Z) {
-  for_rows<T, ADJOINT_ROWS>(weight, row, rows, begin, end,
+  for_rows<T, ADJOINT_ROWS, PASS_COLS<USED>>(weight, row, rows, begin, end,
                             [&](auto count, const typename T::Scalar* W, int64_t stride, int64_t i, int64_t col,
                                 int64_t cols, int64_t ahead) {
-                              add_rows_narrow<T, count.value>(W, stride, Y.data + (Y_row + i) * COLUMNS, cols,
+                              add_rows_narrow<T, count.value, USED>(W, stride, Y.data + (Y_row + i) * COLUMNS, cols,
                                                               Z.data + col * COLUMNS, ahead);
                             });
 }

@@ -125,16 +125,25 @@ std::tuple<Tensor, Tensor> orthonormalize(const Tensor& panel, const Tensor& bas
   check(panel, basis, near);
   const Tensor Z = torch::stable::contiguous(panel);
   Tensor figures = torch::stable::new_empty(panel, {3});
-  const Rounds found = rounds(Z, basis, near);
-  floats(figures)[0] = found.pivots[0];
-  floats(figures)[1] = found.pivots[1];
-  floats(figures)[2] = basis.size(0) == 0 ? 1.0f : static_cast<float>(found.shortest / longest(Z));
+  Remainder found{Z, {}, 1.0f};
+  if (basis.size(0) > 0) {
+    found = remainder(Z, basis, near);
+  } else {
+    std::tie(found.panel, found.pivots) = orthonormal(Z);
+  }
+  std::copy(found.pivots.begin(), found.pivots.end(), floats(figures));
+  floats(figures)[2] = found.kept;
   return {found.panel, figures};
 }
 
 }  // namespace
 
 bool resolved(const Pivots& pivots) { return pivots[0] > MIN_PIVOT && pivots[1] > MIN_PIVOT; }
+
+Remainder remainder(const Tensor& panel, const Tensor& basis, int64_t near) {
+  const Rounds found = rounds(panel, basis, near);
+  return {found.panel, found.pivots, static_cast<float>(found.shortest / longest(panel))};
+}
 
 std::pair<Tensor, Pivots> orthonormal(const Tensor& panel) {
   const Rounds found = rounds(panel, torch::stable::new_empty(panel, {0, panel.size(0)}), 0);

@@ -15,6 +15,16 @@ using Pivots = std::array<float, 2>;
 // Whether CholeskyQR has orthonormalized a panel with these pivots.
 bool resolved(const Pivots& pivots);
 
+// The part of a contiguous float32 panel that is orthogonal to a basis, orthonormalized, and the length that the first
+// projection leaves of the shortest column, relative to the longest column before it. The basis is not empty and has
+// contiguous rows; the first projection uses those from `near` on.
+struct Remainder {
+  torch::stable::Tensor panel;
+  Pivots pivots;
+  float kept;
+};
+Remainder remainder(const torch::stable::Tensor& panel, const torch::stable::Tensor& basis, int64_t near);
+
 // The columns of a contiguous float32 panel, orthonormalized.
 std::pair<torch::stable::Tensor, Pivots> orthonormal(const torch::stable::Tensor& panel);
 

@@ -26,20 +26,21 @@ class Panels {
  public:
   Panels(int64_t count, int64_t rows, int64_t columns, Layout layout)
       : columns_(ceil_div(columns, HALF_TILE) * HALF_TILE),
+        used_(columns),
         layout_(layout),
         rows_(layout == Layout::tiles ? rows : ceil_div(rows, 32) * 32),
         size_(ceil_div(rows_ * columns_, 16) * 16) {
     const size_t bytes = std::max<size_t>(count * size_, 1) * sizeof(float);
     data_.reset(static_cast<float*>(::operator new(bytes, ALIGNMENT)));
   }
-  Panel operator[](int64_t index) const { return {data_.get() + index * size_, rows_, columns_, layout_}; }
+  Panel operator[](int64_t index) const { return {data_.get() + index * size_, rows_, columns_, layout_, used_}; }
 
  private:
   static constexpr std::align_val_t ALIGNMENT{64};
   struct Free {
     void operator()(float* data) const { ::operator delete(data, ALIGNMENT); }
   };
-  int64_t columns_;
+  int64_t columns_, used_;
   Layout layout_;
   int64_t rows_, size_;
   std::unique_ptr<float, Free> data_;

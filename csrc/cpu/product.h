@@ -64,7 +64,10 @@ inline void multiply_strip(const float* block, const Panel& panel, int64_t row, 
 template <class T>
 void multiply(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end, const Panel& X,
               const Panel& Y) {
-  if (X.layout != Layout::tiles) return multiply_narrow<T>(weight, row, rows, begin, end, X, Y);
+  if (X.layout != Layout::tiles) {
+    const auto narrow = X.used <= HALF ? multiply_narrow<T, HALF> : multiply_narrow<T, COLUMNS>;
+    return narrow(weight, row, rows, begin, end, X, Y);
+  }
   alignas(LINE_BYTES) float block[STRIP_ROWS * PITCH];
   for (int64_t i = 0; i < rows; i += STRIP_ROWS) {
     for (int64_t col = begin; col < end; col += DEPTH) {
@@ -78,7 +81,10 @@ void multiply(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t be
 template <class T>
 void multiply_adjoint(const pissa::Matrix& weight, int64_t row, int64_t rows, int64_t begin, int64_t end,
                       const Panel& Y, int64_t Y_row, const Panel& Z) {
-  if (Z.layout != Layout::tiles) return multiply_adjoint_narrow<T>(weight, row, rows, begin, end, Y, Y_row, Z);
+  if (Z.layout != Layout::tiles) {
+    const auto narrow = Z.used <= HALF ? multiply_adjoint_narrow<T, HALF> : multiply_adjoint_narrow<T, COLUMNS>;
+    return narrow(weight, row, rows, begin, end, Y, Y_row, Z);
+  }
   for_strips<T>(weight, row, rows, begin, end, [&](const float* strip, int64_t col) {
     multiply_strip<1, BLOCK_COLS>(strip, Y, Y_row, rows, Z, col);
   });

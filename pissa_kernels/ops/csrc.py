@@ -140,6 +140,11 @@ def _register_fakes() -> None:
         m, n = weight.shape
         return start.new_empty(m, rank), start.new_empty(n, rank), start.new_empty(start.shape[1] + rank + 3)
 
+    def lanczos(
+        weight: Tensor, panel: Tensor, coupling: Tensor, rows: Tensor, image: Tensor | None, T: Tensor, *_: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return panel.new_empty(panel.shape), panel.new_empty(*panel.shape[1:] * 2), panel.new_empty(3)
+
     def quantize_blocks(values: Tensor, block: int, midpoints: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         blocks = (values.numel() + block - 1) // block
         return values.new_empty(values.numel() // 2, dtype=torch.uint8), values.new_empty(blocks)
@@ -150,7 +155,7 @@ def _register_fakes() -> None:
     def sum_of_squares(weights: Tensor) -> Tensor:
         return weights.new_empty(weights.shape[0], dtype=torch.float64)
 
-    products, panels = (matmul, rmatmul, normal), (orthonormalize, chebyshev_filter, ritz, triplets, chebyshev)
+    products, panels = (matmul, rmatmul, normal), (orthonormalize, chebyshev_filter, ritz, triplets, chebyshev, lanczos)
     for fake in (*products, *panels, gram, sum_of_squares, quantize_blocks, transpose_cast, subtract_lowrank_):
         torch.library.register_fake(f"pissa_kernels::{fake.__name__}", fake)
 
@@ -231,6 +236,39 @@ def chebyshev(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whole iteration of :mod:`pissa_kernels.svd.chebyshev`. No verb, because no other backend has it."""
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.chebyshev(weight, H, start, rank, tol, max_products)
+    return result
+
+
+def lanczos(
+    weight: Tensor,
+    panel: Tensor,
+    coupling: Tensor,
+    rows: Tensor,
+    image: Tensor | None,
+    T: Tensor,
+    size: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of :class:`pissa_kernels.svd.krylov.LanczosBasis`. No verb, because no other backend has it.
+
+    Args:
+        weight: (m, n).
+        panel: (n, b) orthonormal, the next one of the basis.
+        coupling: (k, b) off-diagonal block of T between the last k columns of the basis and the panel.
+        rows: (limit, n) basis, contiguous; its next rows are written.
+        image: (limit, m) its product with the weight, likewise; None if it is not wanted.
+        T: (limit, limit) projected matrix, likewise.
+        size: columns of the basis.
+        count: number of steps, size + count·b ≤ limit.
+
+    Returns:
+        The next panel (n, b), its coupling (b, b), and figures (3,): the steps made, the least length that a projection
+        has left of a column, relative to the longest, and whether the next panel is resolved (1 or 0). If it is not, it
+        is still to be orthonormalized, and its coupling is unknown.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.pissa_kernels.lanczos(
+        weight, panel, coupling, rows, image, T, size, count
+    )
     return result
 
 

@@ -21,6 +21,12 @@ from . import fixed
 from .krylov import steps_for_niter
 from .stopping import GUARD_VECTORS
 
+# Small operations of one CholeskyQR2 with its projections, of one Rayleigh–Ritz round, and of turning a subspace into
+# triplets.
+PANEL_CALLS, ROUND_CALLS, FINAL_CALLS = 50, 30, 60
+# Elements of a weight that stays in the last cache from one product to the next.
+CACHED_ELEMENTS = 1 << 23
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -31,9 +37,11 @@ class Machine:
         products: operations per second in a product of a weight with a panel.
         gram: operations per second in a Gram matrix of a weight.
         read: seconds to read one element of a weight in such a product.
+        read_memory: the same for weights of more than :data:`CACHED_ELEMENTS`; 0 where it is no longer.
         call: seconds for one small operation: its launch, or its overhead in C++ and Python.
         eigh: coefficients (n, n², n³) of the seconds for ``eigh`` in float32.
         min_block: columns of the narrowest Krylov block worth considering.
+        narrow_calls: small operations of one Krylov step with a block of at most eight columns.
     """
 
     flops: float
@@ -43,6 +51,8 @@ class Machine:
     call: float
     eigh: tuple[float, float, float]
     min_block: int = 16
+    narrow_calls: int = PANEL_CALLS
+    read_memory: float = 0.0
 
     def eigenproblem(self, n: int) -> float:
         """Seconds for ``eigh`` of an n×n matrix."""
@@ -51,7 +61,8 @@ class Machine:
 
     def product(self, m: int, n: int, columns: int) -> float:
         """Seconds for a product of an m×n weight with a panel."""
-        return self.read * m * n + 2 * m * n * columns / self.products + self.call
+        read = self.read if m * n <= CACHED_ELEMENTS else max(self.read, self.read_memory)
+        return read * m * n + 2 * m * n * columns / self.products + self.call
 
 
 AVX2_EIGH, AVX512_EIGH = (0.0, 3.3e-8, 5e-11), (8e-7, 2e-8, 5.5e-11)
@@ -60,7 +71,15 @@ MACHINES = {
     # interpreter's lock.
     "cpu": Machine(flops=1.5e11, products=1.5e11, gram=1.5e11, read=2e-10, call=1e-5, eigh=AVX2_EIGH),
     "cpu avx2": Machine(
-        flops=1.5e11, products=1.5e11, gram=1.5e11, read=4.7e-11, call=6e-6, eigh=AVX2_EIGH, min_block=8
+        flops=1.5e11,
+        products=1.5e11,
+        gram=1.5e11,
+        read=4.7e-11,
+        call=6e-6,
+        eigh=AVX2_EIGH,
+        min_block=4,
+        narrow_calls=12,
+        read_memory=8e-11,
     ),
     # one thread of an Intel Xeon with AMX. Tiles have 16 columns.
     "cpu avx512": Machine(
@@ -77,9 +96,6 @@ MACHINES = {
 }
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-# Small operations of one CholeskyQR2 with its projections, of one Rayleigh–Ritz round, and of turning a subspace into
-# triplets.
-PANEL_CALLS, ROUND_CALLS, FINAL_CALLS = 50, 30, 60
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
 DENSE_FALLBACK_WIDTH = 1024
 
@@ -196,9 +212,9 @@ def _workspace_alone(m: int, n: int, rank: int, niter: int | None, machine: str)
 
 
 def _krylov_plans(constants: Machine, m: int, n: int, rank: int, call: float) -> list[SolverPlan]:
-    """Krylov to a tolerance, for blocks of 8 or a multiple of 16 columns: BLAS takes as long for 24 as for 32."""
+    """Krylov to a tolerance, for blocks of 4, 8 or a multiple of 16 columns: BLAS takes as long for 24 as for 32."""
     plans = []
-    for block in (8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
+    for block in (4, 8, *range(16, _multiple_of_16(rank + GUARD_VECTORS) + 1, 16)):
         # narrower blocks take ordinary singular values of large ranks for clusters, and solve the weight twice
         if block < max(constants.min_block, min(32, rank // 4)):
             continue
@@ -251,8 +267,9 @@ def _final(constants: Machine, m: int, n: int, rank: int, columns: int) -> float
 
 def _krylov_step(constants: Machine, m: int, n: int, block: int, basis: int, call: float) -> float:
     """Seconds of a step: two products, projections against half the final basis, two rounds of CholeskyQR."""
+    calls = constants.narrow_calls if block <= 8 else PANEL_CALLS
     orthogonal = (2 * basis + 8 * block) * n * block / constants.flops
-    return 2 * constants.product(m, n, block) + orthogonal + PANEL_CALLS * call
+    return 2 * constants.product(m, n, block) + orthogonal + calls * call
 
 
 def _multiple_of_16(columns: int) -> int:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .operators import Operator
-from .orthogonalize import orthonormalize
+from .orthogonalize import ROUNDOFF_LENGTH, orthonormalize
 from .stopping import GUARD_VECTORS, StoppingRule, Subspace, UnresolvedSpectrum
 
 
@@ -80,15 +82,19 @@ def block_krylov(
     rule = StoppingRule(rank, tol, block, check_every)
     panel, rank_deficient = orthonormalize(operator.sketch(block, seed) if start is None else start)
     step = 0
+    last = max_steps if steps is None else min(steps, max_steps)
     while True:
-        basis.append(panel)
-        if step == steps or step >= max_steps or rule.last_step:
+        if step >= last or rule.last_step:
+            basis.append(panel)
             basis.complete(*operator.compress(panel))
             values, vectors = basis.eigh()
             return basis.leading(vectors, rank, basis.unresolved(values, rank))
-        panel, deficient = basis.next_panel(panel)
+        room = (limit - basis.size) // block
+        until_check = room if steps is not None else rule.steps_to_check(step, basis.size)
+        count = min(until_check, room, last - step)
+        panel, deficient = basis.advance(panel, count)
         rank_deficient = rank_deficient or deficient
-        step += 1
+        step += count
         full = basis.size + block > limit
         if not full and (steps is not None or not rule.check_due(step, basis.size)):
             continue
@@ -114,30 +120,62 @@ class LanczosBasis:
         newest: index of the first column of the newest panel.
         off_diagonal: (k, b) off-diagonal block of T between the last k columns of Q and the next panel; T is zero
             between the columns before these and the panel.
-        AQ_blocks: A·Q, panel by panel, as far as the products with H have computed it since the last restart.
+        image: (limit, m) (A·Q)ᵀ in its first ``size`` rows; None after a restart, and where the products with H do not
+            compute it.
     """
 
     def __init__(self, operator: Operator, block: int, limit: int) -> None:
-        _, n = operator.shape
+        m, n = operator.shape
         self.operator = operator
         self.rows = torch.empty(limit, n, dtype=torch.float32, device=operator.device)
         self.T = torch.zeros(limit, limit, dtype=torch.float32, device=operator.device)
         self.block = block
         self.size = self.newest = 0
         self.off_diagonal = self.rows.new_zeros(0, block)
-        self.AQ_blocks: list[Tensor] = []
+        self.image = self.rows.new_empty(limit, m) if operator.gives_image else None
 
     def append(self, panel: Tensor) -> None:
         """Append a panel (n, b), and its off-diagonal block to T."""
-        self.newest, self.size = self.size, self.size + panel.shape[1]
+        self._grow(panel.shape[1])
         self.rows[self.newest : self.size] = panel.mT
         self.T[self.newest : self.size, self._first_coupled() : self.newest] = self.off_diagonal.mT
 
     def complete(self, matrix: Tensor, AQ: Tensor | None) -> None:
         """Complete T with PᵀHP (b, b) of the newest panel P, and keep A·P if it is known."""
         self.T[self.newest : self.size, self.newest : self.size] = matrix
-        if AQ is not None:
-            self.AQ_blocks.append(AQ)
+        if self.image is not None and AQ is not None:
+            self.image[self.newest : self.size] = AQ.mT
+
+    def advance(self, panel: Tensor, count: int) -> tuple[Tensor, bool]:
+        """``count`` times: append the panel and replace it by the next one. One call of csrc where it has the products.
+
+        Returns:
+            The next panel, and whether one of these was rank-deficient.
+        """
+        rank_deficient, body = False, self.operator.lanczos()
+        while count:
+            if body is None:
+                self.append(panel)
+                panel, deficient = self.next_panel(panel)
+                made = 1
+            else:
+                panel, deficient, made = self._advance_by(body, panel, count)
+            rank_deficient, count = rank_deficient or deficient, count - made
+        return panel, rank_deficient
+
+    def _advance_by(self, body: Callable[..., Any], panel: Tensor, count: int) -> tuple[Tensor, bool, int]:
+        result, coupling, figures = body(panel, self.off_diagonal, self.rows, self.image, self.T, self.size, count)
+        steps, kept, is_resolved = figures.tolist()
+        made, couplings = int(steps), len(self.off_diagonal)
+        for _ in range(made):
+            self._grow(panel.shape[1])
+        if is_resolved:
+            self.off_diagonal = coupling
+            return result, kept <= ROUNDOFF_LENGTH, made
+        near = self.newest - (self.block if made > 1 else couplings)
+        next_panel, deficient = orthonormalize(result, self.rows[: self.size], near)
+        self.off_diagonal = result.mT @ next_panel
+        return next_panel, deficient or kept <= ROUNDOFF_LENGTH, made
 
     def next_panel(self, panel: Tensor) -> tuple[Tensor, bool]:
         """Complete T with the newest panel, and orthonormalize H·panel against Q.
@@ -171,16 +209,9 @@ class LanczosBasis:
         return UnresolvedSpectrum(edge, guard_value, following[::-1], self.block)
 
     def leading(self, vectors: Tensor, rank: int, unresolved: UnresolvedSpectrum) -> Subspace:
-        """The ``rank`` leading Ritz vectors, with A·V where ``AQ_blocks`` covers all of Q."""
+        """The ``rank`` leading Ritz vectors, with A·V where ``image`` is known."""
         wanted = vectors[:, -rank:]
-        widths = [AQ.shape[1] for AQ in self.AQ_blocks]
-        AV = None
-        if self.AQ_blocks and sum(widths) == self.size:
-            first, *others = torch.split(wanted, widths)
-            AV = self.AQ_blocks[0] @ first
-            # panel by panel: concatenating A·Q first takes as long as the product
-            for AQ, part in zip(self.AQ_blocks[1:], others, strict=True):
-                AV.addmm_(AQ, part)
+        AV = None if self.image is None else self.image[: self.size].mT @ wanted
         return Subspace(self.rows[: self.size].mT @ wanted, AV, unresolved.deficit, unresolved.hidden)
 
     def restart(self, values: Tensor, vectors: Tensor, keep: int) -> None:
@@ -190,7 +221,10 @@ class LanczosBasis:
         self.T.zero_().diagonal()[:keep] = values[-keep:]
         self.off_diagonal = kept[self.newest :].mT @ self.off_diagonal
         self.size = keep
-        self.AQ_blocks.clear()
+        self.image = None  # rounding errors of A·Q would add up
+
+    def _grow(self, columns: int) -> None:
+        self.newest, self.size = self.size, self.size + columns
 
     def _first_coupled(self) -> int:
         return self.newest - len(self.off_diagonal)

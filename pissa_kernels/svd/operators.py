@@ -41,9 +41,11 @@ class Operator(Protocol):
 
     Attributes:
         is_float32: whether products are float32 whatever the number of bfloat16 pieces that a panel may take.
+        gives_image: whether projections give A·Q.
     """
 
     is_float32: bool
+    gives_image: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,6 +72,9 @@ class Operator(Protocol):
     def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
         """QᵀHQ and A·Q, without H·Q: half the products of :meth:`project` with a weight."""
 
+    def lanczos(self) -> Callable[..., Any] | None:
+        """:func:`pissa_kernels.ops.csrc.lanczos` without its first argument; None where steps are made one by one."""
+
 
 class WeightOperator:
     """Products with a weight, scaled by a power of two that keeps its square in float32's range.
@@ -92,6 +97,7 @@ class WeightOperator:
     """
 
     is_float32 = False
+    gives_image = True
 
     def __init__(self, weight: Tensor) -> None:
         self.wide = weight.shape[0] < weight.shape[1]
@@ -200,6 +206,18 @@ class WeightOperator:
         AQ = self.apply(Q)
         return AQ.mT @ AQ, AQ
 
+    def lanczos(self) -> Callable[..., Any] | None:
+        """Steps of block Lanczos in one call of csrc."""
+        if self.scale != 1.0 or dispatch.select("normal", self.weight) != "csrc":
+            return None
+
+        def steps(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            panel, coupling, figures = dispatch.load("csrc").lanczos(self.weight, *arguments)
+            self.passes += 2 * int(figures[0])
+            return panel, coupling, figures
+
+        return steps
+
     def gram(self, dtype: torch.dtype) -> Tensor:
         """AᵀA (n, n), summed in ``dtype``."""
         self.passes += 2
@@ -242,6 +260,7 @@ class GramOperator:
     """
 
     is_float32 = True
+    gives_image = False
 
     def __init__(self, gram: Tensor, rows: int) -> None:
         self.gram = gram
@@ -271,6 +290,9 @@ class GramOperator:
     def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
         """QᵀHQ."""
         return self.project(Q).matrix, None
+
+    def lanczos(self) -> None:
+        """Steps are made one by one."""
 
 
 def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:

@@ -48,6 +48,9 @@ def test_opcheck(dtype: torch.dtype, transposed: bool) -> None:
     torch.library.opcheck(ops.triplets, (W, torch.randn(n, 3), 2, torch.randn(m, 3)))
     torch.library.opcheck(ops.chebyshev, (W, None, torch.randn(m, 12), 2, 1e-6, 20))
     torch.library.opcheck(ops.chebyshev, (W, torch.eye(n), torch.randn(n, 12), 2, 1e-6, 20))
+    for image in (None, torch.zeros(12, m)):
+        panel, empty = torch.linalg.qr(torch.randn(n, 4))[0], torch.zeros(0, 4)
+        torch.library.opcheck(ops.lanczos, (W, panel, empty, torch.zeros(12, n), image, torch.zeros(12, 12), 0, 2))
     torch.library.opcheck(
         ops.quantize_blocks, (torch.randn(74), 32, torch.linspace(-1, 1, 15), torch.arange(16).byte())
     )

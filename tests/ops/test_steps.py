@@ -196,6 +196,13 @@ def test_orthonormalize_refuses_what_it_would_read_out_of_bounds(
         torch.ops.pissa_kernels.orthonormalize(panel, basis, near)
 
 
+def lanczos_arguments(count: int = 2, **others: torch.Tensor) -> tuple[object, ...]:
+    """Arguments for a weight (9, 7), a panel of two columns and a basis of two out of six, but for ``others``."""
+    sizes = {"panel": (7, 2), "coupling": (2, 2), "rows": (6, 7), "image": (6, 9), "T": (6, 6)}
+    tensors = {name: torch.ones(size) for name, size in sizes.items()} | others
+    return torch.ones(9, 7), *(tensors[name] for name in sizes), 2, count
+
+
 @pytest.mark.parametrize(
     ("verb", "arguments", "words"),
     [
@@ -217,6 +224,14 @@ def test_orthonormalize_refuses_what_it_would_read_out_of_bounds(
         ),
         ("chebyshev", (torch.ones(14, 13), None, torch.ones(14, 9), 2, 1e-6, 9), "8 columns more than the rank"),
         ("chebyshev", (torch.ones(14, 13), None, torch.ones(14, 9), 1, 0.0, 9), "tol must be positive"),
+        ("lanczos", lanczos_arguments(panel=torch.ones(8, 2)), "a float32 matrix of 7"),
+        ("lanczos", lanczos_arguments(coupling=torch.ones(2, 3)), "got 2 by 3"),
+        ("lanczos", lanczos_arguments(coupling=torch.ones(3, 2)), "no room"),
+        ("lanczos", lanczos_arguments(rows=torch.ones(6, 8)), "got 6 by 8"),
+        ("lanczos", lanczos_arguments(rows=torch.ones(6, 14)[:, ::2]), "contiguous float32 matrices"),
+        ("lanczos", lanczos_arguments(image=torch.ones(5, 9)), "a float32 matrix of 6"),
+        ("lanczos", lanczos_arguments(T=torch.ones(6, 6).double()), "must be float32"),
+        ("lanczos", lanczos_arguments(count=3), "no room for 3 steps"),
     ],
 )
 def test_steps_refuse_what_they_would_read_out_of_bounds(verb: str, arguments: tuple[object, ...], words: str) -> None:

@@ -229,7 +229,9 @@ def test_singular_values_beyond_float32_are_refused() -> None:
         pk.truncated_svd(torch.full((8, 8), 3e38), 1)
 
 
-def test_layouts_and_flags_do_not_change_the_answer() -> None:
+def test_layouts_and_flags_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A·V as block Krylov computes it on the way has a longer sum's round-off
+    try_first("chebyshev", monkeypatch)
     W = realistic(500, 600).float()
     expected = pk.truncated_svd(W, 8)
     wide = W.new_zeros(1000, 700)

@@ -94,6 +94,7 @@ class Diagonal:
     """H = diag(σ²): products cost nothing, and the exact deficit is known to float64."""
 
     is_float32 = True
+    gives_image = False
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values.float()[:, None]
@@ -115,6 +116,9 @@ class Diagonal:
 
     def compress(self, X: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.project(X).matrix, None
+
+    def lanczos(self) -> None:
+        return None
 
 
 INDEX = torch.arange(1, 1501, dtype=torch.float64)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pissa_kernels as pk
 from pissa_kernels.numerics import exact_arithmetic
 from pissa_kernels.svd.krylov import LanczosBasis
 from pissa_kernels.svd.operators import WeightOperator
@@ -78,3 +79,45 @@ def test_A_times_the_ritz_vectors_is_known_until_the_first_restart(weight: Tenso
         assert AV is not None
         torch.testing.assert_close(AV, weight @ V, rtol=1e-4, atol=1e-4)
     assert deficit(values[-4:].tolist(), [1e-3 * float(values[-1])] * 4) > 0
+
+
+@pytest.mark.skipif(pk.ops.backend("normal", torch.ones(2, 2)) != "csrc", reason="csrc is not built, or slower here")
+@pytest.mark.parametrize("block", [4, 6, 8, 16])
+def test_steps_in_one_call_are_those_made_one_by_one(weight: Tensor, block: int) -> None:
+    found = []
+    with exact_arithmetic(weight.device):
+        for one_call in (True, False):
+            operator = WeightOperator(weight)
+            basis = LanczosBasis(operator, block, 5 * block)
+            panel, _ = orthonormalize(operator.sketch(block, 0))
+            if one_call:
+                panel, deficient = basis.advance(panel, 4)
+                assert not deficient
+            else:
+                panel = extended(basis, panel, 4)
+            assert basis.image is not None
+            stores = (basis.rows, basis.T.tril(), basis.image)
+            written = [store[: basis.size] for store in stores]
+            found.append((operator.passes, basis.size, basis.newest, [panel, basis.off_diagonal, *written]))
+    assert found[0][:3] == found[1][:3]
+    assert_projects(basis, weight.double().mT @ weight.double())
+    for one, other in zip(found[0][3], found[1][3], strict=True):
+        # the direction of a panel is as sensitive as the Krylov sequence, which doubles errors in each step
+        assert ((one - other).norm() / other.norm()).item() <= 1e-4
+
+
+@pytest.mark.skipif(pk.ops.backend("normal", torch.ones(2, 2)) != "csrc", reason="csrc is not built, or slower here")
+@pytest.mark.parametrize("rank", [8, 10])
+def test_steps_in_one_call_complete_a_rank_deficient_panel(rank: int) -> None:
+    """A matrix of few directions: the basis goes on, orthonormal, with arbitrary ones, and says so."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(90, rank, generator=generator) @ torch.randn(rank, 60, generator=generator)
+    with exact_arithmetic(W.device):
+        operator = WeightOperator(W)
+        basis = LanczosBasis(operator, 4, 40)
+        panel, deficient = basis.advance(orthonormalize(operator.sketch(4, 0))[0], 6)
+    assert deficient
+    assert basis.size == 24
+    Q = torch.cat([basis.rows[: basis.size].mT, panel], dim=1).double()
+    assert (Q.mT @ Q - torch.eye(28, dtype=torch.float64)).abs().max() <= 20 * EPS
+    assert_projects(basis, W.double().mT @ W.double())

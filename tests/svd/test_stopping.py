@@ -11,7 +11,10 @@ from pissa_kernels.svd.stopping import (
     CLUSTER_GAP,
     FASTEST_DECAY,
     GUARD_VECTORS,
+    NARROW,
     ROUNDOFF,
+    SAFETY,
+    SAFETY_NARROW,
     SEPARATION,
     StoppingRule,
     UnresolvedSpectrum,
@@ -49,12 +52,13 @@ def unresolved(guard_value: float, following: list[float], block: int) -> Unreso
     return UnresolvedSpectrum(0.5, guard_value, following, block)
 
 
-def test_in_a_cluster_the_gap_to_the_guard_value_counts() -> None:
+@pytest.mark.parametrize(("block", "safety"), [(4, SAFETY_NARROW), (NARROW, SAFETY)])
+def test_in_a_cluster_the_gap_to_the_guard_value_counts(block: int, safety: float) -> None:
     ritz_values, residuals = [2.0, 1.0], [0.0, 1e-3]
     far, near = (1 - 2 * CLUSTER_GAP, 0.5, 0.0), (1 - CLUSTER_GAP / 2, CLUSTER_GAP / 2, -2 * ROUNDOFF)
     for guard_value, gap, extra in (far, near):
-        estimate = unresolved(guard_value, [], 4).deficit(ritz_values, residuals)
-        assert estimate == pytest.approx(2 * (1e-3 + extra) ** 2 / (gap + 1e-3 + extra) / 3, rel=1e-3)
+        estimate = unresolved(guard_value, [], block).deficit(ritz_values, residuals)
+        assert estimate == pytest.approx(safety * (1e-3 + extra) ** 2 / (gap + 1e-3 + extra) / 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("ascending", [False, True])
@@ -146,3 +150,16 @@ def test_check_every_spaces_the_checks(check_every: int) -> None:
 def test_a_narrow_block_reduces_the_deficit_more_slowly() -> None:
     assert rule(block=4).fastest == pytest.approx(FASTEST_DECAY**0.25)
     assert rule(block=64).fastest == FASTEST_DECAY
+
+
+@pytest.mark.parametrize("block", [4, 8, 16, 32])
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_the_steps_to_the_next_check_are_the_fewest_after_which_one_is_due(block: int, rank: int) -> None:
+    rule = StoppingRule(rank, 1e-6, block, check_every=4)
+    step, size = 0, 0
+    for deficit in (1e-1, 1e-3, 1e-4):
+        count = rule.steps_to_check(step, size)
+        due = [rule.check_due(step + more, size + more * block) for more in range(1, count + 1)]
+        assert due == [False] * (count - 1) + [True]
+        step, size = step + count, size + count * block
+        assert not rule.should_stop(step, deficit, False)

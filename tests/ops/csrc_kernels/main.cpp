@@ -124,7 +124,7 @@ void test_multiply() {
   Results results{"multiply"};
   const int64_t cases[][4] = {{1, 1, 0, 1}, {5, 31, 0, 31}, {12, 100, 32, 100}, {23, 190, 0, 64}, {24, 701, 128, 701}};
   for (const Format& format : FORMATS) {
-    for (int64_t columns : {8, 16, 24, 40}) {
+    for (int64_t columns : {4, 8, 16, 24, 40}) {
       for (const auto& [rows, n, begin, end] : cases) {
         Stored W = Stored(format, rows + 2, n).fill_random();
         const Layout layout = along_rows(format, columns);
@@ -151,7 +151,7 @@ void test_multiply_adjoint() {
   Results results{"multiply_adjoint"};
   const int64_t cases[][4] = {{1, 1, 0, 0}, {7, 31, 0, 5}, {12, 100, 96, 0}, {23, 190, 0, 2}, {24, 701, 192, 24}};
   for (const Format& format : FORMATS) {
-    for (int64_t columns : {8, 16, 24, 40}) {
+    for (int64_t columns : {4, 8, 16, 24, 40}) {
       for (const auto& [rows, n, begin, Y_row] : cases) {
         Stored W = Stored(format, rows + 2, n).fill_random();
         Packed Y = Packed(Y_row + rows, columns, Layout::tiles).fill_random(Y_row + rows);

@@ -81,18 +81,20 @@ struct Stored {
   }
 };
 
-// A packed panel that is indexed by row and column, as kernels.h defines the layouts.
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// A packed panel of `used` columns that is indexed by row and column, as kernels.h defines the layouts.
 struct Packed {
   struct alignas(64) Line {
     float floats[16];
   };
-  int64_t rows, columns;
+  int64_t rows, columns, used;
   Layout layout;
   std::vector<Line> data;
 
-  Packed(int64_t rows, int64_t columns, Layout layout)
-      : rows(rows), columns(columns), layout(layout), data((rows * columns + 15) / 16) {}
-  Panel panel() { return {data.data()->floats, rows, columns, layout}; }
+  Packed(int64_t rows, int64_t used, Layout layout)
+      : rows(rows), columns(round_up(used, 8)), used(used), layout(layout), data((rows * columns + 15) / 16) {}
+  Panel panel() { return {data.data()->floats, rows, columns, layout, used}; }
   float& at(int64_t row, int64_t column) {
     const int64_t tile = column / TILE * TILE, width = std::min(columns - tile, TILE);
     int64_t offset = tile * rows + row * width + column - tile;
@@ -111,8 +113,6 @@ inline Layout along_rows(const Format& format, int64_t columns) {
   if (columns > HALF_TILE) return Layout::tiles;
   return format.dtype == Dtype::bf16 ? Layout::deinterleaved : Layout::transposed;
 }
-
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // A sum in double precision, and the bound on the error of any float32 summation of the same terms, in any order.
 struct Sum {

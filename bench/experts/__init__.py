@@ -1,0 +1,1 @@
+"""Benchmark of stacks of experts: one adapter for each expert of a fused layer, against loops of PEFT's initializer."""
