@@ -61,6 +61,11 @@ class Layout:
         self.layer = layer
 
     @property
+    def is_linear(self) -> bool:
+        """Whether the layer is of an ``nn.Linear`` or a ``Conv1D``."""
+        return type(self) is Layout
+
+    @property
     def module(self) -> Any:
         """The module that has the parameter."""
         return self.layer.get_base_layer()

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..adapter.layers import in_scope, lora_layers
+from ..adapter.layers import lora_layers
+from ..adapter.layouts import layout_of
 from ..adapter.names import ADAPTER_FOLDER
 from ..files.apart import check_apart
 from ..files.destination import destination
@@ -146,7 +147,7 @@ def run_demo(
     with patch_peft() as report, warnings.catch_warnings(record=True) as warned:
         adapted, seconds = inject(original, rank, init, choice)
     names = [layer.name for layer in report.layers]
-    _check_initialized(adapted, names)
+    _check_linear(adapted)
     for warning in warned:  # not beside a refusal
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     result = DemoResult(
@@ -178,13 +179,14 @@ def run_demo(
     return result
 
 
-def _check_initialized(adapted: Any, names: list[str]) -> None:
-    """Refuse layers that PEFT initializes itself, as it does embeddings that --target-modules names."""
+def _check_linear(adapted: Any) -> None:
+    """Refuse layers that the demo does not compare, such as embeddings that --target-modules names."""
     for name, layer in lora_layers(adapted):
-        if name not in names:
+        if not layout_of(layer).is_linear:
             kind = type(layer.get_base_layer()).__name__
             raise ValueError(
-                f"layer {name!r}: PEFT initializes an adapter of {kind} as plain LoRA; leave the layer out"
+                f"layer {name!r} is a {kind}, and the demo compares linear layers; leave the layer out, or initialize "
+                "it with patch_peft()"
             )
 
 
@@ -207,10 +209,11 @@ def _time_plain(model: Any, rank: int, choice: Choice) -> tuple[Choice, float]:
     """What PEFT adapts of the choice, and the wall time of ``get_peft_model`` without an SVD."""
     adapted, seconds = inject(model, rank, True, choice)
     layers = dict(lora_layers(adapted))
-    fused = choice.left_out and not all(in_scope(layer) for layer in layers.values())
+    linear = {name for name, layer in layers.items() if layout_of(layer).is_linear}
+    fused = choice.left_out and len(linear) < len(layers)
     if not fused:
         return choice, seconds
-    choice = without_fused(choice, {name for name, layer in layers.items() if in_scope(layer)})
+    choice = without_fused(choice, linear)
     return choice, inject(model, rank, True, choice)[1]
 
 

@@ -198,7 +198,7 @@ def test_warnings_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     command += ["--target-modules", "embed_tokens"]
     assert subprocess.run(command, check=False).returncode == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert "PEFT initializes an adapter of Embedding as plain LoRA" in line
+    assert "is a Embedding, and the demo compares linear layers" in line
 
 
 @pytest.mark.slow
