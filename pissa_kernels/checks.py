@@ -79,12 +79,16 @@ def parse_init(init: str) -> int | None:
     return int(rounds)
 
 
-def check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor, *, matrix: bool = True) -> None:
     """Refuse a tensor that cannot be decomposed.
+
+    Args:
+        weight: the tensor.
+        matrix: whether it has to be one matrix; otherwise it may be a stack of matrices, or a convolution's weight.
 
     Raises:
         TypeError: quantized storage, a tensor subclass, or a dtype other than float32, float16 and bfloat16.
-        ValueError: sharded, fake, empty, on the meta device, or not 2-D.
+        ValueError: sharded, fake, empty, on the meta device, or not 2-D where it has to be.
     """
     if (kind := type(weight.data).__name__) == "DTensor":
         raise ValueError(
@@ -108,7 +112,7 @@ def check_weight(weight: Tensor) -> None:
             f"the weight is empty (shape {tuple(weight.shape)}): under DeepSpeed ZeRO-3 it has to be gathered "
             "(deepspeed.zero.GatheredParameters) while it is initialized"
         )
-    if weight.ndim != 2:
+    if weight.ndim < 2 or (matrix and weight.ndim != 2):
         flat = ", as FSDP leaves it: initialize PiSSA before the model is wrapped" if weight.ndim == 1 else ""
         raise ValueError(f"the weight must be 2-D, got shape {tuple(weight.shape)}{flat}")
     if weight.is_meta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -11,27 +11,41 @@ from .names import module_name
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every LoRA layer of a PEFT model, with its name in the base model."""
-    from peft.tuners.lora.layer import LoraLayer
+    """Every LoRA layer of a PEFT model, with the name of its module in the base model, or of its parameter there.
 
-    for name, module in adapted.named_modules():
+    The ``out_proj`` of an attention has the name that PEFT gives it, with "base_layer".
+    """
+    for name, _, layer in placed_lora_layers(adapted):
+        yield name, layer
+
+
+def placed_lora_layers(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Every LoRA layer of a PEFT model: its name as in :func:`lora_layers`, its name in the PEFT model, and itself."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    wrappers = set()
+    for path, module in adapted.named_modules():
+        if isinstance(module, ParamWrapper):
+            wrappers.add(path)
         if isinstance(module, LoraLayer):
-            yield module_name(name), module
+            place = module_name(path)
+            name = module_name(_without_wrappers(path, wrappers)) if wrappers else place
+            yield (f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name), place, module
 
 
-def in_scope(layer: Any, target: nn.Module | None = None) -> bool:
+def _without_wrappers(path: str, wrappers: Collection[str]) -> str:
+    """A module's name without the parts that the wrappers of parameters around it have added."""
+    parts = path.split(".")
+    kept = [part for index, part in enumerate(parts) if part != "base_layer" or ".".join(parts[:index]) not in wrappers]
+    return ".".join(kept)
+
+
+def in_scope(layer: Any) -> bool:
     """Whether ``pissa_init`` handles a LoRA layer. PEFT's own initializer, or a previous patch, gets all others.
 
-    In scope is a weight that one module owns; those that are not plain matrices are refused with a reason. Out of scope
-    are ``target_parameters`` and fused experts, Megatron's tensor-parallel layers, and the output projection of an
-    ``nn.MultiheadAttention``, which PEFT wraps before it wraps the attention itself.
-
-    Args:
-        layer: a ``LoraLayer``.
-        target: the module that PEFT replaces; None where it is not known.
+    In scope is a weight that one module owns; those that are not floating-point matrices are refused with a reason. Out
+    of scope are Megatron's tensor-parallel layers.
     """
-    from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
     from peft.tuners.lora.tp_layer import LoraParallelLinear
 
-    foreign = isinstance(layer, (MultiheadAttention, ParamWrapper, LoraParallelLinear))
-    return not foreign and not isinstance(target, nn.MultiheadAttention)
+    return not isinstance(layer, LoraParallelLinear)

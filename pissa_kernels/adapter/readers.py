@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+# Names of weights; the second is that of torch's attention.
+WEIGHTS = frozenset(("weight", "in_proj_weight"))
 # Attributes that say nothing of the values.
 DESCRIPTIONS = frozenset(("device", "dtype", "is_meta", "ndim", "requires_grad", "shape", "size"))
 # Methods that set weights before training, or tie them.
 SETTING_UP = ("__init__", "_init", "init_", "_reset", "reset_", "_tie", "tie_", "post_init", "resize_", "set_")
+# Methods that run only where a caller asks for it, as in ``fuse_projections`` of diffusers.
+ON_REQUEST = ("fuse_",)
 # Base classes whose many methods never read a particular child.
 GENERAL = ("builtins.", "torch.nn.modules.module.", "transformers.modeling_utils.", "transformers.generation.")
 
@@ -35,6 +39,11 @@ class Reader(NamedTuple):
     name: str
     kind: str
     always: bool
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the reader is torch's attention, which reads its ``out_proj``."""
+        return self.kind == nn.MultiheadAttention.__name__
 
     @property
     def owner(self) -> str:
@@ -82,7 +91,7 @@ def reads_in_torch(module: nn.Module) -> dict[str, bool] | None:
     if isinstance(module, nn.MultiheadAttention):
         return {"out_proj": True}
     if isinstance(module, nn.TransformerEncoderLayer):  # its fast path, in eval mode
-        return {"linear1": True, "linear2": True, "self_attn.out_proj": True}
+        return {"linear1": True, "linear2": True, "self_attn": True, "self_attn.out_proj": True}
     return {} if type(module).__module__.startswith("torch.nn.") else None
 
 
@@ -94,7 +103,8 @@ def weight_reads(kind: type) -> dict[str, bool]:
         kind: the class of a module.
 
     Returns:
-        For each name whether a statement reads it that no condition precedes. Empty where the source is not known.
+        For each name whether a statement reads it that no condition precedes, in a method that is not called on
+        request only. Empty where the source is not known.
     """
     reads: dict[str, bool] = {}
     overridden: set[str] = set()
@@ -106,8 +116,9 @@ def weight_reads(kind: type) -> dict[str, bool]:
             here.add(method.name)
             if method.name in overridden or method.name.startswith(SETTING_UP):
                 continue
+            on_request = method.name.startswith(ON_REQUEST)
             for path, always in _reads_of(method):
-                reads[path] = reads.get(path, False) or always
+                reads[path] = reads.get(path, False) or (always and not on_request)
         overridden |= here
     return reads
 
@@ -137,7 +148,7 @@ def _reads_of(method: ast.FunctionDef) -> Iterator[tuple[str, bool]]:
     waiting: list[tuple[ast.AST, ast.AST, bool]] = [(child, method, False) for child in method.body]
     while waiting:
         node, around, conditional = waiting.pop()
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+        if isinstance(node, ast.Attribute) and node.attr in WEIGHTS and isinstance(node.ctx, ast.Load):
             path = _path(node.value)
             if path and not _only_describes(around):
                 yield path, not conditional

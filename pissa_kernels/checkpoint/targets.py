@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.layers import lora_layers
+from ..adapter.layers import placed_lora_layers
 from ..adapter.patterns import has_name, pattern_key, with_ranks, without_order
 from ..checks import check_rank, check_scaling, layer_context
 from ..files.folder import Checkpoint
@@ -60,7 +60,7 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = tied_weights(model)
     adapted = _adapt(model, checkpoint, options, stacks)
-    layers = list(lora_layers(adapted))
+    layers = [(place, layer) for _, place, layer in placed_lora_layers(adapted)]
     _check_kinds(layers, options, stacks)
     _check_parameters_of_peft(adapted.peft_config["default"], options)
     linear = [name for name, layer in layers if not is_wrapper(layer)]
@@ -114,7 +114,7 @@ def _adapt(model: nn.Module, checkpoint: Checkpoint, options: AdapterOptions, st
     target_modules = as_peft(options.target_modules)
     if isinstance(target_modules, list) and any(map(is_all_linear, target_modules)):
         linear = _inject(empty_model(checkpoint, options.trust_remote_code), options, ALL_LINEAR)
-        _check_kinds(list(lora_layers(linear)), options, stacks)
+        _check_kinds([(place, layer) for _, place, layer in placed_lora_layers(linear)], options, stacks)
         target_modules = sorted({*linear.peft_config["default"].target_modules, *options.named})
     return _inject(model, options, target_modules)
 

@@ -4,70 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, factor_key, module_name
-from ..adapter.patterns import rank_of, scaling_of
+from ..adapter.wrapped import Known
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checks import layer_context
-from ..files.header import DTYPES, Header, TensorInfo, read_header, read_tensor
+from ..files.header import Header, TensorInfo, read_header, read_tensor
 from ..peft import sidecar
-from ..report import Report
+from ..report import REPORT_NAME, Report
 from ..report.strict import load
+from .layer import Layer, read_layers, recorded_layer
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _MALFORMED_FACTOR = re.compile(r"\.lora_(A|B|embedding_[AB])\.(?!bias$)")
 # Settings under which a layer computes more than W + s·B·A, or not for every token.
 _UNSUPPORTED_SETTINGS = (
-    *("target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
-    *("arrow_config", "monteclora_config", "kasa_config", "velora_config"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config"),
+    *("monteclora_config", "kasa_config", "velora_config"),
 )
 # Larger numbers do not fit the float32 arithmetic of a layer.
 _LARGEST_ALPHA = 1e30
-_FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The factors of one layer.
-
-    Attributes:
-        A, B: places of the factors in the file, of shape (r, in) and (out, r).
-        scaling: s.
-        transposed: whether the weight is stored (in, out): embeddings, and every layer if the config sets
-            ``fan_in_fan_out``.
-    """
-
-    A: TensorInfo
-    B: TensorInfo
-    scaling: float
-    transposed: bool
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.A.shape[0]
-
-    @property
-    def embedding(self) -> bool:
-        """Whether the layer is an embedding, whose LoRA starts from A = 0."""
-        return self.A.name.endswith(".lora_embedding_A")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.B.shape[0], self.A.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The smallest dtype that represents both factors exactly."""
-        return torch.promote_types(DTYPES[self.A.dtype], DTYPES[self.B.dtype])
 
 
 @dataclass(frozen=True)
@@ -77,10 +40,11 @@ class AdapterFile:
     Attributes:
         path: the file.
         config: config of the adapter; empty for a ``pissa_initial.safetensors``, which has none.
-        layers: factors by the layer's name in the base model.
+        layers: factors by the layer's name in the base model, as in :func:`pissa_kernels.convert.layer.read_layers`.
         others: tensors that are not factors, in the file's order.
         base_weights: weights of these layers' base layers, which PEFT saves of an adapted head or embedding. With PiSSA
             they are residuals.
+        known: what this file, and those beside it, say of adapted parameters.
     """
 
     path: Path
@@ -88,10 +52,15 @@ class AdapterFile:
     layers: Mapping[str, Layer]
     others: tuple[TensorInfo, ...]
     base_weights: tuple[TensorInfo, ...] = ()
+    known: Known | None = None
 
 
-def read_adapter(folder: Path) -> AdapterFile:
+def read_adapter(folder: Path, known: Known | None = None) -> AdapterFile:
     """Read the config and the header of a LoRA adapter that PEFT saved.
+
+    Args:
+        folder: folder of the adapter.
+        known: what other files say of adapted parameters.
 
     Raises:
         FileNotFoundError: the folder, the config or the weights do not exist.
@@ -114,18 +83,11 @@ def read_adapter(folder: Path) -> AdapterFile:
             others.append(info)
     if not factors:
         raise ValueError(f"{path} has no LoRA factors; accepted are keys that end in .lora_A.weight and .lora_B.weight")
-    layers = {}
-    for name, pair in factors.items():
-        with layer_context(f"layer {name!r} in {path}"):
-            if len(pair) != 2:
-                raise ValueError(f"lora_{'B' if 'A' in pair else 'A'} is missing; save the adapter again")
-            A, B = pair["A"], pair["B"]
-            _check_factors(A, B, rank_of(config, name))
-            transposed = A.name.endswith(".lora_embedding_A") or bool(config.get("fan_in_fan_out"))
-            layers[name] = Layer(A, B, scaling_of(config, name), transposed)
-    names = {f"{name}.base_layer.weight" for name in layers}
+    layers = read_layers(factors, config, known, path)
+    names = {f"{layer.path}.base_layer.weight" for layer in layers.values()}
     base_weights = tuple(info for info in others if module_name(info.name) in names)
-    return AdapterFile(path, config, layers, tuple(info for info in others if info not in base_weights), base_weights)
+    others = [info for info in others if info not in base_weights]
+    return AdapterFile(path, config, layers, tuple(others), base_weights, known)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -154,6 +116,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if not (isinstance(config.get(key), (str, NoneType)) or _are_strings(config[key])):
             raise ValueError(f"{path} has the {key} {config[key]!r}; accepted is a string or a list of strings")
+    if (parameters := config.get("target_parameters")) is not None and not _are_strings(parameters):
+        raise ValueError(f"{path} has the target_parameters {parameters!r}; accepted is a list of strings")
     if not isinstance(name := config.get("base_model_name_or_path"), (str, NoneType)):
         raise ValueError(f"{path} has the base_model_name_or_path {name!r}; accepted is a string")
     if setting := next((key for key in _UNSUPPORTED_SETTINGS if config.get(key)), None):
@@ -175,13 +139,37 @@ def find_initial(folder: Path) -> AdapterFile:
     if (folder / sidecar.INITIAL_NAME).is_file():
         return _read_sidecar(folder / sidecar.INITIAL_NAME)
     # pissa_init/ first: an adapter beside a residual model may be the trained one
-    if (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file():
-        return read_adapter(folder / ADAPTER_FOLDER)
-    if not (folder / CONFIG_NAME).is_file():
+    inside = folder / ADAPTER_FOLDER
+    found = inside if (inside / CONFIG_NAME).is_file() else folder
+    if not (found / CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} has no initial adapter; accepted are {sidecar.INITIAL_NAME}, {ADAPTER_FOLDER}/ or {CONFIG_NAME}"
         )
-    return read_adapter(folder)
+    return read_adapter(found, _known_beside(found))
+
+
+def _known_beside(folder: Path) -> Known | None:
+    """What the report beside an initial adapter, and the checkpoint around it, say of adapted parameters."""
+    if not read_config(folder).get("target_parameters"):
+        return None
+    parent = folder.resolve().parent
+    targets = Manifest.read(parent).targets if (parent / MANIFEST).is_file() else {}
+    names = {module_name(target["key"]): target["layer"] for target in targets.values() if "key" in target}
+    matrices: dict[str, Collection[tuple[int, ...]]] = {}
+    for path in sorted(parent.glob("*.safetensors")):
+        matrices |= {info.name: _orientations(info.shape) for info in read_header(path).tensors.values()}
+    if (folder / REPORT_NAME).is_file():
+        matrices |= _matrices(Report.read(folder / REPORT_NAME))
+    return Known(names, matrices)
+
+
+def _orientations(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """The (E, out, in) that a parameter of this shape may have."""
+    return {(1, *shape)} if len(shape) == 2 else {shape, (*shape[:-2], *shape[:-3:-1])}
+
+
+def _matrices(report: Report) -> dict[str, Collection[tuple[int, ...]]]:
+    return {layer.name: {(max(1, len(layer.parts)), *layer.shape)} for layer in report.layers}
 
 
 def _read_sidecar(path: Path) -> AdapterFile:
@@ -189,18 +177,33 @@ def _read_sidecar(path: Path) -> AdapterFile:
     layers = {}
     try:
         record = header.metadata["pissa_kernels"]
-        for layer in Report.from_dict(json.loads(record)).layers:
+        report = Report.from_dict(json.loads(record))
+        for layer in report.layers:
             with layer_context(f"layer {layer.name!r}"):
-                A, B = (header.tensors[factor_key(layer.name, factor)] for factor in "AB")
-                _check_factors(A, B, layer.rank)
-            layers[layer.name] = Layer(A, B, layer.scaling, transposed=False)
+                A, B = _recorded(layer.name, header)
+                layers[layer.name] = recorded_layer(layer, A, B)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold the initial factors of a PiSSA adapter: {error}") from None
     with path.open("rb") as file:
         digest = sidecar.digest(record, _Tensors(file.fileno(), header))
     if header.metadata.get("sha256") != digest:
         raise ValueError(f"{path} is damaged: its contents do not match the hash in its header")
-    return AdapterFile(path, {}, layers, ())
+    return AdapterFile(path, {}, layers, (), known=_known_in(report))
+
+
+def _known_in(report: Report) -> Known:
+    """What the report of a ``pissa_initial.safetensors`` says, whose layers are in the order of PEFT's modules."""
+    return Known(matrices=_matrices(report), order=[layer.name for layer in report.layers])
+
+
+def _recorded(name: str, header: Header) -> tuple[TensorInfo, TensorInfo]:
+    """Places of A and B, of which an embedding's have other keys."""
+    keys = [factor_key(name, factor) for factor in "AB"]
+    if keys[0] not in header.tensors:
+        embedding = [f"{KEY_PREFIX}{name}.lora_embedding_{factor}" for factor in "AB"]
+        keys = embedding if embedding[0] in header.tensors else keys
+    A, B = (header.tensors[key] for key in keys)
+    return A, B
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -228,12 +231,3 @@ def _pattern_values(path: Path, config: Mapping[str, Any], key: str) -> list[Any
 
 def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _check_factors(A: TensorInfo, B: TensorInfo, rank: int) -> None:
-    for factor, info, axis in (("A", A, 0), ("B", B, 1)):
-        if len(info.shape) != 2 or info.shape[axis] != rank:
-            accepted = f"({rank}, in)" if factor == "A" else f"(out, {rank})"
-            raise ValueError(f"lora_{factor} has shape {info.shape}; accepted is {accepted}")
-        if info.dtype not in _FACTOR_DTYPES:
-            raise ValueError(f"lora_{factor} has dtype {info.dtype}; accepted are {', '.join(_FACTOR_DTYPES)}")

@@ -171,9 +171,10 @@ def _check_layers(
                 differences.append(found.reconstruction)
             elif found is not None or name in recorded:
                 error, weight = (recorded[name], None) if found is None else (found.error, found.weight)
-                dropped[name] = Dropped(error, layer.scaling * change_norm(factors), weight)
+                dropped[name] = Dropped(error, layer.factor * change_norm(factors), weight)
             del factors  # before the next layer's are read
     swap.finish(pair, untrained=all(untrained))
+    notes += [] if models is None else models.remarks()
     if all(untrained):
         notes.append(f"{pair.trained.path.parent} equals its initial adapter, so the result changes nothing")
     if left := pair.trained.base_weights:

@@ -20,8 +20,8 @@ from .lowrank import FactorPair
 class AdapterPair:
     """Two adapters with the same layers, ranks and scalings, and the descriptors of their open files.
 
-    A ``pissa_initial.safetensors`` lacks embeddings, which PiSSA leaves alone: the product of their factors starts
-    from 0.
+    Where a ``pissa_initial.safetensors`` lacks an embedding, that was initialized as plain LoRA: the product of its
+    factors started from 0.
     """
 
     trained: AdapterFile
@@ -30,7 +30,7 @@ class AdapterPair:
     initial_descriptor: int
 
     def read(self, name: str) -> FactorPair:
-        """Read the factors of one layer.
+        """Read the factors of one layer, of each of its matrices.
 
         Raises:
             OSError: reading failed.
@@ -42,7 +42,7 @@ class AdapterPair:
             A0, B0 = torch.zeros_like(A), torch.zeros_like(B)
         else:
             A0, B0 = (read_tensor(self.initial_descriptor, info) for info in (initial.A, initial.B))
-        factors = FactorPair(A, B, A0, B0)
+        factors = FactorPair(*trained.packing.split(A, B), *trained.packing.split(A0, B0))
         if not factors.finite():
             raise ValueError(
                 f"a factor has NaN or Inf in {self.trained.path} or {self.initial.path}; take an earlier checkpoint"
@@ -62,7 +62,8 @@ def open_pair(trained: Path, initial: Path) -> Iterator[AdapterPair]:
         FileNotFoundError: an adapter does not exist.
         ValueError: an adapter is damaged, or the two differ in layers, ranks, shapes or scalings.
     """
-    first, second = read_adapter(trained), find_initial(initial)
+    second = find_initial(initial)
+    first = read_adapter(trained, second.known)
     _check_same_layers(first, second)
     with first.path.open("rb") as trained_file, second.path.open("rb") as initial_file:
         yield AdapterPair(first, second, trained_file.fileno(), initial_file.fileno())
@@ -78,11 +79,14 @@ def _check_same_layers(trained: AdapterFile, initial: AdapterFile) -> None:
             )
     for name, layer in trained.layers.items():
         first = initial.layers.get(name, layer)
+        parts = layer.packing.parts, first.packing.parts
         with layer_context(f"layer {name!r}"):
             for what, found, expected, equal in (
                 ("rank", layer.rank, first.rank, layer.rank == first.rank),
+                ("number of matrices", *parts, parts[0] == parts[1]),
                 ("shape", layer.shape, first.shape, layer.shape == first.shape),
-                ("scaling", layer.scaling, first.scaling, same(layer.scaling, first.scaling)),
+                ("kernel", layer.packing.kernel, first.packing.kernel, layer.packing.kernel == first.packing.kernel),
+                ("scaling", layer.factor, first.factor, same(layer.factor, first.factor)),
             ):
                 if not equal:
                     raise ValueError(

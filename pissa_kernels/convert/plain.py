@@ -14,18 +14,20 @@ import torch
 
 from ..adapter.names import CONFIG_NAME, WEIGHTS_NAME
 from ..adapter.patterns import same, with_ranks
+from ..adapter.wrapped import Known
 from ..checks import layer_context
 from ..files.atomic import write_text
 from ..files.destination import check_deletable
 from ..files.header import Header, bytes_of, chunks, plan_header, read_header, write_at
 from ..files.system import flush
 from .adapter import read_adapter
+from .layer import Layer
 from .lowrank import stacked, truncated
 from .pair import AdapterPair
 from .report import ConvertedLayer
 
 # Lists of a config that are sets: PEFT saves them in any order.
-_SETS = ("target_modules", "exclude_modules", "modules_to_save")
+_SETS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 # In the header of the weights. PEFT's save_pretrained writes another header: an adapter that was trained further in its
 # folder is known by that.
 MARK = {"written_by": "pissa-kernels convert"}
@@ -37,7 +39,7 @@ class PlainLora:
 
     Attributes:
         pair: the adapters.
-        ranks: rank of each layer in the result, by the layer's name.
+        ranks: rank r of each layer in the result's config, by the layer's name.
         truncate: whether the factors are truncated to their ranks. Otherwise they are stacked, and exact.
         header: header of the safetensors file.
     """
@@ -56,7 +58,8 @@ def plan_plain(pair: AdapterPair, rank: int | None) -> PlainLora:
         rank: K; None for 2r.
 
     Raises:
-        ValueError: K is out of range, or a tensor to copy has an unknown dtype.
+        ValueError: K is out of range or no rank of a convolution with groups; such a one has DoRA; or a tensor to copy
+            has an unknown dtype.
     """
     trained, initial = pair.trained, pair.initial
     highest = 2 * max(layer.rank for layer in trained.layers.values())
@@ -70,9 +73,18 @@ def plan_plain(pair: AdapterPair, rank: int | None) -> PlainLora:
             if rank is not None
             else torch.promote_types(layer.dtype, initial.layers.get(name, layer).dtype)
         )
-        out_features, in_features = layer.shape
-        tensors.append((layer.A.name, dtype, (ranks[name], in_features)))
-        tensors.append((layer.B.name, dtype, (out_features, ranks[name])))
+        if layer.packing.groups > 1 and trained.config.get("use_dora"):
+            raise ValueError(
+                f"layer {name!r} is a convolution with {layer.packing.groups} groups under DoRA, whose norms PEFT "
+                "takes of another product than the one that it adds, so that no other factors have them; use it with PEFT"
+            )
+        if ranks[name] % layer.packing.groups:
+            raise ValueError(
+                f"layer {name!r} is a convolution with {layer.packing.groups} groups, which PEFT gives ranks that are "
+                f"multiples of that, and not {ranks[name]}; give such a rank"
+            )
+        for info, shape in zip((layer.A, layer.B), layer.packing.shapes(ranks[name], layer.shape), strict=True):
+            tensors.append((info.name, dtype, shape))
     for info in trained.others:
         if info.torch_dtype is None:
             raise ValueError(f"{trained.path}: {info.name!r} has dtype {info.dtype}, which this package does not write")
@@ -118,7 +130,7 @@ def write_plain(plain: PlainLora, base: str | None, folder: Path) -> tuple[list[
     """
     trained = plain.pair.trained
     config = {
-        **with_ranks(trained.config, plain.ranks),
+        **with_ranks(trained.config, {layer.settings: plain.ranks[name] for name, layer in trained.layers.items()}),
         "init_lora_weights": True,
         "base_model_name_or_path": base,
     }
@@ -135,7 +147,7 @@ def write_plain(plain: PlainLora, base: str | None, folder: Path) -> tuple[list[
                 at += len(chunk)
         os.fsync(descriptor)
     flush(folder)
-    _check_written(folder, layers)
+    _check_written(folder, layers, trained.layers)
     return layers, loss
 
 
@@ -145,17 +157,19 @@ def _write_layers(descriptor: int, plain: PlainLora) -> tuple[list[ConvertedLaye
     for name, layer in plain.pair.trained.layers.items():
         with layer_context(f"layer {name!r}"):
             error, norm = _write_factors(descriptor, plain, name)
-        errors.append(layer.scaling * error)
-        norms.append(layer.scaling * norm)
-        layers.append(ConvertedLayer(name, layer.shape, plain.ranks[name], layer.scaling, _relative(error, norm)))
+        errors.append(layer.factor * error)
+        norms.append(layer.factor * norm)
+        parts = layer.packing.parts
+        share = _relative(error, norm)
+        layers.append(ConvertedLayer(name, layer.shape, plain.ranks[name], layer.scaling, share, parts=parts))
     return layers, _relative(math.hypot(*errors), math.hypot(*norms))
 
 
 def _write_factors(descriptor: int, plain: PlainLora, name: str) -> tuple[float, float]:
     """Write the factors of one layer. Returns their error, and the norm that it is relative to."""
     factors, layer = plain.pair.read(name), plain.pair.trained.layers[name]
-    product = truncated(factors, plain.ranks[name]) if plain.truncate else stacked(factors)
-    for info, factor in ((layer.A, product.A), (layer.B, product.B)):
+    product = truncated(factors, plain.ranks[name] // layer.packing.groups) if plain.truncate else stacked(factors)
+    for info, factor in zip((layer.A, layer.B), layer.packing.join(product.A, product.B), strict=True):
         write_at(descriptor, bytes_of(factor), plain.header.tensors[info.name].start)
     return product.error, product.norm
 
@@ -164,11 +178,12 @@ def _relative(error: float, norm: float) -> float:
     return error / norm if error else 0.0
 
 
-def _check_written(folder: Path, layers: list[ConvertedLayer]) -> None:
+def _check_written(folder: Path, layers: list[ConvertedLayer], trained: Mapping[str, Layer]) -> None:
     """Check that the config gives each layer its rank and scaling by PEFT's rules."""
-    written = read_adapter(folder).layers
+    parameters = Known({layer.path: layer.settings for layer in trained.values() if layer.wrapped})
+    written = {layer.path: layer for layer in read_adapter(folder, parameters).layers.values()}
     for layer in layers:
-        found = written[layer.name]
+        found = written[trained[layer.name].path]
         if found.rank != layer.rank or not same(found.scaling, layer.scaling):
             raise RuntimeError(
                 f"layer {layer.name!r}: the new config says rank {found.rank} and scaling {found.scaling}, not "

@@ -18,11 +18,12 @@ class ConvertedLayer:
 
     Attributes:
         name: name of the layer in the base model.
-        shape: (out, in).
-        rank: rank in the plain LoRA.
+        shape: (out, in) of the weight; of each matrix, where there are several.
+        rank: rank in the plain LoRA's config.
         scaling: s, which is that of the trained adapter.
-        loss: ‖ΔW − ΔW_K‖_F / ‖ΔW‖_F; 0 at rank 2r, and for an untrained layer.
+        loss: ‖ΔW − ΔW_K‖_F / ‖ΔW‖_F of all its matrices together; 0 at rank 2r, and for an untrained layer.
         dropped: what the plain LoRA drops, if the residual is quantized and that is known; None otherwise.
+        parts: number of matrices: the experts of a stack, the groups of a convolution; 1 for other layers.
     """
 
     name: str
@@ -31,11 +32,14 @@ class ConvertedLayer:
     scaling: float
     loss: float
     dropped: Dropped | None = None
+    parts: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object; "dropped" is absent where nothing is."""
+        """A JSON object; "dropped" is absent where nothing is, "parts" where there is one matrix."""
         record = {key: getattr(self, key) for key in ("name", "shape", "rank", "scaling", "loss")}
         record["shape"] = list(self.shape)
+        if self.parts > 1:
+            record["parts"] = self.parts
         return record if self.dropped is None else {**record, "dropped": self.dropped.to_dict()}
 
 

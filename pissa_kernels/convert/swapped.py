@@ -45,7 +45,12 @@ class SwapCheck:
         self._cosines: list[float] = []
 
     def add(self, factors: FactorPair) -> None:
-        """Measure one layer. A rank of 1 has no angles to measure, and equal norms may be chance."""
+        """Measure the matrices of one layer."""
+        for matrix in factors.matrices():
+            self._add(matrix)
+
+    def _add(self, factors: FactorPair) -> None:
+        """Measure one matrix. A rank of 1 has no angles to measure, and equal norms may be chance."""
         related = cosine(factors)
         if len(factors.B) * factors.A.shape[1] >= _MEASURED:
             self._cosines.append(related)
@@ -132,7 +137,7 @@ def _beside_trained(pair: AdapterPair) -> bool:
         return False
     if not all((folder / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME)):
         return False
-    beside = read_adapter(folder)
+    beside = read_adapter(folder, pair.initial.known)
     with beside.path.open("rb") as file:
         both = AdapterPair(beside, pair.initial, file.fileno(), pair.initial_descriptor)
         return any(not both.read(name).untrained() for name in beside.layers)

@@ -10,7 +10,7 @@ import torch
 
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..convert.adapter import AdapterFile, find_initial, read_adapter
+from ..convert.adapter import AdapterFile, find_initial
 from ..convert.plain import MARK as PLAIN
 from ..files.folder import Checkpoint
 from ..files.header import read_header, read_tensor
@@ -47,7 +47,7 @@ def _starts_from(adapter: AdapterFile, out: Path) -> bool:
     folder, initial = adapter.path.parent, out / ADAPTER_FOLDER
     if not ((folder / INITIAL_NAME).is_file() and (initial / CONFIG_NAME).is_file()):
         return False
-    own, other = find_initial(folder), read_adapter(initial)
+    own, other = find_initial(folder), find_initial(initial)
     if own.layers.keys() != other.layers.keys():
         return False
     with own.path.open("rb") as first, other.path.open("rb") as second:
@@ -120,9 +120,16 @@ def check_place(
         )
     if place.layer is None:
         return
-    expected = adapter.layers[place.layer].shape
-    if place.transposed and not dequantized:
+    layer = adapter.layers[place.layer]
+    expected = layer.weight_shape if place.piece is None else place.piece.shape(layer)
+    if place.transposed and place.piece is None and not dequantized:
         expected = expected[::-1]
+    if layer.packing.groups > 1:
+        raise ValueError(
+            f"layer {place.layer!r} is a convolution with {layer.packing.groups} groups: its adapter reads the inputs "
+            "of all of them, which the weight has no place for; load the adapter with PEFT, which does not merge it "
+            "either"
+        )
     if shape != expected:
         raise ValueError(
             f"layer {place.layer!r}: the factors in {adapter.path.parent} are for a weight {expected}, and {key!r} of "

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME
 from ..checkpoint.config import read_config
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..convert.adapter import AdapterFile, read_adapter
+from ..convert.adapter import AdapterFile
+from ..convert.pieces import Piece
 from ..files.folder import INDEX, Checkpoint, open_checkpoint
 from ..files.header import Header, TensorInfo, plan_header, read_tensor
 from ..files.system import open_to_read
@@ -23,7 +24,7 @@ from ..ops import WEIGHT_DTYPES
 from ..quantize.bnb import NESTED_BLOCK, STORAGE_DTYPES, FourBit
 from ..quantize.stored import StoredWeight, quantized_weights
 from .checks import check_adapter, check_origin, check_place, check_quantization, same_folder
-from .names import find_places
+from .names import ModelNames, find_places, read_trained
 
 # In the headers of the weights. Programs that save the model again write other headers.
 MARK = {"written_by": "pissa-kernels merge"}
@@ -40,12 +41,14 @@ class Values:
         copy: a trained copy in the adapter's file, which replaces the tensor; None for that of OUT.
         layer: name of the adapted layer whose product is added; None for none.
         transposed: whether the result is stored (in, out).
+        piece: which matrices of a stack the tensor has; None for a weight that is one matrix.
     """
 
     stored: StoredWeight | None = None
     copy: TensorInfo | None = None
     layer: str | None = None
     transposed: bool = False
+    piece: Piece | None = None
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,21 @@ def plan_merge(out: Path, trained: Path, dtype: torch.dtype | None, trust_remote
         FileNotFoundError, NotADirectoryError: a folder or a file is missing.
         TypeError, ValueError: a file is damaged, or the adapter cannot be merged into the checkpoint.
     """
-    checkpoint, adapter = open_checkpoint(out), read_adapter(trained)
+    checkpoint = open_checkpoint(out)
     manifest = Manifest.read(out) if (out / MANIFEST).is_file() else None
-    check_adapter(adapter, out)
-    check_origin(checkpoint, adapter, manifest)
     config = read_config(checkpoint, quantized=True)
     stored = quantized_weights(checkpoint.tensors())
-    check_quantization(checkpoint, config, stored)
     entries = _dequantized(checkpoint, stored, config)
-    places = find_places(checkpoint, entries, adapter, manifest, quantized=bool(stored), remote_code=trust_remote_code)
+    names = ModelNames(checkpoint, dict(entries), quantized=bool(stored), remote_code=trust_remote_code)
+    adapter = read_trained(trained, manifest, names)
+    check_adapter(adapter, out)
+    check_origin(checkpoint, adapter, manifest)
+    check_quantization(checkpoint, config, stored)
+    places = find_places(adapter, manifest, names)
     values: dict[str, Values] = {key: Values(weight) for key, weight in stored.items()}
     for key, place in places.items():
         check_place(checkpoint, adapter, key, place, entries[key], dequantized=key in stored)
-        values[key] = Values(stored.get(key), place.copy, place.layer, place.transposed)
+        values[key] = Values(stored.get(key), place.copy, place.layer, place.transposed, place.piece)
         shape = entries[key][1]
         if key in stored and place.transposed:
             entries[key] = entries[key][0], shape[::-1]

@@ -16,12 +16,13 @@ class MergedLayer:
 
     Attributes:
         name: name of the layer in the model.
-        tensor: key of its weight.
-        shape: shape of the weight in the result.
+        tensor: key of its weight; of the first tensor, where it has several, such as those of single experts.
+        shape: shape of that tensor in the result.
         dtype: its dtype in the result, such as "bfloat16".
         rank: rank of the product that was added.
         scaling: s.
         quantized: what the weight was dequantized from: "nf4", "fp4" or "int8"; None if it was not quantized.
+        tensors: number of its tensors.
     """
 
     name: str
@@ -31,6 +32,7 @@ class MergedLayer:
     rank: int
     scaling: float
     quantized: str | None
+    tensors: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

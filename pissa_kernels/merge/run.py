@@ -7,6 +7,7 @@ One weight per worker is in memory at a time.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -129,33 +130,44 @@ def _check_replaceable(job: MergeJob, folder: Path, *, force: bool) -> None:
 
 
 def _write_tensors(job: MergeJob, folder: Path, workers: int, progress: bool) -> None:
-    tensors = [
-        (info.nbytes, shard, key) for shard, header in job.headers.items() for key, info in header.tensors.items()
-    ]
-    tensors.sort(key=lambda tensor: -tensor[0])
+    infos = {key: (shard, info) for shard, header in job.headers.items() for key, info in header.tensors.items()}
+    # the tensors of a stack share its factors
+    groups: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for key, values in job.values.items():
+        groups[(key, False) if values.piece is None else (str(values.layer), True)].append(key)
+    largest_first = sorted(groups.items(), key=lambda group: -sum(infos[key][1].nbytes for key in group[1]))
     threads = torch.get_num_threads()
-    with open_files(job, folder) as files, progress_bar(len(tensors), "merge", unit="tensor", shown=progress) as tick:
+    with open_files(job, folder) as files, progress_bar(len(infos), "merge", unit="tensor", shown=progress) as tick:
 
-        def one(nbytes: int, shard: str, key: str, emit: Callable[[tuple[str, int]], None]) -> None:
+        def one(name: str, stack: bool, keys: list[str], emit: Callable[[tuple[str, int]], None]) -> None:
             torch.set_num_threads(1)  # of this thread, and of MKL in the whole process
-            files.write(shard, key)
-            emit((key, nbytes))
+            if stack:
+                places = [(infos[key][0], key) for key in keys]
+                files.write_stack(name, places, lambda key: emit((key, infos[key][1].nbytes)))
+            else:
+                files.write(infos[name][0], name)
+                emit((name, infos[name][1].nbytes))
 
         try:
-            run_jobs([partial(one, *tensor) for tensor in tensors], workers, lambda done: tick(*done))
+            run_jobs([partial(one, *group, keys) for group, keys in largest_first], workers, lambda done: tick(*done))
         finally:
             torch.set_num_threads(threads)
 
 
 def _report(job: MergeJob, merged: Path) -> MergeReport:
     infos = {key: info for header in job.headers.values() for key, info in header.tensors.items()}
-    keys = {values.layer: key for key, values in job.values.items() if values.layer is not None}
+    keys: dict[str, list[str]] = defaultdict(list)
+    for key, values in job.values.items():
+        if values.layer is not None:
+            keys[values.layer].append(key)
     layers = []
     for name, layer in job.adapter.layers.items():
-        info, stored = infos[keys[name]], job.values[keys[name]].stored
+        info, stored = infos[keys[name][0]], job.values[keys[name][0]].stored
         dtype = str(info.torch_dtype).removeprefix("torch.")
         kind = None if stored is None else stored.kind
-        layers.append(MergedLayer(name, info.name, info.shape, dtype, layer.rank, layer.scaling, kind))
+        layers.append(
+            MergedLayer(name, info.name, info.shape, dtype, layer.rank, layer.scaling, kind, tensors=len(keys[name]))
+        )
     changed = [values for values in job.values.values() if values.stored or values.layer or values.copy]
     return MergeReport(
         layers=layers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import layer_context
-from ..convert.adapter import Layer
+from ..convert.layer import Layer
+from ..convert.pieces import Piece
 from ..files import buffer
 from ..files.header import TensorInfo, bytes_of, chunks, read_tensor, write_at
 from ..files.system import open_to_read, open_to_write, reserve
@@ -57,6 +58,47 @@ class MergeFiles:
                 result = self._values(key, values, info)
             write_at(self.results[shard], bytes_of(result), info.start)
 
+    def write_stack(self, name: str, keys: Iterable[tuple[str, str]], done: Callable[[str], None]) -> None:
+        """Write the tensors of a stack, such as fused experts, one matrix at a time.
+
+        Args:
+            name: name of the layer.
+            keys: shard and key of each of its tensors.
+            done: called with each key when its tensor is written.
+
+        Raises:
+            OSError, ValueError: as :meth:`write`.
+        """
+        layer = self.job.adapter.layers[name]
+        with layer_context(f"layer {name!r}"):
+            A, B = layer.packing.split(*self._factors(layer))
+        for shard, key in keys:
+            piece = self.job.values[key].piece
+            assert piece is not None  # those of stacks alone are written here
+            with layer_context(f"layer {name!r}, tensor {key!r}"), exact_arithmetic(CPU):
+                for index in range(len(A)) if piece.expert is None else [piece.expert]:
+                    self._write_matrix(shard, key, piece, A[index], piece.rows_of(B[index]), layer.factor, index)
+            done(key)
+
+    def _write_matrix(
+        self, shard: str, key: str, piece: Piece, A: Tensor, B: Tensor, factor: float, index: int
+    ) -> None:
+        """Write one matrix of a stack, or the rows of it that a tensor has."""
+        values, info = self.job.values[key], self.job.headers[shard].tensors[key]
+        dtype = info.torch_dtype
+        assert dtype is not None  # the plan refuses others
+        if values.stored is not None:
+            base = values.stored.read(self._read).dequantize()
+        else:
+            source, found = self._source(key, values)
+            base = read_tensor(source, found.matrix(index) if piece.expert is None else found, buffer.weights)
+        base = base if base.dtype == dtype else base.float()
+        ops.subtract_lowrank_(base, B.contiguous(), A, -factor, piece.transposed)
+        result = _checked(base.to(dtype), info)
+        write_at(
+            self.results[shard], bytes_of(result), info.matrix(index).start if piece.expert is None else info.start
+        )
+
     def _source(self, key: str, values: Values) -> tuple[int, TensorInfo]:
         """Descriptor and place of a tensor that is not quantized."""
         if values.copy is not None:
@@ -84,13 +126,11 @@ class MergeFiles:
             layer = self.job.adapter.layers[values.layer]
             A, B = self._factors(layer)
             base = base if base.dtype == dtype else base.float()
-            ops.subtract_lowrank_(base, B, A, -layer.scaling, transposed)
+            (A,), (B,) = layer.packing.split(A, B)  # a convolution has the shape of its kernel besides
+            ops.subtract_lowrank_(base.flatten(1), B, A, -layer.factor, transposed)
         result = base.to(dtype)
-        if not _finite(result) and (values.layer is not None or _finite(base)):
-            raise ValueError(
-                f"the result has NaN or Inf in {info.dtype}; the weight has, or its values exceed the range, for which "
-                "--dtype bfloat16 is wide enough"
-            )
+        if values.layer is not None or _finite(base):
+            _checked(result, info)
         if values.stored is not None and values.transposed:
             result = result.mT
         return result.contiguous()
@@ -135,6 +175,16 @@ def open_files(job: MergeJob, folder: Path) -> Iterator[MergeFiles]:
         yield MergeFiles(job, sources, adapter, results)
         for descriptor in results.values():
             os.fsync(descriptor)
+
+
+def _checked(result: Tensor, info: TensorInfo) -> Tensor:
+    """A result, if it is finite."""
+    if not _finite(result):
+        raise ValueError(
+            f"the result has NaN or Inf in {info.dtype}; the weight has, or its values exceed the range, for which "
+            "--dtype bfloat16 is wide enough"
+        )
+    return result
 
 
 def _finite(values: Tensor) -> bool:

@@ -24,11 +24,15 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_overlap(weight: Tensor) -> bool:
-    """Whether two elements of a 2-D ``weight`` may share memory, as in an expanded tensor."""
-    (major, rows), (minor, cols) = sorted(zip(weight.stride(), weight.shape, strict=True), reverse=True)
-    if rows == 0 or cols == 0:
+    """Whether two elements of a ``weight`` may share memory, as in an expanded tensor."""
+    if not weight.numel():
         return False
-    return (cols > 1 and minor == 0) or (rows > 1 and major <= (cols - 1) * minor)
+    last = 0  # place of the last element of the dimensions with smaller strides
+    for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return True
+        last += (size - 1) * stride
+    return False
 
 
 def check_verb(verb: str, weight: Tensor) -> None:

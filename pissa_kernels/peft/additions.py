@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import adapters_of
 from ..adapter.names import module_name
 from . import forward, state
 from .record import records
@@ -103,7 +104,7 @@ def removed_on_failure(model: nn.Module, adapter: str, injection: Injection | No
     """
     layers = [layer for _, layer in lora_layers(model)]
     before = [(layer, records(layer), layer.active_adapter, forward.is_attached(layer)) for layer in layers]
-    undone = bool(layers) and not any(adapter in layer.lora_A for layer in layers)
+    undone = bool(layers) and not any(adapter in adapters_of(layer) for layer in layers)
     if injection is not None:
         injection.is_undone = undone
     try:
@@ -131,7 +132,7 @@ def check_only_ours(model: nn.Module, configs: Mapping[str, Any]) -> None:
         ValueError: with the name of the layer.
     """
     for name, layer in lora_layers(model):
-        for adapter in layer.lora_A:
+        for adapter in adapters_of(layer):
             config: Any = configs.get(adapter)
             init = changes_the_base(config)
             if init is not None or (is_pissa(config) and not records(layer)):

@@ -16,10 +16,9 @@ from ..adapter.names import WEIGHTS_NAME, module_name
 from ..numerics import UNIT_ROUNDOFF
 from . import sidecar
 from .load import Source, loading
-from .quantized import values_of
 from .record import InitRecord, of_adapter, records
 from .scope import Session
-from .state import weight_of
+from .state import values, weight_of
 
 # Rounding errors that merging and casting leave, in units of u·‖W‖_F.
 _ROUNDINGS = 8
@@ -79,7 +78,7 @@ def check(key: str, layer: Any, value: Tensor, record: InitRecord | None) -> Non
     Raises:
         ValueError: it is none of these; the message names the layer.
     """
-    for expected in (values_of(layer.get_base_layer()), weight_of(layer, None), weight_of(layer, record)):
+    for expected in (values(layer), weight_of(layer, None), weight_of(layer, record)):
         if value.shape == expected.shape:
             u = max(UNIT_ROUNDOFF.get(dtype, 0.0) for dtype in (value.dtype, expected.dtype))
             off = value.to(expected.device).double() - expected.double()

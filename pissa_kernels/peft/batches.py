@@ -34,8 +34,8 @@ HALVED = (torch.OutOfMemoryError, ValueError)
 
 
 def needed_bytes(job: LayerJob, device: torch.device, batch: int = 1) -> int:
-    """Bytes on ``device`` for a batch of layers like this one: their workspace, and the stacks that are in flight."""
-    streamed = 0 if job.weight.device == device else IN_FLIGHT * job.weight.nbytes
+    """Bytes on ``device`` for a batch of matrices like this layer's: their workspace, and what is in flight."""
+    streamed = 0 if job.weight.device == device else IN_FLIGHT * job.weight.nbytes // job.parts
     return job.workspace(device, batch) + batch * streamed
 
 
@@ -88,7 +88,7 @@ def _resident(batch: list[LayerJob], emit: Emit, leaving: InOrder) -> None:
     """
     began = time.perf_counter()
     weights = [job.weight for job in batch]
-    found = principal_factors_of_batch([job.view for job in batch], [job.recipe for job in batch])
+    found = principal_factors_of_batch(_views(batch, weights), [job.recipe for job in batch])
     (A, B, S), certificates = _stored(found, weights[0].dtype)
     del found
     places = places_on(weights[0])
@@ -102,7 +102,7 @@ def _resident(batch: list[LayerJob], emit: Emit, leaving: InOrder) -> None:
                     stack.enter_context(layer_context(batch[members][0].label))
                 for job, lora_A, lora_B in zip(batch[members], A[members], B[members], strict=True):
                     stack.enter_context(job.restored_on_failure())
-                    job.set_adapter(lora_A, lora_B)
+                    job.set_adapter(*job.layout.joined(lora_A.unsqueeze(0), lora_B.unsqueeze(0)))
                 _subtract(batch[members], weights[members], A[members], B[members])
             changed = members.stop
             sample_(after[members], weights[members], places)
@@ -119,7 +119,7 @@ def _record(batch: list[LayerJob], certificates: list[Certificate], read: HostCo
     kept = _unstacked(stored, certificates)
     for job, factors, first, second in zip(batch, kept, before, after, strict=True):
         first, second = (elements.to(torch.float32, copy=True) for elements in (first, second))
-        emit(job, job.record(factors, first, second, seconds, job.weight.dtype))
+        emit(job, job.record(job.kept([factors], job.weight.dtype), first, second, seconds, job.weight.dtype))
 
 
 def _streamed(batches: Sequence[list[LayerJob]], device: torch.device, emit: Emit, stop: threading.Event) -> None:
@@ -183,7 +183,7 @@ def _decomposed(batch: list[LayerJob], stack: Tensor, transfer: PinnedTransfer, 
         kept = _unstacked(read.result(), certificates)
         for job, factors, residual in zip(batch, kept, residuals, strict=True):
             with layer_context(job.label):
-                emit(job, job.write(factors, time.perf_counter() - seconds, residual=residual))
+                emit(job, job.write([factors], time.perf_counter() - seconds, residual=residual))
 
     return leave
 
@@ -207,8 +207,8 @@ def _subtract(batch: list[LayerJob], weights: list[Tensor], A: Tensor, B: Tensor
 
 
 def _views(batch: list[LayerJob], weights: list[Tensor]) -> list[Tensor]:
-    """The weights as (out, in)."""
-    return [weight.mT if job.transposed else weight for job, weight in zip(batch, weights, strict=True)]
+    """The weights, one matrix each, as (out, in)."""
+    return [job.layout.matrices(weight)[0] for job, weight in zip(batch, weights, strict=True)]
 
 
 def _stored(found: list[Factors], dtype: torch.dtype) -> tuple[list[Tensor], list[Certificate]]:

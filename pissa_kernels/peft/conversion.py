@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..adapter.layers import lora_layers
+from ..adapter.layers import lora_layers, placed_lora_layers
+from ..adapter.layouts import layout_of
 from ..adapter.names import KEY_PREFIX
 from ..files.atomic import atomic_file
-from ..numerics import exact_arithmetic
 from .record import records
-from .state import weight_of
+from .state import add_, weight_of
 
 _BASE_WEIGHT = ".base_layer.weight"
 
@@ -52,10 +51,11 @@ def check_convertible(peft_model: Any, adapter: str) -> None:
 
 
 def complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments: dict[str, Any]) -> None:
-    """Add the trained weights that PEFT's conversion omits, such as a classifier's head and DoRA's magnitudes.
+    """Add the trained weights that PEFT's conversion omits, and correct those that it writes in a wrong order.
 
     PEFT 0.21 writes A and B only. Without the others a converted classifier does not load, magnitudes have their
-    initial values, and the LoRA of an embedding is lost.
+    initial values, and the LoRA of an embedding is lost. Where an adapter is of several matrices, [A; A₀] mixes the
+    rows of one matrix with those of another.
     """
     from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
     from safetensors.torch import load_file, save_file
@@ -83,6 +83,10 @@ def complete_conversion(peft_model: Any, adapter: str, folder: Path, arguments: 
         elif key in layers:
             value = _original(layers[key], adapter, initial, key.removesuffix(_BASE_WEIGHT))
         missing[key] = value.detach().to("cpu", copy=True).contiguous()
+    for _, place, layer in placed_lora_layers(peft_model):
+        layout, key = layout_of(layer), f"{KEY_PREFIX}{place}.lora_A.weight"
+        if layout.parts > 1 and key in converted:
+            missing[key] = _rows_of_parts(trained[key].detach().to("cpu"), initial[key], layout.parts)
     if not missing:
         return
     with atomic_file(path) as temporary:
@@ -98,11 +102,21 @@ def _original(layer: Any, adapter: str, initial: dict[str, Tensor], key: str) ->
     factors = [initial.get(f"{key}.lora_{factor}.weight") for factor in "BA"]
     if records(layer) or any(factor is None for factor in factors):
         return weight
-    B, A = (factor.to(weight.device).float() for factor in factors if factor is not None)
+    B, A = (factor.float() for factor in factors if factor is not None)
     total = weight.float().clone(memory_format=torch.preserve_format)
-    with exact_arithmetic(weight.device):
-        ops.subtract_lowrank_(total, B, A, -float(layer.scaling[adapter]), bool(layer.fan_in_fan_out))
+    add_(total, [(A, B)], [float(layer.scaling[adapter])], layout_of(layer))
     return total.to(weight.dtype)
+
+
+def _rows_of_parts(trained: Tensor, initial: Tensor, parts: int) -> Tensor:
+    """[A; A₀] of each of several matrices. The columns of [B, −B₀] are in their order already.
+
+    Args:
+        trained: (P·r, …), the rows of one matrix after those of another.
+        initial: (P·r, …).
+    """
+    A, A0 = (factor.reshape(parts, -1, *factor.shape[1:]) for factor in (trained, initial.to(trained)))
+    return torch.cat([A, A0], dim=1).flatten(0, 1).contiguous()
 
 
 def _stacked(trained: Tensor, initial: Tensor, factor: str) -> Tensor:

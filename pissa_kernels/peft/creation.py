@@ -33,20 +33,21 @@ class _Zeros(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def creating(config: Any, target: nn.Module) -> Iterator[None]:
+def creating(config: Any, target: nn.Module, parameter: str | None = None) -> Iterator[None]:
     """Context in which PEFT creates an adapter of zeros on the device of the weight, if PiSSA will initialize it.
 
     Args:
         config: the ``LoraConfig``.
         target: the module that PEFT replaces, or the LoRA layer that gets another adapter.
+        parameter: name of a parameter of the module (``target_parameters``); None for the module.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     init, base = config.init_lora_weights, target
     if isinstance(target, BaseTunerLayer):
         base = target.get_base_layer()
-    if isinstance(init, str) and init.startswith("pissa") and _is_initialized(base):
-        weight: Any = base.weight
+    weight: Any = getattr(base, parameter or "weight", None)
+    if isinstance(init, str) and init.startswith("pissa") and _is_initialized(base, weight, parameter):
         # every call of torch passes through each mode, so the device is set only where it is another one
         elsewhere = weight.device != torch.get_default_device()
         with torch.device(weight.device) if elsewhere else contextlib.nullcontext(), _Zeros():
@@ -55,14 +56,14 @@ def creating(config: Any, target: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_initialized(base: nn.Module) -> bool:
-    """Whether PiSSA initializes a module, rather than refusing it or leaving it to PEFT, as embeddings."""
-    weight = getattr(base, "weight", None)
+def _is_initialized(base: nn.Module, weight: Any, parameter: str | None) -> bool:
+    """Whether PiSSA initializes a weight, and not only a part of what PEFT creates, as in an attention."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return (
-        (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D")
+        (parameter is not None or isinstance(base, kinds) or type(base).__name__ == "Conv1D")
         and isinstance(weight, Tensor)
         and type(weight.data) is Tensor
         and not weight.is_meta
-        and weight.ndim == 2
+        and weight.ndim >= 2
         and weight.is_floating_point()
     )

@@ -1,6 +1,8 @@
 """The forward pass of a layer with initial factors: a permanent hook adds the correction C·x to PEFT's output.
 
-:mod:`pissa_kernels.peft.state` defines C. A pass without a correction computes what PEFT computes, and nothing more.
+:mod:`pissa_kernels.peft.state` defines C. A pass without a correction computes what PEFT computes, and nothing more. A
+module whose adapter is not added to its output computes with W_res + C instead
+(:mod:`pissa_kernels.peft.substitute`).
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import state
-from .quantized import values_of
+from ..adapter.layouts import layout_of
+from . import state, substitute
 from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
 from .record import remember as keep
 from .state import COPIES, TERMS, Factors, Terms, label, variant_name
@@ -30,7 +32,7 @@ class DeviceCopies:
 
 def is_attached(layer: Any) -> bool:
     """Whether the forward passes of a layer use its records."""
-    return any(hook is correct for hook in layer._forward_hooks.values())
+    return any(hook in (correct, substitute.leave) for hook in layer._forward_hooks.values())
 
 
 def attach(layer: Any) -> bool:
@@ -42,7 +44,10 @@ def attach(layer: Any) -> bool:
     layer.__dict__[TERMS], layer.__dict__[COPIES] = Terms.of(records(layer)), DeviceCopies()
     if is_attached(layer):
         return False
-    layer.register_forward_hook(correct, with_kwargs=True)
+    if layout_of(layer).by_output:
+        layer.register_forward_hook(correct, with_kwargs=True)
+    else:
+        substitute.attach(layer)
     return True
 
 
@@ -71,7 +76,8 @@ def correct(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: T
 
 def _correct_samples(layer: Any, found: Terms, x: Tensor, output: Tensor, names: list[str]) -> Tensor | None:
     """The hook for a batch in which every sample has its own adapter; "__base__" is none."""
-    of_name = {name: found.missing((name,) if name in layer.lora_A else (), layer.scaling) for name in set(names)}
+    adapters = layout_of(layer).adapters
+    of_name = {name: found.missing((name,) if name in adapters else (), layer.scaling) for name in set(names)}
     for name, totals in of_name.items():
         used = any(isinstance(total, Tensor) or total for total in totals)
         _check_variants(layer, found, [name], corrected=used)
@@ -85,13 +91,13 @@ def _correct_samples(layer: Any, found: Terms, x: Tensor, output: Tensor, names:
 
 
 def _added(layer: Any, x: Tensor, output: Tensor, terms: Sequence[tuple[int, Any]]) -> Tensor:
-    factors = factors_on(layer, output.device)
+    factors, layout = factors_on(layer, output.device), layout_of(layer)
     wide = torch.promote_types(output.dtype, torch.float32)
     with torch.autocast(output.device.type, enabled=False):
-        total, x = output.to(wide), x.to(output.device, wide)
+        total, x = output.to(wide), x.to(output.device)
         for index, coefficient in terms:
             A, B = factors[index]
-            total = total + coefficient * nn.functional.linear(nn.functional.linear(x, A.to(wide)), B.to(wide))
+            total = total + coefficient * layout.product(x, A.to(wide), B.to(wide))
     return total.to(output.dtype)
 
 
@@ -126,7 +132,7 @@ def _check_variants(layer: Any, found: Terms, active: Sequence[str], *, correcte
         if own and not corrected:
             continue
         adapter = f"{label(layer)}: the adapter {name!r} ({variant_name(layer, name)})"
-        if own and len([other for other in active if other in layer.lora_A]) == 1:
+        if own and len([other for other in active if other in layout_of(layer).adapters]) == 1:
             raise ValueError(
                 f"{adapter} computes with the stored weight, from which its initial factors were subtracted with the "
                 f"scaling {found.scalings[name]:g}, and its scaling is {float(layer.scaling[name]):g} now. Set it back "
@@ -162,19 +168,20 @@ def adopt(layer: Any, adapter: str) -> None:
     Raises:
         ValueError: the stored weight is not what the records say.
     """
-    base = layer.get_base_layer()
+    layout = layout_of(layer)
+    base, parameter = layout.module, layout.parameter
     if not records(layer):
-        if not records(base):
+        if not records(base, parameter):
             return
-        set_records(layer, records(base))
+        set_records(layer, records(base, parameter))
         attach(layer)
-    set_records(base, [])
+    set_records(base, [], parameter)
     if state.is_known(layer):
         return
-    first, weight = records(layer)[0], values_of(base)
+    first, weight = records(layer)[0], state.values(layer)
     # the original weight again, loaded over the residual
     replaced = matches(first.before, fingerprint(weight), (first.report.dtype, weight.dtype), other=first.after)
-    if replaced and not any(name != adapter for name in layer.lora_A):
+    if replaced and not any(name != adapter for name in layout.adapters):
         drop(layer)
     else:
         state.check_known(layer)
@@ -191,9 +198,17 @@ def reset(layer: Any, kept: Sequence[InitRecord], attached: bool) -> None:
     set_records(layer, kept)
     attach(layer)
     if not attached:
-        for key in [key for key, hook in layer._forward_hooks.items() if hook is correct]:
-            del layer._forward_hooks[key], layer._forward_hooks_with_kwargs[key]
+        _detach(layer)
         del layer.__dict__[TERMS], layer.__dict__[COPIES]
+
+
+def _detach(layer: Any) -> None:
+    for key in [key for key, hook in layer._forward_hooks.items() if hook in (correct, substitute.leave)]:
+        del layer._forward_hooks[key]
+        layer._forward_hooks_with_kwargs.pop(key, None)
+        layer._forward_hooks_always_called.pop(key, None)
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is substitute.enter]:
+        del layer._forward_pre_hooks[key]
 
 
 def drop(layer: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import adapters_of, layout_of
 from . import forward, merging, state
 from .additions import check_init
 from .quantized import is_quantized
@@ -122,18 +123,33 @@ def unload(
     """
     base: torch.nn.Module = layer.get_base_layer()
     if merge:
-        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    if not layer.merged:
-        wanted = [] if merge else _of_recipe(layer)
-        if wanted:
-            found = state.terms(layer)
-            subtracted = [0.0] * len(found.factors)
-            subtracted[found.groups[wanted[0].adapter]] = wanted[0].report.scaling
-            state.rebase_(layer, subtracted)
-            set_records(base, [replace(wanted[0], adapter=GONE, shared=False)])
-        else:
-            forward.restore_(layer)
+        for each in _wrapping(layer):
+            each.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    for each in (*_wrapping(layer), *merging.inside(base)):
+        if not each.merged and records(each):
+            _unload_weight(each, [] if merge else _of_recipe(each))
+    if merging.inside(base):
+        return type(layer).unload_and_optionally_merge_module(layer, False, safe_merge, None)  # type: ignore[no-any-return]
     return base
+
+
+def _wrapping(layer: Any) -> Iterator[Any]:
+    """A layer, and the layers of further parameters of its module that it wraps."""
+    while hasattr(layer, "base_layer"):
+        yield layer
+        layer = layer.base_layer
+
+
+def _unload_weight(layer: Any, wanted: list[InitRecord]) -> None:
+    """Leave the residual of a record in the weight, or W."""
+    if wanted:
+        layout, found = layout_of(layer), state.terms(layer)
+        subtracted = [0.0] * len(found.factors)
+        subtracted[found.groups[wanted[0].adapter]] = wanted[0].report.scaling
+        state.rebase_(layer, subtracted)
+        set_records(layout.module, [replace(wanted[0], adapter=GONE, shared=False)], layout.parameter)
+    else:
+        forward.restore_(layer)
 
 
 def _of_recipe(layer: Any) -> list[InitRecord]:
@@ -157,11 +173,11 @@ def merge_adapter(tuner: Any, reopen: Reopen, adapter_names: list[str] | None = 
 
 
 def _check_merges(tuner: Any, adapter_names: list[str] | None) -> None:
-    check_separate(tuner)
+    check_separate(tuner.model)
     for _, layer in adapted_layers(tuner):
         names = layer.active_adapters if adapter_names is None else adapter_names
         if not isinstance(names, str):
-            new = [name for name in names if name in layer.lora_A and name not in layer.merged_adapters]
+            new = [name for name in names if name in adapters_of(layer) and name not in layer.merged_adapters]
             merging.check_merge(layer, new)
 
 
@@ -176,7 +192,7 @@ def unload_and_optionally_merge(
     """``LoraModel._unload_and_optionally_merge``, after the checks of all layers."""
     if merge:
         _check_merges(tuner, adapter_names)
-    check_separate(tuner)
+    check_separate(tuner.model)
     kept = frozenset(
         name for name, config in tuner.peft_config.items() if getattr(config, "init_lora_weights", None) is True
     )
@@ -210,7 +226,7 @@ def _check_one_residual(layer: Any) -> None:
 def _check_kept(layer: Any, merge: bool, adapter_names: list[str] | None) -> None:
     """Refuse to unload a quantized weight that is neither merged nor the residual that ``unload`` keeps."""
     names = layer.active_adapters if adapter_names is None else adapter_names
-    merges = layer.merged or (merge and any(name in layer.lora_A for name in names))
+    merges = layer.merged or (merge and any(name in adapters_of(layer) for name in names))
     if is_quantized(layer.get_base_layer()) and not merges:
         wanted = [] if merge else _of_recipe(layer)
         state.check_own(layer, wanted[0] if wanted else None)
@@ -231,6 +247,28 @@ def load_adapter(model: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Any:
         return type(model).load_adapter(model, *args, **kwargs)
 
 
+def unload_lora(model: Any, reopen: Reopen) -> None:
+    """``unload_lora`` of diffusers, which takes PEFT's layers out by itself and leaves what they store: W here."""
+    layers = [layer for _, layer in adapted_layers(model) if not layer.merged]
+    for layer in layers:
+        _check_kept(layer, False, None)
+    for layer in layers:
+        forward.restore_(layer)
+    type(model).unload_lora(model)
+    _unguard(model)
+
+
+def fuse_qkv_projections(model: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Any:
+    """``fuse_qkv_projections`` of diffusers, which copies the stored weights: only where they are no residuals."""
+    for _, layer in adapted_layers(model):
+        if not layer.merged:
+            raise ValueError(
+                f"{state.label(layer)}: fuse_qkv_projections copies stored weights without their adapters, and this "
+                "one is a residual of PiSSA. Call fuse_lora() and unload_lora() first"
+            )
+    return type(model).fuse_qkv_projections(model, *args, **kwargs)
+
+
 _UNLOAD = "unload_and_optionally_merge_module"  # PEFT looks for it on each layer
 _OF_LAYER: dict[str, Callable[..., Any]] = {
     "merge": merging.merge,
@@ -243,7 +281,12 @@ _OF_TUNER: dict[str, Callable[..., Any]] = {
     "merge_adapter": merge_adapter,
     "_unload_and_optionally_merge": unload_and_optionally_merge,
 }
-_OF_MODEL: dict[str, Callable[..., Any]] = {"add_adapter": add_adapter, "load_adapter": load_adapter}
+_OF_MODEL: dict[str, Callable[..., Any]] = {
+    "add_adapter": add_adapter,
+    "load_adapter": load_adapter,
+    "unload_lora": unload_lora,
+    "fuse_qkv_projections": fuse_qkv_projections,
+}
 
 
 def protect_peft_model(peft_model: Any, reopen: Reopen) -> None:

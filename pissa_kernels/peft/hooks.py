@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapter.layers import in_scope
-from . import base_weights, start
+from . import base_weights, kinds, start, tied
 from .additions import check_addition, removed_on_failure
 from .creation import creating
 from .guard import protect, protect_peft_model
@@ -27,9 +27,10 @@ from .replicated import follow, split
 from .save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
 from .targets import is_pissa
+from .tied import is_tied
 from .ties import Ties
 from .weighted import add_weighted_adapter
-from .wrapping import injected, wrapping
+from .wrapping import injected, warn_of_plain_layers, wrapping
 
 Function = Callable[..., Any]
 
@@ -51,13 +52,16 @@ class Hook(NamedTuple):
 def hooks() -> list[Hook]:
     """Every attribute of PEFT that a patch replaces."""
     from peft import PeftModel, peft_model
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
     from transformers.integrations.peft import PeftAdapterMixin
 
     return [
         Hook(LoraLayer, "pissa_init", wrap_pissa_init),
+        Hook(LoraLayer, "reset_lora_parameters", kinds.wrap_reset_parameters),
+        Hook(MultiheadAttention, "update_layer", kinds.wrap_update_attention),
+        Hook(ParamWrapper, "update_layer", kinds.wrap_update_parameter),
         Hook(LoraModel, "_create_and_replace", wrap_create_and_replace),
         Hook(BaseTuner, "inject_adapter", wrap_inject_adapter),
         Hook(BaseTuner, "inject_adapter", start.wrap_inject_adapter),
@@ -98,7 +102,9 @@ def wrap_pissa_init(session: Session, previous: Function) -> Function:
     """Initialize the layers that this package handles; the method it replaced handles all others."""
 
     def pissa_init(layer: Any, adapter_name: str, init_lora_weights: str) -> None:
-        if session.applies() and in_scope(layer, replacing.get().module):
+        if session.applies() and kinds.is_of_attention(replacing.get().module, layer):
+            return  # initialized with its attention
+        if session.applies() and in_scope(layer):
             session.initialize(layer, adapter_name, init_lora_weights)
         else:
             previous(layer, adapter_name, init_lora_weights)
@@ -129,7 +135,7 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
                 )
             stack.enter_context(setting(replacing, ReplacedModule(current_key, target)))
             if session.applies():
-                stack.enter_context(creating(lora_config, target))
+                stack.enter_context(creating(lora_config, target, parameter))
             previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
 
     return create_and_replace
@@ -146,7 +152,8 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
         configs = self.peft_config
         check_addition(model, adapter_name, configs[adapter_name], loading=loading.get() is not None)
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
-        injection = Injection(Ties(model, replicated=replicated), model)
+        kept = functools.partial(is_tied, configs[adapter_name])
+        injection = Injection(Ties(model, replicated=replicated, kept=kept), model)
         try:
             with resident(model, adapter_name), removed_on_failure(model, adapter_name, injection):
                 with injected(injection, configs[adapter_name], model, adapter_name):
@@ -158,6 +165,9 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
                 if jobs:
                     session.run(jobs)
                 session.layers += [follow(job, first) for job, first in copies]
+                session.layers += tied.follow(injection.tied, model)
+                if is_pissa(configs[adapter_name]) and loading.get() is None:
+                    warn_of_plain_layers(injection, model, adapter_name)
         finally:
             protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import ops
+from ..adapter.layouts import Layout, layout_of
 from ..checks import check_rank, check_scaling, check_weight, layer_context
 from ..pissa import Recipe
+from .forms import check_form
 from .layer import LayerJob
 from .notices import Notices
 from .offload import is_offloaded
@@ -30,15 +33,22 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
     stores them in it. The weight holds W − s·B·A in its own storage, layout and dtype. If the weight or the adapter is
     on the meta device, a checkpoint will fill it: nothing is changed, and a warning says so.
 
+    Other layers than linear ones have A and B in the shapes that PEFT gives them, for each matrix of their weight: the
+    weight of an embedding is transposed, that of a convolution is (out, in·k) for each of its groups, and a stack of
+    experts is one matrix for each expert. Of an ``nn.MultiheadAttention`` this is ``in_proj``; ``out_proj`` has a LoRA
+    layer of its own, ``self.base_layer.out_proj``.
+
     Args:
-        self: a LoRA layer with ``get_base_layer()``, ``r``, ``scaling``, ``lora_A``, ``lora_B``, ``fan_in_fan_out``.
+        self: a LoRA layer of PEFT: Linear, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention or ParamWrapper.
         adapter_name: key of the adapter in those.
         init_lora_weights: "pissa" or "pissa_niter_N", as for :func:`pissa_kernels.decompose`.
 
     Raises:
         TypeError: a quantized weight, or a dtype other than float32, float16 and bfloat16.
         ValueError: an unknown ``init_lora_weights``; a rank, scaling or shape out of range; NaN, Inf or an empty
-            weight; a weight that is sharded, offloaded, or used in a second place. Nothing has been written then.
+            weight; a weight that is sharded, offloaded, or used in a second place; a module whose adapter PEFT computes
+            in another way than the module computes (a dilated convolution, an embedding with ``max_norm``). Nothing has
+            been written then.
 
     Examples:
         >>> import peft, torch
@@ -69,6 +79,7 @@ def prepare(
     notices: Notices | None = None,
     model: nn.Module | None = None,
     quantizing: Quantizing = NO_ORIGINALS,
+    deferred: bool = False,
 ) -> LayerJob | None:
     """Run all checks that need no arithmetic. The arguments of a caller are checked here, and nowhere below.
 
@@ -81,6 +92,7 @@ def prepare(
         notices: collects what the caller warns of; without it, the warning is given here.
         model: the model that PEFT adapts, for the names of its tensors in a checkpoint.
         quantizing: the originals of quantized weights.
+        deferred: whether PEFT has cast A and B to their final dtype already.
 
     Returns:
         The job; None where the layer is left as it is.
@@ -90,40 +102,43 @@ def prepare(
     """
     if given is not None:
         init, seed = given.report.init, given.report.seed
-    recipe = Recipe(int(layer.r[adapter_name]), float(layer.scaling[adapter_name]), init, seed)
-    job = LayerJob(layer, adapter_name, recipe, bool(layer.fan_in_fan_out), name, given)
-    base, weight = layer.get_base_layer(), layer.get_base_layer().weight
+    layout = layout_of(layer)
+    recipe = Recipe(layout.rank(adapter_name), float(layout.scalings[adapter_name]), init, seed)
+    job = LayerJob(layer, adapter_name, recipe, name, given, deferred)
+    base, weight = layout.module, layout.weight
     with layer_context(job.label):
-        _check_not_offloaded(base)
-        if weight.is_meta or (layer.lora_A[adapter_name].weight.is_meta and given is None):
+        _check_not_offloaded(base, weight)
+        if weight.is_meta or (layout.factors(adapter_name)[0].is_meta and given is None):
             told = Notices() if notices is None else notices
             told.left_alone.append(job.label)
             if notices is None:
                 told.warn()
             return None
-        if is_quantized(base):
+        if is_quantized(base) and type(layout) is Layout:
             job = quantized_job(job, model, quantizing)
             if isinstance(quantizing.originals, Dequantized) and notices is not None:
                 notices.dequantized.append(job.label)
         else:
-            check_weight(weight)
-        if is_parametrized(base, "weight") or "weight" not in base._parameters:
+            check_weight(weight, matrix=layout.is_matrix)
+        if is_parametrized(base, layout.parameter) or layout.parameter not in base._parameters:
             raise ValueError(
                 "the weight is computed from other parameters (a parametrization, weight_norm, FSDP's flat parameter) "
                 "and cannot hold a residual"
             )
         if weight.is_floating_point() and ops.has_overlap(weight):
             raise ValueError(f"elements of the weight share memory (strides {weight.stride()}); clone it first")
-        _check_unshared(base, ties)
+        _check_unshared(layout, ties)
+        check_form(layout)
         check_rank(recipe.rank, job.shape)
         check_scaling(recipe.scaling)
         _check_adapter(job)
+        job.check_original()
     return job
 
 
-def _check_not_offloaded(base: nn.Module) -> None:
+def _check_not_offloaded(base: nn.Module, weight: Tensor) -> None:
     """Refuse a weight whose values accelerate keeps where they cannot be changed."""
-    if base.weight.is_meta and is_offloaded(base):
+    if weight.is_meta and is_offloaded(base):
         raise ValueError(
             "the weight is offloaded to disk, where PiSSA writes nothing. Load the model without disk offload "
             "(device_map with 'cpu', or one device), or offload a residual model that is saved already "
@@ -132,9 +147,11 @@ def _check_not_offloaded(base: nn.Module) -> None:
 
 
 def _check_adapter(job: LayerJob) -> None:
-    (out_features, in_features), rank = job.shape, job.recipe.rank
-    lora_A, lora_B = job.layer.lora_A[job.adapter].weight, job.layer.lora_B[job.adapter].weight
-    found, expected = (tuple(lora_A.shape), tuple(lora_B.shape)), ((rank, in_features), (out_features, rank))
+    (out_features, in_features), rank, parts = job.shape, job.recipe.rank, job.parts
+    lora_A, lora_B = job.layout.factors(job.adapter)
+    empty = torch.empty(0, device="meta")
+    joined = job.layout.joined(empty.new_empty(parts, rank, in_features), empty.new_empty(parts, out_features, rank))
+    found, expected = ([tuple(factor.shape) for factor in pair] for pair in ((lora_A, lora_B), joined))
     if lora_A.numel() and lora_B.numel() and found != expected:
         raise ValueError(
             f"with fan_in_fan_out={job.transposed} the weight takes A {expected[0]} and B {expected[1]}, but the "
@@ -142,14 +159,13 @@ def _check_adapter(job: LayerJob) -> None:
         )
 
 
-def _check_unshared(base: nn.Module, ties: Ties | None) -> None:
+def _check_unshared(layout: Layout, ties: Ties | None) -> None:
     """Refuse a weight that the model uses a second time, where the residual would be missing its adapter."""
     # replicated layers are compared when all of them are known
-    other = ties.of(base) if ties is not None and not ties.replicated else None
+    other = ties.of(layout.module, layout.parameter) if ties is not None and not ties.replicated else None
     if other is not None:
-        weight: Tensor = base.weight  # type: ignore[assignment]
         raise ValueError(
-            f"the weight {tuple(weight.shape)} is tied to {other}, which would change with it. Untie them first "
+            f"the weight {tuple(layout.weight.shape)} is tied to {other}, which would change with it. Untie them first "
             "(config.tie_word_embeddings = False, then module.weight = nn.Parameter(module.weight.detach().clone())), "
-            "or leave the layer out of target_modules."
+            "adapt the embedding with ensure_weight_tying=True, or leave the layer out of target_modules."
         )

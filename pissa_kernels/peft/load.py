@@ -17,7 +17,6 @@ from ..checks import layer_context
 from ..numerics import UNIT_ROUNDOFF
 from ..report import REPORT_NAME, LayerReport, Report
 from . import forward, sidecar, state
-from .quantized import matrix_shape, values_of
 from .record import InitRecord, fingerprint, matches, of_adapter, records, same_factors
 
 # As ROUNDINGS, for the residual itself: a few merges.
@@ -92,7 +91,7 @@ class Source:
                     changed.append((layer, None))
                 continue
             if not self._is_of(given, layer):
-                with layer_context(f"layer {name!r}, weight {matrix_shape(layer.get_base_layer())}"):
+                with layer_context(state.label_of(layer, name)):
                     raise ValueError(
                         f"the weight is not the residual that the adapter in {self.location} was trained on. Make the "
                         "model with PeftModel.from_pretrained on the original base model, or with get_peft_model under "
@@ -108,7 +107,7 @@ class Source:
             return True
         if records(layer):
             return state.is_known(layer) and state.is_original(layer, given)
-        weight = values_of(layer.get_base_layer())
+        weight = state.values(layer)
         dtypes = (given.report.dtype, weight.dtype)
         # without records the residual itself has to be the same one; that of another sketch may be near
         return matches(given.after, fingerprint(weight), dtypes, roundings=RESIDUAL_ROUNDINGS)

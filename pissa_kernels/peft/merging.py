@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..adapter.layouts import is_projection, layout_of
 from . import state
 from .quantized import copied, is_quantized, put, scheme_of
 
@@ -21,26 +23,35 @@ _BEFORE = "pissa_packed"
 SCALING_TOLERANCE = 1e-6
 
 
+def inside(base: nn.Module) -> list[Any]:
+    """The LoRA layer inside of an attention, which PEFT merges and unloads with it."""
+    return [base.out_proj] if isinstance(base, nn.MultiheadAttention) else []
+
+
 def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """``LoraLayer.merge``: subtract exactly what the merged adapters start from, then let PEFT merge."""
     method = type(layer).merge
     names = layer.active_adapters if adapter_names is None else adapter_names
     merged = list(layer.merged_adapters)
-    new = [] if isinstance(names, str) else [name for name in names if name in layer.lora_A and name not in merged]
+    layout = layout_of(layer)
+    new = [] if isinstance(names, str) else [name for name in names if name in layout.adapters and name not in merged]
     if not new:
         method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
         return
-    check_merge(layer, new)
-    if is_quantized(layer.get_base_layer()):
+    if not is_projection(layer):  # PEFT has changed the weight already where the attention merges it
+        check_merge(layer, new)
+    for each in inside(layout.module):
+        check_merge(each, new)
+    if is_quantized(layout.module):
         with _as_merged(layer, merged):
             _merge_quantized(layer, new, safe_merge)
         _keep_scalings(layer, merged, new)
         return
     change = _change(layer, merged, [*merged, *new])
-    weight = layer.get_base_layer().weight
+    weight = layout.weight
     backup = weight.data.clone(memory_format=torch.preserve_format) if safe_merge or any(change) else None
     try:
-        state.add_(weight.data, state.terms(layer).factors, change, bool(layer.fan_in_fan_out))
+        state.add_(weight.data, state.terms(layer).factors, change, layout)
         with _as_merged(layer, merged):
             method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
     except BaseException:
@@ -59,7 +70,8 @@ def _keep_scalings(layer: Any, merged: Sequence[str], new: Sequence[str]) -> Non
 
 def unmerge(layer: Any) -> None:
     """``LoraLayer.unmerge``: with the scalings of the merge; then subtract what was subtracted before it."""
-    merged = [name for name in layer.merged_adapters if name in layer.lora_A]
+    layout = layout_of(layer)
+    merged = [name for name in layer.merged_adapters if name in layout.adapters]
     if _BEFORE in layer.__dict__:
         put(layer.get_base_layer(), layer.__dict__.pop(_BEFORE))
         layer.__dict__.pop(_MERGED, None)
@@ -70,7 +82,7 @@ def unmerge(layer: Any) -> None:
     layer.__dict__.pop(_MERGED, None)
     found = state.terms(layer)
     change = _change(layer, merged, ())
-    state.add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
+    state.add_(layout.weight.data, found.factors, change, layout)
 
 
 def _merge_quantized(layer: Any, new: Sequence[str], safe_merge: bool) -> None:
@@ -86,7 +98,7 @@ def _merge_quantized(layer: Any, new: Sequence[str], safe_merge: bool) -> None:
     total = before.dequantize()
     dtype = total.dtype
     total = total.float()
-    state.add_(total, found.factors, change, transposed=False)
+    state.add_(total, found.factors, change, layout_of(layer))
     for name in merged:
         total += layer.get_delta_weight(name).to(total.device, torch.float32)
     if safe_merge and not bool(total.isfinite().all()):
@@ -131,14 +143,14 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
         recorded = found.scalings.get(name)
         if recorded is None:
             continue
-        scaling = float(layer.scaling[name])
+        scaling = float(layout_of(layer).scalings[name])
         if abs(scaling - recorded) > SCALING_TOLERANCE * recorded:
             raise ValueError(
                 f"{state.label(layer)}: the adapter {name!r} has the scaling {scaling:g}, but its initial factors were "
                 f"taken with {recorded:g}. Set it back before the merge (set_scale({name!r}, 1) on each layer)"
             )
     merged = [*layer.merged_adapters, *names]
-    if is_quantized(layer.get_base_layer()):
+    if is_quantized(layout_of(layer).module):
         special = [name for name in merged if name in layer.lora_variant or layer.lora_bias.get(name)]
         if special:
             raise ValueError(

@@ -16,7 +16,7 @@ class Notices:
         left_alone: layers on the meta device.
         limited: layers that are too small for the rank, each with the rank that it got.
         read_elsewhere: layers whose weight another module reads under some condition, each with that module.
-        plain: layers for which PEFT has no PiSSA.
+        plain: layers that nothing has initialized, with their classes.
         dequantized: layers whose dequantized weight is taken for the original one.
     """
 
@@ -48,7 +48,8 @@ class Notices:
             ),
             (
                 self.plain,
-                "PEFT initializes an adapter of this kind of layer as plain LoRA, not as PiSSA",
+                "PiSSA does not initialize this kind of layer, and its adapter is a plain LoRA. Leave the layer out "
+                "with exclude_modules if it should have none",
             ),
             (
                 self.dequantized,

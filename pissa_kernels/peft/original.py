@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import layout_of
 from . import forward, state
 from .additions import check_only_ours
 from .guard import protect_layer
@@ -85,7 +86,7 @@ def _attach(layers: Iterator[Any]) -> None:
         if not forward.is_attached(layer):
             late |= forward.attach(layer)
             protect_layer(layer, functools.partial(reopened, records(layer)[0].report.seed))
-        forward.factors_on(layer, layer.get_base_layer().weight.device)  # once, also for compiled passes
+        forward.factors_on(layer, layout_of(layer).weight.device)  # once, also for compiled passes
     if late:
         torch.compiler.reset()  # a compiled layer does not look for new hooks
 

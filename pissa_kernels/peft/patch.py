@@ -34,6 +34,7 @@ from .load import loading
 from .originals import open_originals
 from .quantized_layer import Quantizing
 from .scope import can_be_deferred, injecting, replacing
+from .tied import Follower
 
 _lock = threading.RLock()
 _active: list[PatchedPeft] = []
@@ -56,9 +57,11 @@ def patch_peft(
     Called as a function, it applies to every thread until :func:`unpatch_peft`. As a context manager
     (``with patch_peft() as report:``) it applies to the thread that entered it, until the block ends. Patches nest, and
     the innermost one does the work. When a patch ends, the methods that it replaced are restored, PEFT's own or those
-    of other code. Layers whose weight the model reads without calling them (``nn.MultiheadAttention``), expert weights
-    and sharded weights are refused, before the model has been changed; Megatron's tensor-parallel layers go to the
-    method that was there. A rank above a layer's width is limited to it, with a warning.
+    of other code. Initialized are ``nn.Linear``, ``Conv1D``, embeddings, convolutions, ``nn.MultiheadAttention``, and
+    parameters (``target_parameters``), such as stacks of experts, each expert by itself. Layers whose weight the model
+    reads without calling them, and sharded weights, are refused, before the model has been changed; Megatron's
+    tensor-parallel layers go to the method that was there. A rank above a layer's width is limited to it, with a
+    warning; one more warning lists the layers that stay plain LoRA, if there are any.
 
     Args:
         seed: seed of every layer's sketch.
@@ -244,13 +247,26 @@ class PatchedPeft(Report):
         """Context in which a patch with this one's seed applies, also after this one has ended; picklable."""
         return functools.partial(reopened, self.seed, self.quantized)
 
-    def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
+    def initialize(
+        self, layer: Any, adapter_name: str, init: str, *, name: str | None = None, is_cast: bool = False
+    ) -> None:
         """Initialize one layer: at once, or at the end of the injection."""
-        injection, source, name = injecting.get(), loading.get(), replacing.get().name
+        injection, source, name = injecting.get(), loading.get(), name or replacing.get().name
+        if injection is not None and name is not None and injection.ties.kept(name):
+            injection.tied.append(Follower(layer, adapter_name, name))
+            return
         given = source.initial(name, adapter_name) if source is not None else None
         around = {} if injection is None else {key: getattr(injection, key) for key in ("ties", "notices", "model")}
         job = prepare(
-            layer, adapter_name, init, seed=self.seed, name=name, given=given, quantizing=self._quantizing, **around
+            layer,
+            adapter_name,
+            init,
+            seed=self.seed,
+            name=name,
+            given=given,
+            quantizing=self._quantizing,
+            deferred=is_cast,
+            **around,
         )
         if job is None:
             return

@@ -73,7 +73,7 @@ class QuantizedLayerJob(LayerJob):
     @property
     def adapter_dtype(self) -> torch.dtype:
         # PEFT keeps an adapter of a packed weight as it has created it, in torch's default dtype
-        return self._adapter()[0].dtype if self.deferred else torch.float32
+        return self.layout.factors(self.adapter)[0].dtype if self.deferred else torch.float32
 
     @property
     def is_batched(self) -> bool:
@@ -95,10 +95,13 @@ class QuantizedLayerJob(LayerJob):
     def backup(self) -> Callable[[], object]:
         return quantized.kept(self.layer.get_base_layer())
 
+    def check_original(self) -> None:
+        """Nothing: the weight is compared with the original one when that is read."""
+
     def _restore(self) -> None:
         """Nothing: the original weight is read again."""
 
-    def _start(self, began: float, device: torch.device | None) -> LayerReport:
+    def _start(self, began: float, device: torch.device | None, budget: int | None) -> LayerReport:
         weight = self._original(device)
         plain = quantized_weight(weight, self.scheme).dequantize()
         self._check_original(weight, plain)
@@ -114,7 +117,7 @@ class QuantizedLayerJob(LayerJob):
         return self._put(found, found.packed, began, weight.dtype, found.quantization)
 
     def _repeat(self, given: InitRecord, began: float) -> LayerReport:
-        factors, report = self._given_factors(), given.report
+        (factors,), report = self._given_factors(), given.report
         live = quantized.packed_of(self.layer.get_base_layer())
         if self._is_residual(live, given):  # loaded from a checkpoint
             return self._put(factors, None, began, report.dtype, report.quantization)
@@ -217,17 +220,14 @@ class QuantizedLayerJob(LayerJob):
         base, device = self.layer.get_base_layer(), self.weight.device
         stored: BnbPacked = quantized.packed_of(base) if packed is None else quantized.moved(packed, device)
         values = stored.dequantize()
-        lora_A, lora_B = (
-            factor.to("cpu", self._stored_dtype, copy=True) for factor in (factors.lora_A, factors.lora_B)
-        )
-        kept = Factors(lora_A, lora_B, factors.singular_values.cpu(), factors.certificate)
+        kept = self.kept([factors], self._stored_dtype)
         after = fingerprint(values)
         # of W − E, which is what the layer knows of its weight
-        product = state.sampled(values, (lora_A, lora_B), transposed=False)
+        product = state.sampled(values, (kept.lora_A, kept.lora_B), self.layout)
         before = (after.double() + self.recipe.scaling * product).float()
         with self.restored_on_failure():
             self.set_adapter(factors.lora_A, factors.lora_B)
-            if records(self.layer) and not any(name != self.adapter for name in self.layer.lora_A):
+            if records(self.layer) and self.changes_weight:
                 forward.drop(self.layer)  # of an adapter that is gone
             if packed is not None:
                 quantized.put(base, stored)

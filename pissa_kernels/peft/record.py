@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..numerics import UNIT_ROUNDOFF
 from ..report import LayerReport
 
-# Elements in a fingerprint. A residual differs from its weight in nearly all of them.
-SAMPLES = 64
+# Elements in a fingerprint of a matrix, and of a weight with more than two dimensions, such as a stack of matrices. A
+# residual differs from its weight in nearly all of them.
+SAMPLES, SAMPLES_OF_STACK = 64, 1024
 # Distance, in units of u·rms(W), within which two fingerprints are of the same weight. A rounding to nearest moves a
 # weight by about 0.4 of this unit, and n of them by √n·0.4, so some hundred merges stay below.
 ROUNDINGS = 8
@@ -33,10 +34,11 @@ class InitRecord:
 
     Attributes:
         adapter: name of the adapter.
-        lora_A, lora_B: A₀ (r, in) and B₀ (out, r) on the CPU, in the dtype that stores the adapter.
+        lora_A, lora_B: A₀ and B₀ on the CPU, in the shapes and the dtype in which PEFT stores the adapter; (r, in) and
+            (out, r) for a linear layer.
         report: rank, scaling, initializer, seed and certificate.
-        before: (≤ SAMPLES,) float32, fingerprint of W.
-        after: (≤ SAMPLES,) float32, fingerprint of W_res.
+        before: (k,) float32, fingerprint of W.
+        after: (k,) float32, fingerprint of W_res.
         shared: False if s·B₀·A₀ of this record is subtracted from the stored weight. True if it is not, because
             another record is: one with the same factors, or one with other factors.
     """
@@ -51,7 +53,7 @@ class InitRecord:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Evenly spread elements of a weight (m, n), the same ones for every layout and device: float32 on the CPU."""
+    """Evenly spread elements of a weight, the same ones for all strides and devices: (k,) float32 on the CPU."""
     return torch.take(weight.detach(), places_on(weight)).float().cpu()
 
 
@@ -60,7 +62,7 @@ def sample_(out: Tensor, weights: Sequence[Tensor], places: Tensor) -> None:
 
     Args:
         out: (batch, k) of the weights' dtype, on their device; overwritten.
-        weights: (m, n) each.
+        weights: the weights.
         places: result of :func:`places_on`.
     """
     for row, weight in zip(out, weights, strict=True):
@@ -68,16 +70,16 @@ def sample_(out: Tensor, weights: Sequence[Tensor], places: Tensor) -> None:
 
 
 def places_on(weight: Tensor) -> Tensor:
-    """Places (k,) of the elements of a fingerprint in a weight (m, n) read by rows, on its device."""
-    places = _places(weight.numel())
+    """Places (k,) of the elements of a fingerprint in a weight that is read by rows, on its device."""
+    places = _places(weight.numel(), SAMPLES if weight.ndim == 2 else SAMPLES_OF_STACK)
     if weight.is_cuda:
         places = places.pin_memory()
     return places.to(weight.device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
-def _places(elements: int) -> Tensor:
-    return torch.linspace(0, elements - 1, min(SAMPLES, elements), dtype=torch.float64, device="cpu").long()
+def _places(elements: int, samples: int) -> Tensor:
+    return torch.linspace(0, elements - 1, min(samples, elements), dtype=torch.float64, device="cpu").long()
 
 
 def matches(
@@ -149,12 +151,22 @@ def remember(layer: nn.Module, record: InitRecord) -> None:
     set_records(layer, [*kept, record])
 
 
-def set_records(layer: nn.Module, kept: Sequence[InitRecord]) -> None:
-    """Replace all records of a layer; without any, it has no trace of them."""
+def set_records(layer: nn.Module, kept: Sequence[InitRecord], parameter: str = "weight") -> None:
+    """Replace all records of a layer; without any, it has no trace of them.
+
+    Args:
+        layer: a LoRA layer, or a bare module.
+        kept: the records.
+        parameter: name of the bare module's parameter that they are of.
+    """
     if kept:
-        layer.__dict__[_ATTRIBUTE] = list(kept)
+        layer.__dict__[_attribute(parameter)] = list(kept)
     else:
-        layer.__dict__.pop(_ATTRIBUTE, None)
+        layer.__dict__.pop(_attribute(parameter), None)
+
+
+def _attribute(parameter: str) -> str:
+    return _ATTRIBUTE if parameter == "weight" else f"{_ATTRIBUTE}_{parameter}"
 
 
 def forgotten(kept: Sequence[InitRecord], adapter: str) -> list[InitRecord]:
@@ -169,9 +181,14 @@ def same_factors(one: InitRecord, other: InitRecord) -> bool:
     return all(left.dtype == right.dtype and torch.equal(left, right) for left, right in pairs)
 
 
-def records(layer: nn.Module) -> list[InitRecord]:
-    """The records of a layer, oldest first. A subtraction that adapters share has a record for each of them."""
-    return list(layer.__dict__.get(_ATTRIBUTE, []))
+def records(layer: nn.Module, parameter: str = "weight") -> list[InitRecord]:
+    """The records of a layer, oldest first. A subtraction that adapters share has a record for each of them.
+
+    Args:
+        layer: a LoRA layer, or a bare module.
+        parameter: name of the bare module's parameter that they are of.
+    """
+    return list(layer.__dict__.get(_attribute(parameter), []))
 
 
 def of_adapter(layer: nn.Module, adapter: str) -> InitRecord | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import layout_of
 from ..checks import layer_context
 from ..report import LayerReport
 from .forward import remember
@@ -36,11 +37,11 @@ def split(jobs: list[LayerJob], ties: Ties) -> tuple[list[LayerJob], list[tuple[
         return jobs, []
     sharing: dict[int, list[LayerJob]] = defaultdict(list)
     for job in jobs:
-        sharing[id(job.layer.get_base_layer().weight)].append(job)
-    adapted = {id(job.layer.get_base_layer()) for job in jobs}
+        sharing[id(job.layout.weight)].append(job)
+    adapted = {(id(job.layout.module), job.layout.parameter) for job in jobs}
     for first, *others in sharing.values():
-        for other, name in ties.others(first.layer.get_base_layer()):
-            if id(other) not in adapted:
+        for other, key, name in ties.others(first.layout.module, first.layout.parameter):
+            if (id(other), key) not in adapted:
                 with layer_context(first.label):
                     raise ValueError(
                         f"the weight is tied to {name}, which would change with it. Adapt every copy of a replicated "
@@ -68,15 +69,16 @@ def check_separate(model: nn.Module) -> None:
     """
     owners: dict[int, tuple[str, nn.Module]] = {}
     for name, layer in lora_layers(model):
-        base = layer.get_base_layer()
+        layout = layout_of(layer)
         if not records(layer):
             continue
-        first, owner = owners.setdefault(id(base.weight), (name, base))
-        if owner is not base:
+        first, owner = owners.setdefault(id(layout.weight), (name, layout.module))
+        if owner is not layout.module:
             with layer_context(f"layer {name!r}"):
                 raise ValueError(
-                    f"it shares its weight with {first!r} (layer_replication), and each has an adapter of its own, so "
-                    "that the weight can neither take their changes nor be restored. Keep the adapters"
+                    f"it shares its weight with {first!r} (layer_replication, or tied embeddings), and each has an "
+                    "adapter of its own, so that the weight can neither take their changes nor be restored. Keep the "
+                    "adapters"
                 )
 
 

@@ -97,6 +97,13 @@ def records_of(peft_model: Any, adapter_name: str) -> dict[str, InitRecord]:
     return {name: record for name, record in found.items() if record is not None}
 
 
+def embeddings_of(peft_model: Any) -> set[str]:
+    """Names of the adapted embeddings of a model."""
+    from peft.tuners.lora.layer import Embedding
+
+    return {name for name, layer in lora_layers(peft_model) if isinstance(layer, Embedding)}
+
+
 class SavePretrained:
     """``save_pretrained`` of a ``PeftModel`` that was made under the hook: adds the sidecar of each PiSSA adapter.
 
@@ -149,7 +156,7 @@ class SavePretrained:
             init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
             records = records_of(peft_model, adapter)
             if records and isinstance(init, str) and init.startswith("pissa"):
-                sidecar.write(folder, records)
+                sidecar.write(folder, records, embeddings_of(peft_model))
 
 
 def _warn_of_dropped_error(records: Mapping[str, InitRecord]) -> None:

@@ -1,6 +1,6 @@
 """The layers of a model, initialized together on the devices that hold their weights.
 
-On the CPU each layer is one job that a single thread runs from start to end, with as many jobs at once as torch has
+On the CPU each weight is one job that a single thread runs from start to end, with as many jobs at once as torch has
 threads: a block Krylov SVD is a chain of small steps, half of which leave a second core idle, while layers do not
 depend on each other. So the result of a layer does not depend on the number of cores. On a GPU, layers of equal shape
 form batches whose small problems are solved together; several GPUs work at the same time.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from ..runtime import memory
 from ..runtime.workers import run_jobs
 from .batches import Emit, needed_bytes, plan_batches, run_batches
 from .layer import LayerJob
+from .stack_run import StackRun, Work, is_shared
 
 CPU = torch.device("cpu")
 Finished = tuple[LayerJob, LayerReport]
@@ -74,12 +75,13 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     workers = _workers(on_cpu, budgets.get(CPU, 0)) if on_cpu else 0
     threads = torch.get_num_threads()
     on_cpu.sort(key=lambda job: -job.weight.numel())  # small ones last, so that no thread is left with a large one
-    work = [functools.partial(_run_layer, job, max(1, threads // workers)) for job in on_cpu]
+    each = max(1, threads // workers) if workers else 1
+    work = [functools.partial(_run_on_cpu, part, each) for job in on_cpu for part in _parts(job)]
     for device, share in by_device.items():
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         batches = plan_batches([job for job in share if job.is_batched], device, budgets[device])
         alone = [job for job in share if not job.is_batched]
-        work.append(functools.partial(_run_device, batches, alone, device, stream, stop))
+        work.append(functools.partial(_run_device, batches, alone, device, budgets[device], stream, stop))
     # the precision of float32 products is a setting of the process, so it is set once for all threads
     with exact_arithmetic(CPU):
         try:
@@ -88,17 +90,25 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
             torch.set_num_threads(threads)  # MKL's number of threads belongs to the process too
 
 
-def _run_layer(job: LayerJob, threads: int, emit: Callable[[Finished], None]) -> None:
+def _parts(job: LayerJob) -> Iterator[Work]:
+    """The work on a layer: of its matrices one by one, where there are several."""
+    if is_shared(job):
+        yield from StackRun(job).work()
+    else:
+        yield lambda emit: emit((job, job.run()))
+
+
+def _run_on_cpu(work: Work, threads: int, emit: Callable[[Finished], None]) -> None:
     torch.set_num_threads(threads)  # for this worker only, except in MKL
     with exact_arithmetic(CPU):
-        report = job.run()
-    emit((job, report))
+        work(emit)
 
 
 def _run_device(
     batches: Sequence[list[LayerJob]],
     alone: Sequence[LayerJob],
     device: torch.device,
+    budget: int,
     stream: torch.cuda.Stream | None,
     stop: threading.Event,
     emit: Callable[[Finished], None],
@@ -109,12 +119,12 @@ def _run_device(
             if stop.is_set():
                 return
             with exact_arithmetic(device):
-                emit((job, job.run(device)))
+                emit((job, job.run(device, budget)))
 
 
 def _workers(jobs: Sequence[LayerJob], budget: int) -> int:
     largest = max(job.workspace(CPU) for job in jobs)
-    return max(1, min(torch.get_num_threads(), len(jobs), budget // largest))
+    return max(1, min(torch.get_num_threads(), sum(job.parts for job in jobs), budget // largest))
 
 
 def _check_budget(jobs: Sequence[LayerJob], device: torch.device, budget: int) -> None:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
+from ..adapter.layouts import layout_of
 from ..report import LayerReport
 from .layer import LayerJob
 from .notices import Notices
 from .record import records
+from .tied import Follower
 from .ties import Ties
 
 T = TypeVar("T")
@@ -37,8 +39,18 @@ class Session(Protocol):
     def applies(self) -> bool:
         """Whether the patch is active for the calling thread."""
 
-    def initialize(self, layer: Any, adapter_name: str, init: str) -> None:
-        """Initialize one layer, now or at the end of the injection."""
+    def initialize(
+        self, layer: Any, adapter_name: str, init: str, *, name: str | None = None, is_cast: bool = False
+    ) -> None:
+        """Initialize one layer, now or at the end of the injection.
+
+        Args:
+            layer: the layer.
+            adapter_name: name of the adapter.
+            init: "pissa" or "pissa_niter_N".
+            name: name of the layer in the model; None for that of the module which PEFT replaces.
+            is_cast: whether PEFT has cast A and B to their final dtype already.
+        """
 
     def run(self, jobs: list[LayerJob]) -> None:
         """Initialize the layers collected during an injection."""
@@ -69,6 +81,7 @@ class Injection:
             where the model had that: another module and its attribute.
         ranks: ranks and alphas in the config before a layer needed others; None before the first layer.
         is_undone: whether all of the call is undone after a failure.
+        tied: layers that follow the embedding whose weight they have.
         weights: functions that restore the weights which the call changes; only where it is undone.
     """
 
@@ -79,6 +92,7 @@ class Injection:
     wrapped: list[tuple[list[tuple[nn.Module, str]], nn.Module, nn.Module]] = field(default_factory=list)
     ranks: dict[str, Any] | None = None
     is_undone: bool = False
+    tied: list[Follower] = field(default_factory=list)
     weights: list[Callable[[], object]] = field(default_factory=list)
 
     def keep(self, job: LayerJob) -> None:
@@ -98,6 +112,14 @@ class Injection:
             for holder, attribute in holders:
                 if holder._modules[attribute] is layer:
                     holder._modules[attribute] = target
+            unwrap_attention(target)
+
+
+def unwrap_attention(target: nn.Module) -> None:
+    """Put the ``out_proj`` of an attention back, which PEFT wraps before it wraps the attention."""
+    projection: Any = getattr(target, "out_proj", None)
+    if isinstance(target, nn.MultiheadAttention) and hasattr(projection, "get_base_layer"):
+        target.out_proj = projection.get_base_layer()
 
 
 # The replacement and the injection that run in this thread.
@@ -122,6 +144,7 @@ def can_be_deferred(layer: Any, adapter_name: str) -> bool:
     adapter is a view of another one (tied embeddings), and for variants: DoRA computes its magnitudes from W + s·B·A.
     That is W all the same, as B is zero until then, unless the weight is a residual.
     """
-    if hasattr(layer.get_base_layer().weight, "ds_id") or (adapter_name in layer.lora_variant and records(layer)):
+    layout = layout_of(layer)
+    if hasattr(layout.weight, "ds_id") or (adapter_name in layer.lora_variant and records(layer)):
         return False
-    return not any(factor[adapter_name].weight._is_view() for factor in (layer.lora_A, layer.lora_B))
+    return not any(factor._is_view() for factor in layout.factors(adapter_name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,20 @@ from .record import InitRecord
 INITIAL_NAME = "pissa_initial.safetensors"
 
 
-def write(folder: Path, records: Mapping[str, InitRecord]) -> None:
+def write(folder: Path, records: Mapping[str, InitRecord], embeddings: Collection[str] = ()) -> None:
     """Write the records of one adapter's layers and their report. Each file is written atomically.
 
     Args:
         folder: folder of the adapter.
         records: records by the layer's name in the base model.
+        embeddings: names of the layers that are embeddings.
     """
     from safetensors.torch import save_file
 
     tensors = {
         key: getattr(record, field).contiguous()
         for name, record in records.items()
-        for field, key in _keys(name).items()
+        for field, key in _keys(name, name in embeddings).items()
     }
     report = report_of(records)
     text = report.to_json()
@@ -76,7 +77,7 @@ def read(path: Path, adapter: str) -> dict[str, InitRecord]:
         raise ValueError(f"{path} is damaged: its contents do not match the digest that was written with them")
     return {
         layer.name: InitRecord(
-            adapter, report=layer, **{field: tensors[key] for field, key in _keys(layer.name).items()}
+            adapter, report=layer, **{field: tensors[key] for field, key in _keys_in(tensors, layer.name).items()}
         )
         for layer in report.layers
     }
@@ -115,7 +116,16 @@ def digest(report: str, tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _keys(name: str) -> dict[str, str]:
+def _keys_in(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
+    """As :func:`_keys`, for a layer that is in a file."""
+    as_embedding = _keys(name, embedding=True)
+    return as_embedding if as_embedding["lora_A"] in tensors else _keys(name)
+
+
+def _keys(name: str, embedding: bool = False) -> dict[str, str]:
     """Keys of a layer's tensors in the file, by the field of the record."""
-    factors = {f"lora_{factor}": factor_key(name, factor) for factor in "AB"}
+    factors = {
+        f"lora_{factor}": f"{KEY_PREFIX}{name}.lora_embedding_{factor}" if embedding else factor_key(name, factor)
+        for factor in "AB"
+    }
     return factors | {field: f"{KEY_PREFIX}{name}.{field}" for field in ("before", "after")}

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layers import lora_layers
-from ..adapter.names import factor_key, module_name
+from ..adapter.layers import lora_layers, placed_lora_layers
+from ..adapter.layouts import layout_of
+from ..adapter.names import module_name
 from .quantized import in_standard_order, is_quantized
 from .record import of_adapter, records
 from .scope import Session
@@ -102,12 +103,11 @@ def adapter_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
 
 def recorded_factors(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """A₀ and B₀ of every layer with a record, by the same names as :func:`adapter_state`."""
-    found = ((name, of_adapter(layer, adapter_name)) for name, layer in lora_layers(base))
     return {
-        module_name(factor_key(name, factor)): getattr(record, f"lora_{factor}")
-        for name, record in found
-        if record is not None
-        for factor in "AB"
+        f"{place}.{key}": factor
+        for _, place, layer in placed_lora_layers(base)
+        if (record := of_adapter(layer, adapter_name)) is not None
+        for key, factor in zip(layout_of(layer).keys, (record.lora_A, record.lora_B), strict=True)
     }
 
 
@@ -127,8 +127,10 @@ def initial_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
     }
     state = adapter_state(model, adapter_name)
     named = own_names(base)
-    for key in recorded_factors(base, adapter_name):
-        if key not in state and named(f"{key.rpartition('.lora_')[0]}.base_layer.weight") is not None:
+    for _, place, layer in placed_lora_layers(base):
+        key = f"{place}.{layout_of(layer).keys[0]}"
+        recorded = of_adapter(layer, adapter_name) is not None
+        if recorded and key not in state and named(stored_key(place, layer)) is not None:
             raise ValueError(
                 f"PEFT does not save {key!r} of the adapter {adapter_name!r}, because it is in a module that another "
                 "adapter trains as a copy; delete that adapter first"
@@ -165,7 +167,7 @@ def _kept_by_wrappers(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _magnitudes(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """DoRA's magnitudes at the start: the norms of W_res + s·B₀·A₀, by PEFT's own computation."""
     known = {}
-    for name, layer in lora_layers(base):
+    for _, name, layer in placed_lora_layers(base):
         record = of_adapter(layer, adapter_name)
         if record is None or adapter_name not in layer.lora_magnitude_vector:
             continue
@@ -208,14 +210,27 @@ def residual_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
                 "requires_grad_(False) on it if it has not been trained"
             )
     state |= biases
-    for name, layer in lora_layers(base):
-        own = named(f"{name}.base_layer.weight")
+    for _, place, layer in placed_lora_layers(base):
+        own = named(stored_key(place, layer))
         if own in state and is_quantized(layer.get_base_layer()):
             check_own(layer, of_adapter(layer, adapter_name))
         elif own in state:
             state[own] = weight_of(layer, of_adapter(layer, adapter_name))
     _check_names(state, start.shapes)
     return state
+
+
+def stored_key(place: str, layer: Any) -> str:
+    """Key of the weight of a LoRA layer in the state dict of the base model.
+
+    Args:
+        place: name of the layer in it.
+        layer: the layer.
+    """
+    inner = layer
+    while hasattr(inner, "base_layer"):
+        place, inner = f"{place}.base_layer", inner.base_layer
+    return f"{place}.{layout_of(layer).parameter}"
 
 
 def _check_names(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

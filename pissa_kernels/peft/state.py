@@ -1,8 +1,9 @@
 """What the weight of a layer holds, and what its forward pass adds so that every adapter keeps its function.
 
 A LoRA layer computes y = W·x + Σ ΔW_j·x over its active adapters, with ΔW_j = s_j·(B_j·A_j − B_j0·A_j0) for an adapter
-with initial factors and s_j·B_j·A_j for any other. Stored is W_res = W − Σ s_k·B_k0·A_k0 over the records that are
-subtracted. PEFT computes W_res·x + Σ s_j·B_j·A_j·x, so that the correction
+with initial factors and s_j·B_j·A_j for any other; so does each of the matrices that a layer may have
+(:mod:`pissa_kernels.adapter.layouts`, whose g is part of s here). Stored is W_res = W − Σ s_k·B_k0·A_k0 over the
+records that are subtracted. PEFT computes W_res·x + Σ s_j·B_j·A_j·x, so that the correction
 
     C·x,  C = Σ_subtracted s_k·B_k0·A_k0 − Σ_active s_j·B_j0·A_j0
 
@@ -13,7 +14,7 @@ While adapters are merged, exactly theirs are subtracted, and the stored weight 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import Layout, layout_of
 from ..checks import layer_context
 from ..numerics import exact_arithmetic
 from .quantized import is_quantized, matrix_shape, values_of
@@ -69,12 +71,12 @@ class Terms:
             terms.negligible = max(terms.negligible, NEGLIGIBLE * scaling)
         return terms
 
-    def missing(self, active: Sequence[str], scaling: dict[str, Any]) -> list[Any]:
+    def missing(self, active: Sequence[str], scaling: Mapping[str, Any]) -> list[Any]:
         """Coefficient of B₀·A₀ of each group in C; 0.0 where it is negligible.
 
         Args:
             active: the adapters that the forward pass adds, or that are merged.
-            scaling: the current scalings; PEFT makes tensors of them for compiled hotswapping.
+            scaling: the current scalings g·s; PEFT makes tensors of them for compiled hotswapping.
         """
         totals: list[Any] = list(self.subtracted)
         for name in active:
@@ -110,8 +112,29 @@ def variant_name(layer: Any, adapter: str) -> str:
 def label(layer: Any) -> str:
     """A layer in messages, by the name that its initialization had."""
     kept = records(layer)
-    name = f"layer {kept[0].report.name!r}" if kept else f"a {type(layer.get_base_layer()).__name__} layer"
-    return f"{name}, weight {matrix_shape(layer.get_base_layer())}"
+    return label_of(layer, kept[0].report.name if kept else None)
+
+
+def label_of(layer: Any, name: str | None) -> str:
+    """A layer in messages; without a name, by its class."""
+    layout = layout_of(layer)
+    known = f"layer {name!r}" if name else f"a {type(layout.module).__name__} layer"
+    return f"{known}, weight {stored_shape(layer)}"
+
+
+def stored_shape(layer: Any) -> tuple[int, ...]:
+    """Shape of the weight of a layer as it is stored, before it is packed."""
+    layout = layout_of(layer)
+    return matrix_shape(layout.module) if is_quantized(layout.module) else tuple(layout.weight.shape)
+
+
+def values(layer: Any) -> Tensor:
+    """The weight that the base module of a layer computes with: its parameter, or the dequantized values."""
+    layout = layout_of(layer)
+    if is_quantized(layout.module):
+        return values_of(layout.module)
+    weight: Tensor = layout.weight.detach()
+    return weight
 
 
 def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
@@ -124,7 +147,7 @@ def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
         layer: the layer.
         record: one of its records, or one from a file.
     """
-    weight = values_of(layer.get_base_layer())
+    weight = values(layer)
     found = terms(layer)
     factors, coefficients = list(found.factors), list(found.subtracted)
     if record is not None:
@@ -135,7 +158,7 @@ def weight_of(layer: Any, record: InitRecord | None) -> Tensor:
     if all(abs(coefficient) <= found.negligible for coefficient in coefficients):
         return weight
     total = weight.clone(memory_format=torch.preserve_format)
-    add_(total, factors, coefficients, bool(layer.fan_in_fan_out))
+    add_(total, factors, coefficients, layout_of(layer))
     return total
 
 
@@ -165,53 +188,58 @@ def _identical(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def add_(weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[float], transposed: bool) -> None:
+def add_(weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[float], layout: Layout) -> None:
     """W += Σ c·B₀·A₀ in place, rounded once.
 
     Args:
-        weight: (out, in), or (in, out) if ``transposed``.
-        factors: A₀ and B₀ of each term.
+        weight: as it is stored.
+        factors: A₀ and B₀ of each term, as PEFT stores them.
         coefficients: c of each term.
-        transposed: whether the weight is stored (in, out).
+        layout: of the layer.
     """
     used = [(A, B, c) for (A, B), c in zip(factors, coefficients, strict=True) if c]
     if not used:
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
-    A = torch.cat([A.to(weight.device, wide) for A, _, _ in used])
-    B = torch.cat([c * B.to(weight.device, wide) for _, B, c in used], dim=1)
-    with exact_arithmetic(weight.device):
-        if weight.dtype in ops.WEIGHT_DTYPES:
-            ops.subtract_lowrank_(weight, B, A, -1.0, transposed)
-        else:
-            weight += (B @ A).mT if transposed else B @ A
+    pairs = [layout.split(A.to(weight.device, wide), c * B.to(weight.device, wide)) for A, B, c in used]
+    A = torch.cat([A for A, _ in pairs], dim=1).contiguous()
+    B = torch.cat([B for _, B in pairs], dim=2).contiguous()
+    with exact_arithmetic(weight.device), layout.writable(weight) as stack:
+        for matrix, left, right in zip(stack, B, A, strict=True):
+            if weight.dtype in ops.WEIGHT_DTYPES:
+                ops.subtract_lowrank_(matrix, left, right, -1.0, layout.transposed)
+            else:
+                matrix += (left @ right).mT if layout.transposed else left @ right
 
 
-def sampled(weight: Tensor, factors: Factors, transposed: bool) -> Tensor:
+def sampled(weight: Tensor, factors: Factors, layout: Layout) -> Tensor:
     """Elements of B₀·A₀ at the places of the fingerprint of ``weight``: float64 on the CPU."""
-    A, B = (factor.double() for factor in factors)
+    A, B = layout.split(*(factor.double() for factor in factors))
     places = places_on(torch.empty(weight.shape, device="meta")) if weight.is_meta else places_on(weight).cpu()
-    row, column = places // weight.shape[1], places % weight.shape[1]
-    out, into = (column, row) if transposed else (row, column)
-    return (B[out] * A.mT[into]).sum(dim=1)
+    columns = A.shape[2] if not layout.transposed else B.shape[1]
+    rows = B.shape[1] if not layout.transposed else A.shape[2]
+    part, row, column = places // (rows * columns), places // columns % rows, places % columns
+    out, into = (column, row) if layout.transposed else (row, column)
+    return (B[part, out] * A.mT[part, into]).sum(dim=1)
 
 
 def original_fingerprint(layer: Any) -> Tensor:
     """Fingerprint of W of an unmerged layer, from the stored weight and the records; float64."""
-    weight, found = values_of(layer.get_base_layer()), terms(layer)
+    weight, found = values(layer), terms(layer)
     total = fingerprint(weight).double()
     for factors, subtracted in zip(found.factors, found.subtracted, strict=True):
         if subtracted:
-            total = total + subtracted * sampled(weight, factors, bool(layer.fan_in_fan_out))
+            total = total + subtracted * sampled(weight, factors, layout_of(layer))
     return total
 
 
 def can_be_compared(layer: Any) -> bool:
     """Whether the stored weight can be held against a fingerprint: not merged, partitioned, sharded or on meta."""
-    weight = layer.get_base_layer().weight
-    if is_quantized(layer.get_base_layer()):
+    layout = layout_of(layer)
+    weight = layout.weight
+    if is_quantized(layout.module):
         return not layer.merged and not weight.is_meta
-    plain = type(weight.data) is Tensor and weight.ndim == 2 and not weight.is_meta and weight.numel() > 0
+    plain = type(weight.data) is Tensor and weight.ndim >= 2 and not weight.is_meta and weight.numel() > 0
     return plain and not layer.merged
 
 
@@ -225,9 +253,9 @@ def is_known(layer: Any) -> bool:
 
 def is_original(layer: Any, record: InitRecord) -> bool:
     """Whether W of an unmerged layer is the weight that a record was taken from."""
-    base = layer.get_base_layer()
+    layout = layout_of(layer)
     # bitsandbytes rounds the scales of quantized weights to bfloat16 on some CPUs
-    dtypes = (record.report.dtype, torch.bfloat16 if is_quantized(base) else base.weight.dtype)
+    dtypes = (record.report.dtype, torch.bfloat16 if is_quantized(layout.module) else layout.weight.dtype)
     return matches(record.before, original_fingerprint(layer), dtypes, other=record.after)
 
 
@@ -257,7 +285,8 @@ def rebase_(layer: Any, subtracted: Sequence[float]) -> None:
     """
     found = terms(layer)
     change = [now - then for now, then in zip(found.subtracted, subtracted, strict=True)]
-    if is_quantized(layer.get_base_layer()):
+    layout = layout_of(layer)
+    if is_quantized(layout.module):
         _check_requantized(layer, change)
         return
-    add_(layer.get_base_layer().weight.data, found.factors, change, bool(layer.fan_in_fan_out))
+    add_(layout.weight.data, found.factors, change, layout)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import adapters_of
 from . import state
 from .additions import changes_the_base
 from .load import Source, replace_records
@@ -84,7 +85,7 @@ def _values(model: nn.Module, source: Source | None, adapter: str, config: Any) 
     """
     if source is not None and source.has_initial(adapter):
         return source.values_for(model, adapter)
-    layers = [layer for _, layer in lora_layers(model) if adapter in layer.lora_A]
+    layers = [layer for _, layer in lora_layers(model) if adapter in adapters_of(layer)]
     if layers and (is_pissa(config) or changes_the_base(config)):
         raise ValueError(
             f"{state.label(layers[0])}: the values to swap in come without initial factors, so that the adapter "

@@ -58,31 +58,32 @@ def check_target(
     """
     base: Any = base_of(target)
     with layer_context(f"layer {name!r}"):
-        if parameter is not None:
-            shape = tuple(getattr(base, parameter).shape)
-            raise ValueError(
-                f"PiSSA does not initialize parameters, here {parameter!r} {shape} of {type(base).__name__}. Target "
-                "the other layers by name, such as target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], without "
-                "target_parameters (PEFT sets them for some models with fused experts), or use init_lora_weights=True"
-            )
-        if isinstance(base, nn.MultiheadAttention):
-            raise ValueError(
-                "nn.MultiheadAttention computes with its weights and not with its layers, so PiSSA does not initialize "
-                f"it. Leave it out, as with exclude_modules=[{name!r}]"
-            )
-        weight = getattr(base, "weight", None)
-        if isinstance(base, nn.Embedding):
-            notices.plain.append(f"layer {name!r}, weight {tuple(base.weight.shape)}")
-            return
-        _check_readers(model, name, notices)
+        if parameter is None:
+            _check_readers(model, name, notices)
         _check_place(model, name, base, config)
-        if weight is None:
+        if config.use_dora and getattr(base, "groups", 1) > 1:
+            raise ValueError(
+                f"DoRA in PEFT takes its norms from another matrix where a {type(base).__name__} has groups, here "
+                f"{base.groups}. Leave out use_dora, or the layer, as with exclude_modules=[{name!r}]"
+            )
+        if weight_of(base, parameter) is None:
             raise ValueError(f"{type(base).__name__} has no weight that PiSSA could initialize; leave it out")
 
 
 def base_of(target: Any) -> nn.Module:
     """The module that holds the weight."""
     return target.get_base_layer() if hasattr(target, "get_base_layer") else target  # type: ignore[no-any-return]
+
+
+def weight_of(base: Any, parameter: str | None) -> Any:
+    """The parameter of a module that PEFT adapts; None if there is none.
+
+    Args:
+        base: the module.
+        parameter: name of the parameter (``target_parameters``); None for the one of its kind of module.
+    """
+    kind = "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
+    return getattr(base, parameter or kind, None)
 
 
 def _check_readers(model: nn.Module, name: str, notices: Notices) -> None:
@@ -92,7 +93,9 @@ def _check_readers(model: nn.Module, name: str, notices: Notices) -> None:
     if not reader.always:
         notices.read_elsewhere.append(f"layer {name!r} (read by {reader.owner})")
         return
-    raise ValueError(f"{reading(reader)}. Leave the layer out, as with exclude_modules=[{name!r}]")
+    attention = name.rpartition(".")[0]
+    other = f", or adapt the attention itself, target_modules=[{attention!r}]" if reader.is_attention else ""
+    raise ValueError(f"{reading(reader)}. Leave the layer out, as with exclude_modules=[{name!r}]{other}")
 
 
 def _check_place(model: nn.Module, name: str, base: nn.Module, config: Any) -> None:

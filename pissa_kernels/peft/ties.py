@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,16 @@ class Ties:
     Args:
         model: the model, indexed in its state at that time.
         replicated: whether the model repeats layers that share their weights (``layer_replication``).
+
+    Attributes:
+        kept: tells by the name of a module whether PEFT keeps its adapter equal to that of the embedding
+            (``ensure_weight_tying``).
     """
 
-    def __init__(self, model: nn.Module, *, replicated: bool = False) -> None:
-        self.replicated = replicated
+    def __init__(
+        self, model: nn.Module, *, replicated: bool = False, kept: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        self.replicated, self.kept = replicated, kept
         self._model: nn.Module | None = model
         # by parameter id: all parameters connected to it through shared memory, in the model's order
         self._groups: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
@@ -65,18 +71,19 @@ class Ties:
             reached = max(reached, stop)
 
     def of(self, module: nn.Module, key: str = "weight") -> str | None:
-        """Name of another parameter that shares memory with ``module``'s, or None."""
-        return next((name for _, name in self.others(module, key)), None)
+        """Name of another parameter that shares memory with ``module``'s, except in modules that are kept; or None."""
+        found = (name for _, _, name in self.others(module, key))
+        return next((name for name in found if not self.kept(name.rpartition(".")[0])), None)
 
-    def others(self, module: nn.Module, key: str = "weight") -> Iterator[tuple[nn.Module, str]]:
-        """The other parameters that share memory with ``module``'s: the module of each, and its name.
+    def others(self, module: nn.Module, key: str = "weight") -> Iterator[tuple[nn.Module, str, str]]:
+        """The other parameters that share memory with ``module``'s: the module of each, its name in it, and its name.
 
         A module that the model holds in several places is one module.
         """
         self._build()
         for other, other_key, name in self._groups.get(id(getattr(module, key)), ()):
             if other is not module or other_key != key:
-                yield other, f"{name}.{other_key}"
+                yield other, other_key, f"{name}.{other_key}"
 
     def holders(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
         """Every module that holds ``module`` as a child, and the attribute."""

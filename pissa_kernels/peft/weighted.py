@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import adapters_of, layout_of
 from . import forward, state
 from .additions import removed_on_failure
 from .guard import Guard, Reopen
-from .quantized import values_of
 from .record import InitRecord, of_adapter
 from .state import adapted_layers
 
@@ -70,7 +70,7 @@ def add_weighted_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) 
     if kind in OF_CHANGES and len(adapters) > 1:
         return
     for layer in ours:
-        if name in layer.lora_A:
+        if name in adapters_of(layer):
             forward.remember(layer, _combined(layer, adapters, weights, name))
             # saved with its initial factors, and loaded with them
             tuner.peft_config[name].init_lora_weights = "pissa"
@@ -83,14 +83,21 @@ def _as_configured(tuner: Any, name: str) -> None:
     adapter could not be loaded.
     """
     for _, layer in lora_layers(tuner):
-        if name in layer.lora_A:
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        layout = layout_of(layer)
+        if name in layout.adapters:
+            A, B = layout.factors(name)
             lacking = layer.r[name] - A.shape[0]
             A.data = torch.cat([A.data, A.new_zeros(lacking, A.shape[1])])
             B.data = torch.cat([B.data / float(layer.scaling[name]), B.new_zeros(B.shape[0], lacking)], dim=1)
 
 
 def _check(layer: Any, adapters: Sequence[str], kind: str) -> None:
+    layout = layout_of(layer)
+    if not (layout.is_matrix and layout.by_output and layout.gain == 1):
+        raise ValueError(
+            f"{state.label(layer)}: PEFT combines the factors of a {type(layer).__name__} without regard to how they "
+            "are packed. Leave the layer out of adapters that are combined, or convert each of them to a plain LoRA"
+        )
     if len(adapters) > 1 and kind not in EXACT + OF_CHANGES:
         raise ValueError(
             f"{state.label(layer)}: combination_type={kind!r} combines A and B themselves, which hold the principal "
@@ -106,7 +113,7 @@ def _check(layer: Any, adapters: Sequence[str], kind: str) -> None:
 
 def _combined(layer: Any, adapters: Sequence[str], weights: Sequence[float], name: str) -> InitRecord:
     """Record of the new adapter: its initial factors are Σ w_j·s_j·B_j0·A_j0, and nothing more is subtracted."""
-    found, scaling = state.terms(layer), float(layer.scaling[name])
+    layout, found, scaling = layout_of(layer), state.terms(layer), float(layer.scaling[name])
     totals = [0.0] * len(found.factors)
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in found.groups:
@@ -114,9 +121,9 @@ def _combined(layer: Any, adapters: Sequence[str], weights: Sequence[float], nam
     used = [(A.float(), B.float(), total) for (A, B), total in zip(found.factors, totals, strict=True)]
     lora_A = torch.cat([A for A, _, _ in used])
     lora_B = torch.cat([total / scaling * B for _, B, total in used], dim=1)
-    lora_A, lora_B, singular_values = _of_rank(lora_A, lora_B, layer.lora_A[name].weight.shape[0])
+    lora_A, lora_B, singular_values = _of_rank(lora_A, lora_B, len(layout.factors(name)[0]))
     first = next(record for adapter in adapters if (record := of_adapter(layer, adapter)) is not None)
-    product = state.sampled(values_of(layer.get_base_layer()), (lora_A, lora_B), bool(layer.fan_in_fan_out))
+    product = state.sampled(state.values(layer), (lora_A, lora_B), layout)
     report = replace(
         first.report,
         rank=lora_A.shape[0],
@@ -165,5 +172,5 @@ def _change(layer: Any, adapter: str) -> Tensor:
     found = state.terms(layer)
     if adapter in found.groups:
         factors = found.factors[found.groups[adapter]]
-        state.add_(delta, [factors], [-float(layer.scaling[adapter])], bool(layer.fan_in_fan_out))
+        state.add_(delta, [factors], [-float(layer.scaling[adapter])], layout_of(layer))
     return delta

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers
+from ..adapter.layouts import is_projection, layout_of
 from ..adapter.patterns import rank_of, with_rank, with_ranks
 from ..checks import layer_context
 from .additions import check_active_variant
 from .notices import Notices
 from .quantized import is_quantized, matrix_shape
-from .record import records
-from .scope import Injection
-from .targets import base_of, check_options, check_target
+from .record import of_adapter, records
+from .scope import Injection, unwrap_attention
+from .targets import base_of, check_options, check_target, weight_of
 
 PATTERNS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
@@ -55,12 +57,17 @@ def wrapping(
     if hasattr(target, "lora_variant"):
         with layer_context(f"layer {name!r}"):
             check_active_variant(target, adapter)
-    if not isinstance(base_of(target), nn.Embedding):
-        limit_rank(config, name, target, injection.notices)
-    holders = list(injection.ties.holders(target))
-    yield
-    layer = model.get_submodule(name)
-    if layer is target:
+    limit_rank(config, name, target, injection.notices, parameter)
+    place = name if parameter is None else name.removesuffix(f".{parameter}")
+    before = model.get_submodule(place)
+    holders = list(injection.ties.holders(target)) or [_holder(model, place)]
+    try:
+        yield
+    except BaseException:
+        unwrap_attention(target)
+        raise
+    layer = model.get_submodule(place)
+    if layer is before:
         return
     for holder, attribute in holders:
         if holder is not layer and holder._modules[attribute] is target:
@@ -93,7 +100,13 @@ def injected(injection: Injection, config: Any, model: nn.Module, adapter: str) 
     injection.notices.warn()
 
 
-def limit_rank(config: Any, name: str, target: nn.Module, notices: Notices) -> None:
+def _holder(model: nn.Module, place: str) -> tuple[nn.Module, str]:
+    """The module that holds the one of a name, and the attribute."""
+    parent, _, attribute = place.rpartition(".")
+    return model.get_submodule(parent), attribute
+
+
+def limit_rank(config: Any, name: str, target: nn.Module, notices: Notices, parameter: str | None = None) -> None:
     """Give a layer whose weight is smaller than the rank all the rank that it has, with the same scaling.
 
     The config says so from then on, so that the adapter can be saved, loaded and converted by PEFT as well.
@@ -103,17 +116,25 @@ def limit_rank(config: Any, name: str, target: nn.Module, notices: Notices) -> N
         name: name of the layer in the model.
         target: the module, or the LoRA layer that gets another adapter.
         notices: collects the warning.
+        parameter: name of a parameter of the module (``target_parameters``); None for the module.
     """
     base: Any = base_of(target)
-    weight: Tensor = base.weight
-    shape = tuple(getattr(weight, "ds_shape", matrix_shape(base)))
+    weight: Tensor = weight_of(base, parameter)
+    shape = tuple(getattr(weight, "ds_shape", matrix_shape(base) if is_quantized(base) else weight.shape))
     settings = settings_of(config)
-    rank = rank_of(settings, name)
+    rank, most = rank_of(settings, name), _most(base, shape, parameter)
     readable = weight.is_floating_point() or is_quantized(base)
-    if len(shape) != 2 or not readable or not 0 < min(shape) < rank:
+    if not readable or not 0 < most < rank:
         return
-    _set(config, with_rank(settings, name, min(shape)))
-    notices.limited.append(f"layer {name!r}, weight {shape}: rank {min(shape)} instead of {rank}")
+    _set(config, with_rank(settings, name, most))
+    notices.limited.append(f"layer {name!r}, weight {shape}: rank {most} instead of {rank}")
+
+
+def _most(base: Any, shape: tuple[int, ...], parameter: str | None) -> int:
+    """The highest rank that PEFT can give to a weight: of each matrix of a stack, of all groups of a convolution."""
+    if parameter is None and isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return int(base.groups) * min(shape[0] // base.groups, math.prod(shape[1:]))
+    return min(shape[-2:]) if len(shape) >= 2 else 0
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -132,13 +153,37 @@ def settle_ranks(config: Any, before: dict[str, Any], model: nn.Module, adapter:
     """
     if settings_of(config) == before or not (before["rank_pattern"] or before["alpha_pattern"]):
         return
-    ranks = {name: layer.r[adapter] for name, layer in lora_layers(model) if adapter in layer.r}
+    layers = ((name, layer) for name, layer in lora_layers(model) if _has_own_rank(layer))
+    ranks = {name: layer.r[adapter] for name, layer in layers if adapter in layer.r}
     _set(config, with_ranks(settings_of(config), ranks))
+
+
+def _has_own_rank(layer: Any) -> bool:
+    """Whether PEFT looks up the rank of a layer by its name: that of an attention's ``out_proj`` is the attention's."""
+    return not is_projection(layer)
 
 
 def _set(config: Any, settings: dict[str, Any]) -> None:
     for name in PATTERNS:
         setattr(config, name, settings[name])
+
+
+def warn_of_plain_layers(injection: Injection, model: nn.Module, adapter: str) -> None:
+    """Warn of layers that have the adapter and no initial factors: once for all of them.
+
+    Args:
+        injection: the call that has added the adapter.
+        model: the model.
+        adapter: name of the adapter.
+    """
+    for name, layer in lora_layers(model):
+        layout = layout_of(layer)
+        if adapter not in layout.adapters or of_adapter(layer, adapter) is not None:
+            continue
+        B = layout.factors(adapter)[1]
+        if not B.is_meta and not B.count_nonzero():
+            injection.notices.plain.append(f"layer {name!r} ({type(layer).__name__})")
+    injection.notices.warn()
 
 
 def unwrap_aliases(model: nn.Module) -> None:

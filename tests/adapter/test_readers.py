@@ -44,6 +44,14 @@ class Conditional(nn.Module):
         return self.b.weight + y
 
 
+class Fusing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + x @ self.b.weight
+
+    def fuse_projections(self) -> None:
+        self.both.weight.data.copy_(torch.cat([self.a.weight, self.b.weight]))
+
+
 class Overriding(Base):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.a(x)
@@ -53,6 +61,10 @@ def test_reads_and_their_conditions() -> None:
     assert weight_reads(Base) == {"a": True, "inner.b": True}
     assert weight_reads(Describing) == {}
     assert weight_reads(Conditional) == {"a": False, "b": True, "c": False}
+
+
+def test_a_method_that_a_caller_has_to_ask_for() -> None:
+    assert weight_reads(Fusing) == {"a": False, "b": True, "both": False}
 
 
 def test_a_method_that_is_overridden_does_not_count() -> None:

@@ -45,9 +45,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "other type": (
         spoil_config(peft_type="IA3"), r"not the config of a LoRA: its peft_type is 'IA3', accepted is 'LORA'"
     ),
-    "experts": (
-        spoil_config(target_parameters=["x"]), r"sets target_parameters, so the adapter is more than two factors"
-    ),
+    "bad parameters": (spoil_config(target_parameters="x"), r"has the target_parameters 'x'; accepted is a list of"),
     "bad rank": (spoil_config(r="4"), r"has the ranks \['4'\]; accepted are integers ≥ 1"),
     "bad alpha": (spoil_config(alpha_pattern={"q": None}), r"has the alphas \[4, None\]; accepted are numbers"),
     "no number": (spoil_config(alpha_pattern={"q": math.nan}), r"adapter_config\.json is damaged: not JSON: NaN is"),

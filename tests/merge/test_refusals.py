@@ -72,7 +72,6 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "lora_bias": (spoil_config(lora_bias=True), r"sets lora_bias, so the adapter is more than s·B·A per layer; merge"),
     "replicated": (spoil_config(layer_replication=[[0, 1], [0, 1]]), r"sets layer_replication"),
     "tokens": (spoil_config(trainable_token_indices=[1]), r"sets trainable_token_indices"),
-    "parameters": (spoil_config(target_parameters=["x"]), r"sets target_parameters, so the adapter is more than two"),
     "hook": (spoil_config(init_lora_weights="pissa_niter_4"), r"has the init_lora_weights 'pissa_niter_4', with which"),
     "loftq": (spoil_config(init_lora_weights="loftq"), r"has the init_lora_weights 'loftq', with which the"),
     "plain": (plain, r"trained is a plain LoRA of the original model, which convert made, and \S+ holds residuals"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pissa_kernels.adapter.layouts import Layout
 from pissa_kernels.peft import batches
 from pissa_kernels.peft.layer import LayerJob
 from pissa_kernels.pissa import Recipe
@@ -26,7 +28,7 @@ def assert_accurate(jobs: list[LayerJob], weights: dict[str, torch.Tensor]) -> N
         A, B = (factor["default"].weight.detach() for factor in (job.layer.lora_A, job.layer.lora_B))
         u = ROUNDOFF[job.weight.dtype]
         assert energy_deficit(W, A) <= 1e-6 + u**2  # the elements of A are rounded to u
-        error = (W - job.view.double() - job.recipe.scaling * B.double() @ A.double()).norm()
+        error = (W - job.layout.matrices(job.weight)[0].double() - job.recipe.scaling * B.double() @ A.double()).norm()
         assert error <= (u + 2e-7) * W.norm()
 
 
@@ -138,5 +140,6 @@ class FakeJob:
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.weight = torch.empty(shape)
+        self.layout = Layout(SimpleNamespace(fan_in_fan_out=False))
 
     workspace = LayerJob.workspace

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 import pissa_kernels as pk
@@ -42,7 +44,6 @@ def test_zeros_without_random_numbers(init: str) -> None:
         ("olora", nn.Linear(5, 6)),
         ("pissa", nn.Embedding(5, 6).to("meta")),
         ("pissa", nn.Linear(5, 6, device="meta")),
-        ("pissa", nn.Conv2d(3, 4, 2)),
         ("pissa", nn.Identity()),
     ],
 )
@@ -68,10 +69,48 @@ def test_the_device_of_the_weight() -> None:
         assert created().weight.device == weight.device
 
 
-def test_layers_that_stay_plain_get_random_numbers() -> None:
-    model = nn.Sequential(nn.Embedding(7, 24), nn.Linear(24, 16))
-    settings = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights="pissa")
-    with pk.patch_peft(progress=False), pytest.warns(UserWarning, match="Embedding|embedding|plain"):
+class Scaled(nn.Module):
+    """A layer that PEFT knows only by what its user registers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 24
+        self.weight = nn.Parameter(torch.randn(24, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x @ self.weight.mT
+
+
+class ScaledLora(nn.Module, LoraLayer):
+    """Its adapter, which never asks for an initializer."""
+
+    def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.in_features = self.out_features = 24
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], kwargs["config"])
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        plain = copy.copy(config)
+        plain.init_lora_weights = True
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=plain, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        A, B = self.lora_A["default"], self.lora_B["default"]
+        return self.base_layer(x) + 2 * self.scaling["default"] * B(A(x))
+
+
+def test_layers_that_stay_plain_are_told_once() -> None:
+    model = nn.Sequential(Scaled(), nn.Linear(24, 16), Scaled(), nn.Linear(24, 16))
+    before = model[0](torch.ones(1, 24))
+    settings = peft.LoraConfig(r=4, target_modules=["0", "1", "2"], init_lora_weights="pissa")
+    settings._register_custom_module({Scaled: ScaledLora})
+    with pk.patch_peft(progress=False) as report, pytest.warns(UserWarning, match="plain LoRA") as caught:
         adapted = peft.get_peft_model(model, settings)
-    layer = adapted.base_model.model[0]
-    assert layer.lora_embedding_B["default"].any() or layer.lora_embedding_A["default"].any()
+    told = [str(warning.message) for warning in caught if "plain LoRA" in str(warning.message)]
+    assert len(told) == 1
+    assert told[0].startswith("layer '0' (ScaledLora), layer '2' (ScaledLora): ")
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert torch.equal(adapted.base_model.model[0](torch.ones(1, 24)), before)

@@ -201,9 +201,9 @@ def on_a_stand_in(weight: torch.Tensor) -> LayerJob:
     base = SimpleNamespace(weight=SimpleNamespace(data=weight))
     # not parameters, which take no stand-ins
     A, B = ({"default": SimpleNamespace(weight=SimpleNamespace(data=None, is_meta=False))} for _ in range(2))
-    layer = SimpleNamespace(get_base_layer=lambda: base, lora_A=A, lora_B=B)
+    layer = SimpleNamespace(get_base_layer=lambda: base, lora_A=A, lora_B=B, fan_in_fan_out=False)
     layer.__dict__.update(_forward_hooks={}, register_forward_hook=lambda *args, **kwargs: None)
-    return LayerJob(layer, "default", Recipe(RANK), transposed=False, name="q")
+    return LayerJob(layer, "default", Recipe(RANK), name="q")
 
 
 class Taken:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches, schedule
+from pissa_kernels.peft import batches, schedule, writing
 from pissa_kernels.peft import layer as layer_module
 from pissa_kernels.peft.initialize import prepare
 from pissa_kernels.peft.layer import LayerJob
@@ -136,7 +136,7 @@ def test_after_a_failure_every_layer_is_finished_or_unchanged(
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
     with pk.patch_peft():
         undisturbed = state(inject(Net()))
-    owner = layer_module if where == "principal_factors" else layer_module.ops
+    owner = layer_module if where == "principal_factors" else writing.ops
     named = None if isinstance(error, KeyboardInterrupt) else r"^layer 'layers\.\d', weight \(48, 48\): no "
     with pk.patch_peft() as report:
         with monkeypatch.context() as patched:

@@ -1,0 +1,218 @@
+"""What is written to a layer, and recorded: A, B and the residual of each of its matrices."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..adapter.layouts import Layout, layout_of
+from ..numerics import exact_arithmetic
+from ..pissa import Factors, Recipe
+from ..report import LayerReport, Quantization
+from ..report.layer import of_parts
+from ..svd.result import Certificate
+from . import forward, state
+from .record import InitRecord, fingerprint
+
+Triplets = Sequence[Factors]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a record keeps of a decomposition, on the CPU in memory of its own.
+
+    Attributes:
+        lora_A, lora_B: as PEFT stores them, in the dtype that stores the adapter.
+        triplets: singular values (r,) and certificate of each matrix.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    triplets: Sequence[tuple[Tensor, Certificate]]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWriter:
+    """A layer with an adapter that is to be initialized, and how what is found for it is written.
+
+    Attributes:
+        layer: PEFT's LoRA layer.
+        adapter: name of the adapter.
+        recipe: rank, scaling, initializer and seed, of each of the layer's matrices.
+        name: name of the layer in its model; None where it is not known.
+        given: initial factors of a trained adapter. The residual is taken against them, without an SVD.
+        deferred: whether PEFT has cast A and B to their final dtype already.
+    """
+
+    layer: Any
+    adapter: str
+    recipe: Recipe
+    name: str | None = None
+    given: InitRecord | None = None
+    deferred: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Where the layer has its weight, and how it stores A and B."""
+        return layout_of(self.layer)
+
+    # Read from the layer every time: PEFT and accelerate may replace the parameter before the job runs.
+    @property
+    def weight(self) -> Tensor:
+        """The weight, as it is stored."""
+        return self.layout.weight.data  # type: ignore[no-any-return]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the matrices of the weight are stored (in, out), as in transformers' ``Conv1D``."""
+        return self.layout.transposed
+
+    @property
+    def parts(self) -> int:
+        """Number of matrices."""
+        return self.layout.parts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of each matrix."""
+        return self.layout.shape(self.weight)
+
+    @property
+    def label(self) -> str:
+        """The layer in messages."""
+        return state.label_of(self.layer, self.name)
+
+    def part_label(self, index: int) -> str:
+        """One of its matrices in messages."""
+        if self.parts == 1:
+            return self.label
+        return f"layer {f'{self.title}[{index}]'!r}, weight {self.shape}"
+
+    @property
+    def title(self) -> str:
+        """Name of the layer in the report."""
+        out_features, in_features = self.shape
+        return self.name or f"{type(self.layout.module).__name__}({in_features}, {out_features})"
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Dtype that stores A and B."""
+        return self.weight.dtype
+
+    def joined(self, factors: Triplets) -> tuple[Tensor, Tensor]:
+        """A and B as PEFT stores them."""
+        if len(factors) == 1:
+            return self.layout.joined(factors[0].lora_A.unsqueeze(0), factors[0].lora_B.unsqueeze(0))
+        return self.layout.joined(
+            torch.stack([each.lora_A for each in factors]), torch.stack([each.lora_B for each in factors])
+        )
+
+    def kept(self, factors: Triplets, dtype: torch.dtype) -> Kept:
+        """Copies on the CPU, in memory of their own, of what is recorded of a layer."""
+        lora_A, lora_B = (factor.to("cpu", dtype, copy=True) for factor in self.joined(factors))
+        return Kept(lora_A, lora_B, [(each.singular_values.cpu(), each.certificate) for each in factors])
+
+    def write(
+        self, factors: Triplets, began: float, *, dtype: torch.dtype | None = None, residual: Tensor | None = None
+    ) -> LayerReport:
+        """Write A, B and the residual, in this order, and record them. An exception leaves all three unchanged.
+
+        Args:
+            factors: A and B of each matrix, in values that ``dtype`` represents.
+            began: start of the work on this layer, by ``time.perf_counter()``.
+            dtype: of the adapter; by default the weight's.
+            residual: W_res as the weight is stored, where another device has computed it.
+        """
+        weight = self.weight
+        before = fingerprint(weight)
+        # copies on the CPU, which need memory: before the weight is changed
+        kept = self.kept(factors, dtype or weight.dtype)
+        with self.restored_on_failure():
+            self.set_adapter(*self.joined(factors))
+            if residual is not None:
+                weight.copy_(residual)
+            else:
+                self.subtract(factors)
+        return self.record(kept, before, fingerprint(weight), time.perf_counter() - began, weight.dtype)
+
+    def subtract(self, factors: Triplets, first: int = 0) -> None:
+        """Subtract s·B·A from matrices of the weight, in place.
+
+        Args:
+            factors: A and B of each.
+            first: index of the first of these matrices.
+        """
+        layout = self.layout
+        with exact_arithmetic(self.weight.device), layout.writable(self.weight) as stack:
+            for matrix, each in zip(stack[first : first + len(factors)], factors, strict=True):
+                A, B = each.lora_A.to(matrix.device), each.lora_B.to(matrix.device)
+                ops.subtract_lowrank_(matrix, B, A, self.recipe.scaling, self.transposed)
+
+    def record(
+        self,
+        kept: Kept,
+        before: Tensor,
+        after: Tensor,
+        seconds: float,
+        dtype: torch.dtype,
+        *,
+        shared: bool = False,
+        quantization: Quantization | None = None,
+    ) -> LayerReport:
+        """Record an initialization that has been written.
+
+        Args:
+            kept: A, B and the certificates.
+            before, after: fingerprints of W and of W_res.
+            seconds: time that the layer has taken.
+            dtype: of W.
+            shared: whether nothing was subtracted from the weight.
+            quantization: what quantizing the residual has lost.
+        """
+        reports = [
+            LayerReport(
+                name=self.title,
+                shape=self.shape,
+                rank=self.recipe.rank,
+                certificate=certificate,
+                seconds=seconds / self.parts,
+                singular_values=singular_values,
+                dtype=dtype,
+                scaling=self.recipe.scaling,
+                init=self.recipe.init,
+                seed=self.recipe.seed,
+                quantization=quantization,
+            )
+            for singular_values, certificate in kept.triplets
+        ]
+        report = of_parts(self.title, reports, seconds) if len(reports) > 1 else reports[0]
+        forward.remember(self.layer, InitRecord(self.adapter, kept.lora_A, kept.lora_B, report, before, after, shared))
+        return report
+
+    def set_adapter(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Write copies of A and B, as PEFT stores them, to the adapter. An exception leaves both unchanged."""
+        copies, device = [], self.weight.device
+        for parameter, value in zip(self.layout.factors(self.adapter), (lora_A, lora_B), strict=True):
+            if not parameter.is_meta:  # a checkpoint will fill it
+                kept = dtype or (parameter.dtype if self.deferred else torch.float32)
+                copies.append((parameter, value.to(device, kept, copy=True)))
+        for parameter, copied in copies:
+            parameter.data = copied
+
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """Context that restores A and B after an exception."""
+        before = [parameter.data for parameter in self.layout.factors(self.adapter)]
+        try:
+            yield
+        except BaseException:
+            for parameter, value in zip(self.layout.factors(self.adapter), before, strict=True):
+                parameter.data = value
+            raise
