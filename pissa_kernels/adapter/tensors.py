@@ -73,12 +73,10 @@ def conversions_of_parameters(model: Any, keys: Iterable[str], parameters: Mappi
     conversions = {}
     for parameter, sources in found.items():
         converter = converters[sources[0].pattern]
+        patterns = dict.fromkeys([*converter.source_patterns, *(source.pattern for source in sources)])
         conversions[parameter] = Conversion(
             tuple(converter.operations),
-            {
-                pattern: tuple(source for source in sources if source.pattern == pattern)
-                for pattern in converter.source_patterns
-            },
+            {pattern: tuple(source for source in sources if source.pattern == pattern) for pattern in patterns},
         )
     return conversions
 

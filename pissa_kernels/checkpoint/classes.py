@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapter.tensors import Conversion
-from ..adapter.tensors import conversions_of_parameters as conversions_of
+from ..adapter.tensors import Conversion, conversions_of_parameters
 from ..adapter.tensors import tensors_of_parameters as tensors_of
 from ..files.folder import Checkpoint
+from ..files.header import TensorInfo
 from .config import is_model_class, making_model
 
 
@@ -116,6 +118,27 @@ def tensors_of_parameters(model: Any, checkpoint: Checkpoint) -> tuple[dict[str,
     return tensors_of(model, checkpoint.tensors(), model.state_dict())
 
 
-def conversions_of_parameters(model: Any, checkpoint: Checkpoint) -> dict[str, Conversion]:
-    """:func:`pissa_kernels.adapter.tensors.conversions_of_parameters` of a checkpoint's tensors."""
-    return conversions_of(model, checkpoint.tensors(), model.state_dict())
+@dataclass(frozen=True)
+class Loading:
+    """How transformers loads the tensors of a checkpoint into a model.
+
+    Attributes:
+        folder: of the checkpoint.
+        tensors: shard and place of every tensor, by name.
+        plain, transformed: by parameter, keys of the tensors that it is loaded from, unchanged or not.
+        conversions: by parameter, how it is made of the latter.
+    """
+
+    folder: Path
+    tensors: Mapping[str, tuple[str, TensorInfo]]
+    plain: Mapping[str, list[str]]
+    transformed: Mapping[str, list[str]]
+    conversions: Mapping[str, Conversion]
+
+
+def loading_of(model: Any, checkpoint: Checkpoint) -> Loading:
+    """How transformers loads the tensors of a checkpoint into a model."""
+    plain, transformed = tensors_of_parameters(model, checkpoint)
+    tensors = checkpoint.tensors()
+    conversions = conversions_of_parameters(model, tensors, model.state_dict()) if transformed else {}
+    return Loading(checkpoint.folder, tensors, plain, transformed, conversions)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..adapter.tensors import Conversion, Source
-from ..files.folder import Checkpoint
 from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
@@ -43,13 +42,13 @@ def parameter_of(module: str, layer: Any) -> str:
 
 
 def stacks_in(model: nn.Module) -> list[str]:
-    """Names of the parameters of a model that are stacks of matrices, but for the kernels of torch's own modules."""
+    """Names of a model's parameters that are stacks of several matrices, but for those of torch's own modules."""
     return [
         f"{name}.{parameter}" if name else parameter
         for name, module in model.named_modules()
         if not type(module).__module__.startswith("torch.nn.")
         for parameter, value in module.named_parameters(recurse=False)
-        if value.ndim == 3
+        if value.ndim == 3 and min(value.shape) > 1  # a table of positions is (1, length, width)
     ]
 
 
@@ -81,7 +80,7 @@ def find_stack(
     module: str,
     layer: Any,
     recipe: Recipe,
-    checkpoint: Checkpoint,
+    tensors: Mapping[str, tuple[str, TensorInfo]],
     plain: Sequence[str],
     conversion: Conversion | None,
 ) -> Stack:
@@ -91,7 +90,7 @@ def find_stack(
         name, module: name of the parameter and of the wrapper.
         layer: the wrapper.
         recipe: rank, scaling, initializer and seed.
-        checkpoint: the checkpoint.
+        tensors: shard and place of every tensor of the checkpoint, by name.
         plain: keys of the tensors that transformers loads unchanged into the parameter.
         conversion: how transformers makes the parameter of others; None if it does not.
 
@@ -103,15 +102,14 @@ def find_stack(
     experts, out, columns = matrices_of(name, layer)
     transposed = _is_transposed(layer)
     stored = (columns, out) if transposed else (out, columns)
-    tensors = checkpoint.tensors()
     number = len(plain) + (0 if conversion is None else sum(map(len, conversion.sources.values())))
     if conversion is None or plain:
         if len(plain) != 1 or conversion is not None:
             raise ValueError(
-                f"layer {name!r}: transformers loads it from {number} tensors of {checkpoint.folder}, some of which "
-                "are the same experts; accepted is one tensor, or those of each expert"
+                f"layer {name!r}: transformers loads it from {number} tensors, some of which are the same experts; "
+                "accepted is one tensor, or those of each expert"
                 if number
-                else f"layer {name!r}: no tensor of {checkpoint.folder} is loaded into it"
+                else f"layer {name!r}: no tensor of the checkpoint is loaded into it"
             )
         return _fused(name, module, recipe, tensors[plain[0]], (experts, *stored), transposed)
     kinds = [type(operation).__name__ for operation in conversion.operations]

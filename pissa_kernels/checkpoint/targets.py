@@ -16,7 +16,7 @@ from ..checks import check_rank, check_scaling, layer_context
 from ..files.folder import Checkpoint
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
-from .classes import conversions_of_parameters, tensors_of_parameters
+from .classes import Loading, loading_of
 from .experts import find_stack, is_wrapper, matrices_of, parameter_of, stacks_in
 from .model import empty_model, tied_weights
 from .options import ALL_LINEAR, AdapterOptions, as_peft, is_all_linear
@@ -56,24 +56,19 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     stacks = stacks_in(model)
     check_parameters(model, options, stacks)
     modules = [name for name, _ in model.named_modules()]
-    plain, transformed = tensors_of_parameters(model, checkpoint)
-    conversions = conversions_of_parameters(model, checkpoint) if options.target_parameters else {}
+    loading = loading_of(model, checkpoint)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = tied_weights(model)
     adapted = _adapt(model, checkpoint, options, stacks)
     layers = [(place, layer) for _, place, layer in placed_lora_layers(adapted)]
     _check_kinds(layers, options, stacks)
-    if converted := {*(adapted.peft_config["default"].target_parameters or ())} - {*options.target_parameters}:
-        raise ValueError(
-            f"target_modules: PEFT adapts the parameters {', '.join(sorted(converted))} in place of the modules that "
-            "have their names; name them with --target-parameters alone"
-        )
+    _check_parameters_of_peft(adapted.peft_config["default"], options)
     linear = [name for name, layer in layers if not is_wrapper(layer)]
     left_out, notes = read_past(adapted.get_base_model(), linear, options)
     kind, named = type(model).__name__, (getattr(model.config, "architectures", None) or ["no class"])[0]
     if kind != named:
         notes.append(f"config.json names {named}; the tensors are those of {kind}, which is taken")
-    tensors, targets, limited = checkpoint.tensors(), [], []
+    targets, limited = [], []
     for module, layer in layers:
         if module in left_out:
             continue
@@ -85,16 +80,11 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
             limited.append(f"{name} (rank {width} instead of {rank})")
             rank = width
         recipe = Recipe(rank, float(layer.scaling["default"]), options.init, options.seed)
-        target: Target | Stack
-        if is_wrapper(layer):
-            target = find_stack(name, module, layer, recipe, checkpoint, plain.get(name, ()), conversions.get(name))
-        else:
-            shard, info = tensors[_only_tensor(name, checkpoint, plain, transformed)]
-            target = Target(name, shard, info, bool(layer.fan_in_fan_out), recipe)
+        target = _target(name, module, layer, recipe, loading)
         with layer_context(target.label):
             _check_target(target, shape)
         targets.append(target)
-    _check_shapes(shapes, checkpoint, plain)
+    _check_shapes(shapes, checkpoint, loading.plain)
     if not targets:
         raise ValueError(
             "PEFT found no layer to adapt" + "".join(f"; {name!r}: {why}" for name, why in left_out.items())
@@ -109,6 +99,10 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     names = [target.name for target in targets]
     check_patterns(options, names, [*modules, *stacks])
     config = _config_record(adapted.peft_config["default"], options, names, list(left_out))
+    others = [name for name in stacks if name not in names]
+    if others and any(map(is_all_linear, options.target_modules)):
+        how = f"--target-parameters {' '.join(_endings(others))} adapts them"
+        notes.append(f"not among all-linear, and stay as they are: {listed(others)}; {how}")
     if limited:  # as the hook does it; the scalings stay
         config = with_ranks(config, {target.name: target.recipe.rank for target in targets})
         notes.append(f"narrower than the rank, and get all the rank that they have: {listed(limited)}")
@@ -125,19 +119,26 @@ def _adapt(model: nn.Module, checkpoint: Checkpoint, options: AdapterOptions, st
     return _inject(model, options, target_modules)
 
 
-def _only_tensor(
-    name: str, checkpoint: Checkpoint, plain: Mapping[str, list[str]], transformed: Mapping[str, list[str]]
-) -> str:
+def _target(name: str, module: str, layer: Any, recipe: Recipe, loading: Loading) -> Target | Stack:
+    """The target of a layer that PEFT calls ``module``, with the places of its tensors."""
+    if is_wrapper(layer):
+        plain, conversion = loading.plain.get(name, ()), loading.conversions.get(name)
+        return find_stack(name, module, layer, recipe, loading.tensors, plain, conversion)
+    shard, info = loading.tensors[_only_tensor(name, loading)]
+    return Target(name, shard, info, bool(layer.fan_in_fan_out), recipe)
+
+
+def _only_tensor(name: str, loading: Loading) -> str:
     """Key of the tensor that is the weight of a layer.
 
     Raises:
         ValueError: transformers makes the weight of other tensors, or of none.
     """
     weight = f"{name}.weight"
-    found = transformed.get(weight) or plain.get(weight, [])
-    if weight in transformed or len(found) != 1:
+    found = loading.transformed.get(weight) or loading.plain.get(weight, [])
+    if weight in loading.transformed or len(found) != 1:
         raise ValueError(
-            f"layer {name!r}: its weight is not a tensor of its own in {checkpoint.folder}"
+            f"layer {name!r}: its weight is not a tensor of its own in {loading.folder}"
             + (f", transformers makes it of {', '.join(map(repr, found[:3]))}" if found else "")
             + "; leave the layer out with --exclude-modules"
         )
@@ -197,6 +198,15 @@ def _check_kinds(layers: Sequence[tuple[str, Any]], options: AdapterOptions, sta
         raise ValueError(
             f"layer {name!r} is a {type(base).__name__} whose {parameter} has shape {shape}; PiSSA takes linear "
             f"layers with a 2-D weight{advice}"
+        )
+
+
+def _check_parameters_of_peft(config: Any, options: AdapterOptions) -> None:
+    """Refuse a config in which PEFT has put parameters, with ranks of their own, in the place of modules."""
+    if converted := {*(config.target_parameters or ())} - {*options.target_parameters}:
+        raise ValueError(
+            f"target_modules: PEFT adapts the parameters {', '.join(sorted(converted))} in place of the modules that "
+            "have their names; name them with --target-parameters alone"
         )
 
 

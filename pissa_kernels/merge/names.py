@@ -12,7 +12,7 @@ import torch
 
 from ..adapter.names import module_name
 from ..adapter.wrapped import Known
-from ..checkpoint.classes import conversions_of_parameters, tensors_of_parameters
+from ..checkpoint.classes import loading_of, tensors_of_parameters
 from ..checkpoint.experts import find_stack
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.model import empty_model, tied_weights
@@ -199,11 +199,12 @@ class ModelNames:
         value = None if name is None else self._model.get_parameter(name)
         if name is None or value is None or value.ndim != 3 or name not in {*plain, *transformed}:
             return [Piece(self.key(parameter, what), transposed=False, expert=0)]
-        conversion = conversions_of_parameters(self._model, self._checkpoint).get(name)
+        loading = loading_of(self._model, self._checkpoint)
+        conversion = loading.conversions.get(name)
         module = self._model.get_submodule(name.rpartition(".")[0])
         try:
             stack = find_stack(
-                name, "", _Wrapped(value, module), _NO_RECIPE, self._checkpoint, plain.get(name, ()), conversion
+                name, "", _Wrapped(value, module), _NO_RECIPE, loading.tensors, plain.get(name, ()), conversion
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{what}: its tensors in {self._folder} cannot be merged one by one ({error})") from None

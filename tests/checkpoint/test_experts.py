@@ -282,6 +282,27 @@ def test_ranks_and_scalings_of_parameters(tmp_path: Path) -> None:
     assert max(deficit for _, deficit in deficits(model, tmp_path / "out")) <= 1e-6
 
 
+def test_experts_that_all_linear_leaves_out_are_named(tmp_path: Path) -> None:
+    """PEFT's all-linear has no stacks for gpt_oss."""
+    folder = saved(moe("gpt_oss"), tmp_path / "model")
+    report = pk.init_checkpoint(folder, tmp_path / "out", rank=RANK, progress=False)
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    (note,) = report.notes  # type: ignore[attr-defined]
+    assert note.startswith("not among all-linear, and stay as they are: model.layers.0.mlp.experts.gate_up_proj, ")
+    assert note.endswith("; --target-parameters experts.down_proj experts.gate_up_proj adapts them")
+    both = pk.init_checkpoint(
+        folder,
+        tmp_path / "both",
+        rank=RANK,
+        target_modules="all-linear",
+        target_parameters=BOTH,
+        progress=False,
+    )
+    assert len(both.layers) == len(report.layers) + len(stacks(moe("gpt_oss")))
+    assert both.notes == ()  # type: ignore[attr-defined]
+    assert pk.verify_checkpoint(folder, tmp_path / "both", progress=False) == []
+
+
 def test_a_single_expert(tmp_path: Path) -> None:
     model = moe("mixtral", experts=1)
     model.config.num_experts_per_tok = 1
