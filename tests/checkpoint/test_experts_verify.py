@@ -102,6 +102,7 @@ def test_resealing_changes_nothing(copies: tuple[Path, Path]) -> None:
     assert (copies[1] / "pissa_manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found(copies: tuple[Path, Path]) -> None:
     base, out = copies
     files = [*sorted(out.glob("*.safetensors")), out / ADAPTER]
