@@ -18,27 +18,12 @@ from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
 from .weights import Piece, Stack
 
-# What PEFT calls the module in a wrapper. Each further parameter of a module has one more wrapper around it.
-BASE_LAYER = ".base_layer"
-
 
 def is_wrapper(layer: Any) -> bool:
     """Whether a LoRA layer of PEFT adapts a parameter (``target_parameters``) and not a module."""
     from peft.tuners.lora.layer import ParamWrapper
 
     return isinstance(layer, ParamWrapper)
-
-
-def parameter_of(module: str, layer: Any) -> str:
-    """Name of the parameter that a wrapper adapts.
-
-    Args:
-        module: name of the wrapper, as in "model.layers.0.mlp.experts.base_layer".
-        layer: the wrapper.
-    """
-    while module.endswith(BASE_LAYER):
-        module = module.removesuffix(BASE_LAYER)
-    return f"{module}.{layer.parameter_name}"
 
 
 def stacks_in(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from ..files.folder import Checkpoint
 from ..ops import WEIGHT_DTYPES
 from ..pissa import Recipe
 from .classes import Loading, loading_of
-from .experts import find_stack, is_wrapper, matrices_of, parameter_of, stacks_in
+from .experts import find_stack, is_wrapper, matrices_of, stacks_in
 from .model import empty_model, tied_weights
 from .options import ALL_LINEAR, AdapterOptions, as_peft, is_all_linear
 from .selection import check_names, check_parameters, check_patterns, listed, read_past
@@ -60,19 +60,18 @@ def find_targets(checkpoint: Checkpoint, options: AdapterOptions) -> Adapter:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = tied_weights(model)
     adapted = _adapt(model, checkpoint, options, stacks)
-    layers = [(place, layer) for _, place, layer in placed_lora_layers(adapted)]
+    layers = list(placed_lora_layers(adapted))
     _check_kinds(layers, options, stacks)
     _check_parameters_of_peft(adapted.peft_config["default"], options)
-    linear = [name for name, layer in layers if not is_wrapper(layer)]
+    linear = [name for name, _, layer in layers if not is_wrapper(layer)]
     left_out, notes = read_past(adapted.get_base_model(), linear, options)
     kind, named = type(model).__name__, (getattr(model.config, "architectures", None) or ["no class"])[0]
     if kind != named:
         notes.append(f"config.json names {named}; the tensors are those of {kind}, which is taken")
     targets, limited = [], []
-    for module, layer in layers:
-        if module in left_out:
+    for name, module, layer in layers:
+        if name in left_out:
             continue
-        name = parameter_of(module, layer) if is_wrapper(layer) else module
         shape = matrices_of(name, layer)[1:] if is_wrapper(layer) else tuple(layer.get_base_layer().weight.shape)
         _check_untied(name, shape, tied, is_wrapper(layer))
         rank, width = int(layer.r["default"]), min(shape)
@@ -114,7 +113,7 @@ def _adapt(model: nn.Module, checkpoint: Checkpoint, options: AdapterOptions, st
     target_modules = as_peft(options.target_modules)
     if isinstance(target_modules, list) and any(map(is_all_linear, target_modules)):
         linear = _inject(empty_model(checkpoint, options.trust_remote_code), options, ALL_LINEAR)
-        _check_kinds([(place, layer) for _, place, layer in placed_lora_layers(linear)], options, stacks)
+        _check_kinds(list(placed_lora_layers(linear)), options, stacks)
         target_modules = sorted({*linear.peft_config["default"].target_modules, *options.named})
     return _inject(model, options, target_modules)
 
@@ -175,19 +174,18 @@ def _lora_config(model: nn.Module, options: AdapterOptions, target_modules: str 
     )
 
 
-def _check_kinds(layers: Sequence[tuple[str, Any]], options: AdapterOptions, stacks: Sequence[str]) -> None:
+def _check_kinds(layers: Sequence[tuple[str, str, Any]], options: AdapterOptions, stacks: Sequence[str]) -> None:
     """Refuse layers that are neither linear nor named in ``target_parameters``, and say what names adapt the model.
 
     For a mixture of experts, PEFT's all-linear includes fused experts and the router; and the names of the projections
     that the experts once had stand for the fused ones.
     """
-    linear = sorted({name.rpartition(".")[2] for name, layer in layers if _is_linear(layer)})
+    linear = sorted({name.rpartition(".")[2] for name, _, layer in layers if _is_linear(layer)})
     modules = f"--target-modules {' '.join(linear)}" if linear else ""
     parameters = f"--target-parameters {' '.join(_endings(stacks))}" if stacks else ""
-    for name, layer in layers:
+    for name, module, layer in layers:
         if is_wrapper(layer):
-            parameter = parameter_of(name, layer)
-            if any(has_name(entry, parameter) for entry in options.target_parameters):
+            if any(has_name(entry, name) for entry in options.target_parameters):
                 continue
         elif _is_linear(layer):
             continue
@@ -196,7 +194,7 @@ def _check_kinds(layers: Sequence[tuple[str, Any]], options: AdapterOptions, sta
         shape = tuple(getattr(getattr(base, parameter, None), "shape", ()))
         advice = ", here " * bool(modules) + modules + ", and stacks of matrices with " * bool(parameters) + parameters
         raise ValueError(
-            f"layer {name!r} is a {type(base).__name__} whose {parameter} has shape {shape}; PiSSA takes linear "
+            f"layer {module!r} is a {type(base).__name__} whose {parameter} has shape {shape}; PiSSA takes linear "
             f"layers with a 2-D weight{advice}"
         )
 

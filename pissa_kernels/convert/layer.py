@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.layouts import attention_gain
+from ..adapter.attention import projection_gain
 from ..adapter.packing import Packing, packing_of
 from ..adapter.patterns import rank_of, scaling_of
 from ..adapter.wrapped import Known, Parameter, Stored, name_inside, parameters_of
@@ -133,7 +133,7 @@ def _layer(
     if parameter is not None:
         settings, weight = parameter.name, parameter.name if parameter.decided else ""
     elif attention != name and path.removesuffix(_OUT_PROJ) in paths:
-        settings, weight, gain = attention, f"{attention}.out_proj.weight", attention_gain()
+        settings, weight, gain = attention, f"{attention}.out_proj.weight", projection_gain()
     else:
         settings, weight = name, f"{name}.in_proj_weight" if path + _OUT_PROJ in paths else f"{name}.weight"
     rank = rank_of(config, settings)

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.layouts import layout_of, mark_projection
+from ..adapter.attention import mark_projection
+from ..adapter.layouts import layout_of
 from .scope import Session, replacing
 from .targets import is_pissa
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.layouts import is_projection, layout_of
+from ..adapter.attention import is_projection
+from ..adapter.layouts import layout_of
 from . import state
 from .quantized import copied, is_quantized, put, scheme_of
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layouts import Layout, is_projection, layout_of
+from ..adapter.attention import is_projection
+from ..adapter.layouts import Layout, layout_of
 from . import state
 from .state import TERMS, Terms
 

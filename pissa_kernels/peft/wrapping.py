@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapter.attention import is_projection
 from ..adapter.layers import lora_layers
-from ..adapter.layouts import is_projection, layout_of
+from ..adapter.layouts import layout_of
 from ..adapter.patterns import rank_of, with_rank, with_ranks
 from ..checks import layer_context
 from .additions import check_active_variant
