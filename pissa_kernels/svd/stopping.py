@@ -28,6 +28,8 @@ ROUNDOFF = 2e-6
 # ones.
 SAFETY, SAFETY_NARROW = 2.0, 4.0
 NARROW = 8
+# Steps between two checks of values that may belong to one cluster.
+SEPARATING_STEPS = 2
 # Smallest factor by which one step with a block of r columns is expected to reduce the energy deficit.
 FASTEST_DECAY = 0.02
 
@@ -209,6 +211,10 @@ class StoppingRule:
     def steps_to_check(self, step: int, size: int) -> int:
         """Steps from here to the next check, at least 1, where each adds a block to a basis of ``size`` columns."""
         return max(1, self.next_check - step, -(-(self.smallest_basis - size) // self.block))
+
+    def put_off(self, step: int) -> None:
+        """Check again after :data:`SEPARATING_STEPS`, whatever the last check has found."""
+        self.last_step, self.next_check = False, step + SEPARATING_STEPS
 
     def should_stop(self, step: int, deficit: float, rank_deficient: bool) -> bool:
         """Whether the iteration stops now; schedules the next check otherwise.

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 import pissa_kernels as pk
-from pissa_kernels.svd import cost, fixed
+from pissa_kernels.numerics import exact_arithmetic
+from pissa_kernels.svd import cost, fixed, krylov
 from pissa_kernels.svd import driver as svd
 from pissa_kernels.svd.cost import MACHINES
+from pissa_kernels.svd.operators import WeightOperator
 
 from ..support.reference import check_triplets, energy_deficit, matrix, optimal_energies, with_spectrum
 
@@ -164,3 +166,36 @@ def test_a_sketch_is_not_taken_for_a_result(dtype: torch.dtype) -> None:
             force(patch, "chebyshev through the Gram matrix", 8)
             result = pk.truncated_svd(W, 8, seed=seed)
         check_triplets(W, 8, result)
+
+
+def close_values() -> Tensor:
+    """A dense spectrum in which the last three of 16 values are nearly equal."""
+    spectrum = torch.exp(-torch.arange(280, dtype=torch.float64) / 60)
+    spectrum[14:16] = spectrum[13] * torch.tensor([1 - 5e-4, 1 - 1e-3], dtype=torch.float64)
+    return spectrum
+
+
+def equal_values() -> Tensor:
+    """Twice as many equal values as a block has columns, and others."""
+    return torch.cat([torch.full((8,), 3.0), torch.linspace(2.0, 0.1, 200)])
+
+
+@pytest.mark.parametrize(("spectrum", "hides"), [(close_values(), False), (equal_values(), True)])
+def test_close_values_come_apart_and_a_cluster_does_not(
+    spectrum: Tensor, hides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four columns at a time: a second solution with a wider block is for clusters, and costs three times as much."""
+
+    def hidden(W: Tensor, most: int) -> bool:
+        monkeypatch.setattr(krylov, "MOST_SEPARATIONS", most)
+        operator = WeightOperator(W.float())
+        with exact_arithmetic(torch.device("cpu")):
+            subspace = krylov.block_krylov(
+                operator, 16, block=4, limit=240, tol=2.5e-6, max_steps=200, check_every=8, seed=0
+            )
+            triplets, _ = svd._evaluated(operator, subspace, 16, 2.5e-6)
+        return svd._hides_energy(subspace, triplets, 2.5e-6)
+
+    most, weights = krylov.MOST_SEPARATIONS, [with_spectrum(360, 280, spectrum, seed) for seed in range(6)]
+    assert any(hidden(W, 0) for W in weights)
+    assert any(hidden(W, most) for W in weights) == hides
