@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter.layouts import layout_of
 from ..adapter.tensors import Conversion, Source
 from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
@@ -130,8 +131,8 @@ def find_stack(
 
 
 def _is_transposed(layer: Any) -> bool:
-    """Whether a module has its matrices (in, out), by the attribute that PEFT asks for."""
-    return bool(getattr(layer.get_base_layer(), "is_transposed", False))
+    """Whether PEFT takes the matrices of a stack for (in, out)."""
+    return layout_of(layer).transposed
 
 
 def _of_matrices(transpose: Any) -> bool:

@@ -38,13 +38,12 @@ def wrap_reset_parameters(session: Session, previous: Function) -> Function:
 def wrap_update_parameter(session: Session, previous: Function) -> Function:
     """Let PEFT add a plain adapter to a parameter, and initialize it then."""
 
-    def update_layer(layer: Any, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
-        if not (session.applies() and is_pissa(config)):
-            previous(layer, adapter_name, *args, config=config, **kwargs)
-            return
-        previous(layer, adapter_name, *args, config=_plain(config), **kwargs)
-        with _gathered(layer):
-            session.initialize(layer, adapter_name, config.init_lora_weights, is_cast=True)
+    def update_layer(layer: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        init = _pissa_in(kwargs) if session.applies() else None
+        previous(layer, adapter_name, *args, **(kwargs if init is None else _plain(kwargs)))
+        if init is not None:
+            with _gathered(layer):
+                session.initialize(layer, adapter_name, init, is_cast=True)
 
     return update_layer
 
@@ -52,15 +51,14 @@ def wrap_update_parameter(session: Session, previous: Function) -> Function:
 def wrap_update_attention(session: Session, previous: Function) -> Function:
     """As for a parameter, for the two weights of an attention. PEFT adds an adapter to its ``out_proj`` as well."""
 
-    def update_layer(layer: Any, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
-        if not (session.applies() and is_pissa(config)):
-            previous(layer, adapter_name, *args, config=config, **kwargs)
+    def update_layer(layer: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        init = _pissa_in(kwargs) if session.applies() else None
+        previous(layer, adapter_name, *args, **(kwargs if init is None else _plain(kwargs)))
+        if init is None:
             return
-        previous(layer, adapter_name, *args, config=_plain(config), **kwargs)
         mark_projection(layer)
         name = replacing.get().name
         inside = None if name is None else f"{name}.base_layer.out_proj"
-        init = config.init_lora_weights
         projection = layer.get_base_layer().out_proj
         with _gathered(layer), _gathered(projection):
             session.initialize(layer, adapter_name, init, is_cast=True)
@@ -87,7 +85,14 @@ def _gathered(layer: Any) -> contextlib.AbstractContextManager[object]:
     return gather_params_ctx(layout_of(layer).weight)  # type: ignore[no-any-return]
 
 
-def _plain(config: Any) -> Any:
-    plain = copy.copy(config)
-    plain.init_lora_weights = True
-    return plain
+def _pissa_in(arguments: dict[str, Any]) -> str | None:
+    """The PiSSA initializer that the config among the arguments of ``update_layer`` asks for; None for any other."""
+    config = arguments["config"]
+    return config.init_lora_weights if is_pissa(config) else None
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with PEFT's default initializer in the config."""
+    config = copy.copy(arguments["config"])
+    config.init_lora_weights = True
+    return {**arguments, "config": config}
