@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -31,9 +31,8 @@ from .hooks import hooks, install, remove_ended
 from .initialize import prepare
 from .layer import LayerJob
 from .load import loading
-from .originals import open_originals
-from .quantized_layer import Quantizing
 from .scope import can_be_deferred, injecting, replacing
+from .settings import NOT_QUANTIZED, QuantizedSettings
 from .tied import Follower
 
 _lock = threading.RLock()
@@ -110,22 +109,6 @@ def patch_peft(
     return PatchedPeft(
         seed=seed, on_layer=on_layer, batch=batch, resources=resources, progress=progress, quantized=quantized
     )
-
-
-class QuantizedSettings(NamedTuple):
-    """The arguments of :func:`patch_peft` for quantized layers."""
-
-    original: str | os.PathLike[str] | None = None
-    iterations: Iterations = DEFAULT_ITERATIONS
-    nuclear: bool = False
-
-    def open(self) -> Quantizing:
-        """The settings with the source of the weights."""
-        originals = None if self.original is None else open_originals(self.original)
-        return Quantizing(originals, self.iterations, self.nuclear)
-
-
-NOT_QUANTIZED = QuantizedSettings()
 
 
 def _existing(device: torch.device | str) -> torch.device:

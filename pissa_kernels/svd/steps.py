@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.batched import Panel, Update, Weights
-from .operators import random_signs
+from .sketches import random_signs
 from .solution import Figures, Solution
 from .stopping import CLUSTER_GAP, GUARD_VECTORS
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..numerics import exact_arithmetic
 from .driver import solve_batch
-from .operators import WeightOperator, gaussian
+from .operators import WeightOperator
 from .rayleigh_ritz import Triplets, certified
 from .result import Certificate, TruncatedSVD
+from .sketches import gaussian
 from .stopping import estimated_deficit
 
 # Columns beyond the rank: their Ritz values are the gap that the deficit is estimated with, and they carry directions

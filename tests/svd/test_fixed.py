@@ -15,7 +15,7 @@ from bench.initializers.spectra import leading_values, synthetic_weight
 from pissa_kernels.ops import dispatch
 from pissa_kernels.pissa import tolerance
 from pissa_kernels.svd import driver, fixed
-from pissa_kernels.svd.operators import random_signs
+from pissa_kernels.svd.sketches import random_signs
 
 from ..support import tensor_cores
 from ..support.reference import KINDS, check_triplets, energy_deficit, matrix, real_weights, realistic, with_spectrum
