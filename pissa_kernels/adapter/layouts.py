@@ -22,6 +22,7 @@ PEFT's rank of a convolution is that of all its groups together, P·r.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -247,6 +248,13 @@ class _Parameter(Layout):
 
 def layout_of(layer: Any) -> Layout:
     """The layout of a LoRA layer, by its class in PEFT."""
+    kind: Any = type(layer)
+    return _layout_of(kind)(layer)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout_of(kind: Any) -> type[Layout]:
+    """The layout of a class of LoRA layers."""
     from peft.tuners.lora import layer as classes
 
     kinds: tuple[tuple[Any, type[Layout]], ...] = (
@@ -255,7 +263,7 @@ def layout_of(layer: Any) -> Layout:
         (classes.MultiheadAttention, _Attention),
         (classes.ParamWrapper, _Parameter),
     )
-    return next((kind for cls, kind in kinds if isinstance(layer, cls)), Layout)(layer)
+    return next((layout for cls, layout in kinds if issubclass(kind, cls)), Layout)
 
 
 def adapters_of(layer: Any) -> Collection[str]:

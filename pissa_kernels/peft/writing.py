@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class LayerWriter:
     given: InitRecord | None = None
     deferred: bool = False
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """Where the layer has its weight, and how it stores A and B."""
         return layout_of(self.layer)
