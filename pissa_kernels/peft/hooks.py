@@ -136,7 +136,10 @@ def wrap_create_and_replace(session: Session, previous: Function) -> Function:
             stack.enter_context(setting(replacing, ReplacedModule(current_key, target)))
             if session.applies():
                 stack.enter_context(creating(lora_config, target, parameter))
-            previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
+            if session.applies() and is_pissa(lora_config) and kinds.has_adapter(target, adapter_name, parameter):
+                kinds.update(target, adapter_name, lora_config, current_key)
+            else:
+                previous(self, lora_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs)
 
     return create_and_replace
 

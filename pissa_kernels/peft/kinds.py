@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adapter.attention import mark_projection
 from ..adapter.layouts import layout_of
+from ..adapter.patterns import pattern_key, rank_of
 from .scope import Session, replacing
 from .targets import is_pissa
 
@@ -65,6 +66,32 @@ def wrap_update_attention(session: Session, previous: Function) -> Function:
             session.initialize(projection, adapter_name, init, name=inside, is_cast=True)
 
     return update_layer
+
+
+def has_adapter(target: Any, adapter_name: str, parameter: str | None) -> bool:
+    """Whether a layer is that of a parameter, and has the adapter already, as after a call that has failed elsewhere.
+
+    Args:
+        target: the module that PEFT replaces, or the LoRA layer that gets an adapter.
+        adapter_name: name of the adapter.
+        parameter: name of the parameter; None for a module.
+    """
+    same = parameter is not None and getattr(target, "parameter_name", None) == parameter
+    return same and adapter_name in layout_of(target).adapters
+
+
+def update(target: Any, adapter_name: str, config: Any, name: str) -> None:
+    """Update the adapter of a parameter, as PEFT does for a linear layer. PEFT would wrap the parameter twice.
+
+    Args:
+        target: its LoRA layer.
+        adapter_name: name of the adapter.
+        config: the ``LoraConfig``.
+        name: name of the parameter in the model.
+    """
+    key = pattern_key(config.alpha_pattern, name)
+    alpha = config.lora_alpha if key is None else config.alpha_pattern[key]
+    target.update_layer(adapter_name, rank_of(vars(config), name), lora_alpha=alpha, config=config)
 
 
 def is_of_attention(target: Any, layer: Any) -> bool:

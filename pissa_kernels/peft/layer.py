@@ -25,10 +25,7 @@ class LayerJob(LayerWriter):
     @property
     def is_batched(self) -> bool:
         """Whether layers like this one are decomposed together on a GPU."""
-        if self.parts > 1:
-            return False
-        weight = self.weight
-        return self.layout.stack(weight).data_ptr() == weight.data_ptr()
+        return self.parts == 1 and self.is_view
 
     @property
     def changes_weight(self) -> bool:

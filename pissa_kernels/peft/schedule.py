@@ -76,7 +76,7 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     threads = torch.get_num_threads()
     on_cpu.sort(key=lambda job: -job.weight.numel())  # small ones last, so that no thread is left with a large one
     each = max(1, threads // workers) if workers else 1
-    work = [functools.partial(_run_on_cpu, part, each) for job in on_cpu for part in _parts(job)]
+    work = [functools.partial(_run_on_cpu, part, each) for job in on_cpu for part in _parts(job, workers)]
     for device, share in by_device.items():
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         batches = plan_batches([job for job in share if job.is_batched], device, budgets[device])
@@ -90,10 +90,10 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
             torch.set_num_threads(threads)  # MKL's number of threads belongs to the process too
 
 
-def _parts(job: LayerJob) -> Iterator[Work]:
+def _parts(job: LayerJob, workers: int) -> Iterator[Work]:
     """The work on a layer: of its matrices one by one, where there are several."""
     if is_shared(job):
-        yield from StackRun(job).work()
+        yield from StackRun(job, workers).work()
     else:
         yield lambda emit: emit((job, job.run()))
 

@@ -81,6 +81,12 @@ class LayerWriter:
         return self.layout.parts
 
     @property
+    def is_view(self) -> bool:
+        """Whether the matrices are views of the weight, and no copies, as of a convolution in another memory format."""
+        weight = self.weight
+        return self.layout.stack(weight).data_ptr() == weight.data_ptr()
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of each matrix."""
         return self.layout.shape(self.weight)
