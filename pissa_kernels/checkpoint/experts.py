@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.layouts import layout_of
 from ..adapter.tensors import Conversion, Source
 from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
@@ -131,8 +130,8 @@ def find_stack(
 
 
 def _is_transposed(layer: Any) -> bool:
-    """Whether PEFT takes the matrices of a stack for (in, out)."""
-    return layout_of(layer).transposed
+    """Whether a module has its matrices (in, out), by the attribute that PEFT asks for."""
+    return bool(getattr(layer.get_base_layer(), "is_transposed", False))
 
 
 def _of_matrices(transpose: Any) -> bool:

@@ -41,7 +41,7 @@ def exact(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("size", [1, 8, 31, 33, 64, 129, 160])
 def test_errors_are_those_of_lapack(size: int, poison: None) -> None:
-    gram = gram_of(2 if size < 100 else 1, size)
+    gram = gram_of(12 if size < 100 else 4, size)  # the error of a single one depends on the CPU's LAPACK
     shift = 1e-6
     found, reference = inverse_cholesky(gram, shift), batched_reference.inverse_cholesky(gram, shift)
     for ours, theirs, true in zip(found, reference, exact(gram, shift), strict=True):

