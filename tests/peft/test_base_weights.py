@@ -86,12 +86,24 @@ def test_a_base_weight_of_another_model_is_refused(existing: bool, tmp_path: Pat
 def test_other_base_weights_are_loaded(tmp_path: Path) -> None:
     """The layer has no residual: PEFT's own rule."""
     with pk.patch_peft():
-        model = peft.get_peft_model(build("llama"), config("llama", target_modules=["q_proj", "embed_tokens"]))
+        settings = config("llama", target_modules=["q_proj", "embed_tokens"], init_lora_weights=True)
+        model = peft.get_peft_model(build("llama"), settings)
         trained(model.eval()).save_pretrained(tmp_path / "saved", save_embedding_layers=True)
         base = build("llama")
         base.model.embed_tokens.weight.data *= 0.5
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()
     assert moved(output(model), output(loaded)) <= allowed(torch.float32)
+
+
+def test_another_embedding_is_refused(tmp_path: Path) -> None:
+    """Its adapter was taken from the embedding that the file has, and not from the one of the model."""
+    with pk.patch_peft():
+        model = peft.get_peft_model(build("llama"), config("llama", target_modules=["q_proj", "embed_tokens"]))
+        trained(model.eval()).save_pretrained(tmp_path / "saved", save_embedding_layers=True)
+        base = build("llama")
+        base.model.embed_tokens.weight.data *= 0.5
+        with pytest.raises(ValueError, match=r"^layer 'model\.embed_tokens', weight .* is not the one"):
+            peft.PeftModel.from_pretrained(base, tmp_path / "saved")
 
 
 def test_an_initial_adapter_with_the_residual_converts(tmp_path: Path) -> None:
