@@ -173,11 +173,12 @@ class LayerJob(LayerWriter):
         else:
             self._check_given(state.original_fingerprint(self.layer), original.dtype)
             factors, dtype = self._given_factors(), self.given.lora_A.dtype
-        kept = self.kept(factors, dtype)
+        joined = self.joined(factors)
+        kept = self.kept(factors, dtype, joined)
         before = fingerprint(original)
         product = state.sampled(original, (kept.lora_A, kept.lora_B), self.layout)
         with self.restored_on_failure():
-            self.set_adapter(*self.joined(factors))
+            self.set_adapter(*joined)
         after = (before.double() - self.recipe.scaling * product).to(original.dtype).float()
         return self.record(kept, before, after, time.perf_counter() - began, original.dtype, shared=True)
 

@@ -73,9 +73,10 @@ class StackRun:
             return  # one of them is refused, and its thread has raised the reason
         job, factors = self.job, [self._found[part] for part in range(self.job.parts)]
         with layer_context(job.label):
-            kept, before = job.kept(factors, job.adapter_dtype), fingerprint(job.weight)
+            joined, before = job.joined(factors), fingerprint(job.weight)
+            kept = job.kept(factors, job.adapter_dtype, joined)
             with job.restored_on_failure(), ThreadPoolExecutor(self.threads) as pool:
-                job.set_adapter(*job.joined(factors))
+                job.set_adapter(*joined)
                 for _ in pool.map(self._subtract, range(job.parts)):
                     pass
             seconds = time.perf_counter() - self._began

@@ -121,9 +121,15 @@ class LayerWriter:
             torch.stack([each.lora_A for each in factors]), torch.stack([each.lora_B for each in factors])
         )
 
-    def kept(self, factors: Triplets, dtype: torch.dtype) -> Kept:
-        """Copies on the CPU, in memory of their own, of what is recorded of a layer."""
-        lora_A, lora_B = (factor.to("cpu", dtype, copy=True) for factor in self.joined(factors))
+    def kept(self, factors: Triplets, dtype: torch.dtype, joined: tuple[Tensor, Tensor] | None = None) -> Kept:
+        """Copies on the CPU, in memory of their own, of what is recorded of a layer.
+
+        Args:
+            factors: A and B of each matrix.
+            dtype: that stores the adapter.
+            joined: result of :meth:`joined`, where it is at hand.
+        """
+        lora_A, lora_B = (factor.to("cpu", dtype, copy=True) for factor in joined or self.joined(factors))
         return Kept(lora_A, lora_B, [(each.singular_values.cpu(), each.certificate) for each in factors])
 
     def write(
@@ -140,9 +146,10 @@ class LayerWriter:
         weight = self.weight
         before = fingerprint(weight)
         # copies on the CPU, which need memory: before the weight is changed
-        kept = self.kept(factors, dtype or weight.dtype)
+        joined = self.joined(factors)
+        kept = self.kept(factors, dtype or weight.dtype, joined)
         with self.restored_on_failure():
-            self.set_adapter(*self.joined(factors))
+            self.set_adapter(*joined)
             if residual is not None:
                 weight.copy_(residual)
             else:
