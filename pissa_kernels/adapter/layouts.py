@@ -160,7 +160,7 @@ class _Embedding(Layout):
 
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         output = functional.linear(functional.embedding(x, A.mT), B)
-        scale = self.layer._get_embed_scale() if hasattr(self.layer, "_get_embed_scale") else None
+        scale = self.layer._get_embed_scale()
         return output if scale is None else output * scale.to(output)
 
 
@@ -226,11 +226,7 @@ class _Parameter(Layout):
 
     @property
     def transposed(self) -> bool:
-        return self._is_stack and not self.layer._did_swap_in_out_features
-
-    @property
-    def _is_stack(self) -> bool:
-        return bool(self.weight.ndim == 3)
+        return self.weight.ndim == 3 and not self.layer._did_swap_in_out_features
 
     @property
     def parts(self) -> int:

@@ -18,13 +18,8 @@ from .state import adapted_layers
 from .unloading import check_kept, check_one_residual, keeping_residuals, unload
 from .wrapping import unwrap_aliases
 
-__all__ = [
-    "Guard",
-    "protect",
-    "protect_layer",
-    "protect_peft_model",
-    "unload",
-]  # pickled models name the first and last
+# Models that were pickled by version 0.1.0 look for Guard and unload here.
+__all__ = ["Guard", "protect", "protect_layer", "protect_peft_model", "unload"]
 
 
 def protect(tuner: Any, model: Any, reopen: Reopen, **more: Callable[..., Any]) -> None:

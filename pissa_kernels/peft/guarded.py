@@ -45,12 +45,14 @@ class Guard:
 
 
 def guard(owner: Any, functions: dict[str, Callable[..., Any]], *bound: Any) -> None:
+    """Replace the methods of an object that it has, by name."""
     for name, function in functions.items():
         if hasattr(type(owner), name) or name == UNLOAD:
             owner.__dict__[name] = Guard(owner, function, *bound)
 
 
 def unguard(owner: Any) -> None:
+    """Give an object its class's methods back."""
     for name, value in list(owner.__dict__.items()):
         if isinstance(value, Guard):
             del owner.__dict__[name]

@@ -15,7 +15,7 @@ from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
 from . import forward, state
 from .record import InitRecord, check_given, fingerprint, of_adapter, records
-from .writing import LayerWriter, Triplets
+from .writing import LayerWriter
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ class LayerJob(LayerWriter):
         original = state.weight_of(self.layer, None)
         if self.given is None:
             dtype = self.adapter_dtype
-            factors: Triplets = self._decomposed(original, dtype)
+            factors = self._decomposed(original, dtype)
         else:
             self._check_given(state.original_fingerprint(self.layer), original.dtype)
             factors, dtype = self._given_factors(), self.given.lora_A.dtype

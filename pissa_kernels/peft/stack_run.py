@@ -75,13 +75,26 @@ class StackRun:
         with layer_context(job.label):
             joined, before = job.joined(factors), fingerprint(job.weight)
             kept = job.kept(factors, job.adapter_dtype, joined)
-            with job.restored_on_failure(), ThreadPoolExecutor(self.threads) as pool:
+            with job.restored_on_failure():
                 job.set_adapter(*joined)
-                for _ in pool.map(self._subtract, range(job.parts)):
-                    pass
+                self._subtract_all()
             seconds = time.perf_counter() - self._began
             emit((job, job.record(kept, before, fingerprint(job.weight), seconds, job.weight.dtype)))
 
-    def _subtract(self, index: int) -> None:
-        torch.set_num_threads(1)
-        self.job.subtract([self._found[index]], index)
+    def _subtract_all(self) -> None:
+        """Make a residual of every matrix; after an exception of none, to rounding."""
+        done: list[int] = []
+
+        def subtract(index: int) -> None:
+            torch.set_num_threads(1)
+            self.job.subtract([self._found[index]], index)
+            done.append(index)
+
+        try:
+            with ThreadPoolExecutor(self.threads) as pool:
+                for _ in pool.map(subtract, range(self.job.parts)):
+                    pass
+        except BaseException:
+            for index in done:
+                self.job.subtract([self._found[index]], index, undo=True)
+            raise

@@ -22,8 +22,6 @@ from ..svd.result import Certificate
 from . import forward, state
 from .record import InitRecord, fingerprint
 
-Triplets = Sequence[Factors]
-
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -113,7 +111,7 @@ class LayerWriter:
         """Dtype that stores A and B."""
         return self.weight.dtype
 
-    def joined(self, factors: Triplets) -> tuple[Tensor, Tensor]:
+    def joined(self, factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
         """A and B as PEFT stores them."""
         if len(factors) == 1:
             return self.layout.joined(factors[0].lora_A.unsqueeze(0), factors[0].lora_B.unsqueeze(0))
@@ -121,7 +119,7 @@ class LayerWriter:
             torch.stack([each.lora_A for each in factors]), torch.stack([each.lora_B for each in factors])
         )
 
-    def kept(self, factors: Triplets, dtype: torch.dtype, joined: tuple[Tensor, Tensor] | None = None) -> Kept:
+    def kept(self, factors: Sequence[Factors], dtype: torch.dtype, joined: tuple[Tensor, Tensor] | None = None) -> Kept:
         """Copies on the CPU, in memory of their own, of what is recorded of a layer.
 
         Args:
@@ -133,9 +131,16 @@ class LayerWriter:
         return Kept(lora_A, lora_B, [(each.singular_values.cpu(), each.certificate) for each in factors])
 
     def write(
-        self, factors: Triplets, began: float, *, dtype: torch.dtype | None = None, residual: Tensor | None = None
+        self,
+        factors: Sequence[Factors],
+        began: float,
+        *,
+        dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
     ) -> LayerReport:
-        """Write A, B and the residual, in this order, and record them. An exception leaves all three unchanged.
+        """Write A, B and the residual, in this order, and record them.
+
+        An exception leaves all three unchanged; the weight to rounding, where it has several matrices.
 
         Args:
             factors: A and B of each matrix, in values that ``dtype`` represents.
@@ -156,18 +161,26 @@ class LayerWriter:
                 self.subtract(factors)
         return self.record(kept, before, fingerprint(weight), time.perf_counter() - began, weight.dtype)
 
-    def subtract(self, factors: Triplets, first: int = 0) -> None:
-        """Subtract s·B·A from matrices of the weight, in place.
+    def subtract(self, factors: Sequence[Factors], first: int = 0, *, undo: bool = False) -> None:
+        """Subtract s·B·A from matrices of the weight, in place. After an exception they are as before, to rounding.
 
         Args:
             factors: A and B of each.
             first: index of the first of these matrices.
+            undo: add s·B·A instead.
         """
-        layout = self.layout
+        layout, done = self.layout, 0
+        scaling = -self.recipe.scaling if undo else self.recipe.scaling
         with exact_arithmetic(self.weight.device), layout.writable(self.weight) as stack:
-            for matrix, each in zip(stack[first : first + len(factors)], factors, strict=True):
-                A, B = each.lora_A.to(matrix.device), each.lora_B.to(matrix.device)
-                ops.subtract_lowrank_(matrix, B, A, self.recipe.scaling, self.transposed)
+            pairs = list(zip(stack[first : first + len(factors)], factors, strict=True))
+            try:
+                for matrix, each in pairs:
+                    ops.subtract_lowrank_(matrix, *_on(matrix, each), scaling, self.transposed)
+                    done += 1
+            except BaseException:
+                for matrix, each in pairs[:done]:
+                    ops.subtract_lowrank_(matrix, *_on(matrix, each), -scaling, self.transposed)
+                raise
 
     def record(
         self,
@@ -230,3 +243,8 @@ class LayerWriter:
             for parameter, value in zip(self.layout.factors(self.adapter), before, strict=True):
                 parameter.data = value
             raise
+
+
+def _on(matrix: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+    """B and A on the device of a matrix."""
+    return factors.lora_B.to(matrix.device), factors.lora_A.to(matrix.device)

@@ -119,6 +119,30 @@ def test_a_refused_expert_leaves_all_unchanged(two_threads: None) -> None:
     assert torch.equal(stack.nan_to_num(), before["experts.stack"].nan_to_num())
 
 
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_write_that_fails_in_the_middle_is_undone(
+    batch: bool, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together with the other layers, by several threads, and alone."""
+    calls, subtract = [], writing.ops.subtract_lowrank_
+
+    def fails_once(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("no memory")
+        return subtract(*args)
+
+    monkeypatch.setattr(writing.ops, "subtract_lowrank_", fails_once)
+    net = Net()
+    original = net.experts.stack.detach().clone()
+    with pytest.raises(RuntimeError, match=r"layer 'experts\.stack'.*no memory"), pk.patch_peft(batch=batch) as report:
+        inject(net, target_modules=[])
+    assert report.layers == []
+    assert len(calls) > 4
+    stack = net.experts.get_base_layer().stack if hasattr(net.experts, "get_base_layer") else net.experts.stack
+    assert float((stack - original).norm() / original.norm()) <= 1e-6
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_groups_of_a_convolution_in_another_memory_format(seed: int, two_threads: None) -> None:
     """Its matrices are no views of the weight, and a thread that writes one back would undo another's."""
