@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .ops import WEIGHT_DTYPES
+from .runtime.shards import is_sharded
 
 # PEFT raises a TypeError that starts with this sentence, and callers match it.
 DTYPE_SENTENCE = "Please initialize PiSSA under float32, float16, or bfloat16."
@@ -88,14 +89,9 @@ def check_weight(weight: Tensor, *, matrix: bool = True) -> None:
 
     Raises:
         TypeError: quantized storage, a tensor subclass, or a dtype other than float32, float16 and bfloat16.
-        ValueError: sharded, fake, empty, on the meta device, or not 2-D where it has to be.
+        ValueError: fake, empty, on the meta device, or not 2-D where it has to be.
     """
-    if (kind := type(weight.data).__name__) == "DTensor":
-        raise ValueError(
-            "the weight is sharded (DTensor): fully_shard or tensor parallelism has been applied to the model. "
-            "Initialize PiSSA first, and shard the model afterwards"
-        )
-    if kind == "FakeTensor":
+    if type(weight.data).__name__ == "FakeTensor":
         raise ValueError("the weight is a FakeTensor and has no values. Initialize PiSSA outside of FakeTensorMode")
     if scheme := quantization_of(weight):
         raise TypeError(
@@ -168,6 +164,6 @@ def quantization_of(weight: Tensor) -> str | None:
     if kind in ("Params4bit", "Int8Params") or getattr(weight, "quant_state", None) is not None:
         return f"bitsandbytes {kind}"
     data = type(weight.data)
-    if data not in (Tensor, torch.nn.Parameter):
+    if data not in (Tensor, torch.nn.Parameter) and not is_sharded(weight):
         return f"tensor subclass {data.__module__}.{data.__qualname__}"
     return None

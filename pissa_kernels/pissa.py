@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_rank, check_scaling, check_weight, parse_init
+from .checks import check_rank, check_scaling, check_weight, layer_context, parse_init
 from .numerics import exact_arithmetic
 from .ops import reference
-from .svd.driver import DEFAULT_TOL, solve_batch
+from .runtime.shards import EVERYTHING, Index, ShardedStack
+from .svd.driver import DEFAULT_TOL, solve_batch, solve_stack
 from .svd.result import Certificate, TruncatedSVD
 
 
@@ -177,6 +178,61 @@ def principal_factors_of_batch(
     return rounded_factors(weights, svds, [recipe.scaling for recipe in recipes], dtype)
 
 
+def principal_factors_of_stack(
+    stack: ShardedStack,
+    recipe: Recipe,
+    adapter_dtype: torch.dtype,
+    label: Callable[[int], str],
+) -> list[Factors]:
+    """A and B of each matrix of a stack that several processes hold, in all of them, with the same bits.
+
+    Args:
+        stack: what this process holds, (out, in) in its blocks. The values are only read.
+        recipe: rank, scaling, accuracy and seed.
+        adapter_dtype: dtype that will store A and B.
+        label: of a matrix in messages, by its index.
+
+    Raises:
+        ValueError, RuntimeError: as for one weight, of any of the processes, in all of them.
+    """
+    svds = solve_stack(
+        stack,
+        recipe.rank,
+        tol=tolerance(adapter_dtype),
+        niter=recipe.niter,
+        seed=recipe.seed,
+        context=lambda part: layer_context(label(part)),
+    )
+    found: dict[int, Factors] = {}
+    failure: Exception | None = None
+    try:
+        for part, matrix, svd in zip(stack.parts, stack.matrices, svds, strict=True):
+            with layer_context(label(part)):
+                (found[part],) = _rounded([svd], [recipe.scaling], adapter_dtype)
+                _check_residual_range(matrix.block, found[part], recipe.scaling, float(svd.S[0]), matrix.rows, matrix.columns)
+    except ValueError as error:
+        failure = error
+    stack.everywhere.agree(failure)
+    return _of_all_parts(stack, found, recipe.rank)
+
+
+def _of_all_parts(stack: ShardedStack, found: dict[int, Factors], rank: int) -> list[Factors]:
+    """The factors of every matrix, from the processes that have a part of it."""
+    if not stack.over_parts:
+        return [found[part] for part in range(stack.total)]
+    certificates: dict[int, Certificate] = {}
+    for others in stack.over_parts.gather({part: factors.certificate for part, factors in found.items()}):
+        certificates |= others
+    m, n = stack.shape
+    device = stack.device
+    A, B, S = (torch.zeros(stack.total, *shape, device=device) for shape in ((rank, n), (m, rank), (rank,)))
+    for part, factors in found.items():
+        A[part], B[part], S[part] = factors.lora_A, factors.lora_B, factors.singular_values
+    for each in (A, B, S):
+        stack.over_parts.sum_(each)
+    return [Factors(A[part], B[part], S[part], certificates[part]) for part in range(stack.total)]
+
+
 def rounded_factors(
     weights: Sequence[Tensor], svds: Sequence[TruncatedSVD], scalings: Sequence[float], dtype: torch.dtype
 ) -> list[Factors]:
@@ -185,7 +241,21 @@ def rounded_factors(
     Raises:
         ValueError: A or B overflow or underflow ``dtype``, or the residual overflows the weight's dtype.
     """
+    found = _rounded(svds, scalings, dtype)
     with exact_arithmetic(weights[0].device):
+        largest = _stacked([svd.S[:1] for svd in svds]).flatten().tolist()
+        for weight, factors, scaling, first in zip(weights, found, scalings, largest, strict=True):
+            _check_residual_range(weight, factors, scaling, first)
+    return found
+
+
+def _rounded(svds: Sequence[TruncatedSVD], scalings: Sequence[float], dtype: torch.dtype) -> list[Factors]:
+    """A and B from triplets, rounded to the dtype that will store them.
+
+    Raises:
+        ValueError: A or B overflow or underflow ``dtype``.
+    """
+    with exact_arithmetic(svds[0].S.device):
         S = _stacked([svd.S for svd in svds])
         root = _stacked([svd.S / scaling for svd, scaling in zip(svds, scalings, strict=True)]).sqrt()
         exact_A = root[:, :, None] * _stacked([svd.Vh for svd in svds])
@@ -195,14 +265,11 @@ def rounded_factors(
         in_range = torch.isfinite(largest_A) & torch.isfinite(_largest(lora_B))
         if torch.finfo(dtype).tiny > torch.finfo(torch.float32).tiny:
             in_range &= largest_A >= _largest(exact_A) / 2  # otherwise A is rounded to 0, and training would not move B
-        found = []
-        for index, (holds, largest) in enumerate(torch.stack([in_range, S[:, 0]], dim=-1).tolist()):
-            if not holds:
-                raise ValueError(f"the factors of the weight leave the range of {dtype}; choose another lora_alpha")
-            factors = Factors(lora_A[index], lora_B[index], S[index], svds[index].certificate)
-            _check_residual_range(weights[index], factors, scalings[index], largest)
-            found.append(factors)
-    return found
+        if not all(in_range.tolist()):
+            raise ValueError(f"the factors of the weight leave the range of {dtype}; choose another lora_alpha")
+        return [
+            Factors(lora_A[index], lora_B[index], S[index], svd.certificate) for index, svd in enumerate(svds)
+        ]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -215,15 +282,30 @@ def _largest(batch: Tensor) -> Tensor:
     return batch.abs().amax((-2, -1))
 
 
-def _check_residual_range(weight: Tensor, factors: Factors, scaling: float, largest: float) -> None:
-    """Refuse a residual that overflows the weight's dtype, before it is written. ``largest`` is σ₁."""
+def _check_residual_range(
+    weight: Tensor,
+    factors: Factors,
+    scaling: float,
+    largest: float,
+    rows: Index = EVERYTHING,
+    columns: Index = EVERYTHING,
+) -> None:
+    """Refuse a residual that overflows the weight's dtype, before it is written.
+
+    Args:
+        weight: (out, in), or a block of it.
+        factors: A and B of the whole.
+        scaling: s.
+        largest: σ₁.
+        rows, columns: places of the block.
+    """
     limit = torch.finfo(weight.dtype).max
     # |R_ij| ≤ |W_ij| + |s·B·A|_ij ≤ max|W| + σ₁ and max|W| ≤ σ₁, which settles nearly every weight
-    if 2.1 * largest < limit:
+    if 2.1 * largest < limit or not weight.numel():
         return
-    left = factors.lora_B
+    left, right = factors.lora_B[rows].double(), factors.lora_A[:, columns].double()
     for start, stop, block in reference.row_blocks(weight, torch.float64):
-        residual = block - scaling * (left[start:stop].double() @ factors.lora_A.double())
+        residual = block - scaling * (left[start:stop] @ right)
         if float(residual.abs().amax()) > limit:
             raise ValueError(
                 f"the residual exceeds the range of {weight.dtype} (±{limit:g}); initialize it in a wider dtype"

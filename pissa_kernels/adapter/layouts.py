@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..runtime.shards import Shard, ShardedStack, sharded_stack
 from . import stacks
 from .attention import is_projection, projection_gain
 
@@ -110,6 +111,18 @@ class Layout:
         """A weight, as it is stored, as (P, out, in), or (P, in, out) if transposed: a view where there is one."""
         return weight.unsqueeze(0)
 
+    def sharded(self, weight: Any, local: Tensor) -> ShardedStack:
+        """What this process holds of the matrices of a weight, as they are stored.
+
+        Args:
+            weight: a ``DTensor``.
+            local: its local tensor, or another one of that shape; the blocks are views of it.
+
+        Raises:
+            ValueError: a placement that divides no matrix into blocks.
+        """
+        return sharded_stack(weight, local)
+
     @contextlib.contextmanager
     def writable(self, weight: Tensor) -> Iterator[Tensor]:
         """Context in which :meth:`stack` of a weight can be written to. A copy is written back at its end."""
@@ -180,6 +193,15 @@ class _Convolution(Layout):
 
     def stack(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.parts, *self.shape(weight))
+
+    def sharded(self, weight: Any, local: Tensor) -> ShardedStack:
+        divided = [placement for placement in weight.placements if not placement.is_replicate()]
+        if self.parts > 1 or any(placement.dim % weight.ndim for placement in divided) or not local.is_contiguous():
+            raise ValueError(
+                f"a convolution with {self.parts} groups is sharded as {weight.placements}; PiSSA takes one group, "
+                "divided along its output channels. Initialize it before the model is sharded"
+            )
+        return sharded_stack(weight, local.view(len(local), -1), self.shape(weight))
 
     def shape(self, weight: Tensor) -> tuple[int, int]:
         return len(weight) // self.parts, math.prod(weight.shape[1:])
@@ -265,3 +287,16 @@ def _layout_of(kind: Any) -> type[Layout]:
 def adapters_of(layer: Any) -> Collection[str]:
     """Names of the adapters of a LoRA layer."""
     return layout_of(layer).adapters
+
+
+def factors_of_block(A: Tensor, B: Tensor, block: Shard, transposed: bool) -> tuple[Tensor, Tensor]:
+    """The part of A (r, in) and B (out, r) that a block of a matrix is changed by, on its device.
+
+    Args:
+        A, B: factors of the matrix.
+        block: of the matrix as it is stored.
+        transposed: whether that is (in, out).
+    """
+    out, into = (block.columns, block.rows) if transposed else (block.rows, block.columns)
+    device = block.block.device
+    return A.to(device)[:, into].contiguous(), B.to(device)[out].contiguous()

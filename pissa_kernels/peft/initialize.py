@@ -12,6 +12,7 @@ from .. import ops
 from ..adapter.layouts import Layout, layout_of
 from ..checks import check_rank, check_scaling, check_weight, layer_context
 from ..pissa import Recipe
+from ..runtime.shards import is_sharded
 from .forms import check_form
 from .layer import LayerJob
 from .notices import Notices
@@ -20,6 +21,7 @@ from .originals import Dequantized
 from .quantized import is_quantized
 from .quantized_layer import Quantizing, quantized_job
 from .record import InitRecord
+from .sharded_layer import sharded_job
 from .ties import Ties
 
 NO_ORIGINALS = Quantizing()
@@ -120,12 +122,15 @@ def prepare(
                 notices.dequantized.append(job.label)
         else:
             check_weight(weight, matrix=layout.is_matrix)
+        if is_sharded(weight):
+            job = sharded_job(job)
         if is_parametrized(base, layout.parameter) or layout.parameter not in base._parameters:
             raise ValueError(
                 "the weight is computed from other parameters (a parametrization, weight_norm, FSDP's flat parameter) "
                 "and cannot hold a residual"
             )
-        if weight.is_floating_point() and ops.has_overlap(weight):
+        local = weight.to_local() if is_sharded(weight) else weight
+        if weight.is_floating_point() and ops.has_overlap(local):
             raise ValueError(f"elements of the weight share memory (strides {weight.stride()}); clone it first")
         _check_unshared(layout, ties)
         check_form(layout)

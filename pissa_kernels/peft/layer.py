@@ -14,7 +14,7 @@ from ..pissa import Factors, principal_factors, principal_factors_of_batch
 from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
 from . import forward, state
-from .record import InitRecord, check_given, fingerprint, of_adapter, records
+from .record import InitRecord, check_given, of_adapter, records
 from .writing import LayerWriter
 
 
@@ -144,11 +144,11 @@ class LayerJob(LayerWriter):
         """Refuse given factors of another weight, before the first layer of the model changes."""
         layout = self.layout
         if self.given is not None and not (records(self.layer) or records(layout.module, layout.parameter)):
-            self._check_given(fingerprint(self.weight).double(), self.weight.dtype)
+            self._check_given(self.fingerprint().double(), self.weight.dtype)
 
     def _repeat(self, given: InitRecord, began: float) -> LayerReport:
         """Take the residual against the given factors."""
-        self._check_given(fingerprint(self.weight).double(), self.weight.dtype)
+        self._check_given(self.fingerprint().double(), self.weight.dtype)
         return self.write(self._given_factors(), began, dtype=given.lora_A.dtype)
 
     def _share(self, record: InitRecord) -> LayerReport:
@@ -166,17 +166,18 @@ class LayerJob(LayerWriter):
                 "stored weight, which is the residual of another adapter. Use the settings of that adapter (rank, "
                 "alpha, init_lora_weights, seed), or a model of its own"
             )
-        original = state.weight_of(self.layer, None)
+        original = self.original()
         if self.given is None:
             dtype = self.adapter_dtype
             factors = self._decomposed(original, dtype)
         else:
-            self._check_given(state.original_fingerprint(self.layer), original.dtype)
+            sharded = self.fingerprint(original).double() if self.is_sharded else None
+            self._check_given(state.original_fingerprint(self.layer) if sharded is None else sharded, original.dtype)
             factors, dtype = self._given_factors(), self.given.lora_A.dtype
         joined = self.joined(factors)
         kept = self.kept(factors, dtype, joined)
-        before = fingerprint(original)
-        product = state.sampled(original, (kept.lora_A, kept.lora_B), self.layout)
+        before = self.fingerprint(original)
+        product = state.sampled(self.weight, (kept.lora_A, kept.lora_B), self.layout)
         with self.restored_on_failure():
             self.set_adapter(*joined)
         after = (before.double() - self.recipe.scaling * product).to(original.dtype).float()

@@ -6,6 +6,7 @@ compute with W again (a reference policy), to take the same residual at a reload
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -71,10 +72,15 @@ def sample_(out: Tensor, weights: Sequence[Tensor], places: Tensor) -> None:
 
 def places_on(weight: Tensor) -> Tensor:
     """Places (k,) of the elements of a fingerprint in a weight that is read by rows, on its device."""
-    places = _places(weight.numel(), SAMPLES if weight.ndim == 2 else SAMPLES_OF_STACK)
+    places = places_of(weight.shape)
     if weight.is_cuda:
         places = places.pin_memory()
     return places.to(weight.device, non_blocking=True)
+
+
+def places_of(shape: Sequence[int]) -> Tensor:
+    """The same for a weight of a shape, on the CPU."""
+    return _places(math.prod(shape), SAMPLES if len(shape) == 2 else SAMPLES_OF_STACK)
 
 
 @lru_cache(maxsize=256)

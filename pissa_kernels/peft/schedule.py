@@ -64,8 +64,14 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
         RuntimeError, MemoryError: with the name of the layer. After any exception, KeyboardInterrupt included, each
             layer is either initialized and passed to ``done``, or unchanged.
     """
+    # before all others, which a single process may fail at while the rest wait for it
+    for job in jobs:
+        if job.is_sharded:
+            done(job, job.run(budget=resources.memory_budget))
     by_device: dict[torch.device, list[LayerJob]] = defaultdict(list)
     for job in jobs:
+        if job.is_sharded:
+            continue
         by_device[resources.device_of(job)].append(job)
     budgets = {device: resources.budget(device) for device in by_device}
     for device, share in by_device.items():

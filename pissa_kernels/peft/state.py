@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..adapter.layers import lora_layers
-from ..adapter.layouts import Layout, layout_of
+from ..adapter.layouts import Layout, factors_of_block, layout_of
 from ..checks import layer_context
 from ..numerics import exact_arithmetic
+from ..runtime.shards import ShardedStack, is_sharded
 from .quantized import is_quantized, matrix_shape, values_of
-from .record import InitRecord, fingerprint, matches, places_on, records
+from .record import InitRecord, fingerprint, matches, places_of, records
 
 # Relative size of a coefficient that is round-off: scaling a layer and back may leave the last bit.
 NEGLIGIBLE = 2.0**-40
@@ -192,18 +193,18 @@ def add_(weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[floa
     """W += Σ c·B₀·A₀ in place, rounded once.
 
     Args:
-        weight: as it is stored.
+        weight: as it is stored; of a ``DTensor``, the part that this process holds is changed.
         factors: A₀ and B₀ of each term, as PEFT stores them.
         coefficients: c of each term.
         layout: of the layer.
     """
-    used = [(A, B, c) for (A, B), c in zip(factors, coefficients, strict=True) if c]
-    if not used:
+    terms = _summed(weight, factors, coefficients, layout)
+    if terms is None:
         return
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    pairs = [layout.split(A.to(weight.device, wide), c * B.to(weight.device, wide)) for A, B, c in used]
-    A = torch.cat([A for A, _ in pairs], dim=1).contiguous()
-    B = torch.cat([B for _, B in pairs], dim=2).contiguous()
+    if is_sharded(weight):
+        _add_blocks_(layout.sharded(weight, weight.to_local()), *terms, layout)  # type: ignore[attr-defined]
+        return
+    A, B = terms
     with exact_arithmetic(weight.device), layout.writable(weight) as stack:
         for matrix, left, right in zip(stack, B, A, strict=True):
             if weight.dtype in ops.WEIGHT_DTYPES:
@@ -212,10 +213,40 @@ def add_(weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[floa
                 matrix += (left @ right).mT if layout.transposed else left @ right
 
 
+def _summed(
+    weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[float], layout: Layout
+) -> Factors | None:
+    """Σ c·B₀·A₀ as one product, A (P, k, in) and B (P, out, k); None where there is no term."""
+    used = [(A, B, c) for (A, B), c in zip(factors, coefficients, strict=True) if c]
+    if not used:
+        return None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    pairs = [layout.split(A.to(weight.device, wide), c * B.to(weight.device, wide)) for A, B, c in used]
+    return torch.cat([A for A, _ in pairs], dim=1).contiguous(), torch.cat([B for _, B in pairs], dim=2).contiguous()
+
+
+def _add_blocks_(held: ShardedStack, A: Tensor, B: Tensor, layout: Layout) -> None:
+    with exact_arithmetic(held.device):
+        for part, matrix in zip(held.parts, held.matrices, strict=True):
+            if matrix.block.numel():
+                right, left = factors_of_block(A[part], B[part], matrix, layout.transposed)
+                ops.subtract_lowrank_(matrix.block, left, right, -1.0, layout.transposed)
+
+
+def without_initial(weight: Any, layer: Any) -> Tensor:
+    """W of a layer with a sharded residual: the part that this process holds, in memory of its own."""
+    local: Tensor = weight.to_local().clone()
+    found, layout = terms(layer), layout_of(layer)
+    product = _summed(weight, found.factors, found.subtracted, layout)
+    if product is not None:
+        _add_blocks_(layout.sharded(weight, local), *product, layout)
+    return local
+
+
 def sampled(weight: Tensor, factors: Factors, layout: Layout) -> Tensor:
     """Elements of B₀·A₀ at the places of the fingerprint of ``weight``: float64 on the CPU."""
     A, B = layout.split(*(factor.double() for factor in factors))
-    places = places_on(torch.empty(weight.shape, device="meta")) if weight.is_meta else places_on(weight).cpu()
+    places = places_of(weight.shape)
     columns = A.shape[2] if not layout.transposed else B.shape[1]
     rows = B.shape[1] if not layout.transposed else A.shape[2]
     part, row, column = places // (rows * columns), places // columns % rows, places % columns

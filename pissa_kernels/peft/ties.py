@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..runtime.shards import is_sharded
+
 
 class Ties:
     """An index of a model's parameters by their memory, built for the first module that is asked for.
@@ -51,9 +53,10 @@ class Ties:
                     continue
                 if id(parameter) not in self._groups:
                     self._parameters.append(parameter)
-                    plain = type(parameter.data) is Tensor and parameter.layout == torch.strided
-                    if plain and parameter.numel():
-                        extents[parameter.device].append((*extent(parameter), id(parameter)))
+                    stored = parameter.to_local() if is_sharded(parameter) else parameter.data
+                    plain = type(stored) is Tensor and stored.layout == torch.strided
+                    if plain and stored.numel():
+                        extents[stored.device].append((*extent(stored), id(parameter)))
                 self._groups[id(parameter)].append((module, key, name))
         for spans in extents.values():
             self._join_overlapping(sorted(spans))

@@ -15,6 +15,7 @@ from ..adapter.layers import lora_layers
 from ..adapter.layouts import layout_of
 from ..adapter.patterns import rank_of, with_rank, with_ranks
 from ..checks import layer_context
+from ..runtime.shards import is_sharded
 from .additions import check_active_variant
 from .notices import Notices
 from .quantized import is_quantized, matrix_shape
@@ -181,7 +182,8 @@ def warn_of_plain_layers(injection: Injection, model: nn.Module, adapter: str) -
         layout = layout_of(layer)
         if adapter not in layout.adapters or of_adapter(layer, adapter) is not None:
             continue
-        B = layout.factors(adapter)[1]
+        B = layout.factors(adapter)[1].detach()
+        B = B.to_local() if is_sharded(B) else B
         if not B.is_meta and not B.count_nonzero():
             injection.notices.plain.append(f"layer {name!r} ({type(layer).__name__})")
     injection.notices.warn()

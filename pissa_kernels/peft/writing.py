@@ -111,6 +111,19 @@ class LayerWriter:
         """Dtype that stores A and B."""
         return self.weight.dtype
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes hold the weight in parts, and run the job together."""
+        return False
+
+    def fingerprint(self, weight: Tensor | None = None) -> Tensor:
+        """:func:`pissa_kernels.peft.record.fingerprint` of the weight, or of another one in its place."""
+        return fingerprint(self.weight if weight is None else weight)
+
+    def original(self) -> Tensor:
+        """W of a layer that stores a residual, as the weight is stored."""
+        return state.weight_of(self.layer, None)
+
     def joined(self, factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
         """A and B as PEFT stores them."""
         if len(factors) == 1:
@@ -149,7 +162,7 @@ class LayerWriter:
             residual: W_res as the weight is stored, where another device has computed it.
         """
         weight = self.weight
-        before = fingerprint(weight)
+        before = self.fingerprint()
         # copies on the CPU, which need memory: before the weight is changed
         joined = self.joined(factors)
         kept = self.kept(factors, dtype or weight.dtype, joined)
@@ -159,7 +172,7 @@ class LayerWriter:
                 weight.copy_(residual)
             else:
                 self.subtract(factors)
-        return self.record(kept, before, fingerprint(weight), time.perf_counter() - began, weight.dtype)
+        return self.record(kept, before, self.fingerprint(), time.perf_counter() - began, weight.dtype)
 
     def subtract(self, factors: Sequence[Factors], first: int = 0, *, undo: bool = False) -> None:
         """Subtract s·B·A from matrices of the weight, in place. After an exception they are as before, to rounding.

@@ -140,10 +140,18 @@ def choose_plan(
     *,
     machine: str = "cpu",
     exclude: Collection[str] = (),
+    formed: bool = True,
 ) -> SolverPlan:
-    """The fastest of :func:`candidates` whose method is not in ``exclude``."""
-    plans = candidates(m, n, rank, niter, machine=machine)
-    return min((plan for plan in plans if plan.method not in exclude), key=lambda plan: plan.seconds)
+    """The fastest of :func:`candidates` whose method is not in ``exclude``.
+
+    Args:
+        m, n, rank, niter, machine: as for :func:`candidates`.
+        exclude: methods.
+        formed: whether plans that form AᵀA, or A in float32, are taken although there is another.
+    """
+    plans = [plan for plan in candidates(m, n, rank, niter, machine=machine) if plan.method not in exclude]
+    others = [plan for plan in plans if plan.block and not plan.through_gram]
+    return min(plans if formed or not others else others, key=lambda plan: plan.seconds)
 
 
 @functools.lru_cache(maxsize=256)  # models have few shapes

@@ -11,22 +11,26 @@ subspace into triplets and measures their residuals.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..checks import check_accuracy, check_rank, check_weight
 from ..numerics import exact_arithmetic
+from ..runtime.shards import Shard, ShardedStack, is_sharded, on_mesh, sharded_stack
 from . import fixed
 from .chebyshev import chebyshev_subspaces, deficit_of_block
 from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of, widened
 from .krylov import block_krylov
-from .operators import GramOperator, WeightOperator
+from .operators import GramOperator, ScaledOperator
 from .rayleigh_ritz import Triplets, as_triplets, certified, dense_triplets, gram_triplets, rayleigh_ritz
 from .result import TruncatedSVD
+from .sharded import serving
 from .stopping import Subspace
+from .weight_operator import WeightOperator
 
 ITERATIONS = ("krylov", "chebyshev")
 # Tolerance on the energy deficit.
@@ -51,7 +55,8 @@ def truncated_svd(
     The energy deficit is 1 − ‖W·V‖_F²/Σ_{i≤r}σᵢ². It is estimated from the residuals of the triplets [4]_.
 
     Args:
-        weight: (m, n), float32, float16 or bfloat16, any strides, finite.
+        weight: (m, n), float32, float16 or bfloat16, any strides, finite. For a ``DTensor`` every process of its mesh
+            calls this, and gets the same bits; no process holds the whole weight.
         rank: r, 1 ≤ r ≤ min(m, n).
         tol: tolerance on the energy deficit. If the estimate does not come below it, ``certificate.converged`` is
             False.
@@ -62,7 +67,7 @@ def truncated_svd(
             used nor changed.
 
     Returns:
-        U (m, r), S (r,), Vh (r, n) and the certificate.
+        U (m, r), S (r,), Vh (r, n) and the certificate; of a ``DTensor`` whole, as plain tensors.
 
     Raises:
         TypeError: a dtype other than float32, float16 and bfloat16, or a quantized tensor.
@@ -114,6 +119,9 @@ def truncated_svd(
     check_weight(weight)
     check_rank(rank, weight.shape)
     check_accuracy(tol, niter)
+    if is_sharded(weight):
+        local = on_mesh(weight)
+        return solve_stack(sharded_stack(weight, local), rank, tol=tol, niter=niter, seed=seed)[0]
     return solve_batch([weight], rank, tol=tol, niter=niter, seed=seed)[0]
 
 
@@ -162,31 +170,122 @@ def _by_schedule(weights: Sequence[Tensor], rank: int, tol: float, seed: int) ->
 
 
 def _alone(weight: Tensor, rank: int, tol: float, niter: int | None, seed: int) -> TruncatedSVD:
-    """The triplets of one weight by the method that the cost model expects to be the fastest, or by the next one."""
+    """The triplets of one weight, by itself."""
     with exact_arithmetic(weight.device):
-        operator = WeightOperator(weight.detach())
-        m, n = operator.shape
-        tried: list[str] = []
-        while True:
-            plan = choose_plan(m, n, rank, niter, machine=machine_of(weight), exclude=tried)
-            if plan.method not in ITERATIONS:
-                break
-            tried.append(plan.method)
-            try:
-                triplets, converged = _iterate(operator, rank, plan, tol, seed)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                continue
-            # after block Krylov, a dense method follows only where it is fast; after a fixed number of steps, none
-            final = plan.steps is not None or (plan.method == "krylov" and n > DENSE_FALLBACK_WIDTH)
-            if converged or final:
-                return certified(operator, triplets, converged, plan.method)
-        by_gram = _by_gram(operator, rank) if plan.method == "gram" else None
-        if by_gram is None:
-            return certified(operator, dense_triplets(operator, rank), True, "svd")
-        return certified(operator, by_gram, True, "gram")
+        return _by_plan(WeightOperator(weight.detach()), machine_of(weight), rank, tol, niter, seed)
 
 
-def _by_gram(operator: WeightOperator, rank: int) -> Triplets | None:
+def solve_sharded(shard: Shard, rank: int, *, tol: float, niter: int | None, seed: int) -> TruncatedSVD | None:
+    """:func:`truncated_svd` of a weight that several processes hold. Checks no argument.
+
+    All of them call this. The first decides and does what is done with panels; the others multiply their blocks for it
+    (:mod:`pissa_kernels.svd.sharded`). So nothing depends on whether their arithmetic is the same, bit by bit.
+
+    Args:
+        shard: what this process holds of the weight.
+        rank, tol, niter, seed: as for :func:`truncated_svd`.
+
+    Returns:
+        The triplets in the first process, None in the others.
+
+    Raises:
+        ValueError, RuntimeError: of any of the processes, in all of them.
+    """
+    with exact_arithmetic(shard.block.device), serving(shard) as operator:
+        if operator is None:
+            return None
+        # a matrix of n² elements is no larger than a panel where n is small
+        formed = operator.shape[1] <= DENSE_FALLBACK_WIDTH
+        return _by_plan(operator, machine_of(shard.block), rank, tol, niter, seed, formed=formed)
+
+
+def solve_stack(
+    stack: ShardedStack,
+    rank: int,
+    *,
+    tol: float,
+    niter: int | None,
+    seed: int,
+    context: Callable[[int], contextlib.AbstractContextManager[object]] = lambda part: contextlib.nullcontext(),
+) -> list[TruncatedSVD]:
+    """The triplets of the matrices of a sharded stack that this process has a part of, in all processes that have one.
+
+    Args:
+        stack: what this process holds.
+        rank, tol, niter, seed: as for :func:`truncated_svd`.
+        context: what an error of a matrix passes through, by its index in the stack.
+
+    Raises:
+        ValueError, RuntimeError: of any of the processes, in all of them.
+    """
+    found, failure = [], None
+    try:
+        for part, matrix in zip(stack.parts, stack.matrices, strict=True):
+            # replicas hold the same, and one of them solves it
+            with context(part):
+                one = stack.replicas.is_first
+                found.append(solve_sharded(matrix, rank, tol=tol, niter=niter, seed=seed) if one else None)
+    except Exception as error:
+        failure = error
+    stack.everywhere.agree(failure)
+    return [_shared(svd, matrix, rank, stack) for svd, matrix in zip(found, stack.matrices, strict=True)]
+
+
+def _shared(svd: TruncatedSVD | None, matrix: Shard, rank: int, stack: ShardedStack) -> TruncatedSVD:
+    """The triplets of the first process."""
+    (m, n), device = matrix.shape, matrix.block.device
+    factors = [torch.empty(shape, device=device) for shape in ((m, rank), (rank,), (rank, n))]
+    if svd is not None:
+        factors = [factor.contiguous() for factor in svd[:3]]
+    certificate = svd.certificate if svd is not None else None
+    for processes in (matrix.over_both, stack.replicas):
+        certificate = processes.share(certificate)
+        for factor in factors:
+            processes.broadcast_(factor)
+    assert certificate is not None
+    return TruncatedSVD(*factors, certificate)
+
+
+def _by_plan(
+    operator: ScaledOperator,
+    machine: str,
+    rank: int,
+    tol: float,
+    niter: int | None,
+    seed: int,
+    *,
+    formed: bool = True,
+) -> TruncatedSVD:
+    """The triplets by the method that the cost model expects to be the fastest, or by the next one.
+
+    Args:
+        operator: products with the weight.
+        machine: a key of :data:`pissa_kernels.svd.cost.MACHINES`.
+        rank, tol, niter, seed: as for :func:`truncated_svd`.
+        formed: whether methods that form AᵀA, or A in float32, may be chosen where there is another.
+    """
+    m, n = operator.shape
+    tried: list[str] = []
+    while True:
+        plan = choose_plan(m, n, rank, niter, machine=machine, exclude=tried, formed=formed)
+        if plan.method not in ITERATIONS:
+            break
+        tried.append(plan.method)
+        try:
+            triplets, converged = _iterate(operator, rank, plan, tol, seed)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        # after block Krylov, a dense method follows only where it is fast; after a fixed number of steps, none
+        final = plan.steps is not None or (plan.method == "krylov" and n > DENSE_FALLBACK_WIDTH)
+        if converged or final:
+            return certified(operator, triplets, converged, plan.method)
+    by_gram = _by_gram(operator, rank) if plan.method == "gram" else None
+    if by_gram is None:
+        return certified(operator, dense_triplets(operator, rank), True, "svd")
+    return certified(operator, by_gram, True, "gram")
+
+
+def _by_gram(operator: ScaledOperator, rank: int) -> Triplets | None:
     """Triplets from the Gram matrix, in float64 where float32 is not accurate enough; None where LAPACK fails."""
     triplets = None
     for dtype in (torch.float32, torch.float64):
@@ -199,7 +298,7 @@ def _by_gram(operator: WeightOperator, rank: int) -> Triplets | None:
     return triplets
 
 
-def _iterate(operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, seed: int) -> tuple[Triplets, bool]:
+def _iterate(operator: ScaledOperator, rank: int, plan: SolverPlan, tol: float, seed: int) -> tuple[Triplets, bool]:
     """Triplets by the iteration of ``plan``, and whether they meet the tolerance."""
     H = GramOperator(operator.gram(torch.float32), operator.shape[0]) if plan.through_gram else operator
     if plan.method == "chebyshev":
@@ -229,7 +328,7 @@ def _iterate(operator: WeightOperator, rank: int, plan: SolverPlan, tol: float, 
 
 
 def _chebyshev(
-    operator: WeightOperator, H: WeightOperator | GramOperator, rank: int, block: int, tol: float, seed: int
+    operator: ScaledOperator, H: ScaledOperator | GramOperator, rank: int, block: int, tol: float, seed: int
 ) -> tuple[Triplets, bool]:
     gram = H.gram if isinstance(H, GramOperator) else None
     found = operator.chebyshev(gram, rank, block, tol, MAX_STEPS, seed)
@@ -243,7 +342,7 @@ def _chebyshev(
     return triplets, converged
 
 
-def _evaluated(operator: WeightOperator, subspace: Subspace, rank: int, tol: float) -> tuple[Triplets, bool]:
+def _evaluated(operator: ScaledOperator, subspace: Subspace, rank: int, tol: float) -> tuple[Triplets, bool]:
     """The leading triplets on a subspace, and whether their estimated energy deficit is at most ``tol``."""
     triplets = rayleigh_ritz(operator, subspace.V, rank, subspace.AV)
     measured = _eigenpairs(triplets)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..numerics import HALF_SUBNORMAL
 from ..ops.panels import resolved, triplets_from
-from .operators import WeightOperator
+from .operators import ScaledOperator
 from .orthogonalize import orthonormalize
 from .result import Certificate, TruncatedSVD
 
@@ -36,13 +36,13 @@ class Triplets(NamedTuple):
     following: Tensor
 
 
-def gram_triplets(operator: WeightOperator, rank: int, dtype: torch.dtype) -> Triplets:
+def gram_triplets(operator: ScaledOperator, rank: int, dtype: torch.dtype) -> Triplets:
     """Triplets from the leading eigenvectors of AᵀA, summed and decomposed in ``dtype``."""
     _, vectors = torch.linalg.eigh(operator.gram(dtype))
     return rayleigh_ritz(operator, vectors[:, -rank:], rank)
 
 
-def dense_triplets(operator: WeightOperator, rank: int) -> Triplets:
+def dense_triplets(operator: ScaledOperator, rank: int) -> Triplets:
     """The leading triplets of the full SVD by LAPACK or cuSOLVER, for ranks near n."""
     U, S, Vh = torch.linalg.svd(operator.dense(), full_matrices=False)
     V = Vh[:rank].mT.contiguous()
@@ -50,7 +50,7 @@ def dense_triplets(operator: WeightOperator, rank: int) -> Triplets:
     return Triplets(U, S, V, operator.residuals(U, S, V, operator.apply(V)), S[:0])
 
 
-def rayleigh_ritz(operator: WeightOperator, V: Tensor, rank: int, AV: Tensor | None = None) -> Triplets:
+def rayleigh_ritz(operator: ScaledOperator, V: Tensor, rank: int, AV: Tensor | None = None) -> Triplets:
     """The leading triplets of A on the range of V, orthonormal even where S is zero.
 
     Args:
@@ -82,7 +82,7 @@ def as_triplets(U: Tensor, V: Tensor, figures: Tensor) -> Triplets:
     return Triplets(U.float(), figures[:rank], V.float(), figures[columns:-2], figures[rank:columns])
 
 
-def certified(operator: WeightOperator, triplets: Triplets, converged: bool, method: str) -> TruncatedSVD:
+def certified(operator: ScaledOperator, triplets: Triplets, converged: bool, method: str) -> TruncatedSVD:
     """Triplets of the weight, unscaled and with their certificate, from those of the operator.
 
     Raises:

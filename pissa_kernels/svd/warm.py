@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..numerics import exact_arithmetic
 from .driver import solve_batch
-from .operators import WeightOperator
+from .weight_operator import WeightOperator
 from .rayleigh_ritz import Triplets, certified
 from .result import Certificate, TruncatedSVD
 from .sketches import gaussian

@@ -1,0 +1,189 @@
+"""A layer whose weight several processes hold in blocks: tensor parallelism, FSDP2's ``fully_shard``.
+
+All processes of the weight's mesh run the job of a layer at the same time. They agree after every step that may fail, so
+that a layer is initialized in all of them or in none.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..adapter.layouts import factors_of_block
+from ..checks import layer_context
+from ..numerics import exact_arithmetic
+from ..pissa import Factors, principal_factors_of_stack
+from ..report import LayerReport
+from ..runtime.shards import ShardedStack, is_sharded, on_mesh
+from ..svd.cost import machine_of, workspace
+from . import state
+from .layer import LayerJob
+from .record import places_of
+
+
+class ShardedJob(LayerJob):
+    """The job of one layer whose weight is a ``DTensor``. Its methods are called by all processes of the mesh."""
+
+    @functools.cached_property
+    def held(self) -> ShardedStack:
+        """What this process holds of the weight, as it is stored."""
+        return self.layout.sharded(self.weight, self.weight.to_local())
+
+    @property
+    def is_sharded(self) -> bool:
+        return True
+
+    @property
+    def is_batched(self) -> bool:
+        return False
+
+    @property
+    def is_view(self) -> bool:
+        return True
+
+    def workspace(self, device: torch.device, batch: int = 1) -> int:
+        m, n = self.shape
+        machine = machine_of(self.held.matrices[0].block) if self.held.matrices else device.type
+        return workspace(m, n, self.recipe.rank, self.recipe.niter, machine=machine, batch=batch)
+
+    def backup(self) -> Callable[[], object]:
+        local = self.weight.to_local()
+        values = local.to("cpu", copy=True)
+        return lambda: local.copy_(values)
+
+    def original(self) -> Tensor:
+        """The part of W that this process holds."""
+        return state.without_initial(self.weight, self.layer)
+
+    def fingerprint(self, local: Tensor | None = None) -> Tensor:
+        """The elements of :func:`pissa_kernels.peft.record.fingerprint` of the whole weight."""
+        return _fingerprint(self.held if local is None else self.layout.sharded(self.weight, local), self.weight)
+
+    def _decomposed(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        budget: int | None = None,
+    ) -> list[Factors]:
+        """A and B of each matrix of the stack, in every process.
+
+        Args:
+            weight: the ``DTensor``, or a local tensor in the place of its own.
+            dtype: that stores A and B.
+            device, budget: not used: the weight is decomposed where its mesh has it.
+        """
+        local = on_mesh(weight) if is_sharded(weight) else weight.to(self.weight.device_mesh.device_type)
+        stack = self.layout.sharded(self.weight, local)
+        return principal_factors_of_stack(stack.mT if self.transposed else stack, self.recipe, dtype, self.part_label)
+
+    def write(
+        self,
+        factors: Sequence[Factors],
+        began: float,
+        *,
+        dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
+    ) -> LayerReport:
+        assert residual is None
+        before = self.fingerprint()
+        failure: Exception | None = None
+        subtracted = False
+        with self.restored_on_failure():
+            try:
+                joined = self.joined(factors)
+                kept = self.kept(factors, dtype or self.weight.dtype, joined)
+                self.set_adapter(*joined)
+                self.subtract(factors)
+                subtracted = True
+            except Exception as error:
+                failure = error
+            try:
+                self.held.everywhere.agree(failure)
+            except Exception:
+                if subtracted:
+                    self.subtract(factors, undo=True)
+                raise
+        return self.record(kept, before, self.fingerprint(), time.perf_counter() - began, self.weight.dtype)
+
+    def subtract(self, factors: Sequence[Factors], first: int = 0, *, undo: bool = False) -> None:
+        held, scaling = self.held, -self.recipe.scaling if undo else self.recipe.scaling
+        done: list[Callable[[], object]] = []
+        with exact_arithmetic(self.weight.device):
+            try:
+                for part, matrix in zip(held.parts, held.matrices, strict=True):
+                    each = factors[part - first]
+                    lora_A, lora_B = factors_of_block(each.lora_A, each.lora_B, matrix, self.transposed)
+                    if not matrix.block.numel():
+                        continue
+                    change = functools.partial(
+                        ops.subtract_lowrank_, matrix.block, lora_B, lora_A, fan_in_fan_out=self.transposed
+                    )
+                    change(scaling=scaling)
+                    done.append(functools.partial(change, scaling=-scaling))
+            except BaseException:
+                for restore in done:
+                    restore()
+                raise
+
+    def run(self, device: torch.device | None = None, budget: int | None = None) -> LayerReport:
+        with layer_context(self.label):
+            needed = self.workspace(torch.device(self.weight.device_mesh.device_type))
+            if budget is not None and any(self.held.everywhere.gather(needed > budget)):
+                raise ValueError(
+                    f"the SVD needs {needed:,} bytes beyond the model in a process, more than the budget of "
+                    f"{budget:,}; pass a memory_budget of at least {needed:,}"
+                )
+        return super().run()
+
+
+def sharded_job(job: LayerJob) -> ShardedJob:
+    """The job for a layer whose weight is sharded.
+
+    Raises:
+        ValueError: a placement that divides no matrix into blocks, or a layer of which PEFT computes with the parts
+            that a process holds as if they were the whole.
+    """
+    found = ShardedJob(**{name: getattr(job, name) for name in LayerJob.__dataclass_fields__})
+    if job.adapter in job.layer.lora_variant and is_divided_in_use(job.layer):
+        raise ValueError(
+            f"{state.variant_name(job.layer, job.adapter)} takes norms from the weight, of which tensor parallelism "
+            "leaves each process a part. Leave the option out"
+        )
+    assert found.held.total == job.parts
+    return found
+
+
+def is_divided_in_use(layer: Any) -> bool:
+    """Whether the module computes with its part of the weight (tensor parallelism); FSDP2 gathers it for a pass."""
+    return getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None
+
+
+def _fingerprint(held: ShardedStack, weight: Any) -> Tensor:
+    """Elements of the weight (k,) float32 on the CPU, the same in all processes."""
+    places = places_of(weight.shape)
+    m, n = held.shape
+    part, row, column = places // (m * n), places // n % m, places % n
+    found = torch.zeros(len(places), dtype=torch.float32)
+    for index, matrix in zip(held.parts, held.matrices, strict=True):
+        rows, columns = (_positions(at, length) for at, length in zip((matrix.rows, matrix.columns), (m, n), strict=True))
+        mine = (part == index) & (rows[row] >= 0) & (columns[column] >= 0)
+        if mine.any() and held.replicas.is_first:
+            block, device = matrix.block, matrix.block.device
+            found[mine] = block[rows[row][mine].to(device), columns[column][mine].to(device)].float().cpu()
+    summed: Tensor = held.everywhere.sum_(found.to(held.everywhere.device)).cpu()
+    return summed
+
+
+def _positions(index: Any, length: int) -> Tensor:
+    """Where this process has each of the rows or columns of a matrix; −1 where it has not."""
+    places = torch.full((length,), -1)
+    held = torch.arange(length)[index]
+    places[held] = torch.arange(len(held))
+    return places

@@ -1,0 +1,252 @@
+"""Matrices in pieces: which block of a ``DTensor`` a process holds, and sums and broadcasts over its device mesh.
+
+The collectives run along one dimension of the mesh after another, in the groups that the mesh has already. So no group
+is made, and a mesh may be a part of a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Index = slice | Tensor
+EVERYTHING = slice(None)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor or parameter is a ``DTensor``, which holds a part of the values that its shape promises."""
+    return type(getattr(tensor, "data", None)).__name__ == "DTensor"
+
+
+def on_mesh(weight: Any) -> Tensor:
+    """The local tensor of a ``DTensor``, on the device that its mesh transfers from: CPU offload leaves it elsewhere."""
+    local: Tensor = weight.detach().to_local()
+    kind = weight.device_mesh.device_type
+    return local if local.device.type == kind else local.to(kind)
+
+
+class Processes:
+    """Processes along some dimensions of a device mesh: all coordinates there, and this process's own in the others.
+
+    Args:
+        mesh: a ``DeviceMesh``.
+        dims: its dimensions; without any, this process is alone.
+
+    Attributes:
+        is_first: whether the coordinates of this process are 0 in these dimensions.
+        device: the type of the devices whose tensors the groups transfer.
+        bytes_moved: bytes of the tensors that this process has given to collectives, or got from them.
+    """
+
+    def __init__(self, mesh: Any, dims: Sequence[int]) -> None:
+        self._groups = [mesh.get_group(dim) for dim in dims]
+        self._places = [mesh.get_local_rank(dim) for dim in dims]
+        self.is_first = not any(self._places)
+        self.device: str = mesh.device_type
+        self.bytes_moved = 0
+
+    def __bool__(self) -> bool:
+        """Whether there are others."""
+        return bool(self._groups)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Overwrite a contiguous tensor by that of the first process."""
+        import torch.distributed as dist
+
+        for index, group in enumerate(self._groups):
+            if not any(self._places[index + 1 :]):
+                dist.broadcast(tensor, group=group, group_src=0)
+                self.bytes_moved += tensor.nbytes
+        return tensor
+
+    def sum_to_first_(self, tensor: Tensor) -> Tensor:
+        """Replace a contiguous tensor of the first process by the sum over all; those of the others are spoiled."""
+        import torch.distributed as dist
+
+        for index in reversed(range(len(self._groups))):
+            if not any(self._places[index + 1 :]):
+                dist.reduce(tensor, group=self._groups[index], group_dst=0)
+                self.bytes_moved += tensor.nbytes
+        return tensor
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a contiguous tensor by the sum over all processes."""
+        import torch.distributed as dist
+
+        for group in self._groups:
+            dist.all_reduce(tensor, group=group)
+            self.bytes_moved += tensor.nbytes
+        return tensor
+
+    def share(self, value: T) -> T:
+        """The object of the first process, pickled for the others."""
+        import torch.distributed as dist
+
+        for index, group in enumerate(self._groups):
+            if not any(self._places[index + 1 :]):
+                holder = [value]
+                dist.broadcast_object_list(holder, group=group, group_src=0)
+                value = holder[0]
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """The objects of all processes."""
+        import torch.distributed as dist
+
+        found = [value]
+        for group in self._groups:
+            parts: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(parts, found, group=group)
+            found = [each for part in parts for each in part]
+        return found
+
+    def agree(self, failure: BaseException | None) -> None:
+        """Fail in every process if one has failed.
+
+        Raises:
+            TypeError, ValueError: that of the first process that has failed.
+            RuntimeError: its message, for any other error.
+        """
+        told = None
+        if failure is not None:
+            told = type(failure).__name__, str(failure) or type(failure).__name__, getattr(failure, "layer", None)
+        for found in self.gather(told):
+            if found is not None:
+                kind, message, layer = found
+                error: Any = {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(message)
+                if layer is not None:  # named already
+                    error.layer = layer
+                raise error from failure
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The block of a matrix that a process holds.
+
+    Attributes:
+        block: (rows, columns) the block, any strides; it may be empty.
+        shape: (m, n) of the matrix.
+        rows, columns: indices of the rows and columns of the block in the matrix.
+        over_rows, over_columns: processes among which the rows and the columns are divided.
+        over_both: all of these.
+    """
+
+    block: Tensor
+    shape: tuple[int, int]
+    rows: Index
+    columns: Index
+    over_rows: Processes
+    over_columns: Processes
+    over_both: Processes
+
+    @property
+    def mT(self) -> Shard:
+        """The block of the transposed matrix, a view."""
+        m, n = self.shape
+        return Shard(
+            self.block.mT, (n, m), self.columns, self.rows, self.over_columns, self.over_rows, self.over_both
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedStack:
+    """What a process holds of a stack of P matrices.
+
+    Attributes:
+        matrices: the block of each matrix that the process has a part of.
+        parts: indices of these in the stack.
+        total: P.
+        shape: (m, n) of each matrix.
+        device: of the blocks.
+        over_parts: processes among which the matrices are divided.
+        everywhere: all processes of the mesh, replicas included.
+        replicas: those that hold the same.
+    """
+
+    matrices: list[Shard]
+    parts: list[int]
+    total: int
+    shape: tuple[int, int]
+    device: torch.device
+    over_parts: Processes
+    everywhere: Processes
+    replicas: Processes
+
+    @property
+    def mT(self) -> ShardedStack:
+        """The stack of the transposed matrices, as views."""
+        return replace(self, matrices=[matrix.mT for matrix in self.matrices], shape=self.shape[::-1])
+
+
+def sharded_stack(weight: Any, local: Tensor, shape: Sequence[int] | None = None) -> ShardedStack:
+    """The blocks of a stack of matrices, as its placements divide it. Nothing is transferred.
+
+    Args:
+        weight: a ``DTensor``.
+        local: (…, rows, columns) its local tensor, or another one of that shape.
+        shape: (m, n) or (P, m, n), in which the placements divide the same dimensions as in the weight; None for the
+            weight's own.
+
+    Raises:
+        ValueError: a placement that neither divides a dimension nor replicates, such as ``Partial``.
+    """
+    mesh, placements = weight.device_mesh, weight.placements
+    shape = tuple(weight.shape if shape is None else shape)
+    for placement in placements:
+        if not (placement.is_replicate() or hasattr(placement, "dim")):
+            raise ValueError(f"the weight has the placement {placement}; redistribute it as Shard or Replicate first")
+    dims = [None if placement.is_replicate() else placement.dim % weight.ndim for placement in placements]
+    *leading, m, n = shape
+    *_, rows, columns = by_dim = [_indices(weight, length, dim, dims) for dim, length in enumerate(shape)]
+
+    def over(*wanted: int | None) -> Processes:
+        return Processes(mesh, [index for index, dim in enumerate(dims) if dim in wanted])
+
+    last = len(shape) - 1
+    over_rows, over_columns, over_both = over(last - 1), over(last), over(last - 1, last)
+    stack = local if leading else local.unsqueeze(0)
+    return ShardedStack(
+        [Shard(block, (m, n), rows, columns, over_rows, over_columns, over_both) for block in stack],
+        _listed(by_dim[0], leading[0]) if leading else [0],
+        leading[0] if leading else 1,
+        (m, n),
+        local.device,
+        over(0) if leading else over(),
+        Processes(mesh, range(len(dims))),
+        over(None),
+    )
+
+
+def _indices(weight: Any, length: int, dim: int, dims: Sequence[int | None]) -> Index:
+    """Indices along one dimension that this process holds."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    if dim not in dims:
+        return EVERYTHING
+    along = [
+        _along_first(placement, Shard) if of == dim else Replicate()
+        for placement, of in zip(weight.placements, dims, strict=True)
+    ]
+    # without a source, each process cuts its own part out of its own tensor
+    places = distribute_tensor(torch.arange(length), weight.device_mesh, along, src_data_rank=None)
+    found: Tensor = places.to_local().cpu()
+    first, count = (int(found[0]), len(found)) if len(found) else (0, 0)
+    if torch.equal(found, torch.arange(first, first + count)):
+        return slice(first, first + count)
+    return found
+
+
+def _along_first(placement: Any, plain: Any) -> Any:
+    """A placement of the only dimension of a vector that divides it as ``placement`` divides its own."""
+    factor = getattr(placement, "split_factor", None)
+    return plain(0) if factor is None else type(placement)(0, split_factor=factor)
+
+
+def _listed(index: Index, length: int) -> list[int]:
+    found: list[int] = torch.arange(length)[index].tolist()
+    return found
