@@ -209,7 +209,9 @@ def principal_factors_of_stack(
         for part, matrix, svd in zip(stack.parts, stack.matrices, svds, strict=True):
             with layer_context(label(part)):
                 (found[part],) = _rounded([svd], [recipe.scaling], adapter_dtype)
-                _check_residual_range(matrix.block, found[part], recipe.scaling, float(svd.S[0]), matrix.rows, matrix.columns)
+                _check_residual_range(
+                    matrix.block, found[part], recipe.scaling, float(svd.S[0]), matrix.rows, matrix.columns
+                )
     except ValueError as error:
         failure = error
     stack.everywhere.agree(failure)
@@ -267,9 +269,7 @@ def _rounded(svds: Sequence[TruncatedSVD], scalings: Sequence[float], dtype: tor
             in_range &= largest_A >= _largest(exact_A) / 2  # otherwise A is rounded to 0, and training would not move B
         if not all(in_range.tolist()):
             raise ValueError(f"the factors of the weight leave the range of {dtype}; choose another lora_alpha")
-        return [
-            Factors(lora_A[index], lora_B[index], S[index], svd.certificate) for index, svd in enumerate(svds)
-        ]
+        return [Factors(lora_A[index], lora_B[index], S[index], svd.certificate) for index, svd in enumerate(svds)]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapter.layouts import layout_of
 from . import state, substitute
+from .divided import divided_product, plan_of
 from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
 from .record import remember as keep
 from .state import COPIES, TERMS, Factors, Terms, label, variant_name
@@ -97,7 +98,12 @@ def _added(layer: Any, x: Tensor, output: Tensor, terms: Sequence[tuple[int, Any
         total, x = output.to(wide), x.to(output.device)
         for index, coefficient in terms:
             A, B = factors[index]
-            total = total + coefficient * layout.product(x, A.to(wide), B.to(wide))
+            A, B = A.to(wide), B.to(wide)
+            if layout.is_linear and plan_of(layer) is not None:
+                product = divided_product(layer, x.to(wide), A, B, output.shape[-1])
+            else:
+                product = layout.product(x, A, B)
+            total = total + coefficient * product
     return total.to(output.dtype)
 
 

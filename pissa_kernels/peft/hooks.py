@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapter.layers import in_scope
+from ..runtime.shards import reshard
 from . import base_weights, kinds, start, tied
 from .additions import check_addition, removed_on_failure
 from .creation import creating
@@ -153,6 +154,7 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
             previous(self, model, adapter_name, *args, **kwargs)
             return
         configs = self.peft_config
+        reshard(model)
         check_addition(model, adapter_name, configs[adapter_name], loading=loading.get() is not None)
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
         kept = functools.partial(is_tied, configs[adapter_name])

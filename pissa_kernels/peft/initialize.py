@@ -136,7 +136,7 @@ def prepare(
         check_form(layout)
         check_rank(recipe.rank, job.shape)
         check_scaling(recipe.scaling)
-        _check_adapter(job)
+        job.check_adapter()
         job.check_original()
     return job
 
@@ -148,19 +148,6 @@ def _check_not_offloaded(base: nn.Module, weight: Tensor) -> None:
             "the weight is offloaded to disk, where PiSSA writes nothing. Load the model without disk offload "
             "(device_map with 'cpu', or one device), or offload a residual model that is saved already "
             "(save_pissa, pissa-kernels init)"
-        )
-
-
-def _check_adapter(job: LayerJob) -> None:
-    (out_features, in_features), rank, parts = job.shape, job.recipe.rank, job.parts
-    lora_A, lora_B = job.layout.factors(job.adapter)
-    empty = torch.empty(0, device="meta")
-    joined = job.layout.joined(empty.new_empty(parts, rank, in_features), empty.new_empty(parts, out_features, rank))
-    found, expected = ([tuple(factor.shape) for factor in pair] for pair in ((lora_A, lora_B), joined))
-    if lora_A.numel() and lora_B.numel() and found != expected:
-        raise ValueError(
-            f"with fan_in_fan_out={job.transposed} the weight takes A {expected[0]} and B {expected[1]}, but the "
-            f"adapter has A {found[0]} and B {found[1]}"
         )
 
 

@@ -140,6 +140,21 @@ class LayerJob(LayerWriter):
         """Make the weight of a layer that only this adapter is left on an original one again."""
         forward.restore_(self.layer)
 
+    def check_adapter(self) -> None:
+        """Refuse an adapter whose A and B do not have the shapes that the weight takes."""
+        (out_features, in_features), rank, parts = self.shape, self.recipe.rank, self.parts
+        lora_A, lora_B = self.layout.factors(self.adapter)
+        empty = torch.empty(0, device="meta")
+        joined = self.layout.joined(
+            empty.new_empty(parts, rank, in_features), empty.new_empty(parts, out_features, rank)
+        )
+        found, expected = ([tuple(factor.shape) for factor in pair] for pair in ((lora_A, lora_B), joined))
+        if lora_A.numel() and lora_B.numel() and found != expected:
+            raise ValueError(
+                f"with fan_in_fan_out={self.transposed} the weight takes A {expected[0]} and B {expected[1]}, but the "
+                f"adapter has A {found[0]} and B {found[1]}"
+            )
+
     def check_original(self) -> None:
         """Refuse given factors of another weight, before the first layer of the model changes."""
         layout = self.layout

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..adapter.attention import is_projection
 from ..adapter.layouts import layout_of
+from ..runtime.shards import is_sharded
 from . import state
 from .quantized import copied, is_quantized, put, scheme_of
 
@@ -139,6 +140,11 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
         ValueError: with the name of the layer.
     """
     state.check_known(layer)
+    if names and is_sharded(layout_of(layer).weight):
+        raise ValueError(
+            f"{state.label(layer)}: the weight is sharded, and PEFT merges into a whole one. Save the adapter, and merge "
+            "it in a process that has the model (merge_and_unload), or on disk (pissa-kernels merge)"
+        )
     found = state.terms(layer)
     for name in names:
         recorded = found.scalings.get(name)

@@ -253,7 +253,8 @@ class PatchedPeft(Report):
         )
         if job is None:
             return
-        if injection is not None and can_be_deferred(layer, adapter_name) and (self.batch or injection.ties.replicated):
+        together = self.batch or job.is_sharded or (injection is not None and injection.ties.replicated)
+        if injection is not None and can_be_deferred(layer, adapter_name) and together:
             injection.jobs.append(job.defer())
             return
         if injection is not None:

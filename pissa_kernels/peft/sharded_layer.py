@@ -23,6 +23,7 @@ from ..report import LayerReport
 from ..runtime.shards import ShardedStack, is_sharded, on_mesh
 from ..svd.cost import machine_of, workspace
 from . import state
+from .divided import check_plan, make_whole, plan_of
 from .layer import LayerJob
 from .record import places_of
 
@@ -151,18 +152,16 @@ def sharded_job(job: LayerJob) -> ShardedJob:
             that a process holds as if they were the whole.
     """
     found = ShardedJob(**{name: getattr(job, name) for name in LayerJob.__dataclass_fields__})
-    if job.adapter in job.layer.lora_variant and is_divided_in_use(job.layer):
+    check_plan(job.layer, job.weight)
+    if job.adapter in job.layer.lora_variant and plan_of(job.layer) is not None:
         raise ValueError(
             f"{state.variant_name(job.layer, job.adapter)} takes norms from the weight, of which tensor parallelism "
             "leaves each process a part. Leave the option out"
         )
-    assert found.held.total == job.parts
+    if job.layout.is_linear:
+        out_features, in_features = found.shape
+        make_whole(job.layer, job.adapter, in_features, out_features)
     return found
-
-
-def is_divided_in_use(layer: Any) -> bool:
-    """Whether the module computes with its part of the weight (tensor parallelism); FSDP2 gathers it for a pass."""
-    return getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None
 
 
 def _fingerprint(held: ShardedStack, weight: Any) -> Tensor:
@@ -172,7 +171,9 @@ def _fingerprint(held: ShardedStack, weight: Any) -> Tensor:
     part, row, column = places // (m * n), places // n % m, places % n
     found = torch.zeros(len(places), dtype=torch.float32)
     for index, matrix in zip(held.parts, held.matrices, strict=True):
-        rows, columns = (_positions(at, length) for at, length in zip((matrix.rows, matrix.columns), (m, n), strict=True))
+        rows, columns = (
+            _positions(at, length) for at, length in zip((matrix.rows, matrix.columns), (m, n), strict=True)
+        )
         mine = (part == index) & (rows[row] >= 0) & (columns[column] >= 0)
         if mine.any() and held.replicas.is_first:
             block, device = matrix.block, matrix.block.device

@@ -18,6 +18,7 @@ from ..numerics import exact_arithmetic
 from ..pissa import Factors, Recipe
 from ..report import LayerReport, Quantization
 from ..report.layer import of_parts
+from ..runtime.shards import part_of, put_, values_of
 from ..svd.result import Certificate
 from . import forward, state
 from .record import InitRecord, fingerprint
@@ -242,19 +243,19 @@ class LayerWriter:
         for parameter, value in zip(self.layout.factors(self.adapter), (lora_A, lora_B), strict=True):
             if not parameter.is_meta:  # a checkpoint will fill it
                 kept = dtype or (parameter.dtype if self.deferred else torch.float32)
-                copies.append((parameter, value.to(device, kept, copy=True)))
+                copies.append((parameter, part_of(value.to(device, kept, copy=True), parameter)))
         for parameter, copied in copies:
-            parameter.data = copied
+            put_(parameter, copied)
 
     @contextlib.contextmanager
     def restored_on_failure(self) -> Iterator[None]:
         """Context that restores A and B after an exception."""
-        before = [parameter.data for parameter in self.layout.factors(self.adapter)]
+        before = [values_of(parameter) for parameter in self.layout.factors(self.adapter)]
         try:
             yield
         except BaseException:
             for parameter, value in zip(self.layout.factors(self.adapter), before, strict=True):
-                parameter.data = value
+                put_(parameter, value)
             raise
 
 

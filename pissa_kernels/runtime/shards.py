@@ -23,11 +23,42 @@ def is_sharded(tensor: Any) -> bool:
     return type(getattr(tensor, "data", None)).__name__ == "DTensor"
 
 
+def values_of(parameter: Any) -> Tensor:
+    """What a process stores of a parameter: its data, or a copy of its part of a ``DTensor``."""
+    data: Tensor = parameter.detach().to_local().clone() if is_sharded(parameter) else parameter.data
+    return data
+
+
+def part_of(value: Tensor, parameter: Any) -> Tensor:
+    """The part of a tensor, which every process has whole, that a parameter stores. Nothing is transferred."""
+    if not is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    part: Tensor = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return part
+
+
+def put_(parameter: Any, values: Tensor) -> None:
+    """Let a parameter store :func:`values_of` or :func:`part_of`; the data of a ``DTensor`` cannot be replaced."""
+    if is_sharded(parameter):
+        parameter.detach().to_local().copy_(values)
+    else:
+        parameter.data = values
+
+
 def on_mesh(weight: Any) -> Tensor:
     """The local tensor of a ``DTensor``, on the device that its mesh transfers from: CPU offload leaves it elsewhere."""
     local: Tensor = weight.detach().to_local()
     kind = weight.device_mesh.device_type
     return local if local.device.type == kind else local.to(kind)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give the parameters that FSDP2 has gathered for a pass back, so that the model's are those that stay."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):  # an FSDPModule, without importing it
+            module.reshard()  # type: ignore[operator]
 
 
 class Processes:
@@ -148,9 +179,7 @@ class Shard:
     def mT(self) -> Shard:
         """The block of the transposed matrix, a view."""
         m, n = self.shape
-        return Shard(
-            self.block.mT, (n, m), self.columns, self.rows, self.over_columns, self.over_rows, self.over_both
-        )
+        return Shard(self.block.mT, (n, m), self.columns, self.rows, self.over_columns, self.over_rows, self.over_both)
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,9 +185,7 @@ class Blocks:
             lambda block: self._body(verb, panel.dtype)(block, panel.contiguous(), pieces),
         )
 
-    def _computed(
-        self, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _computed(self, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """A result of the block: zero for an empty one, and NaN after a failure."""
         block = self.shard.block
         if not block.numel():
