@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
+import torch
 
 import pissa_kernels as pk
 
@@ -23,17 +24,20 @@ class Method:
         init: value of ``init_lora_weights``; None to inject nothing, but copy all weights to the GPU and back.
         settings: arguments of ``patch_peft``; None for PEFT without the patch.
         on_cpu: whether the model is on the CPU when a GPU is measured.
+        every_gpu: whether its weights are streamed through all GPUs of the machine.
     """
 
     init: str | bool | None
     settings: dict[str, Any] | None = None
     on_cpu: bool = False
+    every_gpu: bool = False
 
 
 PROVIDERS = {
     OURS: Method("pissa", {}),
     "ours pissa, one by one": Method("pissa", {"batch": False}),
     "ours pissa, through the GPU": Method("pissa", {"device": "cuda"}, on_cpu=True),
+    "ours pissa, through every GPU": Method("pissa", {}, on_cpu=True, every_gpu=True),
     "copy to the GPU and back": Method(None, on_cpu=True),
     "peft pissa_niter_4": Method("pissa_niter_4"),
     "peft pissa": Method("pissa"),
@@ -73,6 +77,8 @@ class Injection:
                 module.weight.data.copy_(module.weight.data.to(self.device))
             return
         rank, settings = self.base.case.rank, self.method.settings
+        if self.method.every_gpu:
+            settings = {"device": [f"cuda:{index}" for index in range(torch.cuda.device_count())]}
         config = peft.LoraConfig(
             r=rank, lora_alpha=rank, init_lora_weights=self.method.init, target_modules=sorted(SPECTRA)
         )

@@ -8,7 +8,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -141,7 +141,8 @@ def _streamed(batches: Sequence[list[LayerJob]], device: torch.device, emit: Emi
         coming = arrival(0)
         for index, batch in enumerate(batches):
             assert coming is not None
-            stack = _unless_halved(coming)
+            with _named(batch):
+                stack = _unless_halved(coming)
             coming = None  # whose error, if it has failed, refers to its stack
             if stop.is_set():
                 break
@@ -149,7 +150,7 @@ def _streamed(batches: Sequence[list[LayerJob]], device: torch.device, emit: Emi
             coming = arrival(index + 1)
             leave = None
             if stack is not None:
-                with contextlib.suppress(*HALVED):  # is raised again for the layer alone
+                with contextlib.suppress(*HALVED), _named(batch):  # is raised again for the layer alone
                     leave = _decomposed(batch, stack, returning, emit)
             del stack
             if leave is not None:
@@ -240,6 +241,19 @@ def _without_reused(batch: list[LayerJob], emit: Emit) -> list[LayerJob]:
     return left
 
 
+@contextlib.contextmanager
+def _named(batch: list[LayerJob]) -> Iterator[None]:
+    """Context that adds the layer to an error; of several layers the first, unless they are about to be halved."""
+    try:
+        yield
+    except Exception as error:
+        if len(batch) > 1 and isinstance(error, HALVED):
+            raise
+        others = f" or one of the {len(batch) - 1} others in its batch" if len(batch) > 1 else ""
+        with layer_context(batch[0].label + others):
+            raise
+
+
 def _in_halves(
     batch: list[LayerJob], work: Callable[[list[LayerJob]], None], leaving: InOrder, *, failed: bool = False
 ) -> None:
@@ -254,7 +268,7 @@ def _in_halves(
     leaving.wait(most=1)
     if len(batch) == 1 or not failed:
         try:
-            with layer_context(batch[0].label) if len(batch) == 1 else contextlib.nullcontext():
+            with _named(batch):
                 return work(batch)
         except HALVED as error:
             if hasattr(error, "layer"):

@@ -16,7 +16,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..report import LayerReport, Report
 from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
 from . import schedule
+from .division import devices_of
 from .hooks import hooks, install, remove_ended
 from .initialize import prepare
 from .layer import LayerJob
@@ -44,7 +45,7 @@ def patch_peft(
     seed: int = 0,
     on_layer: Callable[[LayerReport], None] | None = None,
     batch: bool = True,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
     memory_budget: int | None = None,
     progress: bool = True,
     original: str | os.PathLike[str] | None = None,
@@ -67,7 +68,10 @@ def patch_peft(
         on_layer: called with the report of each layer as soon as the layer is initialized.
         batch: initialize the layers of a ``get_peft_model`` together, at its end: on CPUs one layer on each thread, on
             GPUs in batches of equal shape. With False, each layer is initialized when PEFT creates it.
-        device: a GPU, such as "cuda", through which weights that are on the CPU are streamed; None for no streaming.
+        device: a GPU, such as "cuda", through which weights that are on the CPU are streamed; None for no streaming. Of
+            several GPUs, such as ["cuda:0", "cuda:1"], each gets a share of these weights, and all work at the same
+            time; on GPUs of one model the results are those of one GPU. For the copies, host memory is pinned for each
+            GPU: at most eight buffers of its largest weight (four, unless a batch is halved), and two of 32 MiB.
         memory_budget: bytes to use beyond the model and the adapter, on each device; None for half of what is free
             there. A smaller budget means fewer layers at once.
         progress: show a progress bar where stderr is a terminal and tqdm is installed.
@@ -86,7 +90,8 @@ def patch_peft(
         FileNotFoundError: ``original`` is neither a folder with safetensors nor a model in the cache.
         ImportError: PEFT is not installed.
         RuntimeError: PEFT no longer has the methods that this package replaces, or there is no such device.
-        ValueError: ``device`` without ``batch``, a budget below 1, or another ``quant_iterations``.
+        ValueError: ``device`` without ``batch``, with no device, with one named twice, or with the CPU beside GPUs; a
+            budget below 1, or another ``quant_iterations``.
 
     Examples:
         >>> import peft, torch
@@ -102,21 +107,13 @@ def patch_peft(
         raise ValueError("device= streams batches of layers, so it cannot be combined with batch=False")
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget must be a number of bytes above 0, got {memory_budget}")
-    resources = schedule.Resources(None if device is None else _existing(device), memory_budget)
+    resources = schedule.Resources(devices_of(device), memory_budget)
     if original is not None and os.path.isdir(original):
         original = os.path.abspath(original)  # the model may be used in another working directory
     quantized = QuantizedSettings(original, check_iterations(quant_iterations), nuclear_norms)
     return PatchedPeft(
         seed=seed, on_layer=on_layer, batch=batch, resources=resources, progress=progress, quantized=quantized
     )
-
-
-def _existing(device: torch.device | str) -> torch.device:
-    """The device with its index, as tensors report it."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
-        raise RuntimeError(f"device={str(device)!r} cannot be used: {error}") from None
 
 
 def unpatch_peft() -> None:

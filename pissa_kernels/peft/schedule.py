@@ -3,14 +3,14 @@
 On the CPU each weight is one job that a single thread runs from start to end, with as many jobs at once as torch has
 threads: a block Krylov SVD is a chain of small steps, half of which leave a second core idle, while layers do not
 depend on each other. So the result of a layer does not depend on the number of cores. On a GPU, layers of equal shape
-form batches whose small problems are solved together; several GPUs work at the same time.
+form batches whose small problems are solved together; several GPUs work at the same time, each with a thread, streams,
+pinned buffers and a memory budget of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from ..report import LayerReport
 from ..runtime import memory
 from ..runtime.workers import run_jobs
 from .batches import Emit, needed_bytes, plan_batches, run_batches
+from .division import divide
 from .layer import LayerJob
 from .stack_run import StackRun, Work, is_shared
 
@@ -34,17 +35,12 @@ class Resources:
     """What a run may use.
 
     Attributes:
-        device: where weights that are on the CPU are decomposed; None for the CPU itself.
+        devices: where weights that are on the CPU are decomposed; none for the CPU itself.
         memory_budget: bytes beyond the model and the adapter, on each device; None for half of what is free there.
     """
 
-    device: torch.device | None = None
+    devices: tuple[torch.device, ...] = ()
     memory_budget: int | None = None
-
-    def device_of(self, job: LayerJob) -> torch.device:
-        """The device on which a layer is decomposed."""
-        holder = job.weight.device
-        return self.device if holder.type == "cpu" and self.device is not None else holder
 
     def budget(self, device: torch.device) -> int:
         """Bytes that may be used on ``device``."""
@@ -64,16 +60,14 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
         RuntimeError, MemoryError: with the name of the layer. After any exception, KeyboardInterrupt included, each
             layer is either initialized and passed to ``done``, or unchanged.
     """
-    # before all others, which a single process may fail at while the rest wait for it
+    # before all others, at which a single process may fail while the rest wait for it
     for job in jobs:
         if job.is_sharded:
             done(job, job.run(budget=resources.memory_budget))
-    by_device: dict[torch.device, list[LayerJob]] = defaultdict(list)
-    for job in jobs:
-        if job.is_sharded:
-            continue
-        by_device[resources.device_of(job)].append(job)
-    budgets = {device: resources.budget(device) for device in by_device}
+    jobs = [job for job in jobs if not job.is_sharded]
+    budget = functools.cache(resources.budget)  # what is free may change
+    by_device = divide(jobs, resources.devices, budget)
+    budgets = {device: budget(device) for device in by_device}
     for device, share in by_device.items():
         _check_budget(share, device, budgets[device])
     stop = threading.Event()
@@ -82,12 +76,13 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
     threads = torch.get_num_threads()
     on_cpu.sort(key=lambda job: -job.weight.numel())  # small ones last, so that no thread is left with a large one
     each = max(1, threads // workers) if workers else 1
-    work = [functools.partial(_run_on_cpu, part, each) for job in on_cpu for part in _parts(job, workers)]
-    for device, share in by_device.items():
+    work: list[Callable[[Callable[[Finished], None]], None]] = []
+    for device, share in by_device.items():  # before the CPU's layers, so that each of them has a thread at once
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         batches = plan_batches([job for job in share if job.is_batched], device, budgets[device])
         alone = [job for job in share if not job.is_batched]
         work.append(functools.partial(_run_device, batches, alone, device, budgets[device], stream, stop))
+    work += [functools.partial(_run_on_cpu, part, each) for job in on_cpu for part in _parts(job, workers)]
     # the precision of float32 products is a setting of the process, so it is set once for all threads
     with exact_arithmetic(CPU):
         try:

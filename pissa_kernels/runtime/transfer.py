@@ -145,6 +145,7 @@ class PinnedTransfer:
     def _buffer(self, index: int, like: Tensor) -> Tensor:
         if len(self._buffers) < 2 or (self._buffers[0].shape, self._buffers[0].dtype) != (like.shape, like.dtype):
             self._finish()
+            self._buffers = []  # released before there are others
             self._buffers = [
                 torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self.on_gpu) for _ in range(2)
             ]

@@ -96,6 +96,8 @@ MACHINES = {
 }
 # The upcast block of rows in plain torch, and on a CPU its product.
 ROW_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+# Operations per second in products of the fixed schedule, whose panels are in bfloat16 pieces: estimated for an H100.
+PIECES_FLOPS = 4e14
 # Largest n for which a dense method follows an iteration that has not converged: it takes 0.1 s there.
 DENSE_FALLBACK_WIDTH = 1024
 
@@ -176,6 +178,23 @@ def candidates(m: int, n: int, rank: int, niter: int | None, *, machine: str = "
         return (*dense, *_fixed_plans(constants, m, n, rank, call, niter))
     krylov = _krylov_plans(constants, m, n, rank, call)
     return (*dense, *krylov, *_chebyshev_plans(constants, m, n, rank, call, gram))
+
+
+def seconds(m: int, n: int, rank: int, niter: int | None, *, machine: str) -> float:
+    """Estimated time of the SVD of one weight (m, n), on a GPU in a batch of others.
+
+    Args:
+        m, n: sides of the weight.
+        rank, niter, machine: as for :func:`candidates`.
+    """
+    m, n = max(m, n), min(m, n)
+    schedule = fixed.schedule(n, rank) if machine in fixed.DEVICES else None
+    if schedule is None:
+        return choose_plan(m, n, rank, niter, machine=machine).seconds
+    read = MACHINES.get(machine, MACHINES["cuda"]).read
+    # with the weight and its transpose: once for the sketch, for each degree of a filter, and for the projection
+    products = 2 * (2 + sum(schedule.degrees))
+    return products * m * n * (read + 2 * schedule.width / PIECES_FLOPS)
 
 
 def widened(plan: SolverPlan, rank: int) -> SolverPlan:

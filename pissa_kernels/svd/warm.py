@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..numerics import exact_arithmetic
 from .driver import solve_batch
-from .weight_operator import WeightOperator
 from .rayleigh_ritz import Triplets, certified
 from .result import Certificate, TruncatedSVD
 from .sketches import gaussian
 from .stopping import estimated_deficit
+from .weight_operator import WeightOperator
 
 # Columns beyond the rank: their Ritz values are the gap that the deficit is estimated with, and they carry directions
 # near index r that a change of the weight may exchange.

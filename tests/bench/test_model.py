@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
+import pissa_kernels as pk
 from bench.__main__ import main
 from bench.harness.paths import RESULTS
 from bench.harness.rows import read_rows
@@ -31,6 +34,17 @@ def test_every_projection_has_a_weight_of_its_own_or_repeats_one() -> None:
     assert not torch.equal(
         other.model.model.layers[0].mlp.up_proj.weight, other.model.model.layers[1].mlp.up_proj.weight
     )
+
+
+def test_a_provider_streams_through_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base(ModelCase(layers=1, width=64, inner=64, groups=1, rank=4))
+    settings: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(pk, "patch_peft", lambda **given: settings.append(given) or contextlib.nullcontext())
+    monkeypatch.setattr(peft, "get_peft_model", lambda model, config: model)
+    for provider in ("ours pissa, through every GPU", "ours pissa, through the GPU"):
+        Injection(base, provider, "cuda").run()
+    assert settings == [{"device": ["cuda:0", "cuda:1", "cuda:2"]}, {"device": "cuda"}]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..support.fixed_schedule import fixed_schedule
+from ..support.gpus import gpus
 from ..support.streams import streams
 
-__all__ = ["fixed_schedule", "streams"]
+__all__ = ["fixed_schedule", "gpus", "streams"]

@@ -223,7 +223,7 @@ def test_work_on_a_gpu_runs_on_the_stream_of_the_caller(streams: Streams, monkey
 
     monkeypatch.setattr(schedule, "run_batches", run_batches)
     caller = Stream(name="caller")
-    resources = schedule.Resources(DEVICE, memory_budget=1 << 30)
+    resources = schedule.Resources((DEVICE,), memory_budget=1 << 30)
     for stream in (caller, streams.default):
         with streams.use(stream):
             schedule.run(jobs_of(Net()), resources, lambda job, report: None)

@@ -128,3 +128,22 @@ def test_a_stack_leaves_after_the_work_that_it_was_given_and_no_other(streams: S
     ready, *rest = [entry for entry in pinned.stream.account if entry != "synchronized"]
     assert (ready.stream, ready.position) == (caller, 1)
     assert rest == 4 * ["copy"]
+
+
+def test_buffers_of_another_shape_are_gone_before_there_are_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a transfer has two buffers at any time."""
+    live: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    numbers: list[int] = []
+    empty = torch.empty
+
+    def counted(*size: Any, **rest: Any) -> torch.Tensor:
+        found = empty(*size, **rest)
+        live.add(found)
+        numbers.append(len(live))
+        return found
+
+    monkeypatch.setattr(torch, "empty", counted)
+    pinned = PinnedTransfer(CPU)
+    for shape in ((3, 5), (4, 2), (4, 2), (7, 7)):
+        pinned.to_device([torch.randn(shape) for _ in range(3)])
+    assert numbers == 3 * [1, 2]
