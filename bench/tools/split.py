@@ -23,7 +23,8 @@ from torch import Tensor
 
 import pissa_kernels
 from pissa_kernels.svd import chebyshev, krylov, rayleigh_ritz
-from pissa_kernels.svd.operators import GramOperator, WeightOperator
+from pissa_kernels.svd.operators import GramOperator
+from pissa_kernels.svd.weight_operator import WeightOperator
 
 from .. import commands
 from ..initializers.suites import SUITES

@@ -91,13 +91,13 @@ def divided_product(layer: Any, x: Tensor, A: Tensor, B: Tensor, width: int) -> 
         return DTensor.from_local(values, mesh, [placement], run_check=False, shape=shape, stride=stride)
 
     if x.shape[-1] != A.shape[1]:
-        divided = functional.linear(whole(x, Shard(-1), A.shape[1]), _cut(A, mesh, Shard(1)))
+        divided: Any = functional.linear(whole(x, Shard(-1), A.shape[1]), _cut(A, mesh, Shard(1)))
         inner: Tensor = divided.redistribute(placements=[Replicate()]).to_local()
     else:
         inner = functional.linear(x, A)
     if width == B.shape[0]:
         return functional.linear(inner, B)
-    outer = functional.linear(whole(inner, Replicate(), A.shape[0]), _cut(B, mesh, Shard(0)))
+    outer: Any = functional.linear(whole(inner, Replicate(), A.shape[0]), _cut(B, mesh, Shard(0)))
     local: Tensor = outer.to_local()
     return local
 

@@ -16,6 +16,7 @@ from ..adapter.attention import is_projection
 from ..adapter.layouts import layout_of
 from ..runtime.shards import is_sharded
 from . import state
+from .divided import plan_of
 from .quantized import copied, is_quantized, put, scheme_of
 
 _MERGED = "pissa_merged"
@@ -140,11 +141,7 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
         ValueError: with the name of the layer.
     """
     state.check_known(layer)
-    if names and is_sharded(layout_of(layer).weight):
-        raise ValueError(
-            f"{state.label(layer)}: the weight is sharded, and PEFT merges into a whole one. Save the adapter, and merge "
-            "it in a process that has the model (merge_and_unload), or on disk (pissa-kernels merge)"
-        )
+    _check_whole(layer, names)
     found = state.terms(layer)
     for name in names:
         recorded = found.scalings.get(name)
@@ -171,6 +168,17 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
             f"{state.label(layer)}: the adapter {variants[0]!r} ({state.variant_name(layer, variants[0])}) computes "
             f"with the stored weight and cannot be merged here with {', '.join(map(repr, merged))}. Merge it alone, in "
             "a model of its own"
+        )
+
+
+def _check_whole(layer: Any, names: Sequence[str]) -> None:
+    """Refuse a sharded weight, unless FSDP2 has sharded A and B like it: PEFT's own merge is of their parts then."""
+    layout = layout_of(layer)
+    factors = [factor for name in names for factor in layout.factors(name)]
+    if is_sharded(layout.weight) and not (plan_of(layer) is None and all(map(is_sharded, factors))):
+        raise ValueError(
+            f"{state.label(layer)}: the weight is sharded, and PEFT merges into a whole one. Save the adapter, and "
+            "merge it where the model is whole (merge_and_unload) or on disk (pissa-kernels merge)"
         )
 
 

@@ -1,7 +1,7 @@
 """A layer whose weight several processes hold in blocks: tensor parallelism, FSDP2's ``fully_shard``.
 
-All processes of the weight's mesh run the job of a layer at the same time. They agree after every step that may fail, so
-that a layer is initialized in all of them or in none.
+All processes of the weight's mesh run the job of a layer at the same time. They agree after every step that may fail,
+so that a layer is initialized in all of them or in none.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from .record import places_of
 
 class ShardedJob(LayerJob):
     """The job of one layer whose weight is a ``DTensor``. Its methods are called by all processes of the mesh."""
+
+    @property
+    def weight(self) -> Any:
+        """The weight, a ``DTensor``."""
+        return self.layout.weight.data
 
     @functools.cached_property
     def held(self) -> ShardedStack:

@@ -48,7 +48,7 @@ def put_(parameter: Any, values: Tensor) -> None:
 
 
 def on_mesh(weight: Any) -> Tensor:
-    """The local tensor of a ``DTensor``, on the device that its mesh transfers from: CPU offload leaves it elsewhere."""
+    """The local tensor of a ``DTensor``, on the kind of device that its mesh is of, unlike under CPU offload."""
     local: Tensor = weight.detach().to_local()
     kind = weight.device_mesh.device_type
     return local if local.device.type == kind else local.to(kind)

@@ -243,7 +243,8 @@ def _shared(svd: TruncatedSVD | None, matrix: Shard, rank: int, stack: ShardedSt
         for factor in factors:
             processes.broadcast_(factor)
     assert certificate is not None
-    return TruncatedSVD(*factors, certificate)
+    U, S, Vh = factors
+    return TruncatedSVD(U, S, Vh, certificate)
 
 
 def _by_plan(

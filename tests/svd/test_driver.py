@@ -15,7 +15,7 @@ import pissa_kernels as pk
 from pissa_kernels.svd import cost
 from pissa_kernels.svd import driver as svd
 from pissa_kernels.svd.cost import SolverPlan
-from pissa_kernels.svd.operators import WeightOperator
+from pissa_kernels.svd.weight_operator import WeightOperator
 
 from ..support.reference import (
     EPS,

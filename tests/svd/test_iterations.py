@@ -17,8 +17,9 @@ from pissa_kernels.ops.panels import recurrence, ritz_pairs
 from pissa_kernels.svd import chebyshev, cost, krylov
 from pissa_kernels.svd import driver as svd
 from pissa_kernels.svd.chebyshev import chebyshev_subspaces
-from pissa_kernels.svd.operators import Projection, WeightOperator
+from pissa_kernels.svd.operators import Projection
 from pissa_kernels.svd.stopping import Subspace
+from pissa_kernels.svd.weight_operator import WeightOperator
 
 from ..support.reference import KINDS, check_triplets, energy_deficit, matrix, real_spectrum, realistic, with_spectrum
 

@@ -9,8 +9,8 @@ from torch import Tensor
 import pissa_kernels as pk
 from pissa_kernels.numerics import exact_arithmetic
 from pissa_kernels.svd.krylov import LanczosBasis
-from pissa_kernels.svd.operators import WeightOperator
 from pissa_kernels.svd.orthogonalize import orthonormalize
+from pissa_kernels.svd.weight_operator import WeightOperator
 
 from ..support.reference import EPS, realistic
 

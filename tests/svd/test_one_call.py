@@ -14,7 +14,7 @@ from torch import Tensor
 import pissa_kernels as pk
 from pissa_kernels.svd import TruncatedSVD, cost
 from pissa_kernels.svd import driver as svd
-from pissa_kernels.svd.operators import WeightOperator
+from pissa_kernels.svd.weight_operator import WeightOperator
 
 from ..support.reference import KINDS, matrix, realistic
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pissa_kernels.svd.operators import GramOperator, Operator, WeightOperator
+from pissa_kernels.svd.operators import GramOperator, Operator
+from pissa_kernels.svd.weight_operator import WeightOperator
 
 from ..support.reference import EPS, realistic
 

@@ -13,7 +13,7 @@ import pissa_kernels as pk
 from pissa_kernels.ops.panels import recurrence
 from pissa_kernels.svd import cost
 from pissa_kernels.svd import driver as svd
-from pissa_kernels.svd.operators import WeightOperator
+from pissa_kernels.svd.weight_operator import WeightOperator
 
 from ..support.reference import energy_deficit, realistic, with_spectrum
 
