@@ -16,6 +16,7 @@ from .merge.run import merge_checkpoint
 from .peft.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
+from .peft.ranks import share_initial
 from .peft.save import save_pissa
 from .pissa import Decomposition, decompose
 from .report import LayerReport, Report
@@ -42,6 +43,7 @@ __all__ = [
     "patch_peft",
     "pissa_init",
     "save_pissa",
+    "share_initial",
     "truncated_svd",
     "unpatch_peft",
     "verify_checkpoint",

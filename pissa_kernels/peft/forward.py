@@ -18,7 +18,7 @@ from . import state, substitute
 from .divided import divided_product, plan_of
 from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
 from .record import remember as keep
-from .state import COPIES, TERMS, Factors, Terms, label, variant_name
+from .state import AWAITED, COPIES, TERMS, Factors, Terms, label, variant_name
 
 
 class DeviceCopies:
@@ -43,6 +43,7 @@ def attach(layer: Any) -> bool:
         Whether the layer had no hook before.
     """
     layer.__dict__[TERMS], layer.__dict__[COPIES] = Terms.of(records(layer)), DeviceCopies()
+    layer.__dict__.get(AWAITED, set()).difference_update(record.adapter for record in records(layer))
     if is_attached(layer):
         return False
     if layout_of(layer).by_output:
@@ -50,6 +51,12 @@ def attach(layer: Any) -> bool:
     else:
         substitute.attach(layer)
     return True
+
+
+def await_record(layer: Any, adapter: str) -> None:
+    """Refuse passes without an adapter whose initial factors are not known in this process, until they are."""
+    layer.__dict__.setdefault(AWAITED, set()).add(adapter)
+    attach(layer)
 
 
 def correct(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -61,12 +68,16 @@ def correct(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: T
         coefficients = found.missing((), layer.scaling)
         active: Sequence[str] = ()
     elif names is not None:
+        for name in set(names):
+            state.check_awaited(layer, [name])
         return _correct_samples(layer, found, x, output, names)
     elif layer.merged:
         return None
     else:
         active = layer.active_adapters
         coefficients = found.missing(active, layer.scaling)
+    if AWAITED in layer.__dict__:
+        state.check_awaited(layer, active)
     used = [index for index, total in enumerate(coefficients) if isinstance(total, Tensor) or total]
     if layer.lora_variant:
         _check_variants(layer, found, active, corrected=bool(used))
@@ -153,6 +164,12 @@ def _check_variants(layer: Any, found: Terms, active: Sequence[str], *, correcte
 def remember(layer: Any, record: InitRecord) -> None:
     """Keep a record with its layer, and let the layer's forward passes use it."""
     keep(layer, record)
+    attach(layer)
+
+
+def replace_records(layer: Any, kept: Sequence[InitRecord]) -> None:
+    """Give a layer other records, and let its forward passes use them."""
+    set_records(layer, kept)
     attach(layer)
 
 

@@ -18,10 +18,11 @@ from torch import nn
 
 from ..adapter.layers import in_scope
 from ..runtime.shards import reshard
-from . import base_weights, kinds, start, tied
+from . import base_weights, kinds, ranks, start, tied
 from .additions import check_addition, removed_on_failure
 from .creation import creating
 from .guard import protect, protect_peft_model
+from .layer import LayerJob
 from .load import Source, loading, replace_records
 from .offload import resident
 from .replicated import follow, split
@@ -159,24 +160,42 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
         kept = functools.partial(is_tied, configs[adapter_name])
         injection = Injection(Ties(model, replicated=replicated, kept=kept), model)
+        group = ranks.filled_from_first(model)
+        injection.filled_later = group is not None and not group.first
         try:
             with resident(model, adapter_name), removed_on_failure(model, adapter_name, injection):
-                with injected(injection, configs[adapter_name], model, adapter_name):
-                    with setting(injecting, injection):
-                        previous(self, model, adapter_name, *args, **kwargs)
-                    jobs, copies = split(injection.jobs, injection.ties)
-                for job in jobs:
-                    injection.keep(job)
-                if jobs:
-                    session.run(jobs)
-                session.layers += [follow(job, first) for job, first in copies]
-                session.layers += tied.follow(injection.tied, model)
+                with contextlib.nullcontext() if group is None else group.together():
+                    with injected(injection, configs[adapter_name], model, adapter_name):
+                        with setting(injecting, injection):
+                            previous(self, model, adapter_name, *args, **kwargs)
+                        jobs, copies = split(injection.jobs, injection.ties)
+                    for job in jobs:
+                        injection.keep(job)
+                    if not injection.filled_later:
+                        run_together(session, injection, model, jobs, copies)
+                if group is not None:
+                    session.layers += ranks.follow_first(group, model, adapter_name, injection.jobs)
+                    injection.notices.left_alone.clear()
                 if is_pissa(configs[adapter_name]) and loading.get() is None:
                     warn_of_plain_layers(injection, model, adapter_name)
         finally:
             protect(self, model, session.reopen, add_weighted_adapter=add_weighted_adapter)
 
     return inject_adapter
+
+
+def run_together(
+    session: Session,
+    injection: Injection,
+    model: nn.Module,
+    jobs: list[LayerJob],
+    copies: list[tuple[LayerJob, LayerJob]],
+) -> None:
+    """Initialize the layers of an injection, and those that have the weight of one of them."""
+    if jobs:
+        session.run(jobs)
+    session.layers += [follow(job, first) for job, first in copies]
+    session.layers += tied.follow(injection.tied, model)
 
 
 def wrap_from_pretrained(session: Session, previous: Function) -> Function:

@@ -13,13 +13,15 @@ from ..checks import check_rank, check_scaling, check_weight, layer_context
 from ..pissa import Recipe
 from ..runtime.shards import is_sharded
 from .forms import check_form
+from .forward import await_record
+from .joint import GatheredJob, is_gathered
 from .layer import LayerJob
 from .notices import Notices
 from .offload import is_offloaded
 from .originals import Dequantized
 from .quantized import is_quantized
 from .quantized_layer import Quantizing, quantized_job
-from .record import InitRecord
+from .record import InitRecord, records
 from .sharded_layer import sharded_job
 from .ties import Ties
 
@@ -112,6 +114,8 @@ def prepare(
         if weight.is_meta or (layout.factors(adapter_name)[0].is_meta and given is None):
             told = Notices() if notices is None else notices
             told.left_alone.append(job.label)
+            if not records(layer):
+                await_record(layer, adapter_name)
             if notices is None:
                 told.warn()
             return None
@@ -123,6 +127,8 @@ def prepare(
             check_weight(weight, matrix=layout.is_matrix)
         if is_sharded(weight):
             job = sharded_job(job)
+        elif is_gathered(layout.weight) and type(job) is LayerJob:
+            job = GatheredJob(**{name: getattr(job, name) for name in LayerJob.__dataclass_fields__})
         if is_parametrized(base, layout.parameter) or layout.parameter not in base._parameters:
             raise ValueError(
                 "the weight is computed from other parameters (a parametrization, weight_norm, FSDP's flat parameter) "

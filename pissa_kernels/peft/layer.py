@@ -14,7 +14,7 @@ from ..pissa import Factors, principal_factors, principal_factors_of_batch
 from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
 from . import forward, state
-from .record import InitRecord, check_given, of_adapter, records
+from .record import InitRecord, check_given, matches, of_adapter, records
 from .writing import LayerWriter
 
 
@@ -160,6 +160,11 @@ class LayerJob(LayerWriter):
         layout = self.layout
         if self.given is not None and not (records(self.layer) or records(layout.module, layout.parameter)):
             self._check_given(self.fingerprint().double(), self.weight.dtype)
+
+    def is_of(self, record: InitRecord) -> bool:
+        """Whether the stored weight is the one that a record was taken from."""
+        dtypes = (record.report.dtype, self.weight.dtype)
+        return matches(record.before, self.fingerprint(), dtypes, other=record.after)
 
     def _repeat(self, given: InitRecord, began: float) -> LayerReport:
         """Take the residual against the given factors."""

@@ -235,7 +235,8 @@ class PatchedPeft(Report):
         if injection is not None and name is not None and injection.ties.kept(name):
             injection.tied.append(Follower(layer, adapter_name, name))
             return
-        given = source.initial(name, adapter_name) if source is not None else None
+        filled_later = injection is not None and injection.filled_later
+        given = source.initial(name, adapter_name) if source is not None and not filled_later else None
         around = {} if injection is None else {key: getattr(injection, key) for key in ("ties", "notices", "model")}
         job = prepare(
             layer,
@@ -249,6 +250,9 @@ class PatchedPeft(Report):
             **around,
         )
         if job is None:
+            return
+        if injection is not None and filled_later:
+            injection.jobs.append(job.defer())  # process 0 runs its own
             return
         together = self.batch or job.is_sharded or (injection is not None and injection.ties.replicated)
         if injection is not None and can_be_deferred(layer, adapter_name) and together:

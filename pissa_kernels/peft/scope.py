@@ -83,6 +83,7 @@ class Injection:
         is_undone: whether all of the call is undone after a failure.
         tied: layers that follow the embedding whose weight they have.
         weights: functions that restore the weights which the call changes; only where it is undone.
+        filled_later: whether the weights of this process will be replaced by those of process 0.
     """
 
     ties: Ties
@@ -94,6 +95,7 @@ class Injection:
     is_undone: bool = False
     tied: list[Follower] = field(default_factory=list)
     weights: list[Callable[[], object]] = field(default_factory=list)
+    filled_later: bool = False
 
     def keep(self, job: LayerJob) -> None:
         """Keep a copy of the weight of a layer that the call changes, if the call is undone after a failure."""

@@ -1,13 +1,8 @@
-"""A layer whose weight several processes hold in blocks: tensor parallelism, FSDP2's ``fully_shard``.
-
-All processes of the weight's mesh run the job of a layer at the same time. They agree after every step that may fail,
-so that a layer is initialized in all of them or in none.
-"""
+"""A layer whose weight several processes hold in blocks: tensor parallelism, FSDP2's ``fully_shard``."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,11 +19,12 @@ from ..runtime.shards import ShardedStack, is_sharded, on_mesh
 from ..svd.cost import machine_of, workspace
 from . import state
 from .divided import check_plan, make_whole, plan_of
+from .joint import JointJob
 from .layer import LayerJob
 from .record import places_of
 
 
-class ShardedJob(LayerJob):
+class ShardedJob(JointJob):
     """The job of one layer whose weight is a ``DTensor``. Its methods are called by all processes of the mesh."""
 
     @property
@@ -89,34 +85,8 @@ class ShardedJob(LayerJob):
         stack = self.layout.sharded(self.weight, local)
         return principal_factors_of_stack(stack.mT if self.transposed else stack, self.recipe, dtype, self.part_label)
 
-    def write(
-        self,
-        factors: Sequence[Factors],
-        began: float,
-        *,
-        dtype: torch.dtype | None = None,
-        residual: Tensor | None = None,
-    ) -> LayerReport:
-        assert residual is None
-        before = self.fingerprint()
-        failure: Exception | None = None
-        subtracted = False
-        with self.restored_on_failure():
-            try:
-                joined = self.joined(factors)
-                kept = self.kept(factors, dtype or self.weight.dtype, joined)
-                self.set_adapter(*joined)
-                self.subtract(factors)
-                subtracted = True
-            except Exception as error:
-                failure = error
-            try:
-                self.held.everywhere.agree(failure)
-            except Exception:
-                if subtracted:
-                    self.subtract(factors, undo=True)
-                raise
-        return self.record(kept, before, self.fingerprint(), time.perf_counter() - began, self.weight.dtype)
+    def agree(self, failure: Exception | None) -> None:
+        self.held.everywhere.agree(failure)
 
     def subtract(self, factors: Sequence[Factors], first: int = 0, *, undo: bool = False) -> None:
         held, scaling = self.held, -self.recipe.scaling if undo else self.recipe.scaling

@@ -34,6 +34,8 @@ from .record import InitRecord, fingerprint, matches, places_of, records
 NEGLIGIBLE = 2.0**-40
 # Attributes of a layer.
 TERMS, COPIES = "pissa_terms", "pissa_copies"
+# Names of the adapters whose initial factors are not known in this process.
+AWAITED = "pissa_awaited"
 
 Factors = tuple[Tensor, Tensor]
 
@@ -301,6 +303,22 @@ def check_known(layer: Any) -> None:
             raise ValueError(
                 "the stored weight is no longer the one that PiSSA left here, so the original weight is not known. "
                 "Load the model again under patch_peft()"
+            )
+
+
+def check_awaited(layer: Any, active: Sequence[str]) -> None:
+    """Refuse a pass that needs initial factors which are not known in this process.
+
+    Args:
+        layer: the layer.
+        active: the adapters that the pass adds.
+    """
+    for adapter in layer.__dict__.get(AWAITED, ()):
+        if adapter in layout_of(layer).adapters and adapter not in active:
+            raise RuntimeError(
+                f"{label(layer)}: the weight or the adapter was on the meta device when the adapter {adapter!r} was "
+                "made, so its initial factors are not known in this process, and a pass without it may be of the "
+                "residual. Where another process has them, call pissa_kernels.share_initial(model) in all processes"
             )
 
 

@@ -6,7 +6,7 @@ import datetime
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,6 +35,13 @@ class ProcessGroup:
     group: Any = None
 
     @property
+    def is_connected(self) -> bool:
+        """Whether there is a process group, which may be of one process."""
+        import torch.distributed as dist
+
+        return dist.is_available() and dist.is_initialized()
+
+    @property
     def first(self) -> bool:
         """Whether this process does the work that is done once."""
         return self.rank == 0
@@ -48,6 +55,20 @@ class ProcessGroup:
         values: list[T | None] = [None] * self.world
         dist.all_gather_object(values, value, group=self.group)
         return values  # type: ignore[return-value]
+
+    def share(self, value: T) -> T:
+        """The value of the first process."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        holder = [value if self.first else None]
+        dist.broadcast_object_list(holder, group=self.group, group_src=0)
+        return holder[0]  # type: ignore[return-value]
+
+    def agree(self, failure: BaseException | None) -> None:
+        """Fail in every process if one has failed, see :func:`raise_first`."""
+        raise_first(self.gather(told(failure)), failure)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -68,6 +89,50 @@ class ProcessGroup:
     def on_several_hosts(self) -> bool:
         """Whether the processes run on more than one machine."""
         return len(set(self.gather(socket.gethostname()))) > 1
+
+
+Told = tuple[str, str, str | None]
+
+
+def told(failure: BaseException | None) -> Told | None:
+    """What other processes are told of an error: its class, its message, and the layer that the message names."""
+    if failure is None:
+        return None
+    return type(failure).__name__, str(failure) or type(failure).__name__, getattr(failure, "layer", None)
+
+
+def raise_first(failures: Sequence[Told | None], own: BaseException | None) -> None:
+    """Raise the first of the errors of several processes, if there is one.
+
+    Args:
+        failures: :func:`told` of each process.
+        own: that of this one.
+
+    Raises:
+        TypeError, ValueError: as that process.
+        RuntimeError: its message, for any other error.
+    """
+    for found in failures:
+        if found is not None:
+            kind, message, layer = found
+            error: Any = {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(message)
+            if layer is not None:  # the message names it already
+                error.layer = layer
+            raise error from own
+
+
+def current(group: Any = None) -> ProcessGroup:
+    """The processes of a group of torch.distributed that the caller has made; a single process without one.
+
+    Args:
+        group: the group; None for the default one.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return ProcessGroup()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return ProcessGroup(dist.get_rank(group), dist.get_world_size(group), local, group)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .distributed import raise_first, told
+
 T = TypeVar("T")
 Index = slice | Tensor
 EVERYTHING = slice(None)
@@ -137,22 +139,8 @@ class Processes:
         return found
 
     def agree(self, failure: BaseException | None) -> None:
-        """Fail in every process if one has failed.
-
-        Raises:
-            TypeError, ValueError: that of the first process that has failed.
-            RuntimeError: its message, for any other error.
-        """
-        told = None
-        if failure is not None:
-            told = type(failure).__name__, str(failure) or type(failure).__name__, getattr(failure, "layer", None)
-        for found in self.gather(told):
-            if found is not None:
-                kind, message, layer = found
-                error: Any = {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(message)
-                if layer is not None:  # named already
-                    error.layer = layer
-                raise error from failure
+        """Fail in every process if one has failed, see :func:`pissa_kernels.runtime.distributed.raise_first`."""
+        raise_first(self.gather(told(failure)), failure)
 
 
 @dataclass(frozen=True, eq=False)

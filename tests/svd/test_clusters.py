@@ -35,7 +35,9 @@ SHORT, SLACK = 10, 3e-7
 def force(patch: pytest.MonkeyPatch, method: str, block: int) -> None:
     """Choose ``method`` for every weight, then Krylov, and no dense method where these fit into the weight."""
 
-    def forced(m: int, n: int, rank: int, *arguments: Any, exclude: Any = (), **keywords: Any) -> cost.SolverPlan:
+    def forced(
+        m: int, n: int, rank: int, *arguments: Any, exclude: Any = (), formed: bool = True, **keywords: Any
+    ) -> cost.SolverPlan:
         wanted = "chebyshev" if "chebyshev" in method and "chebyshev" not in exclude else "krylov"
         plans = [plan for plan in cost.candidates(m, n, rank, *arguments, **keywords) if plan.method == wanted]
         if not plans:

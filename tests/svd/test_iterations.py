@@ -29,7 +29,7 @@ Force = Callable[..., None]
 def force(patch: pytest.MonkeyPatch, method: str, **changes: Any) -> None:
     """Choose ``method`` for every weight, with some parameters of its plan changed, and Krylov after it."""
 
-    def forced(*arguments: Any, exclude: Any, **keywords: Any) -> cost.SolverPlan:
+    def forced(*arguments: Any, exclude: Any, formed: bool = True, **keywords: Any) -> cost.SolverPlan:
         wanted = "krylov" if method in exclude else method
         plans = [plan for plan in cost.candidates(*arguments, **keywords) if plan.method == wanted]
         return replace(min(plans, key=lambda plan: plan.seconds), **changes)

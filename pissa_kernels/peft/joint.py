@@ -1,0 +1,87 @@
+"""Layers that several processes initialize together: all of them, or none."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import layer_context
+from ..pissa import Factors
+from ..report import LayerReport
+from ..runtime.distributed import ProcessGroup, current
+from .layer import LayerJob
+
+
+class JointJob(LayerJob):
+    """The job of one layer, which several processes run at the same time. They agree after steps that may fail."""
+
+    def agree(self, failure: Exception | None) -> None:
+        """Fail in every process if one has failed."""
+        raise NotImplementedError
+
+    def write(
+        self,
+        factors: Sequence[Factors],
+        began: float,
+        *,
+        dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
+    ) -> LayerReport:
+        assert residual is None
+        before = self.fingerprint()
+        failure: Exception | None = None
+        subtracted = False
+        with self.restored_on_failure():
+            try:
+                joined = self.joined(factors)
+                kept = self.kept(factors, dtype or self.weight.dtype, joined)
+                self.set_adapter(*joined)
+                self.subtract(factors)
+                subtracted = True
+            except Exception as error:
+                failure = error
+            try:
+                self.agree(failure)
+            except Exception:
+                if subtracted:
+                    self.subtract(factors, undo=True)
+                raise
+        return self.record(kept, before, self.fingerprint(), time.perf_counter() - began, self.weight.dtype)
+
+
+class GatheredJob(JointJob):
+    """The job of a layer whose weight DeepSpeed's ZeRO-3 has gathered, so that every process has all of it.
+
+    The first one decomposes it. All processes might, in the same time; but they need not find the same bits, and share
+    the cores where they run on CPUs. DeepSpeed keeps the residual of the first process.
+    """
+
+    @functools.cached_property
+    def group(self) -> ProcessGroup:
+        """The processes among which the weight is partitioned."""
+        return current(getattr(self.layout.weight, "ds_process_group", None))
+
+    def agree(self, failure: Exception | None) -> None:
+        self.group.agree(failure)
+
+    def _decomposed(self, *args: Any, **kwargs: Any) -> list[Factors]:
+        found: list[Factors] = []
+        failure: Exception | None = None
+        try:
+            if self.group.first:
+                with layer_context(self.label):
+                    found = super()._decomposed(*args, **kwargs)
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+        return self.group.share(found)
+
+
+def is_gathered(weight: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 partitions a parameter, which it has gathered for now."""
+    return hasattr(weight, "ds_id") and current().world > 1
