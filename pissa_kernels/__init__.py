@@ -13,6 +13,7 @@ from .checkpoint.verify import verify_checkpoint
 from .convert.convert import convert_adapter
 from .convert.report import ConversionReport
 from .merge.run import merge_checkpoint
+from .peft.checkpointing import PissaState
 from .peft.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
@@ -30,6 +31,7 @@ __all__ = [
     "Finding",
     "LayerReport",
     "PatchedPeft",
+    "PissaState",
     "Report",
     "TruncatedSVD",
     "Verification",

@@ -79,7 +79,14 @@ class GatheredJob(JointJob):
         except Exception as error:
             failure = error
         self.agree(failure)
-        return self.group.share(found)
+        # on the CPU: a pickled tensor of a GPU would come to the GPU of the same index
+        return self.group.share([_on_cpu(factors) for factors in found])
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    tensors = (factors.lora_A, factors.lora_B, factors.singular_values)
+    A, B, S = (tensor.cpu() for tensor in tensors)
+    return Factors(A, B, S, factors.certificate)
 
 
 def is_gathered(weight: Any) -> bool:

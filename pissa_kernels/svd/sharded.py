@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import dispatch, reference
+from ..runtime.distributed import raise_first, told
 from ..runtime.shards import Shard
 from .operators import Projection, ScaledOperator, needs_scale, scale_for
 
@@ -60,7 +61,9 @@ def serving(shard: Shard) -> Iterator[ShardedOperator | None]:
             yield None
     except Exception as error:
         failure = error
-    shard.over_both.agree(blocks.failure or failure)
+    # what has failed in a block first: the method of the first process fails at the NaN that it has got from there
+    tellings = shard.over_both.gather((told(blocks.failure), told(failure)))
+    raise_first([each[0] for each in tellings] + [each[1] for each in tellings], blocks.failure or failure)
 
 
 class Blocks:

@@ -1,0 +1,190 @@
+"""What several processes check of the SVD of a weight that they hold in blocks; run by ``test_sharded.py``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pissa_kernels as pk
+from pissa_kernels.runtime import shards
+from pissa_kernels.svd import sharded
+
+from ..support.reference import EPS, energy_deficit, realistic, true_residual, with_spectrum
+from ..support.together import raises_everywhere, same_everywhere, together
+
+RANK = 16
+
+
+def divided(W: Tensor, placements: list[Any], shape: tuple[int, ...] | None = None) -> Any:
+    """A ``DTensor`` of a weight that every process has."""
+    mesh = init_device_mesh("cpu", shape or (dist.get_world_size(),))
+    return distribute_tensor(W, mesh, placements, src_data_rank=None)
+
+
+def layouts() -> Iterator[tuple[list[Any], tuple[int, ...]]]:
+    """Placements, and the mesh that they are of."""
+    world = dist.get_world_size()
+    for placement in (Shard(0), Shard(1), _StridedShard(0, split_factor=2), _StridedShard(1, split_factor=2)):
+        yield [placement], (world,)
+    yield [Replicate()], (world,)
+    if world == 4:
+        for pair in itertools.permutations((Shard(0), Shard(1), Replicate()), 2):
+            yield list(pair), (2, 2)
+        yield [Shard(0), Shard(0)], (2, 2)
+        yield [_StridedShard(0, split_factor=2), Shard(0)], (2, 2)
+
+
+def check(W: Tensor, D: Any, rank: int = RANK, niter: int | None = None) -> pk.TruncatedSVD:
+    """The triplets, held against float64 and against those of one process."""
+    found, alone = pk.truncated_svd(D, rank, niter=niter), pk.truncated_svd(W, rank, niter=niter)
+    same_everywhere(*found[:3])
+    assert (found.U.shape, found.Vh.shape) == ((W.shape[0], rank), (rank, W.shape[1]))
+    exact = torch.linalg.svdvals(W.double())[:rank]
+    assert true_residual(W, *found[:3]) <= (found.certificate.residual + 30 * EPS) * float(exact[0])
+    assert found.certificate.converged == alone.certificate.converged
+    assert abs(found.certificate.energy - alone.certificate.energy) <= 1e-6
+    if niter is None:
+        assert float((found.S - exact).abs().max()) <= 30 * EPS * float(exact[0])
+        assert energy_deficit(W, found.Vh) <= 1e-6
+    products = [(svd.U * svd.S).double() @ svd.Vh.double() for svd in (found, alone)]
+    gap = float(exact[-1]) / float(exact[0])
+    assert float((products[0] - products[1]).abs().max()) <= 300 * EPS * float(exact[0]) / gap
+    return found
+
+
+@together(2, 3, 4)
+def check_every_layout() -> None:
+    """Tall, wide and small; the rows and columns that 3 and 4 do not divide among them."""
+    for shape, dtype in (((301, 1201), torch.bfloat16), ((1450, 1310), torch.float32), ((130, 97), torch.float16)):
+        W = realistic(*shape, seed=1).to(dtype)
+        for placements, mesh in layouts():
+            check(W, divided(W, placements, mesh))
+
+
+@together(3)
+def check_blocks_without_rows() -> None:
+    W = realistic(200, 4, seed=2).float()
+    check(W, divided(W, [Shard(1)]), rank=2)
+    W = realistic(5, 90, seed=2).float()
+    check(W, divided(W.repeat(1, 1), [_StridedShard(0, split_factor=4)]), rank=2)
+
+
+@together(2)
+def check_other_accuracies_ranks_and_scales() -> None:
+    W = realistic(700, 600, seed=3).float()
+    for niter in (0, 4):
+        check(W, divided(W, [Shard(0)]), niter=niter)
+    for rank in (1, 300, 600):
+        check(W, divided(W, [Shard(1)]), rank=rank)
+    for scale in (1e-30, 1e30):
+        for placement in (Shard(0), Shard(1)):
+            check(W * scale, divided(W * scale, [placement]))
+    wide = realistic(1300, 1250, seed=3).float() * 1e20
+    check(wide, divided(wide, [Shard(0)]))
+
+
+@together(2)
+def check_deficient_and_zero_matrices() -> None:
+    low = with_spectrum(400, 300, torch.tensor([3.0, 2.0, 1.0])).float()
+    for W in (low, torch.zeros(400, 300)):
+        for placement in (Shard(0), Shard(1)):
+            found = pk.truncated_svd(divided(W, [placement]), 8)
+            same_everywhere(*found[:3])
+            assert float(((found.U * found.S) @ found.Vh - W).abs().max()) <= 1e-5
+            for vectors in (found.U.mT, found.Vh):
+                assert float((vectors @ vectors.mT - torch.eye(8)).abs().max()) <= 1e-5
+
+
+@together(2, 4)
+def check_refusals_reach_every_process() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for place, value, found in (((0, 0), torch.nan, "NaN"), ((-1, -1), torch.inf, "Inf")):
+        for placement in (Shard(0), Shard(1)):
+            W = torch.randn(60, 50, generator=torch.Generator().manual_seed(0))
+            W[place] = value
+            raises_everywhere(partial(pk.truncated_svd, divided(W, [placement]), 4), ValueError, found)
+    D = divided(realistic(1300, 1250, seed=3).float(), [Shard(0)])
+    original = sharded.Blocks._body
+    calls = 0
+
+    def failing(blocks: Any, verb: str, dtype: torch.dtype) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise torch.OutOfMemoryError("no memory left")
+        return original(blocks, verb, dtype)
+
+    for failed in range(world):
+        calls = 0
+        with mock.patch.object(sharded.Blocks, "_body", failing if rank == failed else original):
+            raises_everywhere(lambda: pk.truncated_svd(D, RANK), RuntimeError, "no memory left")
+    assert pk.truncated_svd(D, RANK).certificate.converged  # and nothing is out of step
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (list, tuple)) else [made]:
+            if type(each) is Tensor:  # a DTensor promises the elements of all processes
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
+        return made
+
+
+@together(4)
+def check_no_process_makes_more_than_a_block_or_panels() -> None:
+    m, n = 2100, 2000
+    for placements in ([Shard(0)], [Shard(1)]):
+        local = divided(realistic(m, n, seed=4).float(), placements).to_local().clone()
+        mesh = init_device_mesh("cpu", (4,))
+        D = shards_as_dtensor(local, mesh, placements, (m, n))
+        with Largest() as largest:
+            found = pk.truncated_svd(D, RANK)
+        assert found.certificate.method == "krylov"
+        # the basis of Krylov has up to 256 columns and two blocks; a quarter of the weight is 1,050,000 elements
+        assert largest.elements <= max(local.numel(), (256 + 64) * (m + n)), (placements, largest.elements)
+        assert largest.elements < m * n // 2
+
+
+def shards_as_dtensor(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, int]) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1))
+
+
+@together(2, 3)
+def check_traffic_is_that_of_panels() -> None:
+    """Counted for each product, for two weights of which one has four times the rows."""
+    n, k = 600, 8
+    for placements, of_normal in (([Shard(0)], lambda m: 2 * n), ([Shard(1)], lambda m: 2 * n + m)):
+        for m in (700, 2800):
+            D = divided(realistic(m, n, seed=5).float(), placements)
+            stack = shards.sharded_stack(D, D.to_local())
+            blocks = sharded.Blocks(stack.matrices[0])
+            over = stack.matrices[0].over_both, stack.matrices[0].over_columns
+            counted = {"apply": n + m, "adjoint": m + n, "normal": of_normal(m)}
+            for verb, rows in counted.items():
+                before = sum(each.bytes_moved for each in over)
+                if over[0].is_first:
+                    panel = torch.ones(m if verb == "adjoint" else n, k)
+                    blocks.request(verb, 3, panel)
+                    blocks.request(sharded.STOP)
+                else:
+                    blocks.serve()
+                moved = sum(each.bytes_moved for each in over) - before
+                headers = 2 * 4 * 8
+                assert moved == 4 * k * rows + headers, (placements, verb, moved)
