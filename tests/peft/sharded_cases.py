@@ -1,0 +1,392 @@
+"""What several processes check of models that are sharded before the adapter is made; run by ``test_sharded.py``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import pissa_kernels as pk
+from pissa_kernels.adapter.layers import lora_layers
+from pissa_kernels.adapter.layouts import layout_of
+from pissa_kernels.ops import reference
+from pissa_kernels.peft.record import of_adapter
+from pissa_kernels.runtime.shards import is_sharded
+
+from ..support.architectures import ARCHITECTURES
+from ..support.models import build, output
+from ..support.reference import EPS, ROUNDOFF
+from ..support.together import folder, raises_everywhere, same_everywhere, together
+from .test_models import config
+
+# Widths that three processes do not divide evenly.
+WIDTH = 88
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def sharded(model: Any, **options: Any) -> Any:
+    """The model with FSDP2 on every block and on itself."""
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    for block in blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor, gathered from all processes where it is sharded."""
+    found: Tensor = (tensor.full_tensor() if is_sharded(tensor) else tensor).detach()
+    return found
+
+
+def layers_of(model: Any) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The whole weight, A and B of every layer."""
+    found = {}
+    for name, layer in lora_layers(model):
+        layout = layout_of(layer)
+        found[name] = tuple(map(whole, (layout.weight, *layout.factors("default"))))
+    return found  # type: ignore[return-value]
+
+
+def assert_as_one_process(model: Any, alone: Any, base: Any) -> None:
+    """A, B and the residual are those that one process finds, to rounding, and the same bits in all."""
+    weights = dict(base.named_parameters())
+    expected = layers_of(alone)
+    for (name, layer), (found_name, (W, A, B)) in zip(lora_layers(model), layers_of(model).items(), strict=True):
+        assert name == found_name
+        W1, A1, B1 = expected[name]
+        record, first = of_adapter(layer, "default"), of_adapter(dict(lora_layers(alone))[name], "default")
+        assert record is not None
+        assert first is not None
+        same_everywhere(W, A, B, record.lora_A, record.lora_B, record.before, record.after)
+        largest = float(first.report.singular_values.amax())
+        u = ROUNDOFF[W.dtype]
+        layout = layout_of(layer)
+        products = [
+            right.float() @ left.float()
+            for lefts, rights in (layout.split(A, B), layout.split(A1, B1))
+            for left, right in zip(lefts, rights, strict=True)
+        ]
+        half = len(products) // 2
+        for one, other in zip(products[:half], products[half:], strict=True):
+            assert float((one - other).abs().max()) <= (4 * u + 2000 * EPS) * largest, name
+        original = weights[f"{name}.{layout.parameter}" if f"{name}.{layout.parameter}" in weights else name]
+        assert float((W.float() - W1.float()).abs().max()) <= (8 * u + 2000 * EPS) * largest, name
+        stored = layout.stack(W).float()
+        for part, product in enumerate(products[:half]):
+            total = stored[part] + layout.scalings["default"] * (product.mT if layout.transposed else product)
+            bound = 1.01 * u * float(stored.abs().max()) + 20 * EPS * largest
+            assert float((total - layout.stack(original.detach())[part].float()).abs().max()) <= bound, name
+        assert torch.equal(record.before, first.before), name
+        assert [report.name for report in (record.report, first.report)] == [name, name]
+
+
+def assert_is_base(model: Any, logits: Tensor, roundings: float = 40) -> None:
+    dtype = next(model.parameters()).dtype
+    assert float((output(model) - logits).abs().max()) <= roundings * ROUNDOFF[dtype] * float(logits.abs().max())
+
+
+def train(model: Any, steps: int = 2) -> None:
+    """Some steps of a loss that is large in every layer; every process has the same batch."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    ids = torch.arange(24).reshape(2, 12) % 100
+    for _ in range(steps):
+        loss = model(input_ids=ids).logits.float().square().mean()
+        loss.backward()
+        for parameter in parameters:
+            if not is_sharded(parameter) and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_later_use(model: Any, base: Any, logits: Tensor, save: Path) -> None:
+    """Without the adapter the base model; training, saving, and loading in one process."""
+    with pk.original_model(model):
+        assert_is_base(model, logits)
+    with model.disable_adapter():
+        assert_is_base(model, logits)
+    train(model)
+    trained = output(model)
+    moved = float((trained - logits).abs().max() / logits.abs().max())
+    assert moved > 1e-3, moved
+    with model.disable_adapter():
+        assert_is_base(model, logits)
+    state = {key: whole(value) for key, value in model.state_dict().items()}
+    if dist.get_rank() == 0:
+        model.save_pretrained(save / "trained", state_dict=state)
+        with pk.patch_peft():
+            loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), save / "trained")
+        dtype = next(base.parameters()).dtype
+        assert float((output(loaded) - trained).abs().max()) <= 40 * ROUNDOFF[dtype] * float(logits.abs().max())
+    dist.barrier()
+
+
+@together(2, 3, 4)
+def check_fully_shard_before_the_adapter() -> None:
+    for name in ("llama", "gpt2"):
+        for dtype in DTYPES:
+            base = build(name, dtype, width=WIDTH)
+            logits = output(base)
+            with pk.patch_peft():
+                alone = peft.get_peft_model(copy.deepcopy(base), config(name))
+            with pk.patch_peft() as report:
+                model = peft.get_peft_model(sharded(copy.deepcopy(base)), config(name))
+            assert len(report.layers) == len(list(lora_layers(model)))
+            assert all(is_sharded(layout_of(layer).weight) for _, layer in lora_layers(model))
+            assert_as_one_process(model, alone, base)
+            assert_is_base(model, logits)
+            check_later_use(model, base, logits, folder(f"{name}-{dtype}"))
+
+
+@together(2)
+def check_other_layers_under_fully_shard() -> None:
+    """An embedding, a stack of experts whose matrices the processes share, and DoRA."""
+    base = ARCHITECTURES["mixtral"].build().float().eval()
+    logits = output(base)
+    settings = {
+        "target_modules": ["embed_tokens", "q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    asked = config("llama", **settings)
+    with pk.patch_peft():
+        alone = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(asked))
+    with pk.patch_peft():
+        model = peft.get_peft_model(sharded(copy.deepcopy(base)), copy.deepcopy(asked))
+    assert_as_one_process(model, alone, base)
+    assert_is_base(model, logits)
+    with pk.original_model(model):
+        assert_is_base(model, logits)
+
+
+@together(2)
+def check_after_a_pass() -> None:
+    """FSDP2 keeps the parameters of the root gathered after a pass, which must not become the residuals."""
+    base = build("llama", width=WIDTH)
+    logits = output(base)
+    model = sharded(copy.deepcopy(base))
+    assert_is_base(model, logits)
+    asked = config("llama", target_modules=["q_proj", "lm_head"])
+    with pk.patch_peft():
+        model = peft.get_peft_model(model, asked)
+    assert_is_base(model, logits)
+    train(model)
+    with pk.original_model(model):
+        assert_is_base(model, logits)
+
+
+@together(2)
+def check_later_adapters_and_loading() -> None:
+    base = build("llama", width=WIDTH)
+    logits = output(base)
+    with pk.patch_peft():
+        model = peft.get_peft_model(sharded(copy.deepcopy(base)), config("llama"))
+        model.add_adapter("same", config("llama"))
+        model.add_adapter("other", config("llama", r=6))
+        model.add_adapter("plain", config("llama", init_lora_weights=True))
+    for adapter in ("same", "other", "plain", "default"):
+        model.set_adapter(adapter)
+        assert_is_base(model, logits)
+    train(model)
+    trained, save = output(model), folder("loading")
+    state = {key: whole(value) for key, value in model.state_dict().items()}
+    if dist.get_rank() == 0:
+        model.save_pretrained(save, state_dict=state, selected_adapters=["default"])
+    dist.barrier()
+    with pk.patch_peft():
+        loaded = peft.PeftModel.from_pretrained(sharded(copy.deepcopy(base)), save)
+    assert float((output(loaded) - trained).abs().max()) <= 1e-5 * float(logits.abs().max())
+    with pk.original_model(loaded):
+        assert_is_base(loaded, logits)
+
+    def load_elsewhere() -> None:
+        other = build("llama", width=WIDTH)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.5)
+        with pk.patch_peft():
+            peft.PeftModel.from_pretrained(sharded(other), save)
+
+    raises_everywhere(load_elsewhere, ValueError, "the weight is not the one that the adapter's initial factors were")
+    model = model.unload()
+    assert_is_base(model, logits)
+
+
+@together(2, 3)
+def check_refusals_leave_every_process_unchanged() -> None:
+    base = build("llama", width=WIDTH)
+    name = "model.layers.1.mlp.down_proj"
+    for value, text in ((torch.nan, f"layer {name!r}, weight (88, 264): the weight holds NaN"),):
+        broken = copy.deepcopy(base)
+        broken.get_submodule(name).weight.data[-1, -1] = value
+        model = sharded(broken)
+        before = {key: whole(parameter).clone() for key, parameter in model.named_parameters()}
+
+        def attempt(model: Any = model) -> None:
+            with pk.patch_peft():
+                peft.get_peft_model(model, config("llama", target_modules=["down_proj"]))
+
+        raises_everywhere(attempt, ValueError, text)
+        for key, parameter in model.named_parameters():
+            if "layers.1" in key and "lora" not in key:
+                kept = before[key.replace(".base_layer", "")]
+                assert torch.equal(whole(parameter).nan_to_num(7.0), kept.nan_to_num(7.0)), key
+
+    # one process fails while it writes: the others undo theirs
+    model = sharded(copy.deepcopy(base))
+    before = {key: whole(parameter).clone() for key, parameter in model.named_parameters()}
+    original = reference.subtract_lowrank_
+    failing = dist.get_rank() == dist.get_world_size() - 1
+
+    def subtract(*args: Any, **kwargs: Any) -> Tensor:
+        if failing:
+            raise torch.OutOfMemoryError("no memory left")
+        return original(*args, **kwargs)
+
+    def attempt_write() -> None:
+        with pk.patch_peft(), mock.patch("pissa_kernels.ops.subtract_lowrank_", subtract):
+            peft.get_peft_model(model, config("llama", target_modules=["q_proj"]))
+
+    raises_everywhere(attempt_write, RuntimeError, "layer 'model.layers.0.self_attn.q_proj', weight (88, 88): no memory")
+    for key, parameter in model.named_parameters():
+        if "lora" not in key:
+            kept = before[key.replace(".base_layer", "")]
+            assert float((whole(parameter) - kept).abs().max()) <= 4 * EPS * float(kept.abs().max()), key
+
+
+@together(2)
+def check_merging() -> None:
+    base = build("llama", width=WIDTH)
+    logits = output(base)
+    with pk.patch_peft():
+        model = peft.get_peft_model(sharded(copy.deepcopy(base)), config("llama"))
+    raises_everywhere(model.merge_adapter, ValueError, "the weight is sharded, and PEFT merges into a whole one")
+    assert_is_base(model, logits)
+    with pk.patch_peft():
+        model = peft.get_peft_model(copy.deepcopy(base), config("llama"))
+    model = sharded_later(model)
+    train(model)
+    trained = output(model)
+    model.merge_adapter()
+    assert float((output(model) - trained).abs().max()) <= 1e-5 * float(trained.abs().max())
+    model.unmerge_adapter()
+    assert float((output(model) - trained).abs().max()) <= 1e-5 * float(trained.abs().max())
+
+
+def sharded_later(model: Any) -> Any:
+    """A PEFT model, sharded after the adapter was made, as accelerate does it."""
+    for block in model.base_model.model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def tensor_parallel(path: Path, **sizes: int) -> Any:
+    from transformers.distributed import DistributedConfig
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**sizes)).eval()
+
+
+def saved(base: Any, name: str) -> Path:
+    path = folder(name)
+    if dist.get_rank() == 0:
+        base.save_pretrained(path)
+    dist.barrier()
+    return path
+
+
+def check_parallel(sizes: dict[str, int]) -> None:
+    base = build("llama", width=96)
+    logits = output(base)
+    path = saved(base, "-".join(map(str, sizes.values())))
+    asked = config("llama", target_modules=["embed_tokens", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    with pk.patch_peft():
+        alone = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(asked))
+    with pk.patch_peft():
+        model = peft.get_peft_model(tensor_parallel(path, **sizes), copy.deepcopy(asked))
+    assert_as_one_process(model, alone, base)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert_is_base(model, logits)
+    check_later_use(model, base, logits, folder("later-" + path.name))
+    model.add_adapter("other", config("llama", r=6))
+    model.set_adapter("other")
+    assert_is_base(model, logits)
+    train(model)
+    with model.disable_adapter():
+        assert_is_base(model, logits)
+    model.set_adapter("default")
+    if sizes.get("tp_size", 1) > 1:
+        raises_everywhere(model.merge_adapter, ValueError, "the weight is sharded, and PEFT merges into a whole one")
+
+
+@together(2)
+def check_tensor_parallel() -> None:
+    check_parallel({"tp_size": 2})
+
+
+@together(4)
+def check_tensor_parallel_and_fully_shard() -> None:
+    check_parallel({"tp_size": 2, "fsdp_size": 2})
+
+
+@together(4)
+def check_replicas_of_shards() -> None:
+    check_parallel({"fsdp_size": 2, "dp_replicate_size": 2})
+    base = build("llama", width=WIDTH)
+    logits = output(base)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    with pk.patch_peft():
+        model = peft.get_peft_model(sharded(copy.deepcopy(base), mesh=mesh), config("llama"))
+    assert_is_base(model, logits)
+
+
+@together(2)
+def check_refused_plans() -> None:
+    base = build("llama", width=96)
+    path = saved(base, "plans")
+
+    def attempt(**changes: Any) -> Callable[[], None]:
+        def make() -> None:
+            with pk.patch_peft():
+                peft.get_peft_model(tensor_parallel(path, tp_size=2), config("llama", **changes))
+
+        return make
+
+    raises_everywhere(attempt(target_modules=["lm_head"]), ValueError, "divides the weight as 'colwise_gather_output'")
+    raises_everywhere(attempt(use_dora=True), ValueError, "takes norms from the weight, of which tensor parallelism")
+
+
+@together(2)
+def check_gradients_of_corrections() -> None:
+    """A second adapter beside the first one: its gradients, through the correction, are those of one process."""
+    base = build("llama", width=96)
+    path = saved(base, "gradients")
+    targets = ["q_proj", "o_proj", "down_proj"]
+    gradients = []
+    for start in (lambda: copy.deepcopy(base), lambda: tensor_parallel(path, tp_size=2)):
+        with pk.patch_peft():
+            model = peft.get_peft_model(start(), config("llama", target_modules=targets))
+            model.add_adapter("other", config("llama", r=6, target_modules=targets))
+        model.set_adapter("other")
+        model(input_ids=torch.arange(24).reshape(2, 12) % 100).logits.square().mean().backward()
+        found = {}
+        for name, layer in lora_layers(model):
+            factors = layout_of(layer).factors("other")
+            (A, B), (of_A, of_B) = map(whole, factors), (whole(factor.grad) for factor in factors)
+            # rotating A and B against each other changes neither of these
+            found[f"{name}.lora_A"], found[f"{name}.lora_B"] = B @ of_A, of_B @ A
+        gradients.append(found)
+    one, several = gradients
+    assert set(one) == set(several)
+    for name, gradient in one.items():
+        assert float((several[name] - gradient).abs().max()) <= 1e-4 * float(gradient.abs().max()), name
