@@ -43,7 +43,8 @@ def attach(layer: Any) -> bool:
         Whether the layer had no hook before.
     """
     layer.__dict__[TERMS], layer.__dict__[COPIES] = Terms.of(records(layer)), DeviceCopies()
-    layer.__dict__.get(AWAITED, set()).difference_update(record.adapter for record in records(layer))
+    for record in records(layer):
+        layer.__dict__.get(AWAITED, {}).pop(record.adapter, None)
     if is_attached(layer):
         return False
     if layout_of(layer).by_output:
@@ -53,9 +54,15 @@ def attach(layer: Any) -> bool:
     return True
 
 
-def await_record(layer: Any, adapter: str) -> None:
-    """Refuse passes without an adapter whose initial factors are not known in this process, until they are."""
-    layer.__dict__.setdefault(AWAITED, set()).add(adapter)
+def await_record(layer: Any, adapter: str, shown: str) -> None:
+    """Refuse passes without an adapter whose initial factors are not known in this process, until they are.
+
+    Args:
+        layer: the layer.
+        adapter: name of the adapter.
+        shown: the layer in messages.
+    """
+    layer.__dict__.setdefault(AWAITED, {})[adapter] = shown
     attach(layer)
 
 

@@ -115,7 +115,7 @@ def prepare(
             told = Notices() if notices is None else notices
             told.left_alone.append(job.label)
             if not records(layer):
-                await_record(layer, adapter_name)
+                await_record(layer, adapter_name, job.label)
             if notices is None:
                 told.warn()
             return None

@@ -34,7 +34,7 @@ from .record import InitRecord, fingerprint, matches, places_of, records
 NEGLIGIBLE = 2.0**-40
 # Attributes of a layer.
 TERMS, COPIES = "pissa_terms", "pissa_copies"
-# Names of the adapters whose initial factors are not known in this process.
+# By the name of each adapter whose initial factors are not known in this process, the layer in messages.
 AWAITED = "pissa_awaited"
 
 Factors = tuple[Tensor, Tensor]
@@ -313,10 +313,10 @@ def check_awaited(layer: Any, active: Sequence[str]) -> None:
         layer: the layer.
         active: the adapters that the pass adds.
     """
-    for adapter in layer.__dict__.get(AWAITED, ()):
+    for adapter, shown in layer.__dict__.get(AWAITED, {}).items():
         if adapter in layout_of(layer).adapters and adapter not in active:
             raise RuntimeError(
-                f"{label(layer)}: the weight or the adapter was on the meta device when the adapter {adapter!r} was "
+                f"{shown}: the weight or the adapter was on the meta device when the adapter {adapter!r} was "
                 "made, so its initial factors are not known in this process, and a pass without it may be of the "
                 "residual. Where another process has them, call pissa_kernels.share_initial(model) in all processes"
             )

@@ -257,7 +257,9 @@ def check_refusals_leave_every_process_unchanged() -> None:
         with pk.patch_peft(), mock.patch("pissa_kernels.ops.subtract_lowrank_", subtract):
             peft.get_peft_model(model, config("llama", target_modules=["q_proj"]))
 
-    raises_everywhere(attempt_write, RuntimeError, "layer 'model.layers.0.self_attn.q_proj', weight (88, 88): no memory")
+    raises_everywhere(
+        attempt_write, RuntimeError, "layer 'model.layers.0.self_attn.q_proj', weight (88, 88): no memory"
+    )
     for key, parameter in model.named_parameters():
         if "lora" not in key:
             kept = before[key.replace(".base_layer", "")]

@@ -85,7 +85,7 @@ def _outcomes(module: str, world: int) -> list[dict[str, str]]:
 def main(module: str, folder: str, world: int, rank: int) -> None:
     import torch.distributed as dist
 
-    rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=120)
+    rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=rendezvous, world_size=world, rank=rank, timeout=timeout)
     os.environ["TOGETHER_FOLDER"] = folder
     torch.set_num_threads(1)
