@@ -13,18 +13,21 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from ..files import system
 from ..files.atomic import RESUMABLE, copy_file, temporary_path, write_text
 from ..files.destination import first_unlisted
-from ..files.header import write_at
+from ..files.header import sha256, write_at
 from ..report.strict import load
+from .fence import RUN, Fence, first_process, run_record
 from .manifest import MANIFEST, REPORT, REPORT_DIGEST
 from .placement import Placement, appeared, is_result_of
 from .plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointJob
+from .same_plan import check_same_plan
 from .stacks import STAGED
 
 PLAN = "plan.json"
@@ -41,11 +44,14 @@ class Journal:
         result: folder of the result.
         folder: the hidden folder beside it, with the plan, the journals and ``out``.
         out: what is moved to ``result`` at the end.
+        fence: asked before each write.
+        several_hosts: whether runs on more than one machine have written to the folder.
     """
 
     def __init__(self, out: Path) -> None:
         self.placement = Placement(out)
         self.result, self.folder, self.out = out, self.placement.folder, self.placement.unplaced
+        self.fence, self.several_hosts, self._name = Fence(self.folder), False, "journal"
 
     def exists(self) -> bool:
         """Whether there is an unfinished run."""
@@ -74,7 +80,7 @@ class Journal:
 
     def _known_files(self) -> set[str]:
         """What a run writes into the folder, by its plan."""
-        known = {PLAN, STAGED}
+        known = {PLAN, STAGED, RUN}
         if self.exists():
             source = self._plan()["plan"]["fingerprint"]
             written = {*source, MANIFEST, REPORT, REPORT_DIGEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS}
@@ -129,6 +135,31 @@ class Journal:
             finally:
                 os.close(descriptor)
 
+    def begin_run(self, hosts: list[str]) -> str | None:
+        """Keep all earlier runs from writing, where some of them or this one has several processes.
+
+        Args:
+            hosts: the machines of this run; empty for a run of one process.
+
+        Returns:
+            What the other processes need for :meth:`join_run`; None for nothing.
+        """
+        if not hosts and not (self.folder / RUN).exists():
+            return None
+        text, self.several_hosts = run_record(self.folder, hosts or [socket.gethostname()])
+        return text
+
+    def join_run(self, text: str | None, check: Callable[[], None]) -> None:
+        """Write as a process of a run from here on.
+
+        Args:
+            text: what :meth:`begin_run` has returned in process 0.
+            check: raises ProcessLost if this process has lost contact with the others.
+        """
+        self.fence = Fence(self.folder, text, check)
+        if text is not None:  # a line that an earlier run still writes is not in the middle of one of this run
+            self._name = f"journal-{sha256(text.encode())[:8]}"
+
     def replaces(self) -> bool:
         """Whether the unfinished run may replace what is at ``result``."""
         return bool(self._plan()["replace"])
@@ -139,23 +170,7 @@ class Journal:
         Raises:
             ValueError: the unfinished run had another plan, or the source has changed since it was started.
         """
-        began, now = self._plan()["plan"], job.record()
-        for key, value in now.items():
-            if (before := began.get(key)) == value:
-                continue
-            if key == "fingerprint":
-                changed = sorted(_differing(before, value))
-                raise ValueError(
-                    f"{job.checkpoint.folder} has changed since the run in {self.folder} was started "
-                    f"({', '.join(changed[:3])}); --force starts again"
-                )
-            if isinstance(before, dict) and isinstance(value, dict):
-                names = _differing(before, value)
-                before, value = ({name: record.get(name) for name in sorted(names)} for record in (before, value))
-            raise ValueError(
-                f"the run in {self.folder} was started with {key} {_short(before)}, not {_short(value)}; "
-                "--force starts again"
-            )
+        check_same_plan(self._plan()["plan"], job.record(), self.folder, job.checkpoint.folder)
 
     def _plan(self) -> dict[str, Any]:
         """The plan of the unfinished run.
@@ -201,7 +216,9 @@ class Journal:
             try:
                 descriptor = system.lock(self.folder)
             except BlockingIOError:
-                raise RuntimeError(f"another process is writing {self.result}") from None
+                who = first_process(self.folder)
+                about = f" ({who}); end that process if it hangs" if who else ""
+                raise RuntimeError(f"another process is writing {self.result}{about}") from None
             if descriptor is None:
                 break
             with contextlib.suppress(FileNotFoundError):
@@ -219,7 +236,7 @@ class Journal:
 
     def open(self, process: int) -> IO[str]:
         """Open the journal of one process for appending, on a new line if the last one was cut short."""
-        path = self.folder / f"journal-{process}.jsonl"
+        path = self.folder / f"{self._name}-{process}.jsonl"
         file = path.open("a", encoding="utf-8")
         if path.stat().st_size:
             file.write("\n")
@@ -251,7 +268,9 @@ class Journal:
             if not (replace or self.replaces()):
                 raise appeared(self.result)
             self.placement.check(replace=True)  # hours after the first check
+            self.fence()
             self.placement.set_aside()
+        self.fence()
         os.replace(self.out, self.placement.complete)
         self.placement.place()
         self.discard()
@@ -264,13 +283,3 @@ class Journal:
             return False
         self.discard()
         return True
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
-    """Keys whose values differ."""
-    return {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:99] + "…"

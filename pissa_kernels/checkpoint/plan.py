@@ -150,15 +150,6 @@ class CheckpointJob:
             "torch": str(torch.__version__),
         }
 
-    def share(self, process: int, world: int) -> list[TensorJob]:
-        """The tensors of one process of ``world``. Each tensor goes to the process with the least work so far."""
-        loads, shares = [0.0] * world, [[] for _ in range(world)]  # type: ignore[var-annotated]
-        for tensor in self.tensors:
-            least = loads.index(min(loads))
-            loads[least] += tensor.seconds
-            shares[least].append(tensor)
-        return shares[process]
-
 
 def plan_checkpoint(
     model: Path,

@@ -33,12 +33,13 @@ def by_tensor(records: Iterable[Record]) -> dict[Key, list[Record]]:
     return found
 
 
-def collect_records(job: CheckpointJob, journal: Journal, *, check: bool) -> dict[Key, Record]:
+def collect_records(job: CheckpointJob, journal: Journal) -> dict[Key, Record]:
     """One journal record for every tensor.
+
+    The bytes of every tensor are hashed where hosts that do not share a page cache have written them.
 
     Args:
         job, journal: of the run.
-        check: whether to hash the bytes of every tensor, where hosts that do not share a page cache have written them.
 
     Raises:
         RuntimeError: a tensor's bytes do not match its record.
@@ -49,7 +50,8 @@ def collect_records(job: CheckpointJob, journal: Journal, *, check: bool) -> dic
         for tensor in job.tensors:
             records = recorded.get(tensor.key, [])
             # runs on different machines may have written different bytes: the file holds those of one of them
-            if check or len({_digests(record) for record in records}) != 1:
+            if journal.several_hosts or len({_digests(record) for record in records}) != 1:
+                journal.fence.in_contact()
                 records = [record for record in records if worker.holds(tensor, record)]
             if not records:
                 raise RuntimeError(
@@ -80,13 +82,16 @@ def publish(
             files[ADAPTER_WEIGHTS]["tensors"].update(record.get("adapter", {}))
     for stack in job.stacks:
         _add_hashes(files, stack, [records[key] for key in _keys(stack)])
+    journal.fence()
     files[ADAPTER_WEIGHTS]["tensors"].update(pack_factors(job, journal.folder, out))
     for name in job.checkpoint.others:
+        journal.fence()
         if (text := job.texts.get(name)) is None:
             files[name] = {"sha256": copy_file(job.checkpoint.folder / name, out / name)}
         else:
             write_text(out / name, text, suffix=RESUMABLE)
             files[name] = {"sha256": sha256(text.encode())}
+    journal.fence()
     config = {**job.adapter.config, "base_model_name_or_path": job.place}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_text(out / ADAPTER_CONFIG, text, suffix=RESUMABLE)

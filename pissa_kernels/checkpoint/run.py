@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..numerics import exact_arithmetic
 from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations
+from ..runtime.contact import ProcessLost
 from ..runtime.distributed import ProcessGroup, joined
 from ..runtime.memory import Peak
-from ..runtime.progress import progress as progress_bar
-from ..runtime.workers import run_jobs
 from .journal import Journal
 from .options import AdapterOptions, default_modules, entries
 from .outcome import CheckpointReport, checkpoint_report
 from .placement import is_result_of
-from .plan import CheckpointJob, TensorJob, plan_checkpoint
-from .publish import by_tensor, collect_records, publish
+from .plan import CheckpointJob, plan_checkpoint
+from .publish import collect_records, publish
 from .quantization import DEFAULT_BLOCK, quantization_options
-from .worker import Record, Worker
-
-CPU = torch.device("cpu")
+from .work import work
+from .worker import Record
 
 
 def init_checkpoint(
@@ -107,7 +102,8 @@ def init_checkpoint(
             ``out`` lies in, under or above the source.
         FileNotFoundError, NotADirectoryError: no checkpoint at ``model``.
         ModuleNotFoundError: ``quantize`` without bitsandbytes.
-        OSError: reading or writing failed. The run can be resumed, and the source is unchanged.
+        OSError: reading or writing failed, or a process of torchrun was lost, which the message names. The run can be
+            resumed, and the source is unchanged.
         RuntimeError: another process writes to ``out``, or ``device`` is not available.
         TypeError, ValueError: a layer or an option is refused; the message names it, and no unfinished run is left. Or
             the unfinished run had other options or another source.
@@ -158,40 +154,62 @@ def run_job(
     progress: bool = True,
 ) -> CheckpointReport:
     """Carry out a plan. The arguments, errors and result are those of :func:`init_checkpoint`."""
+    try:
+        with joined() as group, contextlib.ExitStack() as lock:
+            return _run_together(job, group, lock, workers, resume, force, on_tensor, progress)
+    except ProcessLost as error:
+        error.args = (f"{error}; finished tensors are kept, and --resume continues with any number of processes",)
+        raise
+
+
+def _run_together(
+    job: CheckpointJob,
+    group: ProcessGroup,
+    lock: contextlib.ExitStack,
+    workers: int | None,
+    resume: bool,
+    force: bool,
+    on_tensor: Callable[[Record], None] | None,
+    progress: bool,
+) -> CheckpointReport:
     journal = Journal(job.out)
-    with joined() as group, contextlib.ExitStack() as lock:
-        several_hosts = group.on_several_hosts()
+    hosts = group.hosts() if group.world > 1 else []
+    finished, run = False, None
+    with group.together():
+        if group.first:
+            lock.enter_context(journal.locked())
+            finished, run = _begin(job, journal, resume, force, hosts)
+    finished, run = group.gather((finished, run))[0]
+    if finished:
+        return checkpoint_report(job, kept=len(job.tensors))
+    journal.join_run(run, group.check)
+    began, peak = time.perf_counter(), Peak()
+    refusal: TypeError | ValueError | None = None
+    kept = 0
+    with group.together(), peak:
+        try:
+            kept = work(job, journal, group, workers, on_tensor, progress)
+        except (TypeError, ValueError) as error:
+            if not hasattr(error, "layer"):  # not of a weight, but of ``on_tensor``, for example
+                raise
+            refusal = error
+    if any(group.gather(refusal is not None)):
         with group.together():
-            if group.first:
-                lock.enter_context(journal.locked())
-            finished = group.first and not _begin(job, journal, resume, force)
-        if any(group.gather(finished)):
-            return checkpoint_report(job, kept=len(job.tensors))
-        began, peak = time.perf_counter(), Peak()
-        refusal: TypeError | ValueError | None = None
-        with group.together(), peak:
-            try:
-                kept = _work(job, journal, group, workers, on_tensor, progress)
-            except (TypeError, ValueError) as error:
-                if not hasattr(error, "layer"):  # not of a weight, but of ``on_tensor``, for example
-                    raise
-                refusal = error
-        if any(group.gather(refusal is not None)):
-            with group.together():
-                _discard(job, journal if group.first else None, refusal)
-        kept = sum(group.gather(kept))
-        with group.together():
-            if group.first:
-                records = collect_records(job, journal, check=several_hosts)
-                # the time of an earlier run is not known
-                seconds = time.perf_counter() - began if not kept else None
-                publish(job, journal, records, seconds, peak.extra_bytes, replace=force)
-        return checkpoint_report(job, kept)
+            _discard(job, journal if group.first else None, refusal)
+    kept = sum(group.gather(kept))
+    with group.together():
+        if group.first:
+            records = collect_records(job, journal)
+            # the time of an earlier run is not known
+            seconds = time.perf_counter() - began if not kept else None
+            publish(job, journal, records, seconds, peak.extra_bytes, replace=force)
+    return checkpoint_report(job, kept)
 
 
 def _discard(job: CheckpointJob, journal: Journal | None, refusal: TypeError | ValueError | None) -> None:
     """Delete the unfinished run after a weight was refused: the same plan is refused again, and no other resumes it."""
     if journal is not None:
+        journal.fence()
         journal.discard()
     if refusal is not None:
         layer = getattr(refusal, "layer", "")
@@ -202,72 +220,30 @@ def _discard(job: CheckpointJob, journal: Journal | None, refusal: TypeError | V
         raise refusal
 
 
-def _begin(job: CheckpointJob, journal: Journal, resume: bool, force: bool) -> bool:
-    """Create the folder of the run, or check that it can be resumed. False where the result is complete already."""
+def _begin(
+    job: CheckpointJob, journal: Journal, resume: bool, force: bool, hosts: list[str]
+) -> tuple[bool, str | None]:
+    """Create the folder of the run, or check that it can be resumed.
+
+    Returns:
+        Whether the result is complete already, and what the other processes need to join the run.
+    """
     journal.check_folder()
     placement, unfinished = journal.placement, journal.exists()
     if unfinished and not (resume or force):
         raise FileExistsError(f"{job.out} has an unfinished run; --resume continues it, --force starts again")
     if unfinished and resume:
         journal.check(job)
+        run = journal.begin_run(hosts)
         if journal.finish(job):
-            return False
+            return True, None
         placement.check(force or journal.replaces())
         journal.lay_out(job)  # no journal says whether the headers were flushed to the disk
-        return True
+        return False, run
     if unfinished:
         placement.recover()
     if resume and not force and is_result_of(job.out, job.record()):
-        return False
+        return True, None
     placement.check(force)
     journal.begin(job, replace=force)
-    return True
-
-
-def _work(
-    job: CheckpointJob,
-    journal: Journal,
-    group: ProcessGroup,
-    workers: int | None,
-    on_tensor: Callable[[Record], None] | None,
-    progress: bool,
-) -> int:
-    """Do the share of this process. Returns the number of its tensors that an earlier run had written."""
-    device = CPU if job.device == "cpu" else torch.device(job.device, group.local % torch.cuda.device_count())
-    threads = torch.get_num_threads()
-    workers = workers or (threads if device == CPU else 2)
-    tensors = job.share(group.rank, group.world)
-    recorded = by_tensor(journal.records())
-    kept = 0
-    with Worker(job, journal.out, device) as worker, journal.open(group.rank) as lines:
-
-        def one(index: int, emit: Callable[[tuple[TensorJob, Record, bool]], None]) -> None:
-            torch.set_num_threads(1)  # of this thread, and of MKL in the whole process
-            tensor = tensors[index]
-            record = next((line for line in recorded.get(tensor.key, ()) if worker.holds(tensor, line)), None)
-            if index + workers < len(tensors):
-                worker.will_need(tensors[index + workers])
-            emit((tensor, record or worker.run(tensor), record is not None))
-
-        def done(finished: tuple[TensorJob, Record, bool]) -> None:
-            nonlocal kept
-            tensor, record, held = finished
-            if held:
-                kept += 1
-            else:
-                lines.write(json.dumps(record) + "\n")
-                lines.flush()
-            tick(tensor.info.name, tensor.nbytes)
-            if on_tensor is not None:
-                on_tensor({**record, "kept": held})
-
-        jobs = [partial(one, index) for index in range(len(tensors))]
-        with (
-            progress_bar(len(tensors), "PiSSA", unit="tensor", shown=progress and group.first) as tick,
-            exact_arithmetic(device),
-        ):
-            try:
-                run_jobs(jobs, workers, done)
-            finally:
-                torch.set_num_threads(threads)
-    return kept
+    return False, journal.begin_run(hosts)

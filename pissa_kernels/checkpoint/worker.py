@@ -25,6 +25,8 @@ from ..pissa import Factors, principal_factors
 from ..quantize.iteration import QuantizedFactors, quantized_factors, quantized_weight
 from ..report import LayerReport
 from ..report.layer import layer_to_dict
+from ..runtime.workers import left_behind
+from .fence import Fence
 from .plan import ADAPTER_WEIGHTS, CheckpointJob, TensorJob
 from .stacks import STAGED, expert_places
 from .weights import Expert, LinearWeight, Target
@@ -46,10 +48,12 @@ class Worker:
         job: the checkpoint.
         out: folder of the unfinished result.
         device: where weights are decomposed.
+        fence: asked before each write; None for a worker that only reads.
     """
 
-    def __init__(self, job: CheckpointJob, out: Path, device: torch.device) -> None:
+    def __init__(self, job: CheckpointJob, out: Path, device: torch.device, fence: Fence | None = None) -> None:
         self.job, self.device = job, device
+        self._fence = fence or Fence(out.parent)
         self._sources: dict[str, int] = {}
         self._results: dict[str, Output] = {}
         self._out = out
@@ -79,6 +83,8 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
+        if left_behind():
+            return  # their threads use the files until the process ends
         self._flusher.join()
         self._opened.close()
         if self._flush_error is not None and exception[0] is None:
@@ -239,6 +245,7 @@ class Worker:
         return sha256.hexdigest()
 
     def _write(self, output: Output, data: memoryview, at: int, sha256: hashlib._Hash) -> None:
+        self._fence()
         self._written += len(data)  # an update lost to another thread only delays a flush
         if len(data) >= LARGE_BYTES and output.can_write_directly(data, at):
             writing = self._writers.submit(output.write, data, at)
@@ -249,6 +256,7 @@ class Worker:
             return
         for start in range(0, len(data), CACHED_BYTES):
             part = data[start : start + CACHED_BYTES]
+            self._fence.in_contact()
             write_at(output.descriptor, part, at + start)
             sha256.update(part)
 

@@ -28,7 +28,9 @@ residual checkpoint, OUT, and its PiSSA adapter, OUT/pissa_init. Plain
 transformers and PEFT load both. The model is not loaded: each worker holds one
 weight at a time. With --quantize, OUT is a pre-quantized bitsandbytes
 checkpoint. OUT appears once it is complete; --resume continues a run that was
-interrupted. Started with torchrun, the processes share the work."""
+interrupted. Started with torchrun on one host or on several that share OUT's
+folder, the processes share the work; if one is lost, all end, and any number
+of processes can resume."""
 EXAMPLES = """\
 examples:
   pissa-kernels init MODEL OUT --dry-run

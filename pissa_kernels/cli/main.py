@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
+from ..runtime.workers import left_behind
 from . import convert, demo, init, merge, report, verify
 from .arguments import EXIT_FAILED, EXIT_USAGE
 from .streams import accept_all_text, one_line
@@ -22,7 +24,13 @@ def command(argv: Sequence[str] | None = None) -> int:
     """Run :func:`main` in a process that does nothing else."""
     # modules live until the process ends; without torch's, the last garbage collections take half a second less
     gc.freeze()
-    return main(argv)
+    code = main(argv)
+    if left_behind():  # threads whose results nobody takes; Python would wait for them
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
-from pissa_kernels.runtime.workers import InOrder, run_jobs
+from pissa_kernels.runtime import workers
+from pissa_kernels.runtime.contact import ProcessLost
+from pissa_kernels.runtime.workers import InOrder, left_behind, run_jobs
 
 
 def test_what_is_submitted_runs_in_order_whatever_one_raises() -> None:
@@ -68,3 +71,30 @@ def test_after_an_error_of_done_no_job_is_started(error: BaseException) -> None:
         run_jobs(jobs, 1, done, stop)  # type: ignore[arg-type]
     assert len(started) < 50
     assert stop.is_set()
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_lost_process_ends_the_work_within_seconds(finishes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that finish in time are passed on; one that takes longer is left behind."""
+    monkeypatch.setattr(workers, "FINISH_SECONDS", 1.0)
+    started, go, found = threading.Event(), threading.Event(), []
+
+    def job(emit: Callable[[int], None]) -> None:
+        started.set()
+        go.wait(0.4 if finishes else 30)
+        emit(7)
+
+    def check() -> None:
+        if started.is_set():
+            raise ProcessLost("process 1 was killed")
+
+    began = time.monotonic()
+    with pytest.raises(ProcessLost, match="process 1 was killed"):
+        run_jobs([job], 1, found.append, check=check)
+    assert time.monotonic() - began < 5
+    assert found == ([7] if finishes else [])
+    assert left_behind() is not finishes
+    go.set()
+    ends = time.monotonic() + 5
+    while left_behind():
+        assert time.monotonic() < ends
