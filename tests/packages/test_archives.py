@@ -23,6 +23,15 @@ LIBRARY = csrc.FOLDER / csrc.LIBRARIES["cpu"]
 pytestmark = pytest.mark.slow
 needs_library = pytest.mark.skipif(csrc._failure("cpu") is not None, reason=str(csrc._failure("cpu")))
 
+# Files of the package that are neither Python nor compiled.
+DATA = {
+    "pissa_kernels/py.typed",
+    "pissa_kernels/examples/configs/fsdp2.yaml",
+    "pissa_kernels/examples/configs/zero3.yaml",
+    "pissa_kernels/ops/triton/launch/default.json",
+    "pissa_kernels/report/page.html.jinja",
+}
+
 # In place of a compiler, because compiling takes long: it reads what it should compile, and links the library that the
 # checkout has.
 COMPILER = f"""#!{sys.executable}
@@ -76,7 +85,7 @@ def test_the_sdist_has_all_that_a_build_reads(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert expected | {"setup.py", "pyproject.toml", "pissa_kernels/py.typed"} <= names
+    assert expected | DATA | {"setup.py", "pyproject.toml"} <= names
     assert not any(name.endswith(".so") for name in names)
 
 
@@ -114,5 +123,6 @@ def test_a_wheel_from_the_sdist_has_the_library_for_every_python(sdist: Path, tm
         names = archive.namelist()
     assert [name for name in names if name.endswith(".so")] == ["pissa_kernels/ops/_csrc_cpu.so"]
     assert not any(name.startswith(("csrc/", "tests/", "bench/")) for name in names)
+    assert set(names) >= DATA
     install(wheel, tmp_path / "installed")
     assert check(sys.executable, "csrc", tmp_path / "installed", without_compiler(tmp_path)).endswith("csrc")
