@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import layer_context
 from ..pissa import Factors
 from ..report import LayerReport
-from ..runtime.distributed import ProcessGroup, current
+from ..runtime.connected import Connected, connected
 from .layer import LayerJob
 
 
@@ -62,9 +62,11 @@ class GatheredJob(JointJob):
     """
 
     @functools.cached_property
-    def group(self) -> ProcessGroup:
+    def group(self) -> Connected:
         """The processes among which the weight is partitioned."""
-        return current(getattr(self.layout.weight, "ds_process_group", None))
+        found = connected(getattr(self.layout.weight, "ds_process_group", None))
+        assert found is not None
+        return found
 
     def agree(self, failure: Exception | None) -> None:
         self.group.agree(failure)
@@ -91,4 +93,5 @@ def _on_cpu(factors: Factors) -> Factors:
 
 def is_gathered(weight: Any) -> bool:
     """Whether DeepSpeed's ZeRO-3 partitions a parameter, which it has gathered for now."""
-    return hasattr(weight, "ds_id") and current().world > 1
+    group = connected() if hasattr(weight, "ds_id") else None
+    return group is not None and group.world > 1

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..adapter.layers import lora_layers
 from ..report import LayerReport
-from ..runtime.distributed import ProcessGroup, current
+from ..runtime.connected import Connected, connected
 from ..runtime.shards import is_sharded
 from . import forward
 from .layer import LayerJob
@@ -26,12 +26,13 @@ _SETTINGS = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 _TRUE = ("1", "true", "yes", "on", "y", "t")
 
 
-def filled_from_first(model: nn.Module) -> ProcessGroup | None:
+def filled_from_first(model: nn.Module) -> Connected | None:
     """The processes, if accelerate is about to fill the model in all of them from that of the first; None otherwise."""
-    group = current()
-    chosen = all(os.environ.get(name, "").lower() in _TRUE for name in _SETTINGS)
+    if not all(os.environ.get(name, "").lower() in _TRUE for name in _SETTINGS):
+        return None
+    group = connected()
     sharded_already = any(is_sharded(parameter) for parameter in model.parameters())
-    return group if chosen and group.world > 1 and not sharded_already else None
+    return group if group is not None and group.world > 1 and not sharded_already else None
 
 
 def share_initial(peft_model: Any) -> None:
@@ -58,8 +59,8 @@ def share_initial(peft_model: Any) -> None:
         ...     pk.share_initial(model)
         ...     return model
     """
-    group = current()
-    if not group.is_connected:
+    group = connected()
+    if group is None:
         raise RuntimeError("share_initial needs torch.distributed's default process group (init_process_group)")
     layers = dict(lora_layers(peft_model))
     with group.together():
@@ -76,7 +77,7 @@ def share_initial(peft_model: Any) -> None:
             forward.replace_records(layers[name], found)
 
 
-def follow_first(group: ProcessGroup, model: nn.Module, adapter: str, jobs: Sequence[LayerJob]) -> list[LayerReport]:
+def follow_first(group: Connected, model: nn.Module, adapter: str, jobs: Sequence[LayerJob]) -> list[LayerReport]:
     """Take the initial factors of process 0, in a process whose weights will be replaced by those of process 0.
 
     Where the weights are those of process 0 already, the residual is taken. Where they are on the meta device or

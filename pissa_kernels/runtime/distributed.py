@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -36,13 +36,6 @@ class ProcessGroup:
     local: int = 0
     contact: Contact | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether there is a process group, which may be of one process."""
-        import torch.distributed as dist
-
-        return dist.is_available() and dist.is_initialized()
 
     @property
     def first(self) -> bool:
@@ -84,20 +77,6 @@ class ProcessGroup:
         if self.contact is not None:
             self.contact.doing = doing
 
-    def share(self, value: T) -> T:
-        """The value of the first process."""
-        if self.world == 1:
-            return value
-        import torch.distributed as dist
-
-        holder = [value if self.first else None]
-        dist.broadcast_object_list(holder, group=self.group, group_src=0)
-        return holder[0]  # type: ignore[return-value]
-
-    def agree(self, failure: BaseException | None) -> None:
-        """Fail in every process if one has failed, see :func:`raise_first`."""
-        raise_first(self.gather(told(failure)), failure)
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Context that fails in every process if it fails in one.
@@ -126,50 +105,6 @@ class ProcessGroup:
     def hosts(self) -> list[str]:
         """Names of the machines that the processes run on, each once."""
         return sorted(set(self.gather(socket.gethostname())))
-
-
-Told = tuple[str, str, str | None]
-
-
-def told(failure: BaseException | None) -> Told | None:
-    """What other processes are told of an error: its class, its message, and the layer that the message names."""
-    if failure is None:
-        return None
-    return type(failure).__name__, str(failure) or type(failure).__name__, getattr(failure, "layer", None)
-
-
-def raise_first(failures: Sequence[Told | None], own: BaseException | None) -> None:
-    """Raise the first of the errors of several processes, if there is one.
-
-    Args:
-        failures: :func:`told` of each process.
-        own: that of this one.
-
-    Raises:
-        TypeError, ValueError: as that process.
-        RuntimeError: its message, for any other error.
-    """
-    for found in failures:
-        if found is not None:
-            kind, message, layer = found
-            error: Any = {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(message)
-            if layer is not None:  # the message names it already
-                error.layer = layer
-            raise error from own
-
-
-def current(group: Any = None) -> ProcessGroup:
-    """The processes of a group of torch.distributed that the caller has made; a single process without one.
-
-    Args:
-        group: the group; None for the default one.
-    """
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return ProcessGroup()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    return ProcessGroup(dist.get_rank(group), dist.get_world_size(group), local, group)
 
 
 @contextmanager

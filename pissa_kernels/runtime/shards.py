@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .distributed import raise_first, told
+from .connected import raise_first, told
 
 T = TypeVar("T")
 Index = slice | Tensor
@@ -139,7 +139,7 @@ class Processes:
         return found
 
     def agree(self, failure: BaseException | None) -> None:
-        """Fail in every process if one has failed, see :func:`pissa_kernels.runtime.distributed.raise_first`."""
+        """Fail in every process if one has failed, see :func:`pissa_kernels.runtime.connected.raise_first`."""
         raise_first(self.gather(told(failure)), failure)
 
 

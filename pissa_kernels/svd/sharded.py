@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import dispatch, reference
-from ..runtime.distributed import raise_first, told
+from ..runtime.connected import raise_first, told
 from ..runtime.shards import Shard
 from .operators import Projection, ScaledOperator, needs_scale, scale_for
 
