@@ -1,4 +1,4 @@
-"""Functions that several processes run at the same time, connected through gloo.
+"""Functions that several processes run at the same time, connected through gloo or what their module calls ``BACKEND``.
 
 A module of such functions marks them with :func:`together`. All of its functions for one number of processes run in one
 start of these, because a start takes as long as ten of them; a pytest module reads the outcomes.
@@ -85,12 +85,16 @@ def _outcomes(module: str, world: int) -> list[dict[str, str]]:
 def main(module: str, folder: str, world: int, rank: int) -> None:
     import torch.distributed as dist
 
+    cases = importlib.import_module(module)
+    backend: str = getattr(cases, "BACKEND", "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=rendezvous, world_size=world, rank=rank, timeout=timeout)
+    dist.init_process_group(backend, init_method=rendezvous, world_size=world, rank=rank, timeout=timeout)
     os.environ["TOGETHER_FOLDER"] = folder
     torch.set_num_threads(1)
     found: dict[str, str] = {}
-    for name, function in vars(importlib.import_module(module)).items():
+    for name, function in vars(cases).items():
         if world not in getattr(function, _MARK, ()):
             continue
         try:
