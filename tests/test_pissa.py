@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pissa_kernels as pk
-from pissa_kernels.pissa import Recipe, tolerance
+from pissa_kernels.factors import Recipe, tolerance
 
 from .support.reference import ROUNDOFF, energy_deficit, realistic
 

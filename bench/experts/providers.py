@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pissa_kernels import ops
+from pissa_kernels.factors import Factors, Recipe
 from pissa_kernels.numerics import exact_arithmetic
-from pissa_kernels.pissa import Factors, Recipe, principal_factors
+from pissa_kernels.pissa import principal_factors
 from pissa_kernels.runtime.workers import run_jobs
 
 from ..initializers.providers import ADAPTER, SCALING, lora_layer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pissa_kernels
 from pissa_kernels import Certificate
-from pissa_kernels.pissa import tolerance
+from pissa_kernels.factors import tolerance
 
 from ..harness.timing import Subject
 

@@ -11,9 +11,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from pissa_kernels.factors import Recipe
 from pissa_kernels.ops import dispatch
 from pissa_kernels.ops.batched import Weights
-from pissa_kernels.pissa import Recipe, principal_factors_of_batch
+from pissa_kernels.pissa import principal_factors_of_batch
 from pissa_kernels.svd import fixed
 
 from .. import commands

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pissa_kernels import decompose
-from pissa_kernels.pissa import Recipe
+from pissa_kernels.factors import Recipe
 from pissa_kernels.quantize import iteration
 from pissa_kernels.quantize.bnb import FourBit
 from pissa_kernels.quantize.iteration import quantized_factors

@@ -19,9 +19,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from pissa_kernels.factors import tolerance
 from pissa_kernels.ops import batched_reference, dispatch
 from pissa_kernels.ops.batched import Panel, Weights
-from pissa_kernels.pissa import tolerance
 from pissa_kernels.svd import fixed
 
 from .. import commands

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..adapter.tensors import Conversion, Source
+from ..factors import Recipe
 from ..files.header import TensorInfo
 from ..ops import WEIGHT_DTYPES
-from ..pissa import Recipe
 from .weights import Piece, Stack
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from ..adapter.layers import placed_lora_layers
 from ..adapter.patterns import has_name, pattern_key, with_ranks, without_order
 from ..checks import check_rank, check_scaling, layer_context
+from ..factors import Recipe
 from ..files.folder import Checkpoint
 from ..ops import WEIGHT_DTYPES
-from ..pissa import Recipe
 from .classes import Loading, loading_of
 from .experts import find_stack, is_wrapper, matrices_of, stacks_in
 from .model import empty_model, tied_weights

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter.names import factor_key
+from ..factors import Recipe
 from ..files.header import Header, TensorInfo
-from ..pissa import Recipe
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import layer_context
+from ..factors import Factors
 from ..files import buffer, system
 from ..files.direct import Output
 from ..files.header import TensorInfo, bytes_of, chunks, read_into, read_tensor, sha256_of, write_at
 from ..numerics import exact_arithmetic
-from ..pissa import Factors, principal_factors
+from ..pissa import principal_factors
 from ..quantize.iteration import QuantizedFactors, quantized_factors, quantized_weight
 from ..report import LayerReport
 from ..report.layer import layer_to_dict

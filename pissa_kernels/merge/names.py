@@ -19,9 +19,9 @@ from ..checkpoint.model import empty_model, tied_weights
 from ..checks import layer_context
 from ..convert.adapter import AdapterFile, read_adapter, read_config
 from ..convert.pieces import Piece, check_complete, pieces_of
+from ..factors import Recipe
 from ..files.folder import Checkpoint
 from ..files.header import TensorInfo, plan_header
-from ..pissa import Recipe
 
 # A merge decomposes nothing.
 _NO_RECIPE = Recipe(rank=1, scaling=1.0, init="pissa", seed=0)

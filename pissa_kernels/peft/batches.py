@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..checks import layer_context
+from ..factors import Factors
 from ..numerics import exact_arithmetic
 from ..ops import batched_reference, dispatch
 from ..ops.batched import Weights
-from ..pissa import Factors, principal_factors_of_batch
+from ..pissa import principal_factors_of_batch
 from ..report import LayerReport
 from ..runtime.transfer import HostCopy, PinnedTransfer
 from ..runtime.workers import InOrder

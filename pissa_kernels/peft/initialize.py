@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import ops
 from ..adapter.layouts import Layout, layout_of
 from ..checks import check_rank, check_scaling, check_weight, layer_context
-from ..pissa import Recipe
+from ..factors import Recipe
 from ..runtime.shards import is_sharded
 from .forms import check_form
 from .forward import await_record

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import layer_context
-from ..pissa import Factors
+from ..factors import Factors
 from ..report import LayerReport
 from ..runtime.connected import Connected, connected
 from .layer import LayerJob

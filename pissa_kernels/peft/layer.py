@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import layer_context
-from ..pissa import Factors, principal_factors, principal_factors_of_batch
+from ..factors import Factors
+from ..pissa import principal_factors, principal_factors_of_batch
 from ..report import LayerReport
 from ..svd.cost import machine_of, workspace
 from . import forward, state

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import DTYPE_SENTENCE, check_weight, quantization_of
-from ..pissa import Factors
+from ..factors import Factors
 from ..quantize.bnb import PackedEightBit
 from ..quantize.iteration import (
     DEFAULT_ITERATIONS,

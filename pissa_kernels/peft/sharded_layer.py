@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import ops
 from ..adapter.layouts import factors_of_block
 from ..checks import layer_context
+from ..factors import Factors
 from ..numerics import exact_arithmetic
-from ..pissa import Factors, principal_factors_of_stack
+from ..pissa import principal_factors_of_stack
 from ..report import LayerReport
 from ..runtime.shards import ShardedStack, is_sharded, on_mesh
 from ..svd.cost import machine_of, workspace

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from ..checks import layer_context
-from ..pissa import Factors
+from ..factors import Factors
 from ..report import LayerReport
 from .layer import LayerJob
 from .record import fingerprint, records

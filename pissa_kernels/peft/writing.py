@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .. import ops
 from ..adapter.layouts import Layout, layout_of
+from ..factors import Factors, Recipe
 from ..numerics import exact_arithmetic
-from ..pissa import Factors, Recipe
 from ..report import LayerReport, Quantization
 from ..report.layer import of_parts
 from ..runtime.shards import part_of, put_, values_of

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..factors import Factors, Recipe, rounded_factors, tolerance
 from ..numerics import UNIT_ROUNDOFF, exact_arithmetic
-from ..pissa import Factors, Recipe, rounded_factors, tolerance
 from ..report import Quantization
 from ..svd.driver import solve_batch
 from ..svd.result import Certificate, TruncatedSVD

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pissa_kernels.checkpoint.check_quantized import QuantizedCheck, check_adapted, check_plain
-from pissa_kernels.pissa import Recipe
+from pissa_kernels.factors import Recipe
 from pissa_kernels.quantize.bnb import EightBit, FourBit
 from pissa_kernels.quantize.iteration import quantized_factors
 from pissa_kernels.quantize.scheme import Scheme

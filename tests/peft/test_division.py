@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pissa_kernels as pk
+from pissa_kernels.factors import Recipe
 from pissa_kernels.peft import batches, division
 from pissa_kernels.peft.division import devices_of, divide
 from pissa_kernels.peft.layer import LayerJob
-from pissa_kernels.pissa import Recipe
 from pissa_kernels.svd import cost
 
 from ..support.gpus import GPUS, Gpus

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("bitsandbytes", reason="the formats are those of bitsandbytes, which is not installed")
 
 from bench.quantized.loftq import loftq
-from pissa_kernels.pissa import Recipe
+from pissa_kernels.factors import Recipe
 from pissa_kernels.quantize.bnb import EightBit, FourBit
 from pissa_kernels.quantize.iteration import (
     LEAST_GAIN,

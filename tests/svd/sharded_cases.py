@@ -20,7 +20,7 @@ import pissa_kernels as pk
 from pissa_kernels.runtime import shards
 from pissa_kernels.svd import sharded
 
-from ..support.reference import EPS, energy_deficit, realistic, true_residual, with_spectrum
+from ..support.reference import EPS, ROUNDOFF, energy_deficit, realistic, true_residual, with_spectrum
 from ..support.together import raises_everywhere, same_everywhere, together
 
 RANK = 16
@@ -104,6 +104,26 @@ def check_deficient_and_zero_matrices() -> None:
             assert float(((found.U * found.S) @ found.Vh - W).abs().max()) <= 1e-5
             for vectors in (found.U.mT, found.Vh):
                 assert float((vectors @ vectors.mT - torch.eye(8)).abs().max()) <= 1e-5
+
+
+@together(3)
+def check_decompose() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for fan_in_fan_out, placement, inplace in itertools.product((False, True), (Shard(0), Shard(1)), (False, True)):
+            W = realistic(200, 137, seed=6).to(dtype)
+            D = divided(W, [placement])
+            found = pk.decompose(D, 8, scaling=2.0, fan_in_fan_out=fan_in_fan_out, inplace=inplace)
+            alone = pk.decompose(W, 8, scaling=2.0, fan_in_fan_out=fan_in_fan_out)
+            whole = found.residual.full_tensor()
+            assert found.residual.placements == D.placements
+            assert torch.equal(D.full_tensor(), whole if inplace else W)
+            same_everywhere(found.lora_A, found.lora_B, found.singular_values, whole)
+            largest = float(alone.singular_values[0])
+            u = ROUNDOFF[dtype]
+            product = 2 * found.lora_B.double() @ found.lora_A.double()
+            total = whole.double() + (product.mT if fan_in_fan_out else product)
+            assert float((total - W).abs().max()) <= u * float(whole.abs().max()) + 20 * EPS * largest
+            assert float((whole.double() - alone.residual.double()).abs().max()) <= (8 * u + 1000 * EPS) * largest
 
 
 @together(2, 4)

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pissa_kernels as pk
 from bench.initializers.spectra import leading_values, synthetic_weight
+from pissa_kernels.factors import tolerance
 from pissa_kernels.ops import dispatch
-from pissa_kernels.pissa import tolerance
 from pissa_kernels.svd import driver, fixed
 from pissa_kernels.svd.sketches import random_signs
 
