@@ -105,8 +105,9 @@ def check_weight(weight: Tensor, *, matrix: bool = True) -> None:
         )
     if weight.numel() == 0:
         raise ValueError(
-            f"the weight is empty (shape {tuple(weight.shape)}): under DeepSpeed ZeRO-3 it has to be gathered "
-            "(deepspeed.zero.GatheredParameters) while it is initialized"
+            f"the weight is empty (shape {tuple(weight.shape)}): under DeepSpeed ZeRO-3 it has to be gathered while it "
+            "is initialized (deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0) in all "
+            "processes; with another modifier_rank DeepSpeed drops the residual)"
         )
     if weight.ndim < 2 or (matrix and weight.ndim != 2):
         flat = ", as FSDP leaves it: initialize PiSSA before the model is wrapped" if weight.ndim == 1 else ""

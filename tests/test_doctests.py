@@ -8,6 +8,7 @@ import importlib
 import pytest
 
 EXAMPLES = {
+    "adapter.names": {"own_name"},
     "svd.driver": {"truncated_svd"},
     "svd.result": {"Certificate", "TruncatedSVD"},
     "pissa": {"decompose"},

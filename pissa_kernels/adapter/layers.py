@@ -7,20 +7,21 @@ from typing import Any
 
 from torch import nn
 
-from .names import module_name
+from .names import module_name, own_name
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every LoRA layer of a PEFT model, with the name of its module in the base model, or of its parameter there.
 
-    The ``out_proj`` of an attention has the name that PEFT gives it, with "base_layer".
+    The ``out_proj`` of an attention has the name that PEFT gives it, with "base_layer". What FSDP, activation
+    checkpointing and ``torch.compile`` add to names is left out (:func:`pissa_kernels.adapter.names.own_name`).
     """
     for name, _, layer in placed_lora_layers(adapted):
         yield name, layer
 
 
 def placed_lora_layers(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Every LoRA layer of a PEFT model: its name as in :func:`lora_layers`, its name in the PEFT model, and itself."""
+    """Every LoRA layer of a PEFT model: its name as in :func:`lora_layers`, that in PEFT's files, and itself."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
     wrappers = set()
@@ -28,8 +29,8 @@ def placed_lora_layers(adapted: nn.Module) -> Iterator[tuple[str, str, Any]]:
         if isinstance(module, ParamWrapper):
             wrappers.add(path)
         if isinstance(module, LoraLayer):
-            place = module_name(path)
-            name = module_name(_without_wrappers(path, wrappers)) if wrappers else place
+            place = module_name(own_name(path))
+            name = module_name(own_name(_without_wrappers(path, wrappers))) if wrappers else place
             yield (f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name), place, module
 
 

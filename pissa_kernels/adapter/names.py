@@ -11,6 +11,21 @@ ADAPTER_FOLDER = "pissa_init"
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 # PEFT wraps the base model twice, as PeftModel.base_model.model.
 KEY_PREFIX = "base_model.model."
+# Where FSDP1, activation checkpointing and torch.compile hold the module that they have put their own around.
+AROUND = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def own_name(name: str) -> str:
+    """Name of a module, parameter or key without the parts that wrappers have added.
+
+    A model wrapped for the training has the names of the model that loads its files in another process.
+
+    Examples:
+        >>> from pissa_kernels.adapter.names import own_name
+        >>> own_name("model.layers.0._checkpoint_wrapped_module.mlp._orig_mod.up_proj")
+        'model.layers.0.mlp.up_proj'
+    """
+    return ".".join(part for part in name.split(".") if part not in AROUND)
 
 
 def module_name(key: str) -> str:

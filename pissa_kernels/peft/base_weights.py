@@ -19,33 +19,43 @@ from .load import Source, loading
 from .record import InitRecord, of_adapter, records
 from .scope import Session
 from .state import values, weight_of
+from .wrappers import unwrapped
 
 # Rounding errors that merging and casting leave, in units of u·‖W‖_F.
 _ROUNDINGS = 8
 
 
 def wrap_set_state(session: Session, previous: Callable[..., Any]) -> Callable[..., Any]:
-    """``set_peft_model_state_dict`` without the base weights of layers that store a residual."""
+    """``set_peft_model_state_dict`` without the base weights of layers that store a residual.
+
+    PEFT 0.21 loads nothing into modules that activation checkpointing or ``torch.compile`` has wrapped, so it sees the
+    model without the wrappers.
+    """
 
     def set_state(
         model: Any, state: Mapping[str, Any], adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
-        if session.applies() and (found := _recorded(model, state)):
+        if not session.applies():
+            return previous(model, state, adapter_name, *args, **kwargs)
+        if found := _recorded(model, state):
             for key, layer in found.items():
                 check(key, layer, state[key], of_adapter(layer, adapter_name))
             state = {key: value for key, value in state.items() if key not in found}
-        return previous(model, state, adapter_name, *args, **kwargs)
+        with unwrapped(model):
+            return previous(model, state, adapter_name, *args, **kwargs)
 
     return set_state
 
 
 def wrap_inject_adapter(session: Session, previous: Callable[..., Any]) -> Callable[..., Any]:
-    """The same check, for an adapter that is loaded, before PEFT adds it to the model."""
+    """The same check for an adapter that is loaded, before PEFT adds it, and whether it is of the model."""
 
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         source = loading.get()
-        if session.applies() and source is not None and any(records(layer) for _, layer in lora_layers(model)):
-            _check_file(model, source, adapter_name)
+        if session.applies() and source is not None:
+            source.check_layers(model, adapter_name)
+            if any(records(layer) for _, layer in lora_layers(model)):
+                _check_file(model, source, adapter_name)
         previous(self, model, adapter_name, *args, **kwargs)
 
     return inject_adapter

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapter.layouts import layout_of
 from . import state, substitute
 from .divided import divided_product, plan_of
+from .first_pass import watch
 from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
 from .record import remember as keep
 from .state import AWAITED, COPIES, TERMS, Factors, Terms, label, variant_name
@@ -172,6 +173,7 @@ def remember(layer: Any, record: InitRecord) -> None:
     """Keep a record with its layer, and let the layer's forward passes use it."""
     keep(layer, record)
     attach(layer)
+    watch(layer)
 
 
 def replace_records(layer: Any, kept: Sequence[InitRecord]) -> None:

@@ -13,6 +13,7 @@ from ..adapter.layouts import adapters_of
 from . import forward, merging, of_diffusers, state
 from .additions import check_init
 from .guarded import UNLOAD, Guard, Reopen, guard, unguard
+from .pieces import check_gathered
 from .replicated import check_separate
 from .state import adapted_layers
 from .unloading import check_kept, check_one_residual, keeping_residuals, unload
@@ -105,6 +106,7 @@ def unload_and_optionally_merge(
     )
     with keeping_residuals(kept):
         for _, layer in adapted_layers(tuner):
+            check_gathered(layer, "take the adapter from the weight")
             state.check_known(layer)
             if not merge:
                 check_one_residual(layer)

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from ..adapter.layers import lora_layers
 from ..adapter.names import CONFIG_NAME
 from ..checks import layer_context
@@ -18,6 +20,7 @@ from ..numerics import UNIT_ROUNDOFF
 from ..report import REPORT_NAME, LayerReport, Report
 from . import forward, sidecar, state
 from .record import InitRecord, fingerprint, matches, of_adapter, records, same_factors
+from .wrappers import all_names, base_of
 
 # As ROUNDINGS, for the residual itself: a few merges.
 RESIDUAL_ROUNDINGS = 2
@@ -61,6 +64,24 @@ class Source:
             self.missing.append(name)
         return found
 
+    def check_layers(self, model: nn.Module, adapter: str) -> None:
+        """Refuse initial factors of another model, for whose layers new factors would be computed.
+
+        Args:
+            model: the base model that gets the adapter.
+            adapter: name of the adapter.
+
+        Raises:
+            ValueError: none of the layers is in the model.
+        """
+        found = self._all(adapter)
+        if found and found.keys().isdisjoint({*all_names(model), *(name for name, _ in lora_layers(model))}):
+            raise ValueError(
+                f"{self.location} has the initial factors of {len(found)} layers, such as {next(iter(found))!r}, and "
+                f"the model ({type(model).__name__}) has none of these. Load the base model that the adapter was "
+                "trained on"
+            )
+
     def has_initial(self, adapter: str) -> bool:
         """Whether the source has initial factors."""
         return bool(self._all(adapter))
@@ -77,9 +98,10 @@ class Source:
 
         Raises:
             ValueError: with the name of the layer; an adapter is merged, or the weight is not the one that this adapter
-                was trained on. Nothing has been loaded.
+                was trained on; as for :meth:`check_layers`. Nothing has been loaded.
         """
         changed: list[tuple[Any, InitRecord | None]] = []
+        self.check_layers(base_of(peft_model), adapter)
         found = self._all(adapter)
         plain = not found and self._is_plain()
         for name, layer in lora_layers(peft_model):

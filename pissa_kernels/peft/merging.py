@@ -17,6 +17,7 @@ from ..adapter.layouts import layout_of
 from ..runtime.shards import is_sharded
 from . import state
 from .divided import plan_of
+from .pieces import check_gathered
 from .quantized import copied, is_quantized, put, scheme_of
 
 _MERGED = "pissa_merged"
@@ -75,6 +76,8 @@ def unmerge(layer: Any) -> None:
     """``LoraLayer.unmerge``: with the scalings of the merge; then subtract what was subtracted before it."""
     layout = layout_of(layer)
     merged = [name for name in layer.merged_adapters if name in layout.adapters]
+    if merged:
+        check_gathered(layer, "unmerge from the weight")
     if _BEFORE in layer.__dict__:
         put(layer.get_base_layer(), layer.__dict__.pop(_BEFORE))
         layer.__dict__.pop(_MERGED, None)
@@ -140,6 +143,7 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
     Raises:
         ValueError: with the name of the layer.
     """
+    check_gathered(layer, "merge into the weight")
     state.check_known(layer)
     _check_whole(layer, names)
     found = state.terms(layer)

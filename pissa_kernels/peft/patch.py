@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..adapter.names import own_name
 from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations, check_iterations
 from ..report import LayerReport, Report
 from ..runtime.memory import Peak
@@ -231,8 +232,9 @@ class PatchedPeft(Report):
         self, layer: Any, adapter_name: str, init: str, *, name: str | None = None, is_cast: bool = False
     ) -> None:
         """Initialize one layer: at once, or at the end of the injection."""
-        injection, source, name = injecting.get(), loading.get(), name or replacing.get().name
-        if injection is not None and name is not None and injection.ties.kept(name):
+        injection, source, place = injecting.get(), loading.get(), name or replacing.get().name
+        name = None if place is None else own_name(place)
+        if injection is not None and place is not None and name is not None and injection.ties.kept(place):
             injection.tied.append(Follower(layer, adapter_name, name))
             return
         filled_later = injection is not None and injection.filled_later

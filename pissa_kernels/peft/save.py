@@ -16,17 +16,20 @@ from typing import Any
 import torch
 
 from ..adapter.layers import lora_layers
-from ..adapter.names import ADAPTER_FOLDER, KEY_PREFIX, WEIGHTS_NAME
+from ..adapter.names import ADAPTER_FOLDER, KEY_PREFIX, WEIGHTS_NAME, own_name
 from ..files.atomic import atomic_folder
 from ..report import REPORT_NAME
+from ..runtime.gathering import agreeing, gather_to_first, owners_of
+from ..runtime.shards import reshard
 from . import sidecar
 from .conversion import check_convertible, complete_conversion, embeddings_to_save
 from .offload import resident
+from .pieces import check_factors, check_residuals, check_saved
 from .quantized import in_standard_order
 from .record import InitRecord, of_adapter
 from .start import initial_state, residual_state
 from .state import check_known
-from .wrappers import alive, base_of
+from .wrappers import alive, base_of, innermost, repeated_names, unwrapped
 
 
 def save_pissa(
@@ -40,6 +43,13 @@ def save_pissa(
     tokens. ``save_pretrained(…, path_initial_model_for_weight_conversion=…)`` accepts ``pissa_init/``. ``out`` appears
     complete or not at all, and the model is not changed.
 
+    A model that several processes hold together is saved by all of them: each calls this function with the same
+    arguments, the first one writes, all return when it has written, and an error is raised in all. Under tensor
+    parallelism and FSDP2 the tensors are gathered one at a time: each process needs memory for the largest one on its
+    device, and the first one host memory for the whole model and its adapter. Under DeepSpeed ZeRO-3 and FSDP1 the call
+    is within ``deepspeed.zero.GatheredParameters(list(model.parameters()))`` or
+    ``FullyShardedDataParallel.summon_full_params(model)``, in all processes. A replica, as under DDP, saves alone.
+
     Args:
         peft_model: a model with an adapter that was initialized under :func:`pissa_kernels.patch_peft`; also a model of
             transformers with an adapter of its own (``model.add_adapter``).
@@ -50,8 +60,9 @@ def save_pissa(
     Raises:
         FileExistsError: ``out`` is not an empty folder.
         ValueError: there is no such adapter, it was not initialized by this package, an adapter is merged into the
-            weights, an initial value is not known any more, or the base model's tensors are not those that it had
-            before PEFT changed it. Nothing has been written then.
+            weights, an initial value is not known any more, the base model's tensors are not those that it had before
+            PEFT changed it, or parameters are in pieces that have to be gathered first. Nothing has been written then.
+        RuntimeError: another process has failed otherwise.
 
     Examples:
         >>> import os, peft, tempfile, torch
@@ -66,9 +77,32 @@ def save_pissa(
         ['model.safetensors', 'pissa_init']
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder")
-    peft_model = getattr(peft_model, "_orig_mod", peft_model)  # of a compiled one
+    peft_model = innermost(peft_model)
+    with unwrapped(peft_model):
+        check_saved(peft_model, dict(peft_model.named_parameters()))
+        reshard(peft_model)
+        owners = owners_of(peft_model)
+        with agreeing(owners):
+            if owners.first and out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise FileExistsError(f"{out} exists and is not an empty folder")
+            records, adapter, base = _to_save(peft_model, adapter_name)
+        adapter = gather_to_first(adapter, owners)
+        base = gather_to_first(base, owners, repeated_names(base_of(peft_model)))
+        with agreeing(owners):
+            if owners.first:
+                check_residuals(peft_model, adapter_name, base)
+                with atomic_folder(out) as folder:
+                    _save_adapter(peft_model, adapter_name, adapter, out, folder / ADAPTER_FOLDER)
+                    sidecar.report_of(records).write(folder / ADAPTER_FOLDER / REPORT_NAME)
+                    _save_base(base_of(peft_model), base, folder)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(folder)
+
+
+def _to_save(
+    peft_model: Any, adapter_name: str
+) -> tuple[dict[str, InitRecord], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The records, the initial adapter, and the tensors of the residual model. Nothing is gathered yet."""
     records = records_of(peft_model, adapter_name)
     if not records:
         raise ValueError(
@@ -82,13 +116,7 @@ def save_pissa(
     _check_saves_tensors(base_of(peft_model))
     in_standard_order(peft_model)
     with resident(peft_model):
-        adapter, base = initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
-    with atomic_folder(out) as folder:
-        _save_adapter(peft_model, adapter_name, adapter, out, folder / ADAPTER_FOLDER)
-        sidecar.report_of(records).write(folder / ADAPTER_FOLDER / REPORT_NAME)
-        _save_base(base_of(peft_model), base, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        return records, initial_state(peft_model, adapter_name), residual_state(peft_model, adapter_name)
 
 
 def records_of(peft_model: Any, adapter_name: str) -> dict[str, InitRecord]:
@@ -107,6 +135,9 @@ def embeddings_of(peft_model: Any) -> set[str]:
 class SavePretrained:
     """``save_pretrained`` of a ``PeftModel`` that was made under the hook: adds the sidecar of each PiSSA adapter.
 
+    PEFT 0.21 saves nothing of modules that FSDP1, activation checkpointing or ``torch.compile`` has wrapped, because it
+    looks for their names in a state dict that has others. So it sees the model without the wrappers.
+
     It is an attribute of the model, because the patch has usually ended when the model is saved. It is copied and
     pickled with the model, and does not keep the model alive. An adapter that is converted to plain LoRA needs no
     sidecar (:mod:`pissa_kernels.peft.sidecar`); it gets the trained weights that PEFT's conversion omits.
@@ -124,39 +155,52 @@ class SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         peft_model = alive(self._model)
         in_standard_order(peft_model)
-        save = type(peft_model).save_pretrained
-        call = inspect.signature(save).bind(peft_model, *args, **kwargs)
+        call = inspect.signature(type(peft_model).save_pretrained).bind(peft_model, *args, **kwargs)
         call.apply_defaults()
-        arguments = call.arguments
-        given = arguments["selected_adapters"]
-        selected = list(peft_model.peft_config) if given is None else list(given)
-        initial = arguments["path_initial_model_for_weight_conversion"]
-        if not selected or not set(selected) <= set(peft_model.peft_config):
-            save(*call.args, **call.kwargs)  # PEFT refuses an unknown name
-        embeddings = {}
+        options = call.arguments.get("kwargs", {})
+        if options.get("state_dict") is not None:
+            options["state_dict"] = {own_name(key): value for key, value in options["state_dict"].items()}
+        with unwrapped(peft_model):
+            _save(peft_model, call)
+
+
+def _save(peft_model: Any, call: inspect.BoundArguments) -> None:
+    """``PeftModel.save_pretrained`` with these arguments, the sidecars, and what PEFT's conversion omits."""
+    save, arguments = type(peft_model).save_pretrained, call.arguments
+    given = arguments["selected_adapters"]
+    selected = list(peft_model.peft_config) if given is None else list(given)
+    initial = arguments["path_initial_model_for_weight_conversion"]
+    if not selected or not set(selected) <= set(peft_model.peft_config):
+        save(*call.args, **call.kwargs)  # PEFT refuses an unknown name
+    if arguments["is_main_process"]:
+        state = arguments.get("kwargs", {}).get("state_dict")
         for adapter in selected:
-            if initial is not None:
-                check_convertible(peft_model, adapter)
-            embeddings[adapter] = arguments["save_embedding_layers"]
-            if initial is not None or records_of(peft_model, adapter):
-                embeddings[adapter] = embeddings_to_save(peft_model, adapter, embeddings[adapter])
-        for choice in dict.fromkeys(embeddings.values()):
-            arguments["save_embedding_layers"] = choice
-            arguments["selected_adapters"] = [adapter for adapter in selected if embeddings[adapter] == choice]
-            save(*call.args, **call.kwargs)
-        if not arguments["is_main_process"]:
-            return
-        for adapter in selected:
-            folder = Path(arguments["save_directory"]) / ("" if adapter == "default" else adapter)
-            if initial is not None:
-                arguments["save_embedding_layers"] = embeddings[adapter]
-                complete_conversion(peft_model, adapter, folder, arguments)
-                _warn_of_dropped_error(records_of(peft_model, adapter))
-                continue
-            init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
-            records = records_of(peft_model, adapter)
-            if records and isinstance(init, str) and init.startswith("pissa"):
-                sidecar.write(folder, records, embeddings_of(peft_model))
+            if records_of(peft_model, adapter):
+                check_factors(peft_model, adapter, peft_model.state_dict() if state is None else state)
+    embeddings = {}
+    for adapter in selected:
+        if initial is not None:
+            check_convertible(peft_model, adapter)
+        embeddings[adapter] = arguments["save_embedding_layers"]
+        if initial is not None or records_of(peft_model, adapter):
+            embeddings[adapter] = embeddings_to_save(peft_model, adapter, embeddings[adapter])
+    for choice in dict.fromkeys(embeddings.values()):
+        arguments["save_embedding_layers"] = choice
+        arguments["selected_adapters"] = [adapter for adapter in selected if embeddings[adapter] == choice]
+        save(*call.args, **call.kwargs)
+    if not arguments["is_main_process"]:
+        return
+    for adapter in selected:
+        folder = Path(arguments["save_directory"]) / ("" if adapter == "default" else adapter)
+        if initial is not None:
+            arguments["save_embedding_layers"] = embeddings[adapter]
+            complete_conversion(peft_model, adapter, folder, arguments)
+            _warn_of_dropped_error(records_of(peft_model, adapter))
+            continue
+        init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
+        records = records_of(peft_model, adapter)
+        if records and isinstance(init, str) and init.startswith("pissa"):
+            sidecar.write(folder, records, embeddings_of(peft_model))
 
 
 def _warn_of_dropped_error(records: Mapping[str, InitRecord]) -> None:
@@ -216,16 +260,23 @@ def _save_base(base: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_adapters(base: Any) -> Iterator[None]:
-    """Context in which a model of transformers saves the tensors that it is given.
+    """Context in which a model of transformers saves the tensors that it is given, in this process alone.
 
-    Not the adapters that it has of its own, and not those of its state dict, which it takes for a quantized model.
+    Not the adapters that it has of its own, and not those of its state dict, which it takes for a quantized model. It
+    would gather a distributed model again with processes that are not here, and write nothing in any but the first.
     """
     others = {"_hf_peft_config_loaded": False, "hf_quantizer": None}
     found = {name: base.__dict__[name] for name in others if base.__dict__.get(name)}
+    config = base.config.__dict__
+    distributed = {name: config[name] for name in ("distributed_config",) if name in config}
     base.__dict__.update({name: others[name] for name in found})
+    base.__dict__["should_save_on_this_rank"] = bool  # of is_main_process
+    config.update(dict.fromkeys(distributed))
     try:
         yield
     finally:
+        config.update(distributed)
+        del base.__dict__["should_save_on_this_rank"]
         base.__dict__.update(found)
 
 

@@ -8,7 +8,7 @@ model, and so are copied and pickled with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..adapter.layers import lora_layers, placed_lora_layers
 from ..adapter.layouts import layout_of
-from ..adapter.names import module_name
+from ..adapter.names import module_name, own_name
+from ..runtime.gathering import is_partitioned, shape_of
+from ..runtime.shards import is_sharded
 from .quantized import in_standard_order, is_quantized
 from .record import of_adapter, records
 from .scope import Session
@@ -49,13 +51,19 @@ def wrap_inject_adapter(session: Session, previous: Callable[..., Any]) -> Calla
         if session.applies():
             in_standard_order(model)
         if session.applies() and not any(wrapped_in(module) is not None for module in model.modules()):
-            shapes = {key: tuple(value.shape) for key, value in _tensors(model.state_dict())}
-            model.__dict__[_ATTRIBUTE] = Start(shapes)
+            model.__dict__[_ATTRIBUTE] = Start(_shapes(model))
         previous(self, model, adapter_name, *args, **kwargs)
         if session.applies():
             _keep_values(self, model, adapter_name)
 
     return inject_adapter
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a model's state dict, by their own names, also of those that ZeRO-3 has partitioned."""
+    found = {own_name(key): tuple(value.shape) for key, value in _tensors(model.state_dict())}
+    parameters = ((own_name(key), value) for key, value in model.named_parameters(remove_duplicate=False))
+    return found | {key: shape_of(value) for key, value in parameters if is_partitioned(value) and key in found}
 
 
 def _keep_values(tuner: Any, model: nn.Module, adapter_name: str) -> None:
@@ -84,7 +92,9 @@ def adapter_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils.other import TrainableTokensWrapper
 
-    state = model.state_dict()
+    named = own_names(model)
+    # of the base model, an adapter can have the biases only; the rest would be gathered under tensor parallelism
+    state = {key: value for key, value in model.state_dict().items() if named(key) is None or key.endswith("bias")}
     # PEFT looks for the tokens of every adapter in every such wrapper
     tokens = ((name, module) for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper))
     absent = {
@@ -120,7 +130,7 @@ def initial_state(model: Any, adapter_name: str) -> dict[str, Tensor]:
     base = base_of(model)
     start: Start = base.__dict__.get(_ATTRIBUTE, Start())
     known = {
-        **_magnitudes(base, adapter_name),
+        **_magnitudes(base, adapter_name, start.values.get(adapter_name, {})),
         **start.values.get(adapter_name, {}),
         **_kept_by_wrappers(base, adapter_name),
         **recorded_factors(base, adapter_name),
@@ -164,12 +174,14 @@ def _kept_by_wrappers(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return known
 
 
-def _magnitudes(base: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """DoRA's magnitudes at the start: the norms of W_res + s·B₀·A₀, by PEFT's own computation."""
+def _magnitudes(base: nn.Module, adapter_name: str, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's magnitudes at the start: the norms of W_res + s·B₀·A₀, by PEFT's own computation; not those ``kept``."""
     known = {}
     for _, name, layer in placed_lora_layers(base):
         record = of_adapter(layer, adapter_name)
         if record is None or adapter_name not in layer.lora_magnitude_vector:
+            continue
+        if f"{name}.lora_magnitude_vector" in kept or is_sharded(layer.get_base_layer().weight):
             continue
         magnitude = layer.lora_magnitude_vector[adapter_name]
         again = type(magnitude)(fan_in_fan_out=magnitude.fan_in_fan_out)

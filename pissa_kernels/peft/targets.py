@@ -112,7 +112,8 @@ def _check_place(model: nn.Module, name: str, base: nn.Module, config: Any) -> N
                 "accelerate loads the weight together with the module around it (preload_module_classes), which finds "
                 "no weight under the names that PEFT gives. Initialize PiSSA first, and offload the model afterwards"
             )
-        module = module._modules.get(part) or module
+        child = module._modules.get(part)
+        module = module if child is None else child
     if config.use_dora and is_offloaded(base):
         raise ValueError(
             "DoRA reads the weight in its own forward pass, while accelerate has it offloaded. Leave out use_dora, or "
