@@ -24,6 +24,7 @@ from ..runtime.workers import run_jobs
 from .batches import Emit, needed_bytes, plan_batches, run_batches
 from .division import divide
 from .layer import LayerJob
+from .sharded_run import run_sharded
 from .stack_run import StackRun, Work, is_shared
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
             layer is either initialized and passed to ``done``, or unchanged.
     """
     # before all others, at which a single process may fail while the rest wait for it
-    _run_sharded([job for job in jobs if job.is_sharded], resources, done)
+    run_sharded([job for job in jobs if job.is_sharded], resources.memory_budget, done)
     jobs = [job for job in jobs if not job.is_sharded]
     budget = functools.cache(resources.budget)  # what is free may change
     by_device = divide(jobs, resources.devices, budget)
@@ -87,20 +88,6 @@ def run(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
             run_jobs(work, workers + len(by_device), lambda finished: done(*finished), stop)
         finally:
             torch.set_num_threads(threads)  # MKL's number of threads belongs to the process too
-
-
-def _run_sharded(jobs: Sequence[LayerJob], resources: Resources, done: Emit) -> None:
-    """Initialize layers that several processes hold, one after another, as all of these processes do."""
-    failure: Exception | None = None
-    for job in jobs:
-        report = job.run(budget=resources.memory_budget)
-        try:
-            if failure is None:
-                done(job, report)
-        except Exception as error:  # of a caller's function, in this process alone: the others wait in the next layer
-            failure = error
-    if failure is not None:
-        raise failure
 
 
 def _parts(job: LayerJob, workers: int) -> Iterator[Work]:

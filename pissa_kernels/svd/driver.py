@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checks import check_accuracy, check_rank, check_weight
 from ..numerics import exact_arithmetic
 from ..runtime.shards import Shard, ShardedStack, is_sharded, on_mesh, sharded_stack
-from . import fixed
+from . import fixed, sharded_steps
 from .chebyshev import chebyshev_subspaces, deficit_of_block
 from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of, widened
 from .krylov import block_krylov
@@ -29,6 +29,7 @@ from .operators import GramOperator, ScaledOperator
 from .rayleigh_ritz import Triplets, as_triplets, certified, dense_triplets, gram_triplets, rayleigh_ritz
 from .result import TruncatedSVD
 from .sharded import serving
+from .solution import Solution
 from .stopping import Subspace
 from .weight_operator import WeightOperator
 
@@ -37,6 +38,8 @@ ITERATIONS = ("krylov", "chebyshev")
 DEFAULT_TOL = 1e-6
 # Products with AᵀA after which an iteration stops.
 MAX_STEPS = 100
+# Sharded matrices that go through the schedule together at most: more of them save no time.
+LARGEST_BATCH = 32
 # Residual relative to σ₁ above which the Gram matrix is formed in float64. On a well-conditioned weight float32 stays
 # below it; singular values below √ε·σ₁ need float64.
 GRAM_RESIDUAL = 1e-5
@@ -140,7 +143,7 @@ def solve_batch(
         ValueError: NaN or Inf in a weight.
     """
     found: list[TruncatedSVD | None] = [None] * len(weights)
-    if fixed.runs_on(weights[0], rank):
+    if fixed.runs_on(weights[0].device, weights[0].shape, rank):
         found = _by_schedule(weights, rank, tol, seed)
     return [
         _alone(weight, rank, tol, niter, seed) if svd is None else svd
@@ -157,9 +160,12 @@ def _by_schedule(weights: Sequence[Tensor], rank: int, tol: float, seed: int) ->
     wide = first.shape[0] < first.shape[1]
     with exact_arithmetic(first.device):
         tall = [weight.detach().mT if wide else weight.detach() for weight in weights]
-        solution = fixed.solve(tall, rank, tol=tol, seed=seed)
-        U, V = (solution.V, solution.U) if wide else (solution.U, solution.V)
-        Vh = V.mT.contiguous()
+        return _of_solution(fixed.solve(tall, rank, tol=tol, seed=seed), wide, tol)
+
+
+def _of_solution(solution: Solution, wide: bool, tol: float) -> list[TruncatedSVD | None]:
+    U, V = (solution.V, solution.U) if wide else (solution.U, solution.V)
+    Vh = V.mT.contiguous()
     found: list[TruncatedSVD | None] = []
     for index, figures in enumerate(solution.figures):
         certificate = figures.certificate(tol)
@@ -218,17 +224,37 @@ def solve_stack(
     Raises:
         ValueError, RuntimeError: of any of the processes, in all of them.
     """
-    found, failure = [], None
+    found: list[TruncatedSVD | None] = []
+    failure: Exception | None = None
     try:
-        for part, matrix in zip(stack.parts, stack.matrices, strict=True):
-            # replicas hold the same, and one of them solves it
-            with context(part):
-                one = stack.replicas.is_first
-                found.append(solve_sharded(matrix, rank, tol=tol, niter=niter, seed=seed) if one else None)
+        if stack.replicas.is_first:  # replicas hold the same, and one of them solves it
+            by_schedule = _sharded_by_schedule(stack.matrices, rank, tol, seed)
+            for part, matrix, svd in zip(stack.parts, stack.matrices, by_schedule, strict=True):
+                with context(part):
+                    if svd is None:
+                        svd = solve_sharded(matrix, rank, tol=tol, niter=niter, seed=seed)
+                    found.append(svd)
     except Exception as error:
         failure = error
     stack.everywhere.agree(failure)
+    found = found or [None] * len(stack.matrices)
     return [_shared(svd, matrix, rank, stack) for svd, matrix in zip(found, stack.matrices, strict=True)]
+
+
+def _sharded_by_schedule(matrices: Sequence[Shard], rank: int, tol: float, seed: int) -> list[TruncatedSVD | None]:
+    """:func:`_by_schedule` of sharded weights; None for the same ones in all processes."""
+    if not matrices or not fixed.runs_on(matrices[0].block.device, matrices[0].shape, rank):
+        return [None] * len(matrices)
+    wide = matrices[0].shape[0] < matrices[0].shape[1]
+    with exact_arithmetic(matrices[0].block.device):
+        tall = [matrix.mT if wide else matrix for matrix in matrices]
+        return [
+            svd
+            for first in range(0, len(tall), LARGEST_BATCH)
+            for svd in _of_solution(
+                sharded_steps.solve(tall[first : first + LARGEST_BATCH], rank, tol=tol, seed=seed), wide, tol
+            )
+        ]
 
 
 def _shared(svd: TruncatedSVD | None, matrix: Shard, rank: int, stack: ShardedStack) -> TruncatedSVD:

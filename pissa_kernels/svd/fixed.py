@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..ops.batched import Panel, Weights
@@ -58,9 +59,9 @@ _compiled: set[tuple[object, ...]] = set()
 DEVICES: tuple[str, ...] = ("cuda",)
 
 
-def runs_on(weight: Tensor, rank: int) -> bool:
-    """Whether weights like this one, (m, n), go through the schedule."""
-    return weight.device.type in DEVICES and schedule(min(weight.shape), rank) is not None
+def runs_on(device: torch.device, shape: Sequence[int], rank: int) -> bool:
+    """Whether weights of a shape (m, n) go through the schedule on a device."""
+    return device.type in DEVICES and schedule(min(shape), rank) is not None
 
 
 def schedule(n: int, rank: int) -> Schedule | None:
@@ -100,12 +101,16 @@ def solve(weights: Sequence[Tensor], rank: int, *, tol: float, seed: int) -> Sol
     plan = schedule(weights[0].shape[1], rank)
     assert plan is not None
     _compile(weights[0], rank, plan, ahead=weights[0].is_cuda)
-    steps = Steps(Weights.of(weights), rank)
+    return follow(Steps(Weights.of(weights), rank), plan, tol, seed)
+
+
+def follow(steps: Steps, plan: Schedule, tol: float, seed: int) -> Solution:
+    """Take the steps of a schedule, and further ones for the weights that need them. As for :func:`solve`."""
     X = _filtered(steps, plan, seed)
     solution = steps.projected(X)
     if not plan.degrees:
         return solution
-    left = list(range(len(weights)))
+    left = list(range(steps.weights.shape[0]))
     for _ in range(FURTHER_ROUNDS):
         # NaN, where a panel has lost its rank, is not above the tolerance
         kept = [place for place, member in enumerate(left) if solution.figures[member].deficit > tol]

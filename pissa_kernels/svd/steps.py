@@ -43,12 +43,16 @@ class Steps:
     other weights and for sums.
     """
 
-    def __init__(self, weights: Weights, rank: int, passes: int = 0) -> None:
+    def __init__(self, weights: Any, rank: int, passes: int = 0) -> None:
         self.weights = weights
         self.rank = rank
         self.passes = passes
-        self.body: Any = dispatch.bodies(weights)
+        self.body: Any = self.body_of(weights)
         self.in_pieces = weights.dtype == torch.bfloat16
+
+    def body_of(self, weights: Weights) -> Any:
+        """The module of the operations on these weights."""
+        return dispatch.bodies(weights)
 
     def part(self, members: list[int]) -> Steps:
         """The steps for some members of the batch."""
@@ -106,25 +110,39 @@ class Steps:
         all_values, V, AV = self._rotated(X, AX)
         values, V, AV = self._rotated(V, AV)
         S = values.clamp(min=0).sqrt()
+        # (batch, m, r); of a sharded weight the rows that this process has, like A·V
         U = self._split(AV.full * torch.where(S > 0, S.reciprocal(), 0.0)[:, None, :])
         update = Update(torch.ones_like(S[:, 0]), -1.0, V.full * S[:, None, :])
         residuals = body.product(self.weights.mT, U, precision=FINE, update=update, pieces=FULL)
         self.passes += 1
         norms = self._norms(residuals)
         identity = torch.eye(r, device=S.device)
-        skew = torch.stack([self._gram(U) - identity, self._gram(V) - identity]).abs().amax((0, -2, -1))
+        skew = torch.stack([self.gram_of_image(U) - identity, self._gram(V) - identity]).abs().amax((0, -2, -1))
         deficit = self._deficit(values, V, residuals, self._guard(all_values))
         energy = body.sum_of_squares(self.weights)
         low, high = ENERGY_RANGE
         usable = (skew <= MAX_SKEW) & (low < energy) & (energy < high)
         deficit = torch.where(usable, deficit, torch.nan)
         captured = S.double().square().sum(-1)
-        figures = torch.stack([deficit, norms.amax(-1), S[:, 0], captured, energy]).tolist()
-        return Solution(U.full, S, V.full, list(map(Figures, *figures, [self.passes] * len(S))))
+        figures = self.decided(torch.stack([deficit, norms.amax(-1).double(), S[:, 0].double(), captured, energy]))
+        found = list(map(Figures, *figures.tolist(), [self.passes] * len(S)))
+        return Solution(self.whole_image(U), S, V.full, found)
+
+    def gram_of_image(self, Z: Panel) -> Tensor:
+        """ZᵀZ of a panel (batch, m, k)."""
+        return self._gram(Z)
+
+    def whole_image(self, Z: Panel) -> Tensor:
+        """The values of a panel (batch, m, k)."""
+        return Z.full
+
+    def decided(self, figures: Tensor) -> Tensor:
+        """The figures that decide what follows."""
+        return figures
 
     def _rotated(self, V: Panel, AV: Panel) -> tuple[Tensor, Panel, Panel]:
         """Every Ritz value on span(V), and the leading Ritz vectors V with A·V."""
-        values, vectors = self.body.eigh(self._gram(AV))
+        values, vectors = self.body.eigh(self.gram_of_image(AV))
         leading = self._split(vectors[:, :, : self.rank].contiguous())
         V, AV = (self.body.product(panel, leading, precision=FULL, pieces=FULL) for panel in (V, AV))
         return values, V, AV
@@ -158,7 +176,8 @@ class Steps:
         AR = self.body.product(self.weights, directions, precision=ROUGH, values=False, pieces=FULL)
         self.passes += 1
         norms = norms * values.clamp(min=0).sqrt()
-        estimate = 2 * _estimated_deficits(values, norms, self._norms(AR).square())
+        lengths = self.gram_of_image(AR).diagonal(dim1=-2, dim2=-1).clamp(min=0)
+        estimate = 2 * _estimated_deficits(values, norms, lengths)
         last = values[:, -1]
         cautious = torch.maximum(estimate, 2 * _estimated_deficits(values, norms, guard.unsqueeze(-1)))
         return torch.where(last - guard < CLUSTER_GAP * last, cautious, estimate)

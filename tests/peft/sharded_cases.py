@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import peft
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -22,10 +23,11 @@ from pissa_kernels.adapter.layouts import layout_of
 from pissa_kernels.ops import reference
 from pissa_kernels.peft.record import of_adapter
 from pissa_kernels.runtime.shards import is_sharded
+from pissa_kernels.svd import fixed, sharded_steps
 
 from ..support.architectures import ARCHITECTURES
 from ..support.models import build, output
-from ..support.reference import EPS, ROUNDOFF
+from ..support.reference import EPS, ROUNDOFF, energy_deficit
 from ..support.together import folder, raises_everywhere, same_everywhere, together
 from .test_models import config
 
@@ -167,6 +169,57 @@ def check_other_layers_under_fully_shard() -> None:
     assert_is_base(model, logits)
     with pk.original_model(model):
         assert_is_base(model, logits)
+
+
+@together(2, 3)
+def check_batches_of_the_schedule() -> None:
+    """On CPU tensors: layers of equal shape go through the GPU's schedule together, in order, in every process."""
+    base = build("llama", torch.bfloat16, width=WIDTH)
+    logits = output(base)
+    seen: list[int] = []
+    solve = sharded_steps.solve
+
+    def counted(shards: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(shards))
+        return solve(shards, *args, **kwargs)
+
+    originals = {
+        name: layer.weight.detach().clone() for name, layer in base.named_modules() if hasattr(layer, "weight")
+    }
+    names: list[str] = []
+    for budget in (None, 2 * fixed.workspace(3 * WIDTH, WIDTH, 4)):
+        seen.clear()
+        model = sharded(copy.deepcopy(base))
+        with (
+            mock.patch.object(fixed, "DEVICES", ("cpu",)),
+            mock.patch.object(sharded_steps, "solve", counted),
+            pk.patch_peft(memory_budget=budget, on_layer=lambda layer: names.append(layer.name)) as report,
+        ):
+            model = peft.get_peft_model(model, config("llama"))
+        assert sum(seen) == 14
+        # two or four layers of each of the four shapes; in the budget, two of the largest at a time
+        assert seen == ([4, 4, 4, 2] if budget is None else [2, 2, 4, 2, 2, 2]), seen
+        assert [layer.name for layer in report.layers] == [name for name, _ in lora_layers(model)]
+        assert {layer.certificate.method for layer in report.layers} == {"fixed"}
+        for name, (W, A, B) in layers_of(model).items():
+            same_everywhere(W, A, B)
+            assert energy_deficit(originals[name], A) <= 4e-6, name
+        assert_is_base(model, logits)
+        with pk.original_model(model):
+            assert_is_base(model, logits)
+    assert len(names) == 28
+
+    def fails(layer: Any) -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("of the caller, in one process")
+
+    model = sharded(copy.deepcopy(base))
+    with pk.patch_peft(on_layer=fails):
+        if dist.get_rank() == 1:
+            with pytest.raises(KeyError):
+                peft.get_peft_model(model, config("llama"))
+        else:
+            peft.get_peft_model(model, config("llama"))
 
 
 @together(2)

@@ -17,13 +17,15 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pissa_kernels as pk
+from pissa_kernels.factors import tolerance
 from pissa_kernels.runtime import shards
-from pissa_kernels.svd import sharded
+from pissa_kernels.svd import fixed, sharded, sharded_steps
 
 from ..support.reference import EPS, ROUNDOFF, energy_deficit, realistic, true_residual, with_spectrum
 from ..support.together import raises_everywhere, same_everywhere, together
 
 RANK = 16
+TOL = tolerance(torch.bfloat16)
 
 
 def divided(W: Tensor, placements: list[Any], shape: tuple[int, ...] | None = None) -> Any:
@@ -104,6 +106,52 @@ def check_deficient_and_zero_matrices() -> None:
             assert float(((found.U * found.S) @ found.Vh - W).abs().max()) <= 1e-5
             for vectors in (found.U.mT, found.Vh):
                 assert float((vectors @ vectors.mT - torch.eye(8)).abs().max()) <= 1e-5
+
+
+@together(2, 3, 4)
+def check_the_schedule_of_gpus() -> None:
+    """On CPU tensors: each layout against float64 and against the schedule of one process."""
+    for shape, dtype in (((420, 351), torch.bfloat16), ((333, 460), torch.float32), ((130, 97), torch.bfloat16)):
+        W = realistic(*shape, seed=7).to(dtype)
+        exact = torch.linalg.svdvals(W.double())[:RANK]
+        for placements, mesh in layouts():
+            D = divided(W, placements, mesh)
+            with mock.patch.object(fixed, "DEVICES", ("cpu",)):
+                found, alone = pk.truncated_svd(D, RANK, tol=TOL), pk.truncated_svd(W, RANK, tol=TOL)
+            assert found.certificate.method == alone.certificate.method == "fixed"
+            assert found.certificate.converged
+            assert found.certificate.passes == alone.certificate.passes
+            same_everywhere(*found[:3])
+            assert energy_deficit(W, found.Vh) <= TOL
+            assert float((found.S - exact).abs().max()) <= 3 * TOL * float(exact[0])
+            assert true_residual(W, *found[:3]) <= found.certificate.residual * float(exact[0])
+            assert float((found.S - alone.S).abs().max()) <= 3 * TOL * float(exact[0])
+
+
+@together(2)
+def check_the_schedule_where_it_falls_short() -> None:
+    """A weight that it does not solve is solved by itself; NaN is refused; a failure reaches every process."""
+    W = with_spectrum(400, 300, torch.tensor([3.0, 2.0, 1.0])).float()
+    with mock.patch.object(fixed, "DEVICES", ("cpu",)):
+        found = pk.truncated_svd(divided(W, [Shard(0)]), 8)
+        assert found.certificate.method != "fixed"
+        assert float(((found.U * found.S) @ found.Vh - W).abs().max()) <= 1e-5
+        broken = realistic(400, 300, seed=7).float()
+        broken[-1, 0] = torch.nan
+        raises_everywhere(partial(pk.truncated_svd, divided(broken, [Shard(0)]), 8), ValueError, "NaN")
+        failing = dist.get_rank() == 1
+        original = sharded_steps.ShardedBody._computed
+
+        def computed(body: Any, shape: Any, weights: Any, dtype: Any, compute: Any) -> Tensor:
+            def fails() -> Tensor:
+                raise torch.OutOfMemoryError("no memory left")
+
+            return original(body, shape, weights, dtype, fails if failing else compute)
+
+        D = divided(realistic(400, 300, seed=7).float(), [Shard(0)])
+        with mock.patch.object(sharded_steps.ShardedBody, "_computed", computed):
+            raises_everywhere(partial(pk.truncated_svd, D, 8), RuntimeError, "no memory left")
+        assert pk.truncated_svd(D, 8).certificate.method == "fixed"
 
 
 @together(3)

@@ -251,7 +251,7 @@ def test_the_global_random_state_is_left_alone(on_cpu: None) -> None:
 
 def test_ranks_without_a_schedule_go_to_the_iterations(on_cpu: None) -> None:
     W = torch.empty(2000, 1000)
-    assert not fixed.runs_on(W, 257)
-    assert fixed.runs_on(W, 256)
+    assert not fixed.runs_on(W.device, W.shape, 257)
+    assert fixed.runs_on(W.device, W.shape, 256)
     assert fixed.schedule(100, 64) == fixed.Schedule(100, ())
     assert fixed.schedule(5000, 17) == fixed.SCHEDULES[32]
