@@ -182,13 +182,10 @@ def test_a_plain_tensor_is_not_quantized(weight: torch.Tensor) -> None:
     assert quantization_of(weight) is None
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"), [("DTensor", r"sharded \(DTensor\).*Initialize PiSSA first"), ("FakeTensor", "has no values")]
-)
-def test_tensors_without_their_values_are_refused(kind: str, words: str) -> None:
-    """Stand for torch's classes, which are recognized by their names."""
-    weight = torch.ones(4, 5).as_subclass(type(kind, (torch.Tensor,), {}))
-    with pytest.raises(ValueError, match=words):
+def test_tensors_without_their_values_are_refused() -> None:
+    """Stands for torch's class, which is recognized by its name."""
+    weight = torch.ones(4, 5).as_subclass(type("FakeTensor", (torch.Tensor,), {}))
+    with pytest.raises(ValueError, match="has no values"):
         check_weight(weight)
 
 

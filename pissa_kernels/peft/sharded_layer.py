@@ -129,6 +129,7 @@ def sharded_job(job: LayerJob) -> ShardedJob:
     """
     found = ShardedJob(**{name: getattr(job, name) for name in LayerJob.__dataclass_fields__})
     check_plan(job.layer, job.weight)
+    assert found.held.total == job.parts  # and the placements are not refused
     if job.adapter in job.layer.lora_variant and plan_of(job.layer) is not None:
         raise ValueError(
             f"{state.variant_name(job.layer, job.adapter)} takes norms from the weight, of which tensor parallelism "

@@ -180,28 +180,27 @@ def test_a_stack_of_another_dtype(dtype: torch.dtype, is_transposed: bool) -> No
     assert all(torch.equal(each.data.view(torch.uint8), before[name]) for name, each in layer.named_parameters())
 
 
-def test_a_sharded_stack() -> None:
+def test_a_sharded_convolution_with_groups() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        layer = Stack(4, 24, 32, False)
-        nn.init.normal_(layer.down_proj)
+        layer = nn.Conv2d(8, 16, 3, groups=2)
         mesh = init_device_mesh("cpu", (1,))
-        layer.down_proj = nn.Parameter(distribute_tensor(layer.down_proj.data, mesh, [Shard(0)]))
-        before = layer.down_proj.to_local().clone()
-        config = peft.LoraConfig(r=2, target_parameters=["layer.down_proj"], init_lora_weights="pissa")
-        model = Model(layer)
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh, [Shard(0)]))
+        before = layer.weight.to_local().clone()
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa")
+        model = nn.Sequential(layer)
         with (
-            pytest.raises((ValueError, TypeError), match=r"^layer 'layer\.down_proj'.*DTensor") as error,
+            pytest.raises(ValueError, match=r"^layer '0', weight .*convolution with 2 groups is sharded as") as error,
             pk.patch_peft(),
         ):
             peft.get_peft_model(model, config)
         one_line(error)
-        assert type(model.layer) is Stack
-        assert torch.equal(layer.down_proj.to_local(), before)
+        assert type(model[0]) is nn.Conv2d
+        assert torch.equal(layer.weight.to_local(), before)
     finally:
         dist.destroy_process_group()
 
