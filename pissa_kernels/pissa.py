@@ -198,7 +198,8 @@ def _of_all_parts(stack: ShardedStack, found: dict[int, Factors], rank: int) -> 
         certificates |= others
     m, n = stack.shape
     device = stack.device
-    A, B, S = (torch.zeros(stack.total, *shape, device=device) for shape in ((rank, n), (m, rank), (rank,)))
+    shapes = ((rank, n), (m, rank), (rank,))
+    A, B, S = (torch.zeros(stack.total, *shape, dtype=torch.float32, device=device) for shape in shapes)
     for part, factors in found.items():
         A[part], B[part], S[part] = factors.lora_A, factors.lora_B, factors.singular_values
     for each in (A, B, S):

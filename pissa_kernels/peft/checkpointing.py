@@ -125,7 +125,7 @@ def _empty(layer: Any, adapter: str) -> dict[str, Tensor]:
     layout = layout_of(layer)
     dtype, length = layout.weight.dtype, len(places_of(layout.weight.shape))
     found = {
-        field: torch.empty(factor.shape, dtype=dtype)
+        field: torch.empty(factor.shape, dtype=dtype, device="cpu")
         for field, factor in zip(("lora_A", "lora_B"), layout.factors(adapter), strict=True)
     }
-    return found | {field: torch.empty(length) for field in ("before", "after")}
+    return found | {field: torch.empty(length, dtype=torch.float32, device="cpu") for field in ("before", "after")}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..adapter.layers import lora_layers
 from ..adapter.layouts import adapters_of
+from ..runtime.shards import reshard
 from . import forward, merging, of_diffusers, state
 from .additions import check_init
 from .guarded import UNLOAD, Guard, Reopen, guard, unguard
@@ -76,13 +77,21 @@ def inject_adapter(tuner: Any, reopen: Reopen, *args: Any, **kwargs: Any) -> Non
 
 def merge_adapter(tuner: Any, reopen: Reopen, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """``LoraModel.merge_adapter``, after the checks of all layers."""
-    _check_merges(tuner, adapter_names)
+    _check_merges(tuner, adapter_names, safe_merge)
     type(tuner).merge_adapter(tuner, adapter_names=adapter_names, safe_merge=safe_merge)
 
 
-def _check_merges(tuner: Any, adapter_names: list[str] | None) -> None:
+def unmerge_adapter(tuner: Any, reopen: Reopen) -> None:
+    """``LoraModel.unmerge_adapter``, on the parameters that FSDP2 keeps."""
+    reshard(tuner.model)
+    type(tuner).unmerge_adapter(tuner)
+
+
+def _check_merges(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    reshard(tuner.model)
     check_separate(tuner.model)
     for _, layer in adapted_layers(tuner):
+        merging.check_safe(layer, safe_merge)
         names = layer.active_adapters if adapter_names is None else adapter_names
         if not isinstance(names, str):
             new = [name for name in names if name in adapters_of(layer) and name not in layer.merged_adapters]
@@ -99,7 +108,8 @@ def unload_and_optionally_merge(
 ) -> Any:
     """``LoraModel._unload_and_optionally_merge``, after the checks of all layers."""
     if merge:
-        _check_merges(tuner, adapter_names)
+        _check_merges(tuner, adapter_names, safe_merge)
+    reshard(tuner.model)
     check_separate(tuner.model)
     kept = frozenset(
         name for name, config in tuner.peft_config.items() if getattr(config, "init_lora_weights", None) is True
@@ -141,6 +151,7 @@ _OF_LAYER: dict[str, Callable[..., Any]] = {
     UNLOAD: unload,
 }
 _OF_TUNER: dict[str, Callable[..., Any]] = {
+    "unmerge_adapter": unmerge_adapter,
     "inject_adapter": inject_adapter,
     "merge_adapter": merge_adapter,
     "_unload_and_optionally_merge": unload_and_optionally_merge,
@@ -155,5 +166,16 @@ _OF_MODEL: dict[str, Callable[..., Any]] = {
 
 
 def protect_peft_model(peft_model: Any, reopen: Reopen) -> None:
-    """Guard the methods of a ``PeftModel`` that load an adapter."""
+    """Guard the methods of a ``PeftModel`` that load an adapter, and those that change the weights."""
     guard(peft_model, {"load_adapter": load_adapter}, reopen)
+    for name in _CHANGING:  # of its LoraModel, which FSDP2's root may be outside of
+        peft_model.__dict__[name] = Guard(peft_model, change_weights, name)
+
+
+def change_weights(peft_model: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A method of the ``LoraModel``, on the parameters that FSDP2 keeps."""
+    reshard(peft_model)
+    return getattr(peft_model.base_model, name)(*args, **kwargs)
+
+
+_CHANGING = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload")

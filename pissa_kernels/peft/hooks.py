@@ -160,8 +160,10 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
         kept = functools.partial(is_tied, configs[adapter_name])
         injection = Injection(Ties(model, replicated=replicated, kept=kept), model)
-        group = ranks.filled_from_first(model)
+        group = ranks.filled_from_first(model) if is_pissa(configs[adapter_name]) else None
         injection.filled_later = group is not None and not group.first
+        if loading.get() is not None:  # each process has the file with the initial factors
+            group = None
         try:
             with resident(model, adapter_name), removed_on_failure(model, adapter_name, injection):
                 with contextlib.nullcontext() if group is None else group.together():
@@ -218,6 +220,7 @@ def wrap_load_adapter(session: Session, previous: Function) -> Function:
         load = functools.partial(previous, self, *args, **kwargs)
         if not _starts_load(session):
             return load()
+        reshard(self)
         source, adapter_name = Source.of_call(previous, self, *args, **kwargs)
         values = source.values_for(self, adapter_name) if adapter_name in self.peft_config else []
         loaded = _load(session, source, load)
@@ -264,6 +267,8 @@ def wrap_adapter_creation(session: Session, previous: Function) -> Function:
     """Give the model a ``save_pretrained`` that also saves the initial factors, after the patch has ended too."""
 
     def create(self: Any, *args: Any, **kwargs: Any) -> None:
+        if session.applies() and "_modules" in vars(self):  # not while it is created
+            reshard(self)
         previous(self, *args, **kwargs)
         if session.applies():
             self.save_pretrained = SavePretrained(self)

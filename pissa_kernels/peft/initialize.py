@@ -41,6 +41,9 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
     experts is one matrix for each expert. Of an ``nn.MultiheadAttention`` this is ``in_proj``; ``out_proj`` has a LoRA
     layer of its own, ``self.base_layer.out_proj``.
 
+    If the weight is a ``DTensor``, all processes of its mesh call this. FSDP2 keeps parameters gathered after a pass,
+    and drops what is written to them: give them back first (``FSDPModule.reshard``), which the hook does by itself.
+
     Args:
         self: a LoRA layer of PEFT: Linear, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention or ParamWrapper.
         adapter_name: key of the adapter in those.
@@ -49,7 +52,7 @@ def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
     Raises:
         TypeError: a quantized weight, or a dtype other than float32, float16 and bfloat16.
         ValueError: an unknown ``init_lora_weights``; a rank, scaling or shape out of range; NaN, Inf or an empty
-            weight; a weight that is sharded, offloaded, or used in a second place; a module whose adapter PEFT computes
+            weight; a weight that is offloaded, or used in a second place; a module whose adapter PEFT computes
             in another way than the module computes (a dilated convolution, an embedding with ``max_norm``). Nothing has
             been written then.
 

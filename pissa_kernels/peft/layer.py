@@ -192,8 +192,7 @@ class LayerJob(LayerWriter):
             dtype = self.adapter_dtype
             factors = self._decomposed(original, dtype)
         else:
-            sharded = self.fingerprint(original).double() if self.is_sharded else None
-            self._check_given(state.original_fingerprint(self.layer) if sharded is None else sharded, original.dtype)
+            self._check_given(state.original_fingerprint(self.layer), original.dtype)
             factors, dtype = self._given_factors(), self.given.lora_A.dtype
         joined = self.joined(factors)
         kept = self.kept(factors, dtype, joined)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..adapter.attention import is_projection
 from ..adapter.layouts import layout_of
-from ..runtime.shards import is_sharded
+from ..runtime.shards import is_sharded, put_
 from . import state
 from .divided import plan_of
 from .pieces import check_gathered
@@ -42,6 +42,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     if not new:
         method(layer, safe_merge=safe_merge, adapter_names=adapter_names)
         return
+    check_safe(layer, safe_merge)
     if not is_projection(layer):  # PEFT has changed the weight already where the attention merges it
         check_merge(layer, new)
     for each in inside(layout.module):
@@ -61,7 +62,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     except BaseException:
         if backup is not None:
             layer.merged_adapters[:] = merged
-            weight.data = backup
+            put_(weight, backup.to_local() if is_sharded(weight) else backup)
         raise
     _keep_scalings(layer, merged, new)
 
@@ -172,6 +173,19 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
             f"{state.label(layer)}: the adapter {variants[0]!r} ({state.variant_name(layer, variants[0])}) computes "
             f"with the stored weight and cannot be merged here with {', '.join(map(repr, merged))}. Merge it alone, in "
             "a model of its own"
+        )
+
+
+def check_safe(layer: Any, safe_merge: bool) -> None:
+    """Refuse ``safe_merge`` of a sharded weight: PEFT puts a tensor in its place, which a ``DTensor`` does not take.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
+    if safe_merge and is_sharded(layout_of(layer).weight):
+        raise ValueError(
+            f"{state.label(layer)}: safe_merge=True has no effect on a sharded weight. Merge without it, or where the "
+            "model is whole"
         )
 
 

@@ -29,11 +29,14 @@ from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
 from . import schedule
 from .division import devices_of
+from .forward import await_record
 from .hooks import hooks, install, remove_ended
 from .initialize import prepare
 from .layer import LayerJob
 from .load import loading
-from .scope import can_be_deferred, injecting, replacing
+from .ranks import take
+from .record import InitRecord
+from .scope import Injection, can_be_deferred, injecting, replacing
 from .settings import NOT_QUANTIZED, QuantizedSettings
 from .tied import Follower
 
@@ -237,8 +240,8 @@ class PatchedPeft(Report):
         if injection is not None and place is not None and name is not None and injection.ties.kept(place):
             injection.tied.append(Follower(layer, adapter_name, name))
             return
+        given = source.initial(name, adapter_name) if source is not None else None
         filled_later = injection is not None and injection.filled_later
-        given = source.initial(name, adapter_name) if source is not None and not filled_later else None
         around = {} if injection is None else {key: getattr(injection, key) for key in ("ties", "notices", "model")}
         job = prepare(
             layer,
@@ -246,15 +249,15 @@ class PatchedPeft(Report):
             init,
             seed=self.seed,
             name=name,
-            given=given,
+            given=None if filled_later else given,
             quantizing=self._quantizing,
             deferred=is_cast,
             **around,
         )
-        if job is None:
+        if injection is not None and injection.filled_later:
+            self._follow(injection, layer, adapter_name, job, given)
             return
-        if injection is not None and filled_later:
-            injection.jobs.append(job.defer())  # process 0 runs its own
+        if job is None:
             return
         together = self.batch or job.is_sharded or (injection is not None and injection.ties.replicated)
         if injection is not None and can_be_deferred(layer, adapter_name) and together:
@@ -267,6 +270,20 @@ class PatchedPeft(Report):
         self.layers.append(report)
         if self.on_layer is not None:
             self.on_layer(report)
+
+    def _follow(
+        self, injection: Injection, layer: Any, adapter_name: str, job: LayerJob | None, given: InitRecord | None
+    ) -> None:
+        """Leave a layer to process 0, whose weights this process will get."""
+        later = None if job is None else job.defer()
+        if given is not None:
+            if job is None:
+                injection.notices.left_alone.pop()
+            take(layer, given, later)
+            self.layers.append(given.report)
+        elif later is not None:
+            injection.jobs.append(later)
+            await_record(layer, adapter_name, later.label)
 
     def run(self, jobs: list[LayerJob]) -> None:
         """Initialize the collected layers. After an exception the report has those that are finished."""

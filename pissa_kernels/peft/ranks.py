@@ -41,7 +41,8 @@ def share_initial(peft_model: Any) -> None:
     For models whose weights only process 0 has loaded, while the others have them on the meta device, before they are
     sharded from process 0. With accelerate's ``fsdp_cpu_ram_efficient_loading`` ``get_peft_model`` does it. Every
     process of ``torch.distributed``'s default group calls this; the layers are sent one by one, and no parameter is
-    changed. Without the factors, a process cannot disable the adapter, and refuses to.
+    changed. Without the factors, a process cannot disable the adapter, and refuses to. Over nccl, each process has
+    chosen its GPU before (``torch.cuda.set_device``).
 
     Args:
         peft_model: a model that has the same adapters in every process.
@@ -94,17 +95,25 @@ def follow_first(group: Connected, model: nn.Module, adapter: str, jobs: Sequenc
     """
     layers = dict(lora_layers(model))
     by_layer = {id(job.layer): job for job in jobs}
+    names = group.share([name for name, layer in layers.items() if of_adapter(layer, adapter) is not None])
+    found = {name: group.share(of_adapter(layers[name], adapter) if group.first else None) for name in names}
     reports = []
-    for name in group.share([name for name, layer in layers.items() if of_adapter(layer, adapter) is not None]):
-        record = group.share(of_adapter(layers[name], adapter))
-        if not group.first:
+    with group.together():
+        for name, record in found.items() if not group.first else ():
             assert record is not None
-            _take(layers[name], record, by_layer.get(id(layers[name])))
+            take(layers[name], record, by_layer.get(id(layers[name])))
             reports.append(record.report)
     return reports
 
 
-def _take(layer: Any, record: InitRecord, job: LayerJob | None) -> None:
+def take(layer: Any, record: InitRecord, job: LayerJob | None) -> None:
+    """Take initial factors in a process whose weights will be replaced by those of process 0.
+
+    Args:
+        layer: the layer.
+        record: of the factors.
+        job: of the layer; None where it is on the meta device.
+    """
     if job is not None and job.is_of(record):
         replace(job, given=record).run()
         return

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..numerics import UNIT_ROUNDOFF
 from ..report import LayerReport
+from ..runtime.shards import is_sharded, taken
 
 # Elements in a fingerprint of a matrix, and of a weight with more than two dimensions, such as a stack of matrices. A
 # residual differs from its weight in nearly all of them.
@@ -54,7 +55,12 @@ class InitRecord:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Evenly spread elements of a weight, the same ones for all strides and devices: (k,) float32 on the CPU."""
+    """Evenly spread elements of a weight, the same ones for all strides and devices: (k,) float32 on the CPU.
+
+    All processes that have a part of a ``DTensor`` call this together.
+    """
+    if is_sharded(weight):
+        return taken(weight, places_of(weight.shape))
     return torch.take(weight.detach(), places_on(weight)).float().cpu()
 
 

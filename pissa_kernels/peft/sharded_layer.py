@@ -16,7 +16,7 @@ from ..factors import Factors
 from ..numerics import exact_arithmetic
 from ..pissa import principal_factors_of_stack
 from ..report import LayerReport
-from ..runtime.shards import ShardedStack, is_sharded, on_mesh
+from ..runtime.shards import ShardedStack, is_sharded, on_mesh, taken
 from ..svd.cost import machine_of, workspace
 from . import state
 from .divided import check_plan, make_whole, plan_of
@@ -66,7 +66,7 @@ class ShardedJob(JointJob):
 
     def fingerprint(self, local: Tensor | None = None) -> Tensor:
         """The elements of :func:`pissa_kernels.peft.record.fingerprint` of the whole weight."""
-        return _fingerprint(self.held if local is None else self.layout.sharded(self.weight, local), self.weight)
+        return taken(self.weight, places_of(self.weight.shape), local)
 
     def _decomposed(
         self,
@@ -139,29 +139,3 @@ def sharded_job(job: LayerJob) -> ShardedJob:
         out_features, in_features = found.shape
         make_whole(job.layer, job.adapter, in_features, out_features)
     return found
-
-
-def _fingerprint(held: ShardedStack, weight: Any) -> Tensor:
-    """Elements of the weight (k,) float32 on the CPU, the same in all processes."""
-    places = places_of(weight.shape)
-    m, n = held.shape
-    part, row, column = places // (m * n), places // n % m, places % n
-    found = torch.zeros(len(places), dtype=torch.float32)
-    for index, matrix in zip(held.parts, held.matrices, strict=True):
-        rows, columns = (
-            _positions(at, length) for at, length in zip((matrix.rows, matrix.columns), (m, n), strict=True)
-        )
-        mine = (part == index) & (rows[row] >= 0) & (columns[column] >= 0)
-        if mine.any() and held.replicas.is_first:
-            block, device = matrix.block, matrix.block.device
-            found[mine] = block[rows[row][mine].to(device), columns[column][mine].to(device)].float().cpu()
-    summed: Tensor = held.everywhere.sum_(found.to(held.everywhere.device)).cpu()
-    return summed
-
-
-def _positions(index: Any, length: int) -> Tensor:
-    """Where this process has each of the rows or columns of a matrix; −1 where it has not."""
-    places = torch.full((length,), -1)
-    held = torch.arange(length)[index]
-    places[held] = torch.arange(len(held))
-    return places

@@ -267,12 +267,17 @@ def original_fingerprint(layer: Any) -> Tensor:
 
 
 def can_be_compared(layer: Any) -> bool:
-    """Whether the stored weight can be held against a fingerprint: not merged, partitioned, sharded or on meta."""
+    """Whether the stored weight can be held against a fingerprint: not merged, partitioned or on meta."""
     layout = layout_of(layer)
     weight = layout.weight
     if is_quantized(layout.module):
         return not layer.merged and not weight.is_meta
-    plain = type(weight.data) is Tensor and weight.ndim >= 2 and not weight.is_meta and weight.numel() > 0
+    plain = (
+        (type(weight.data) is Tensor or is_sharded(weight))
+        and weight.ndim >= 2
+        and not weight.is_meta
+        and weight.numel() > 0
+    )
     return plain and not layer.merged
 
 

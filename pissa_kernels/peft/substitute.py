@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter.attention import is_projection
 from ..adapter.layouts import Layout, layout_of
+from ..runtime.shards import is_sharded
 from . import state
 from .state import AWAITED, TERMS, Terms
 
@@ -85,6 +86,11 @@ class _PutAside:
 
     def substitute(self, found: Terms, coefficients: Sequence[Any]) -> None:
         """Put W_res + C in the parameter's place."""
+        if is_sharded(self.parameter) and hasattr(self.module, "set_reshard_after_forward"):
+            raise RuntimeError(
+                f"{state.label(self.layer)}: these adapters need another weight in the place of the stored one, before "
+                "FSDP2 gathers that of this module. Apply fully_shard to the block around the module instead"
+            )
         if self.parameter.is_meta:
             raise RuntimeError(
                 f"{state.label(self.layer)}: the weight is not in memory (offloaded), and these adapters need another "

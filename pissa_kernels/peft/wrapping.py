@@ -184,7 +184,7 @@ def warn_of_plain_layers(injection: Injection, model: nn.Module, adapter: str) -
             continue
         B = layout.factors(adapter)[1].detach()
         B = B.to_local() if is_sharded(B) else B
-        if not B.is_meta and not B.count_nonzero():
+        if not B.is_meta and B.numel() and not B.count_nonzero():
             injection.notices.plain.append(f"layer {name!r} ({type(layer).__name__})")
     injection.notices.warn()
 

@@ -6,6 +6,7 @@ is made, and a mesh may be a part of a larger one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -212,12 +213,11 @@ def sharded_stack(weight: Any, local: Tensor, shape: Sequence[int] | None = None
     Raises:
         ValueError: a placement that neither divides a dimension nor replicates, such as ``Partial``.
     """
-    mesh, placements = weight.device_mesh, weight.placements
+    mesh = weight.device_mesh
     shape = tuple(weight.shape if shape is None else shape)
-    for placement in placements:
-        if not (placement.is_replicate() or hasattr(placement, "dim")):
-            raise ValueError(f"the weight has the placement {placement}; redistribute it as Shard or Replicate first")
-    dims = [None if placement.is_replicate() else placement.dim % weight.ndim for placement in placements]
+    dims = _divided_dims(weight)
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"this process is not one of those that hold the weight, {mesh}")
     *leading, m, n = shape
     *_, rows, columns = by_dim = [_indices(weight, length, dim, dims) for dim, length in enumerate(shape)]
 
@@ -239,21 +239,71 @@ def sharded_stack(weight: Any, local: Tensor, shape: Sequence[int] | None = None
     )
 
 
-def _indices(weight: Any, length: int, dim: int, dims: Sequence[int | None]) -> Index:
-    """Indices along one dimension that this process holds."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+def taken(weight: Any, places: Tensor, local: Tensor | None = None) -> Tensor:
+    """Elements of a ``DTensor``, in all processes of its mesh, which all call this: (k,) float32 on the CPU.
 
+    Args:
+        weight: the ``DTensor``.
+        places: (k,) places of the elements in the whole tensor, read by rows.
+        local: what this process has of another tensor that is divided like it; None for its own.
+    """
+    mesh, dims = weight.device_mesh, _divided_dims(weight)
+    block = weight.detach().to_local() if local is None else local
+    at: list[Tensor] = []
+    for dim, length in reversed(list(enumerate(weight.shape))):
+        at.insert(0, _positions(_indices(weight, length, dim, dims), length)[places % length])
+        places = places // length
+    mine = torch.stack(at).amin(0) >= 0
+    found = torch.zeros(len(mine), dtype=torch.float32, device="cpu")
+    if mine.any() and Processes(mesh, [index for index, dim in enumerate(dims) if dim is None]).is_first:
+        found[mine] = block[tuple(each[mine].to(block.device) for each in at)].float().cpu()
+    everywhere = Processes(mesh, range(len(dims)))
+    return everywhere.sum_(found.to(everywhere.device)).cpu()
+
+
+def _positions(index: Index, length: int) -> Tensor:
+    """Where this process has each index along a dimension; −1 where it has not."""
+    places = torch.full((length,), -1, device="cpu")
+    held = torch.arange(length, device="cpu")[index]
+    places[held] = torch.arange(len(held), device="cpu")
+    return places
+
+
+def _divided_dims(weight: Any) -> tuple[int | None, ...]:
+    """The dimension of a ``DTensor`` that each dimension of its mesh divides; None where it replicates.
+
+    Raises:
+        ValueError: a placement that does neither, such as ``Partial``.
+    """
+    for placement in weight.placements:
+        if not (placement.is_replicate() or hasattr(placement, "dim")):
+            raise ValueError(f"the weight has the placement {placement}; redistribute it as Shard or Replicate first")
+    return tuple(None if placement.is_replicate() else placement.dim % weight.ndim for placement in weight.placements)
+
+
+def _indices(weight: Any, length: int, dim: int, dims: tuple[int | None, ...]) -> Index:
+    """Indices along one dimension that this process holds."""
     if dim not in dims:
         return EVERYTHING
+    mesh = weight.device_mesh
+    return _indices_of(mesh, tuple(mesh.get_coordinate()), weight.placements, length, dim, dims)
+
+
+@functools.lru_cache(maxsize=256)  # models have few shapes
+def _indices_of(
+    mesh: Any, coordinate: tuple[int, ...], placements: tuple[Any, ...], length: int, dim: int, dims: tuple[Any, ...]
+) -> Index:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
     along = [
         _along_first(placement, Shard) if of == dim else Replicate()
-        for placement, of in zip(weight.placements, dims, strict=True)
+        for placement, of in zip(placements, dims, strict=True)
     ]
     # without a source, each process cuts its own part out of its own tensor
-    places = distribute_tensor(torch.arange(length), weight.device_mesh, along, src_data_rank=None)
+    places = distribute_tensor(torch.arange(length, device=mesh.device_type), mesh, along, src_data_rank=None)
     found: Tensor = places.to_local().cpu()
     first, count = (int(found[0]), len(found)) if len(found) else (0, 0)
-    if torch.equal(found, torch.arange(first, first + count)):
+    if torch.equal(found, torch.arange(first, first + count, device="cpu")):
         return slice(first, first + count)
     return found
 
@@ -265,5 +315,5 @@ def _along_first(placement: Any, plain: Any) -> Any:
 
 
 def _listed(index: Index, length: int) -> list[int]:
-    found: list[int] = torch.arange(length)[index].tolist()
+    found: list[int] = torch.arange(length, device="cpu")[index].tolist()
     return found

@@ -59,7 +59,8 @@ def truncated_svd(
 
     Args:
         weight: (m, n), float32, float16 or bfloat16, any strides, finite. For a ``DTensor`` every process of its mesh
-            calls this, and gets the same bits; no process holds the whole weight.
+            calls this, and gets the same bits; no process holds the whole weight, unless the rank is near n or an
+            iteration fails.
         rank: r, 1 ≤ r ≤ min(m, n).
         tol: tolerance on the energy deficit. If the estimate does not come below it, ``certificate.converged`` is
             False.
@@ -260,7 +261,7 @@ def _sharded_by_schedule(matrices: Sequence[Shard], rank: int, tol: float, seed:
 def _shared(svd: TruncatedSVD | None, matrix: Shard, rank: int, stack: ShardedStack) -> TruncatedSVD:
     """The triplets of the first process."""
     (m, n), device = matrix.shape, matrix.block.device
-    factors = [torch.empty(shape, device=device) for shape in ((m, rank), (rank,), (rank, n))]
+    factors = [torch.empty(shape, dtype=torch.float32, device=device) for shape in ((m, rank), (rank,), (rank, n))]
     if svd is not None:
         factors = [factor.contiguous() for factor in svd[:3]]
     certificate = svd.certificate if svd is not None else None

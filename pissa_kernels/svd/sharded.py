@@ -12,7 +12,7 @@ AᵀA·X           (n, k), (n, k): A·X stays where it is           A·X (m, k) 
 ==============  ==============================================  =====================================
 
 So what is transferred does not depend on the number of processes, nor on that of the weight's elements, but on m + n. A
-process that fails goes on with NaN, so that no other waits for it, and tells at the end.
+process that fails while it multiplies goes on with NaN, so that no other waits for it, and tells at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..runtime.shards import Shard
 from .operators import Projection, ScaledOperator, needs_scale, scale_for
 
 STOP = "stop"
-VERBS = (STOP, "sum_of_squares", "largest", "apply", "adjoint", "normal", "project", "compress", "gram")
+VERBS = (STOP, "failures", "sum_of_squares", "largest", "apply", "adjoint", "normal", "project", "compress", "gram")
 DTYPES = (torch.float32, torch.float64)
 # Columns of the identity that are multiplied at a time.
 IDENTITY_COLUMNS = 128
@@ -125,10 +125,14 @@ class Blocks:
         found = self._computed((1,), torch.float64, lambda block: _sum_of_squares(block, scale))
         return self.shard.over_both.sum_to_first_(found)
 
+    def _failures(self, argument: float, dtype: torch.dtype, panel: None) -> Tensor:
+        """Number of processes that have failed."""
+        return torch.tensor(sum(self.shard.over_both.gather(self.failure is not None)), device="cpu")
+
     def _largest(self, argument: float, dtype: torch.dtype, panel: None) -> Tensor:
         """max |a|."""
         found = self._computed((), torch.float32, lambda block: block.abs().amax().float())
-        return torch.tensor(self.shard.over_both.gather(float(found))).amax()
+        return torch.tensor(self.shard.over_both.gather(float(found)), dtype=torch.float64, device="cpu").amax()
 
     def _apply(self, argument: float, dtype: torch.dtype, X: Tensor) -> Tensor:
         """A·X (m, k)."""
@@ -279,6 +283,7 @@ class ShardedOperator(ScaledOperator):
         return self.blocks.request("compress", panel=self._scaled(Q)), None
 
     def gram(self, dtype: torch.dtype) -> Tensor:
+        self._check()
         if self.blocks.shard.over_columns:
             slabs = [self._identity(part, dtype) for part in self._parts()]
             total = torch.cat([self.normal(slab) for slab in slabs], dim=1)
@@ -287,7 +292,13 @@ class ShardedOperator(ScaledOperator):
         return self.blocks.request("gram", self.scale, dtype=dtype)
 
     def dense(self) -> Tensor:
+        self._check()
         return torch.cat([self.apply(self._identity(part, torch.float32)) for part in self._parts()], dim=1)
+
+    def _check(self) -> None:
+        """Go on to a method that forms a matrix only if no process has failed."""
+        if int(self.blocks.request("failures")):
+            raise RuntimeError("a process has failed")  # which tells its own error
 
     def _parts(self) -> list[range]:
         n = self.shape[1]

@@ -15,14 +15,14 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import pissa_kernels as pk
 from pissa_kernels.adapter.layers import lora_layers
 from pissa_kernels.adapter.layouts import layout_of
 from pissa_kernels.ops import reference
 from pissa_kernels.peft.record import of_adapter
-from pissa_kernels.runtime.shards import is_sharded
+from pissa_kernels.runtime.shards import is_sharded, part_of
 from pissa_kernels.svd import fixed, sharded_steps
 
 from ..support.architectures import ARCHITECTURES
@@ -153,7 +153,7 @@ def check_fully_shard_before_the_adapter() -> None:
 
 @together(2)
 def check_other_layers_under_fully_shard() -> None:
-    """An embedding, a stack of experts whose matrices the processes share, and DoRA."""
+    """An embedding, and stacks of experts whose matrices the processes share."""
     base = ARCHITECTURES["mixtral"].build().float().eval()
     logits = output(base)
     settings = {
@@ -317,6 +317,80 @@ def check_refusals_leave_every_process_unchanged() -> None:
         if "lora" not in key:
             kept = before[key.replace(".base_layer", "")]
             assert float((whole(parameter) - kept).abs().max()) <= 4 * EPS * float(kept.abs().max()), key
+
+
+@together(2)
+def check_changes_of_weights_that_are_gathered_after_a_pass() -> None:
+    """FSDP2 keeps the root's parameters gathered after a pass without gradients, and drops what is written there."""
+    base = build("llama", width=WIDTH)
+    logits = output(base)
+    asked = config("llama", target_modules=["q_proj", "lm_head"])
+
+    def reshard(model: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    for first in (False, True):
+        with pk.patch_peft():
+            if first:
+                model = peft.get_peft_model(sharded(copy.deepcopy(base)), copy.deepcopy(asked))
+            else:
+                model = sharded_later(peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(asked)))
+        assert_is_base(model, logits)
+        if not first:
+            train(model)
+            trained = output(model)
+            model.merge_adapter()
+            reshard(model)
+            assert float((output(model) - trained).abs().max()) <= 1e-5 * float(trained.abs().max())
+            model.unmerge_adapter()
+            reshard(model)
+            assert float((output(model) - trained).abs().max()) <= 1e-5 * float(trained.abs().max())
+        unloaded = model.unload()
+        reshard(model)
+        for name, parameter in unloaded.named_parameters():
+            expected = base.get_parameter(name)
+            assert float((whole(parameter) - expected).abs().max()) <= 1e-6 * float(expected.abs().max()), name
+
+
+@together(2)
+def check_merges_that_fail() -> None:
+    base = build("llama", width=WIDTH)
+    logits = output(base)
+    with pk.patch_peft():
+        model = sharded_later(peft.get_peft_model(copy.deepcopy(base), config("llama")))
+    train(model)
+    trained = output(model)
+    text = "safe_merge=True has no effect on a sharded weight"
+    raises_everywhere(lambda: model.merge_adapter(safe_merge=True), ValueError, text)
+    raises_everywhere(lambda: model.merge_and_unload(safe_merge=True), ValueError, text)
+    failing = mock.patch.object(peft.tuners.lora.layer.Linear, "get_delta_weight", side_effect=MemoryError("none left"))
+    with failing:
+        raises_everywhere(model.merge_adapter, MemoryError, "none left")
+    assert float((output(model) - trained).abs().max()) <= 1e-5 * float(trained.abs().max())
+    with model.disable_adapter():
+        assert_is_base(model, logits)
+
+
+@together(2)
+def check_weights_that_are_no_longer_residuals() -> None:
+    """The original weights, loaded over the residuals: what needs W is refused, in every process."""
+    base = build("llama", width=WIDTH)
+    with pk.patch_peft():
+        model = peft.get_peft_model(sharded(copy.deepcopy(base)), config("llama"))
+    originals = dict(base.named_parameters())
+    for name, layer in lora_layers(model):
+        layer.get_base_layer().weight.data.to_local().copy_(part_of(originals[f"{name}.weight"].data, layer.weight))
+
+    def enter() -> None:
+        with pk.original_model(model):
+            pass
+
+    text = "the stored weight is no longer the one that PiSSA left here"
+    raises_everywhere(enter, ValueError, text)
+    raises_everywhere(model.unload, ValueError, text)
+    raises_everywhere(lambda: model.add_adapter("other", config("llama", r=6)), ValueError, text)
 
 
 @together(2)

@@ -97,6 +97,23 @@ def check_other_accuracies_ranks_and_scales() -> None:
 
 
 @together(2)
+def check_defaults_of_the_caller() -> None:
+    W = realistic(301, 201, seed=1).float()
+    expected = pk.truncated_svd(W, 8)
+    D = divided(W, [Shard(0)])
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = pk.truncated_svd(D, 8)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        same_everywhere(*found[:3])
+        assert float((found.S - expected.S).abs().max()) <= 30 * EPS * float(expected.S[0])
+    with torch.device("meta"):
+        assert float((pk.truncated_svd(D, 8).S - expected.S).abs().max()) <= 30 * EPS * float(expected.S[0])
+
+
+@together(2)
 def check_deficient_and_zero_matrices() -> None:
     low = with_spectrum(400, 300, torch.tensor([3.0, 2.0, 1.0])).float()
     for W in (low, torch.zeros(400, 300)):
@@ -193,10 +210,22 @@ def check_refusals_reach_every_process() -> None:
             raise torch.OutOfMemoryError("no memory left")
         return original(blocks, verb, dtype)
 
+    requests: list[str] = []
+    request = sharded.Blocks.request
+
+    def requested(blocks: Any, verb: str, *args: Any, **kwargs: Any) -> Tensor:
+        requests.append(verb)
+        return request(blocks, verb, *args, **kwargs)
+
     for failed in range(world):
         calls = 0
-        with mock.patch.object(sharded.Blocks, "_body", failing if rank == failed else original):
-            raises_everywhere(lambda: pk.truncated_svd(D, RANK), RuntimeError, "no memory left")
+        requests.clear()
+        with (
+            mock.patch.object(sharded.Blocks, "request", requested),
+            mock.patch.object(sharded.Blocks, "_body", failing if rank == failed else original),
+        ):
+            raises_everywhere(partial(pk.truncated_svd, D, RANK), RuntimeError, "no memory left")
+        assert len(requests) < 30, requests  # it does not go on to a full SVD
     assert pk.truncated_svd(D, RANK).certificate.converged  # and nothing is out of step
 
 
