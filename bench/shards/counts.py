@@ -66,7 +66,6 @@ class Counts:
         dense: how often an eigenproblem ("eigh") or an SVD ("svd") of so many rows is solved.
         drawn: matrices of random numbers that are drawn on the CPU.
         method: the certificate's.
-        converged: whether the tolerance is met.
     """
 
     requests: Counter[Request]
@@ -75,7 +74,6 @@ class Counts:
     dense: Counter[tuple[str, int]]
     drawn: Counter[Event]
     method: str
-    converged: bool
 
 
 class Alone(Processes):
@@ -200,6 +198,9 @@ def counted(plan: SolverPlan, wide: bool, square: bool, rank: int) -> Counts:
         wide: whether out < in, so that the columns of A are divided.
         square: whether out = in.
         rank: r.
+
+    Raises:
+        RuntimeError: the plan does not reach the tolerance on the stand-in.
     """
     n = SMALL_FORMED if plan.through_gram else SMALL
     m = n if square else LARGE
@@ -218,6 +219,8 @@ def counted(plan: SolverPlan, wide: bool, square: bool, rank: int) -> Counts:
     with _watched(recorder, chosen):
         (factors,) = pissa.principal_factors_of_stack(stack, Recipe(rank), weight.dtype, lambda part: "stand-in")
     certificate = factors.certificate
+    if not certificate.converged:
+        raise RuntimeError(f"{plan.method} does not reach the tolerance on the stand-in, which gives no counts")
     return Counts(
         recorder.requests,
         recorder.messages,
@@ -225,7 +228,6 @@ def counted(plan: SolverPlan, wide: bool, square: bool, rank: int) -> Counts:
         recorder.dense,
         recorder.drawn,
         certificate.method,
-        certificate.converged,
     )
 
 

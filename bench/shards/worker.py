@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def measure_times(job: dict[str, Any], weight: Held) -> dict[str, Found]:
     passed = [name for name, each in found.items() if each.reason is None]
     for turn in range(job["repeats"] + 1):
         for name in passed:
-            seconds = timed(lambda name=name: PROVIDERS[name](weight, job["rank"]))  # type: ignore[misc]
+            seconds = timed(partial(PROVIDERS[name], weight, job["rank"]))
             if turn:  # the first one warms up
                 found[name].seconds.append(seconds)
     return found
@@ -149,7 +150,7 @@ def measure_memory(job: dict[str, Any], weight: Held) -> dict[str, Found]:
         PROVIDERS[name](small, min(job["rank"], 64))
     for name in job["providers"]:
         dist.barrier()
-        peak = peak_of(lambda name=name: PROVIDERS[name](weight, job["rank"]))  # type: ignore[misc]
+        peak = peak_of(partial(PROVIDERS[name], weight, job["rank"]))
         largest = _largest(math.nan if peak is None else peak)
         found[name] = Found(peak_extra_mib=None if math.isnan(largest) else largest)
     return found
