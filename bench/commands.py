@@ -31,6 +31,7 @@ BENCHMARKS = {
     "checkpoint": Command("checkpoints.run", "whole checkpoints: pissa-kernels init on a Llama-shaped checkpoint"),
     "quantized": Command("quantized.run", "quantized residuals: times beside full SVDs, errors beside LoftQ"),
     "experts": Command("experts.run", "stacks of experts: their adapters, beside loops of PEFT's initializer"),
+    "shards": Command("shards.run", "weights in shards: several processes that hold one weight; predictions for GPUs"),
     "cold-start": Command("kernels.cold_start", "first kernel calls of a fresh process"),
     "gpu": Command("gpu.run", "what a GPU can show, in order of worth, within some minutes"),
 }

@@ -69,10 +69,11 @@ def interleaved(
         for name, subject in subjects.items():
             if name not in slow or turn < SLOW_REPEATS:
                 seconds[name].append(timed(subject, device))
-    return {name: _summary(runs) for name, runs in seconds.items()}
+    return {name: summary(runs) for name, runs in seconds.items()}
 
 
-def _summary(seconds: list[float]) -> Times:
+def summary(seconds: list[float]) -> Times:
+    """The times of some runs, from their seconds."""
     p20, median, p80 = (float(value) for value in np.percentile(seconds, (20, 50, 80)) * 1e3)
     return Times(median, p20, p80, min(seconds) * 1e3, len(seconds))
 

@@ -45,4 +45,5 @@ MODELS = {
     "llama-3-8b": Projections(layers=32, hidden=4096, keys=1024, inner=14336),
     "mistral-7b": Projections(layers=32, hidden=4096, keys=1024, inner=14336),
     "llama-2-70b": Projections(layers=80, hidden=8192, keys=1024, inner=28672),
+    "llama-3.1-405b": Projections(layers=126, hidden=16384, keys=1024, inner=53248),
 }

@@ -12,6 +12,7 @@ from ..harness.table import OURS, digits, formatted
 from ..harness.table import table as initializer_table
 from ..kernels.table import table as kernel_table
 from ..quantized.table import table as quantized_table
+from ..shards.table import table as shards_table
 
 # A table, and the fields that distinguish its rows; the first match counts.
 TABLES: tuple[tuple[set[str], Callable[[list[Row], str], str]], ...] = (
@@ -19,6 +20,7 @@ TABLES: tuple[tuple[set[str], Callable[[list[Row], str], str]], ...] = (
     ({"wall_s"}, checkpoint_table),
     ({"svd_ms"}, quantized_table),
     ({"ms_an_expert"}, expert_table),
+    ({"collectives"}, shards_table),
     ({"min_ms", "energy_deficit"}, initializer_table),
 )
 

@@ -154,6 +154,7 @@ def test_an_operation_takes_the_longest_of_memory_arithmetic_and_steps() -> None
         ("llama-3-8b", 224, 6_979_321_856),
         ("mistral-7b", 224, 6_979_321_856),
         ("llama-2-70b", 560, 68_451_041_280),
+        ("llama-3.1-405b", 882, 401_646_551_040),
     ],
 )
 def test_models_have_their_linear_layers(name: str, weights: int, elements: int) -> None:
