@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from pissa_kernels import pissa
-from pissa_kernels.pissa import Recipe
+from pissa_kernels.factors import Recipe
 from pissa_kernels.runtime.shards import EVERYTHING, Processes, Shard, ShardedStack
 from pissa_kernels.svd import driver, sketches
 from pissa_kernels.svd.cost import SolverPlan

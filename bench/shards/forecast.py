@@ -14,6 +14,7 @@ from ..ledger.models import MODELS
 from ..ledger.roofline import H100
 from ..ledger.run import initialize, ledger, prediction
 from .formulas import NETWORKS, counts_of, largest_part, memory, model_seconds
+from .schedule import schedule_seconds
 
 DEFAULT_MODELS = ("llama-2-70b", "llama-3.1-405b")
 DETAILS = (
@@ -28,12 +29,17 @@ HEADERS = (
     "whole model on one GPU, s",
     "copied from the CPU and back, s",
     *(f"{network.name}, s" for network in NETWORKS),
+    *(f"{network.name}, one by one, s" for network in NETWORKS),
     *(f"{network.name}, GB each" for network in NETWORKS),
 )
 
 
 def forecast(name: str, rank: int) -> dict[str, Any]:
-    """A row: seconds for the whole model on one GPU, and in shards, with the parts and the memory of each process."""
+    """A row: seconds for the whole model on one GPU, and in shards, with the parts and the memory of each process.
+
+    In shards, layers go through the schedule in batches. One by one, by the operator, go those that it does not solve;
+    the parts are those of all layers doing so.
+    """
     model = MODELS[name]
     whole = prediction(ledger(initialize, model, rank, BATCH, H100), model, H100)
     row: dict[str, Any] = {"predicted": True, "model": name, "rank": rank, "device": H100.name}
@@ -44,7 +50,8 @@ def forecast(name: str, rank: int) -> dict[str, Any]:
         row["sharded"].append(
             {
                 "processes": network.processes,
-                "seconds": math.fsum(parts.values()),
+                "seconds": math.fsum(schedule_seconds(model, rank, network, BATCH).values()),
+                "one_by_one_s": math.fsum(parts.values()),
                 "parts": parts,
                 "shard_bytes": shard,
                 "extra_bytes": beyond,
@@ -57,7 +64,8 @@ def table(rows: Sequence[dict[str, Any]], style: str = "simple") -> str:
     """The rows as text."""
     lines = []
     for row in rows:
-        times = (row["resident_s"], row["streamed_s"], *(each["seconds"] for each in row["sharded"]))
+        times = [row["resident_s"], row["streamed_s"]]
+        times += [each[kind] for kind in ("seconds", "one_by_one_s") for each in row["sharded"]]
         held = (f"{each['shard_bytes'] / 1e9:.1f} + {each['extra_bytes'] / 1e9:.1f}" for each in row["sharded"])
         lines.append((row["model"], str(row["rank"]), *(f"{seconds:.1f}" for seconds in times), *held))
     return formatted(lines, HEADERS, style)

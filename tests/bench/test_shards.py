@@ -201,5 +201,5 @@ def test_the_prediction_says_that_it_is_one(tmp_path, monkeypatch, capsys) -> No
         expected = sum(
             count * sum(weight_seconds(BY_HAND, shape, 16, network).values()) for shape, count in model.shapes.items()
         )
-        assert each["seconds"] == pytest.approx(expected)
+        assert each["one_by_one_s"] == pytest.approx(expected)
         assert f"{expected:.1f}" in text
