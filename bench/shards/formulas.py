@@ -29,10 +29,12 @@ WEIGHT, PANEL = 2, 4
 # Bytes of what announces a request.
 HEADER = 32
 # Products with the shard.
-PRODUCTS = {"stop": 0, "failures": 0, "sum_of_squares": 1, "apply": 1, "adjoint": 1, "normal": 2, "project": 2, "compress": 1}
+PRODUCTS = {"sum_of_squares": 1, "apply": 1, "adjoint": 1, "normal": 2, "project": 2, "compress": 1}
+PRODUCTS |= {"stop": 0, "failures": 0}
 # Kernels and copies of a request at most, as :mod:`pissa_kernels.svd.sharded` makes them: the header, which the others
 # read; the pieces of a panel and a product; the place of a result among those of the others.
-LAUNCHES = {"stop": 2, "failures": 6, "sum_of_squares": 4, "apply": 7, "adjoint": 5, "normal": 8, "project": 12, "compress": 6}
+LAUNCHES = {"sum_of_squares": 4, "apply": 7, "adjoint": 5, "normal": 8, "project": 12, "compress": 6}
+LAUNCHES |= {"stop": 2, "failures": 6}
 # An SVD of a small matrix, in eigenproblems of that size: as the cost model has it.
 EIGENPROBLEMS = {"eigh": 1.0, "svd": 2.4}
 # Normal random numbers that torch draws in a second on a CPU, where the sketch is drawn: on an AMD EPYC.
