@@ -30,6 +30,7 @@ from pissa_kernels.svd.cost import MACHINES, SolverPlan
 from pissa_kernels.svd.sharded import Blocks
 
 
+@pytest.mark.slow
 def test_a_row_for_each_provider(tmp_path, monkeypatch, capsys) -> None:
     case = Case(2, 1, (320, 256), 8)
     monkeypatch.setattr(run, "CASES", (case,))
