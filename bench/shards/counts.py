@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten
 
 from pissa_kernels import pissa
 from pissa_kernels.factors import Recipe
-from pissa_kernels.runtime.shards import EVERYTHING, Processes, Shard, ShardedStack
+from pissa_kernels.runtime.mesh import Processes
+from pissa_kernels.runtime.shards import EVERYTHING, Shard, ShardedStack
 from pissa_kernels.svd import driver, sketches
 from pissa_kernels.svd.cost import SolverPlan
 from pissa_kernels.svd.sharded import Blocks

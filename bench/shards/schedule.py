@@ -32,7 +32,7 @@ OF_LAYER = 3 + 2 + 4 * 2
 
 @dataclass
 class Counting:
-    """In the place of :class:`pissa_kernels.runtime.shards.Processes`: it counts, and is alone.
+    """In the place of :class:`pissa_kernels.runtime.mesh.Processes`: it counts, and is alone.
 
     Attributes:
         seen: the kind of each collective and the shape of its tensor.

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from .connected import connected
-from .shards import Processes, is_sharded, on_mesh
+from .mesh import Processes
+from .shards import is_sharded, on_mesh
 
 
 def _alone(failure: BaseException | None) -> None:
