@@ -6,7 +6,16 @@ from ..harness.rows import Row, by_case
 from ..harness.table import digits, formatted
 from .providers import OURS
 
-HEADERS = ("case", "provider", "min ms", "× on shards", "MiB in collectives", "collectives", "peak MiB", "deficit")
+HEADERS = (
+    "case",
+    "provider",
+    "min ms",
+    "× on shards",
+    "MiB in collectives",
+    "collectives",
+    "peak MiB",
+    "energy deficit",
+)
 
 
 def table(rows: list[Row], style: str = "simple") -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,27 @@ def protect_layer(layer: Any, reopen: Reopen) -> None:
     guard(layer, {"update_layer": update_layer}, reopen)
 
 
+# Attribute of a LoraModel.
+_OUTER = "pissa_outer"
+
+
+class Outer:
+    """The ``PeftModel`` of a ``LoraModel``, not kept alive; copied and pickled with it."""
+
+    def __init__(self, peft_model: Any) -> None:
+        self._model: Callable[[], Any] = weakref.ref(peft_model)
+
+    def __call__(self) -> Any:
+        return self._model()
+
+    def __getstate__(self) -> Any:
+        return (self._model(),)
+
+    def __setstate__(self, content: Any) -> None:
+        (peft_model,) = content
+        self._model = (lambda: None) if peft_model is None else weakref.ref(peft_model)
+
+
 # A layer
 
 
@@ -83,12 +105,19 @@ def merge_adapter(tuner: Any, reopen: Reopen, adapter_names: list[str] | None = 
 
 def unmerge_adapter(tuner: Any, reopen: Reopen) -> None:
     """``LoraModel.unmerge_adapter``, on the parameters that FSDP2 keeps."""
-    reshard(tuner.model)
+    _reshard(tuner)
     type(tuner).unmerge_adapter(tuner)
 
 
+def _reshard(tuner: Any) -> None:
+    """Change the parameters that FSDP2 keeps, of a root that may be the ``PeftModel``."""
+    outer = tuner.__dict__.get(_OUTER)
+    found = None if outer is None else outer()
+    reshard(tuner.model if found is None else found)
+
+
 def _check_merges(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    reshard(tuner.model)
+    _reshard(tuner)
     check_separate(tuner.model)
     for _, layer in adapted_layers(tuner):
         merging.check_safe(layer, safe_merge)
@@ -109,7 +138,7 @@ def unload_and_optionally_merge(
     """``LoraModel._unload_and_optionally_merge``, after the checks of all layers."""
     if merge:
         _check_merges(tuner, adapter_names, safe_merge)
-    reshard(tuner.model)
+    _reshard(tuner)
     check_separate(tuner.model)
     kept = frozenset(
         name for name, config in tuner.peft_config.items() if getattr(config, "init_lora_weights", None) is True
@@ -166,16 +195,6 @@ _OF_MODEL: dict[str, Callable[..., Any]] = {
 
 
 def protect_peft_model(peft_model: Any, reopen: Reopen) -> None:
-    """Guard the methods of a ``PeftModel`` that load an adapter, and those that change the weights."""
+    """Guard the methods of a ``PeftModel`` that load an adapter, and let its ``LoraModel`` know it."""
     guard(peft_model, {"load_adapter": load_adapter}, reopen)
-    for name in _CHANGING:  # of its LoraModel, which FSDP2's root may be outside of
-        peft_model.__dict__[name] = Guard(peft_model, change_weights, name)
-
-
-def change_weights(peft_model: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """A method of the ``LoraModel``, on the parameters that FSDP2 keeps."""
-    reshard(peft_model)
-    return getattr(peft_model.base_model, name)(*args, **kwargs)
-
-
-_CHANGING = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload")
+    peft_model.base_model.__dict__[_OUTER] = Outer(peft_model)
