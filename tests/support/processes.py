@@ -77,7 +77,7 @@ def partitioned() -> str:
         drop(parameter)
 
     for parameter in weights.values():
-        parameter.ds_id = id(parameter)  # type: ignore[attr-defined]
+        parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape  # type: ignore[attr-defined]
         drop(parameter)
     peft_layer.gather_params_ctx = gather
     with pk.patch_peft():
