@@ -85,6 +85,7 @@ def save_pissa(
         with agreeing(owners):
             if owners.first and out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise FileExistsError(f"{out} exists and is not an empty folder")
+        with agreeing(owners):
             records, adapter, base = _to_save(peft_model, adapter_name)
         adapter = gather_to_first(adapter, owners)
         base = gather_to_first(base, owners, repeated_names(base_of(peft_model)))
