@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .adapter.layouts import factors_of_block
 from .checks import check_rank, check_scaling, check_weight, layer_context
 from .factors import Factors, Recipe, check_residual_range, rounded, rounded_factors, tolerance
 from .numerics import exact_arithmetic
 from .runtime.shards import ShardedStack, is_sharded, on_mesh, sharded_stack
-from .svd.driver import solve_batch, solve_stack
+from .svd.driver import solve_batch
 from .svd.result import Certificate
+from .svd.sharded_driver import solve_stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +106,35 @@ def _decompose_sharded(
     stack = sharded_stack(weight, on_mesh(weight))
     factors = principal_factors_of_stack(stack.mT if fan_in_fan_out else stack, recipe, adapter_dtype)[0]
     residual = weight if inplace else weight.clone()
-    (matrix,) = sharded_stack(residual, residual.to_local()).matrices
-    if matrix.block.numel():
-        lora_A, lora_B = factors_of_block(factors.lora_A, factors.lora_B, matrix, fan_in_fan_out)
-        with exact_arithmetic(matrix.block.device):
-            ops.subtract_lowrank_(matrix.block, lora_B, lora_A, recipe.scaling, fan_in_fan_out)
+    held = sharded_stack(residual, residual.to_local())
+    subtract_from_blocks_(held, [factors.lora_A], [factors.lora_B], recipe.scaling, fan_in_fan_out)
     return Decomposition(**vars(factors), residual=residual)
+
+
+def subtract_from_blocks_(
+    held: ShardedStack, A: Sequence[Tensor] | Tensor, B: Sequence[Tensor] | Tensor, scaling: float, transposed: bool
+) -> None:
+    """W −= s·B·A in place, in the blocks that this process holds. After an exception they are as before, to rounding.
+
+    Args:
+        held: what it holds of a stack of P matrices, as they are stored.
+        A, B: (r, in) and (out, r) of each of the P matrices.
+        scaling: s.
+        transposed: whether the matrices are stored (in, out).
+    """
+    done: list[Callable[[], object]] = []
+    with exact_arithmetic(held.device):
+        try:
+            for part, matrix in zip(held.parts, held.matrices, strict=True):
+                if matrix.block.numel():
+                    lora_A, lora_B = matrix.factors(A[part], B[part], transposed)
+                    change = partial(ops.subtract_lowrank_, matrix.block, lora_B, lora_A, fan_in_fan_out=transposed)
+                    change(scaling=scaling)
+                    done.append(partial(change, scaling=-scaling))
+        except BaseException:
+            for restore in done:
+                restore()
+            raise
 
 
 def principal_factors(weight: Tensor, recipe: Recipe, adapter_dtype: torch.dtype | None = None) -> Factors:

@@ -9,7 +9,7 @@ import pytest
 
 EXAMPLES = {
     "adapter.names": {"own_name"},
-    "svd.driver": {"truncated_svd"},
+    "svd.truncated": {"truncated_svd"},
     "svd.result": {"Certificate", "TruncatedSVD"},
     "pissa": {"decompose"},
     "numerics": {"exact_arithmetic"},

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..runtime.shards import Shard, ShardedStack, sharded_stack
+from ..runtime.shards import ShardedStack, sharded_stack
 from . import stacks
 from .attention import is_projection, projection_gain
 
@@ -287,16 +287,3 @@ def _layout_of(kind: Any) -> type[Layout]:
 def adapters_of(layer: Any) -> Collection[str]:
     """Names of the adapters of a LoRA layer."""
     return layout_of(layer).adapters
-
-
-def factors_of_block(A: Tensor, B: Tensor, block: Shard, transposed: bool) -> tuple[Tensor, Tensor]:
-    """The part of A (r, in) and B (out, r) that a block of a matrix is changed by, on its device.
-
-    Args:
-        A, B: factors of the matrix.
-        block: of the matrix as it is stored.
-        transposed: whether that is (in, out).
-    """
-    out, into = (block.columns, block.rows) if transposed else (block.rows, block.columns)
-    device = block.block.device
-    return A.to(device)[:, into].contiguous(), B.to(device)[out].contiguous()

@@ -13,6 +13,7 @@ from ..adapter.layers import lora_layers
 from ..adapter.layouts import layout_of
 from ..report import Report
 from . import forward, state
+from .awaited import awaited
 from .record import GONE, InitRecord, places_of, records
 
 _REPORTS, _TENSORS = "reports", ("lora_A", "lora_B", "before", "after")
@@ -75,7 +76,7 @@ class PissaState:
                 # in memory of their own: adapters may share factors, and a load writes to these
                 tensors |= {f"{key}|{field}": getattr(record, field).clone() for field in _TENSORS}
                 reports[key] = {"shared": record.shared, **Report(layers=[record.report]).to_dict()}
-            for adapter in layer.__dict__.get(state.AWAITED, ()):
+            for adapter in awaited(layer):
                 tensors |= {f"{_key(name, adapter)}|{field}": each for field, each in _empty(layer, adapter).items()}
         return {**tensors, _REPORTS: json.dumps(reports)}
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..adapter.layouts import layout_of
 from . import state, substitute
+from .awaited import check_awaited, mark, settle
 from .divided import divided_product, plan_of
 from .first_pass import watch
 from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
 from .record import remember as keep
-from .state import AWAITED, COPIES, TERMS, Factors, Terms, label, variant_name
+from .state import COPIES, TERMS, Factors, Terms, label, variant_name
 
 
 class DeviceCopies:
@@ -45,7 +46,7 @@ def attach(layer: Any) -> bool:
     """
     layer.__dict__[TERMS], layer.__dict__[COPIES] = Terms.of(records(layer)), DeviceCopies()
     for record in records(layer):
-        layer.__dict__.get(AWAITED, {}).pop(record.adapter, None)
+        settle(layer, record.adapter)
     if is_attached(layer):
         return False
     if layout_of(layer).by_output:
@@ -63,7 +64,7 @@ def await_record(layer: Any, adapter: str, shown: str) -> None:
         adapter: name of the adapter.
         shown: the layer in messages.
     """
-    layer.__dict__.setdefault(AWAITED, {})[adapter] = shown
+    mark(layer, adapter, shown)
     attach(layer)
 
 
@@ -77,15 +78,14 @@ def correct(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: T
         active: Sequence[str] = ()
     elif names is not None:
         for name in set(names):
-            state.check_awaited(layer, [name])
+            check_awaited(layer, [name])
         return _correct_samples(layer, found, x, output, names)
     elif layer.merged:
         return None
     else:
         active = layer.active_adapters
         coefficients = found.missing(active, layer.scaling)
-    if AWAITED in layer.__dict__:
-        state.check_awaited(layer, active)
+    check_awaited(layer, active)
     used = [index for index, total in enumerate(coefficients) if isinstance(total, Tensor) or total]
     if layer.lora_variant:
         _check_variants(layer, found, active, corrected=bool(used))

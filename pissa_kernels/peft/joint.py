@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import time
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from ..runtime.connected import Connected, connected
 from .layer import LayerJob
 
 
-class JointJob(LayerJob):
+class JointJob(LayerJob, abc.ABC):
     """The job of one layer, which several processes run at the same time. They agree after steps that may fail."""
 
+    @abc.abstractmethod
     def agree(self, failure: Exception | None) -> None:
         """Fail in every process if one has failed."""
-        raise NotImplementedError
 
     def write(
         self,

@@ -29,14 +29,12 @@ from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
 from . import schedule
 from .division import devices_of
-from .forward import await_record
 from .hooks import hooks, install, remove_ended
 from .initialize import prepare
 from .layer import LayerJob
 from .load import loading
-from .ranks import take
-from .record import InitRecord
-from .scope import Injection, can_be_deferred, injecting, replacing
+from .ranks import leave_to_first
+from .scope import can_be_deferred, injecting, replacing
 from .settings import NOT_QUANTIZED, QuantizedSettings
 from .tied import Follower
 
@@ -255,7 +253,7 @@ class PatchedPeft(Report):
             **around,
         )
         if injection is not None and injection.filled_later:
-            self._follow(injection, layer, adapter_name, job, given)
+            self.layers += leave_to_first(injection, layer, adapter_name, job, given)
             return
         if job is None:
             return
@@ -270,20 +268,6 @@ class PatchedPeft(Report):
         self.layers.append(report)
         if self.on_layer is not None:
             self.on_layer(report)
-
-    def _follow(
-        self, injection: Injection, layer: Any, adapter_name: str, job: LayerJob | None, given: InitRecord | None
-    ) -> None:
-        """Leave a layer to process 0, whose weights this process will get."""
-        later = None if job is None else job.defer()
-        if given is not None:
-            if job is None:
-                injection.notices.left_alone.pop()
-            take(layer, given, later)
-            self.layers.append(given.report)
-        elif later is not None:
-            injection.jobs.append(later)
-            await_record(layer, adapter_name, later.label)
 
     def run(self, jobs: list[LayerJob]) -> None:
         """Initialize the collected layers. After an exception the report has those that are finished."""

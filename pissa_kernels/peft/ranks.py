@@ -21,6 +21,7 @@ from ..runtime.shards import is_sharded
 from . import forward
 from .layer import LayerJob
 from .record import InitRecord, of_adapter, records
+from .scope import Injection
 
 _SETTINGS = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 _TRUE = ("1", "true", "yes", "on", "y", "t")
@@ -78,6 +79,33 @@ def share_initial(peft_model: Any) -> None:
             forward.replace_records(layers[name], found)
 
 
+def leave_to_first(
+    injection: Injection, layer: Any, adapter: str, job: LayerJob | None, given: InitRecord | None
+) -> list[LayerReport]:
+    """Leave a layer to process 0, whose weights this process will get.
+
+    Args:
+        injection: the call that adds the adapter.
+        layer: the layer.
+        adapter: name of the adapter.
+        job: of the layer; None where it is on the meta device.
+        given: the initial factors, from a file that each process has.
+
+    Returns:
+        The report, where the factors are known.
+    """
+    later = None if job is None else job.defer()
+    if given is not None:
+        if job is None:
+            injection.notices.left_alone.pop()
+        _take(layer, given, later)
+        return [given.report]
+    if later is not None:
+        injection.jobs.append(later)
+        forward.await_record(layer, adapter, later.label)
+    return []
+
+
 def follow_first(group: Connected, model: nn.Module, adapter: str, jobs: Sequence[LayerJob]) -> list[LayerReport]:
     """Take the initial factors of process 0, in a process whose weights will be replaced by those of process 0.
 
@@ -101,12 +129,12 @@ def follow_first(group: Connected, model: nn.Module, adapter: str, jobs: Sequenc
     with group.together():
         for name, record in found.items() if not group.first else ():
             assert record is not None
-            take(layers[name], record, by_layer.get(id(layers[name])))
+            _take(layers[name], record, by_layer.get(id(layers[name])))
             reports.append(record.report)
     return reports
 
 
-def take(layer: Any, record: InitRecord, job: LayerJob | None) -> None:
+def _take(layer: Any, record: InitRecord, job: LayerJob | None) -> None:
     """Take initial factors in a process whose weights will be replaced by those of process 0.
 
     Args:

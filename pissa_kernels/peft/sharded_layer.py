@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..adapter.layouts import factors_of_block
 from ..checks import layer_context
 from ..factors import Factors
-from ..numerics import exact_arithmetic
-from ..pissa import principal_factors_of_stack
+from ..pissa import principal_factors_of_stack, subtract_from_blocks_
 from ..report import LayerReport
 from ..runtime.shards import ShardedStack, is_sharded, on_mesh, taken
 from ..svd.cost import machine_of, workspace
@@ -90,24 +87,9 @@ class ShardedJob(JointJob):
         self.held.everywhere.agree(failure)
 
     def subtract(self, factors: Sequence[Factors], first: int = 0, *, undo: bool = False) -> None:
-        held, scaling = self.held, -self.recipe.scaling if undo else self.recipe.scaling
-        done: list[Callable[[], object]] = []
-        with exact_arithmetic(self.weight.device):
-            try:
-                for part, matrix in zip(held.parts, held.matrices, strict=True):
-                    each = factors[part - first]
-                    lora_A, lora_B = factors_of_block(each.lora_A, each.lora_B, matrix, self.transposed)
-                    if not matrix.block.numel():
-                        continue
-                    change = functools.partial(
-                        ops.subtract_lowrank_, matrix.block, lora_B, lora_A, fan_in_fan_out=self.transposed
-                    )
-                    change(scaling=scaling)
-                    done.append(functools.partial(change, scaling=-scaling))
-            except BaseException:
-                for restore in done:
-                    restore()
-                raise
+        A, B = [each.lora_A for each in factors], [each.lora_B for each in factors]
+        scaling = -self.recipe.scaling if undo else self.recipe.scaling
+        subtract_from_blocks_(self.held, A, B, scaling, self.transposed)
 
     def run(self, device: torch.device | None = None, budget: int | None = None) -> LayerReport:
         with layer_context(self.label):

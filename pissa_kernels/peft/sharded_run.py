@@ -12,7 +12,7 @@ from ..pissa import principal_factors_of_stack
 from ..report import LayerReport
 from ..runtime import memory
 from ..svd import fixed
-from ..svd.driver import LARGEST_BATCH
+from ..svd.sharded_driver import LARGEST_BATCH
 from .batches import Emit
 from .layer import LayerJob
 from .sharded_layer import ShardedJob

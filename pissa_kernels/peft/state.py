@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..adapter.layers import lora_layers
-from ..adapter.layouts import Layout, factors_of_block, layout_of
+from ..adapter.layouts import Layout, layout_of
 from ..checks import layer_context
 from ..numerics import exact_arithmetic
-from ..runtime.shards import ShardedStack, is_sharded
+from ..pissa import subtract_from_blocks_
+from ..runtime.shards import is_sharded
 from .quantized import is_quantized, matrix_shape, values_of
 from .record import InitRecord, fingerprint, matches, places_of, records
 
@@ -34,8 +35,6 @@ from .record import InitRecord, fingerprint, matches, places_of, records
 NEGLIGIBLE = 2.0**-40
 # Attributes of a layer.
 TERMS, COPIES = "pissa_terms", "pissa_copies"
-# By the name of each adapter whose initial factors are not known in this process, the layer in messages.
-AWAITED = "pissa_awaited"
 
 Factors = tuple[Tensor, Tensor]
 
@@ -204,7 +203,8 @@ def add_(weight: Tensor, factors: Sequence[Factors], coefficients: Sequence[floa
     if terms is None:
         return
     if is_sharded(weight):
-        _add_blocks_(layout.sharded(weight, weight.to_local()), *terms, layout)  # type: ignore[attr-defined]
+        held = layout.sharded(weight, weight.to_local())  # type: ignore[attr-defined]
+        subtract_from_blocks_(held, *terms, -1.0, layout.transposed)
         return
     A, B = terms
     with exact_arithmetic(weight.device), layout.writable(weight) as stack:
@@ -227,21 +227,13 @@ def _summed(
     return torch.cat([A for A, _ in pairs], dim=1).contiguous(), torch.cat([B for _, B in pairs], dim=2).contiguous()
 
 
-def _add_blocks_(held: ShardedStack, A: Tensor, B: Tensor, layout: Layout) -> None:
-    with exact_arithmetic(held.device):
-        for part, matrix in zip(held.parts, held.matrices, strict=True):
-            if matrix.block.numel():
-                right, left = factors_of_block(A[part], B[part], matrix, layout.transposed)
-                ops.subtract_lowrank_(matrix.block, left, right, -1.0, layout.transposed)
-
-
 def without_initial(weight: Any, layer: Any) -> Tensor:
     """W of a layer with a sharded residual: the part that this process holds, in memory of its own."""
     local: Tensor = weight.to_local().clone()
     found, layout = terms(layer), layout_of(layer)
     product = _summed(weight, found.factors, found.subtracted, layout)
     if product is not None:
-        _add_blocks_(layout.sharded(weight, local), *product, layout)
+        subtract_from_blocks_(layout.sharded(weight, local), *product, -1.0, layout.transposed)
     return local
 
 
@@ -308,22 +300,6 @@ def check_known(layer: Any) -> None:
             raise ValueError(
                 "the stored weight is no longer the one that PiSSA left here, so the original weight is not known. "
                 "Load the model again under patch_peft()"
-            )
-
-
-def check_awaited(layer: Any, active: Sequence[str]) -> None:
-    """Refuse a pass that needs initial factors which are not known in this process.
-
-    Args:
-        layer: the layer.
-        active: the adapters that the pass adds.
-    """
-    for adapter, shown in layer.__dict__.get(AWAITED, {}).items():
-        if adapter in layout_of(layer).adapters and adapter not in active:
-            raise RuntimeError(
-                f"{shown}: the weight or the adapter was on the meta device when the adapter {adapter!r} was "
-                "made, so its initial factors are not known in this process, and a pass without it may be of the "
-                "residual. Where another process has them, call pissa_kernels.share_initial(model) in all processes"
             )
 
 

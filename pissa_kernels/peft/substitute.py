@@ -17,7 +17,8 @@ from ..adapter.attention import is_projection
 from ..adapter.layouts import Layout, layout_of
 from ..runtime.shards import is_sharded
 from . import state
-from .state import AWAITED, TERMS, Terms
+from .awaited import check_awaited
+from .state import TERMS, Terms
 
 # Stack of what running passes of a layer have put aside; a pass may be inside another one.
 _ENTERED = "pissa_entered"
@@ -42,8 +43,7 @@ def enter(layer: Any, args: tuple[Any, ...]) -> None:
     for each in _computed_by(layer):
         layout, found = layout_of(each), each.__dict__.get(TERMS) or Terms()
         active = () if each.disable_adapters else each.active_adapters
-        if AWAITED in each.__dict__:
-            state.check_awaited(each, active)
+        check_awaited(each, active)
         coefficients = found.missing(active, layout.scalings)
         is_corrected = any(isinstance(total, Tensor) or total for total in coefficients)
         # PEFT adds to the weights of an attention in every pass, and subtracts it again

@@ -85,6 +85,17 @@ class Shard:
         m, n = self.shape
         return Shard(self.block.mT, (n, m), self.columns, self.rows, self.over_columns, self.over_rows, self.over_both)
 
+    def factors(self, A: Tensor, B: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        """The part of A (r, in) and B (out, r) that changes the block, on its device.
+
+        Args:
+            A, B: factors of the matrix.
+            transposed: whether the matrix is stored (in, out).
+        """
+        out, into = (self.columns, self.rows) if transposed else (self.rows, self.columns)
+        device = self.block.device
+        return A.to(device)[:, into].contiguous(), B.to(device)[out].contiguous()
+
 
 @dataclass(frozen=True, eq=False)
 class ShardedStack:

@@ -1,6 +1,6 @@
 """The engine: a truncated SVD to a tolerance on the captured energy, with a certificate."""
 
-from .driver import truncated_svd
 from .result import Certificate, TruncatedSVD
+from .truncated import truncated_svd
 
 __all__ = ["Certificate", "TruncatedSVD", "truncated_svd"]

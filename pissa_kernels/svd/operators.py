@@ -7,6 +7,7 @@ several processes hold the weight.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -73,7 +74,7 @@ class Operator(Protocol):
         """:func:`pissa_kernels.ops.csrc.lanczos` without its first argument; None where steps are made one by one."""
 
 
-class ScaledOperator:
+class ScaledOperator(abc.ABC):
     """What every operator on a weight has in common, from its products with panels.
 
     The weight is scaled by a power of two that keeps its square in float32's range. The scale is applied to the panels,
@@ -99,37 +100,37 @@ class ScaledOperator:
         self.passes = 0
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, int]:
         """(m, n), m ≥ n."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def apply(self, X: Tensor) -> Tensor:
         """A·X (m, k)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def adjoint(self, Y: Tensor) -> Tensor:
         """Aᵀ·Y (n, k)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def normal(self, X: Tensor, pieces: int = 3) -> Tensor:
         """AᵀA·X (n, k)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def project(self, Q: Tensor) -> Projection:
         """QᵀHQ, H·Q and A·Q."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def compress(self, Q: Tensor) -> tuple[Tensor, Tensor | None]:
         """QᵀHQ and A·Q."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def gram(self, dtype: torch.dtype) -> Tensor:
         """AᵀA (n, n), summed in ``dtype``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def dense(self) -> Tensor:
         """A itself (m, n) in float32."""
-        raise NotImplementedError
 
     def sketch(self, columns: int, seed: int) -> Tensor:
         """AᵀG for a Gaussian G: half a power step, for one product."""
