@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,26 +29,6 @@ WRITES = ("pwritev", "journal", "write_text", "copyfile", "replace", "unlink")
 LIMIT = 2.0
 # Seven seconds of work for two processes.
 SLOW = Processes(limit=LIMIT, pace=1.0, computing=True)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of the results, and everything that one process writes to it."""
-    out = tmp_path_factory.mktemp("results") / "out"
-    run_job(plan_checkpoint(model, out, OPTIONS), progress=False)
-    return out, untimed(out.parent)
-
-
-@pytest.fixture
-def out(expected: tuple[Path, dict[str, Any]]) -> Path:
-    for path in expected[0].parent.iterdir():
-        shutil.rmtree(path)
-    return expected[0]
 
 
 @pytest.fixture(autouse=True)

@@ -18,33 +18,13 @@ import pytest
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
 
-from ..support.checkpoints import small, untimed
+from ..support.checkpoints import untimed
 from ..support.crashing import KILLED, OPTIONS, Child, Processes, start
 from ..support.refusing import edit_tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 # Slow enough that every process has something to do.
 PACED = Processes(pace=0.05)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of the results, and everything that one process writes to it."""
-    out = tmp_path_factory.mktemp("results") / "out"
-    run_job(plan_checkpoint(model, out, OPTIONS), progress=False)
-    return out, untimed(out.parent)
-
-
-@pytest.fixture
-def out(expected: tuple[Path, dict[str, Any]]) -> Path:
-    for path in expected[0].parent.iterdir():
-        shutil.rmtree(path)
-    return expected[0]
 
 
 def outcomes(children: list[Child]) -> list[Any]:

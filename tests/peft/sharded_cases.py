@@ -60,7 +60,10 @@ def layers_of(model: Any) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 
 def assert_as_one_process(model: Any, alone: Any, base: Any) -> None:
-    """A, B and the residual are those that one process finds, to rounding, and the same bits in all."""
+    """A, B and the residual are those that one process finds, to rounding, and the same bits in all.
+
+    In bfloat16 an element of A, B or the residual that lies between two numbers may be rounded to either.
+    """
     weights = dict(base.named_parameters())
     expected = layers_of(alone)
     for (name, layer), (found_name, (W, A, B)) in zip(lora_layers(model), layers_of(model).items(), strict=True):
@@ -80,9 +83,9 @@ def assert_as_one_process(model: Any, alone: Any, base: Any) -> None:
         ]
         half = len(products) // 2
         for one, other in zip(products[:half], products[half:], strict=True):
-            assert float((one - other).abs().max()) <= (4 * u + 2000 * EPS) * largest, name
+            assert float((one - other).abs().max()) <= (u / 4 + 30 * EPS) * largest, name
         original = weights[f"{name}.{layout.parameter}" if f"{name}.{layout.parameter}" in weights else name]
-        assert float((W.float() - W1.float()).abs().max()) <= (8 * u + 2000 * EPS) * largest, name
+        assert float((W.float() - W1.float()).abs().max()) <= (u / 2 + 30 * EPS) * largest, name
         stored = layout.stack(W).float()
         for part, product in enumerate(products[:half]):
             total = stored[part] + layout.scalings["default"] * (product.mT if layout.transposed else product)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -21,7 +21,7 @@ from pissa_kernels.factors import tolerance
 from pissa_kernels.runtime import shards
 from pissa_kernels.svd import fixed, sharded, sharded_steps
 
-from ..support.reference import EPS, ROUNDOFF, energy_deficit, realistic, true_residual, with_spectrum
+from ..support.reference import EPS, ROUNDOFF, energy_deficit, realistic, singular_values, true_residual, with_spectrum
 from ..support.together import raises_everywhere, same_everywhere, together
 
 RANK = 16
@@ -47,21 +47,26 @@ def layouts() -> Iterator[tuple[list[Any], tuple[int, ...]]]:
         yield [_StridedShard(0, split_factor=2), Shard(0)], (2, 2)
 
 
+@cache
+def of_one_process(W: Tensor, rank: int, niter: int | None) -> pk.TruncatedSVD:
+    return pk.truncated_svd(W, rank, niter=niter)
+
+
 def check(W: Tensor, D: Any, rank: int = RANK, niter: int | None = None) -> pk.TruncatedSVD:
     """The triplets, held against float64 and against those of one process."""
-    found, alone = pk.truncated_svd(D, rank, niter=niter), pk.truncated_svd(W, rank, niter=niter)
+    found, alone = pk.truncated_svd(D, rank, niter=niter), of_one_process(W, rank, niter)
     same_everywhere(*found[:3])
     assert (found.U.shape, found.Vh.shape) == ((W.shape[0], rank), (rank, W.shape[1]))
-    exact = torch.linalg.svdvals(W.double())[:rank]
+    exact = singular_values(W)[:rank]
     assert true_residual(W, *found[:3]) <= (found.certificate.residual + 30 * EPS) * float(exact[0])
     assert found.certificate.converged == alone.certificate.converged
-    assert abs(found.certificate.energy - alone.certificate.energy) <= 1e-6
+    assert abs(found.certificate.energy - alone.certificate.energy) <= 2e-7
     if niter is None:
         assert float((found.S - exact).abs().max()) <= 30 * EPS * float(exact[0])
         assert energy_deficit(W, found.Vh) <= 1e-6
     products = [(svd.U * svd.S).double() @ svd.Vh.double() for svd in (found, alone)]
     gap = float(exact[-1]) / float(exact[0])
-    assert float((products[0] - products[1]).abs().max()) <= 300 * EPS * float(exact[0]) / gap
+    assert float((products[0] - products[1]).abs().max()) <= 30 * EPS * float(exact[0]) / gap
     return found
 
 
@@ -130,7 +135,7 @@ def check_the_schedule_of_gpus() -> None:
     """On CPU tensors: each layout against float64 and against the schedule of one process."""
     for shape, dtype in (((420, 351), torch.bfloat16), ((333, 460), torch.float32), ((130, 97), torch.bfloat16)):
         W = realistic(*shape, seed=7).to(dtype)
-        exact = torch.linalg.svdvals(W.double())[:RANK]
+        exact = singular_values(W)[:RANK]
         for placements, mesh in layouts():
             D = divided(W, placements, mesh)
             with mock.patch.object(fixed, "DEVICES", ("cpu",)):
@@ -188,7 +193,7 @@ def check_decompose() -> None:
             product = 2 * found.lora_B.double() @ found.lora_A.double()
             total = whole.double() + (product.mT if fan_in_fan_out else product)
             assert float((total - W).abs().max()) <= u * float(whole.abs().max()) + 20 * EPS * largest
-            assert float((whole.double() - alone.residual.double()).abs().max()) <= (8 * u + 1000 * EPS) * largest
+            assert float((whole.double() - alone.residual.double()).abs().max()) <= (u / 2 + 30 * EPS) * largest
 
 
 @together(2, 4)
