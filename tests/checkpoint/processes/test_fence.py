@@ -19,8 +19,8 @@ from pissa_kernels.checkpoint.verify import verify_checkpoint
 from pissa_kernels.checkpoint.worker import Worker
 from pissa_kernels.runtime.contact import ProcessLost
 
-from ..support.checkpoints import contents
-from ..support.crashing import OPTIONS
+from ...support.checkpoints import contents
+from ...support.crashing import OPTIONS
 
 
 def cut_off() -> None:

@@ -11,8 +11,8 @@ import pytest
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
 
-from ..support.checkpoints import small, untimed
-from ..support.crashing import OPTIONS
+from ...support.checkpoints import small, untimed
+from ...support.crashing import OPTIONS
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ import pytest
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
 
-from ..support.checkpoints import untimed
-from ..support.crashing import KILLED, OPTIONS, Child, Processes, start
-from ..support.refusing import edit_tensor
+from ...support.checkpoints import untimed
+from ...support.crashing import KILLED, OPTIONS, Child, Processes, start
+from ...support.refusing import edit_tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Slow enough that every process has something to do.
 PACED = Processes(pace=0.05)
 

@@ -18,11 +18,11 @@ import pytest
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
 
-from ..support.checkpoints import small, untimed
-from ..support.crashing import KILLED, OPTIONS, Child, Processes, start
-from ..support.kills import kill
+from ...support.checkpoints import small, untimed
+from ...support.crashing import KILLED, OPTIONS, Child, Processes, start
+from ...support.kills import kill
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ADVICE = "; finished tensors are kept, and --resume continues with any number of processes"
 # rmdir is left out: at the end of a run, it is tried on a folder that it may have made and that may be empty
 WRITES = ("pwritev", "journal", "write_text", "copyfile", "replace", "unlink")
