@@ -22,10 +22,9 @@ from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.checkpoint.stacks import STAGED
 
 from ..support.checkpoints import ADAPTER, untimed
-from ..support.crashing import KILLED, TORN, Child
+from ..support.crashing import KILLED, TORN, Child, outcomes, start
 from ..support.experts import BOTH, moe, saved
 from .test_memory import MIB, ROOT
-from .test_processes import outcomes, start
 from .test_resume import KILLS
 
 EXPERTS = 3

@@ -18,9 +18,8 @@ from pissa_kernels.checkpoint.run import run_job
 from pissa_kernels.files.header import read_header
 
 from ..support.checkpoints import save, tensors, untimed
-from ..support.crashing import KILLED, Child
+from ..support.crashing import KILLED, Child, start
 from ..support.models import build
-from .test_processes import start
 
 NF4 = QuantizationOptions("nf4", double=True, iterations=2)
 # A residual in NF4, one in bfloat16, quantized layers without an adapter, and copies.

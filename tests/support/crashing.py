@@ -202,6 +202,17 @@ class Child:
         return self._here.recv()
 
 
+def outcomes(children: Sequence[Child]) -> list[Any]:
+    """Outcome of each child, after all have ended."""
+    for child in children:
+        child.ended()
+    found = []
+    for child in children:
+        child.begun()
+        found.append(child.outcome())
+    return found
+
+
 def _run(
     connection: Connection,
     model: Path,

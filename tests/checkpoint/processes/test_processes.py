@@ -19,23 +19,12 @@ from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
 
 from ...support.checkpoints import untimed
-from ...support.crashing import KILLED, OPTIONS, Child, Processes, start
+from ...support.crashing import KILLED, OPTIONS, Child, Processes, outcomes, start
 from ...support.refusing import edit_tensor
 
 ROOT = Path(__file__).resolve().parents[3]
 # Slow enough that every process has something to do.
 PACED = Processes(pace=0.05)
-
-
-def outcomes(children: list[Child]) -> list[Any]:
-    """Outcome of each child, after all have ended."""
-    for child in children:
-        child.ended()
-    found = []
-    for child in children:
-        child.begun()
-        found.append(child.outcome())
-    return found
 
 
 @pytest.mark.slow
