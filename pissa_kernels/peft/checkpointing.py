@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter.layers import lora_layers
 from ..adapter.layouts import layout_of
 from ..report import Report
+from ..runtime.gathering import shape_of
 from . import forward, state
 from .awaited import awaited
 from .record import GONE, InitRecord, places_of, records
@@ -61,7 +62,8 @@ class PissaState:
         A layer whose factors are not known has tensors for those that a checkpoint will bring.
 
         Raises:
-            ValueError: an adapter with initial factors is gone, so that no state dict has its A and B.
+            ValueError: the model has no initial factors, or an adapter that had some is gone, so that no state dict has
+                its A and B.
         """
         tensors: dict[str, Tensor] = {}
         reports: dict[str, Any] = {}
@@ -78,14 +80,25 @@ class PissaState:
                 reports[key] = {"shared": record.shared, **Report(layers=[record.report]).to_dict()}
             for adapter in awaited(layer):
                 tensors |= {f"{_key(name, adapter)}|{field}": each for field, each in _empty(layer, adapter).items()}
+        if not tensors:
+            raise ValueError(
+                f"{type(self._model).__name__} has no layer with initial factors, so there is nothing to save or load "
+                "with PissaState; make the model with get_peft_model inside of pk.patch_peft()"
+            )
         return {**tensors, _REPORTS: json.dumps(reports)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give the layers the initial factors of a checkpoint.
 
         Raises:
-            ValueError: it has those of a layer or adapter that the model does not have. Nothing has been changed then.
+            ValueError: it has none, or those of a layer or adapter that the model does not have, or of another shape.
+                Nothing has been changed then.
         """
+        if _REPORTS not in state_dict:
+            raise ValueError(
+                f"the checkpoint has no initial factors: no key {_REPORTS!r} beside {sorted(state_dict)[:3]}; pass "
+                "what PissaState.state_dict() returned"
+            )
         reports: dict[str, Any] = json.loads(state_dict[_REPORTS])
         layers = dict(lora_layers(self._model))
         found: dict[str, list[InitRecord]] = {}
@@ -96,12 +109,26 @@ class PissaState:
                     f"the checkpoint has initial factors of the adapter {adapter!r} of layer {name!r}, which the model "
                     "does not have; make it with the configuration that was saved"
                 )
+            tensors = _tensors(state_dict, name, adapter, _empty(layers[name], adapter))
             shared = stored.pop("shared")
             (report,) = Report.from_dict(stored).layers
-            tensors = {field: state_dict[f"{key}|{field}"] for field in _TENSORS}
             found.setdefault(name, []).append(InitRecord(adapter, report=report, shared=shared, **tensors))
         for name, kept in found.items():
             forward.replace_records(layers[name], _joined(kept))
+
+
+def _tensors(state_dict: dict[str, Any], name: str, adapter: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a record, which have the shapes that the model's layer needs."""
+    found = {field: state_dict.get(f"{_key(name, adapter)}|{field}") for field in _TENSORS}
+    for field, tensor in found.items():
+        shape = None if tensor is None else tuple(tensor.shape)
+        if shape != tuple(expected[field].shape):
+            raise ValueError(
+                f"{name}: {field} of the adapter {adapter!r} in the checkpoint "
+                f"{'is missing' if shape is None else f'is {shape}'}, and the model's layer needs "
+                f"{tuple(expected[field].shape)}; make the model with the configuration that was saved"
+            )
+    return {field: tensor for field, tensor in found.items() if tensor is not None}
 
 
 def _joined(kept: list[InitRecord]) -> list[InitRecord]:
@@ -124,9 +151,9 @@ def _key(name: str, adapter: str) -> str:
 def _empty(layer: Any, adapter: str) -> dict[str, Tensor]:
     """Tensors of the shapes and dtypes that the record of a layer will have."""
     layout = layout_of(layer)
-    dtype, length = layout.weight.dtype, len(places_of(layout.weight.shape))
+    dtype, length = layout.weight.dtype, len(places_of(shape_of(layout.weight)))
     found = {
-        field: torch.empty(factor.shape, dtype=dtype, device="cpu")
+        field: torch.empty(shape_of(factor), dtype=dtype, device="cpu")
         for field, factor in zip(("lora_A", "lora_B"), layout.factors(adapter), strict=True)
     }
     return found | {field: torch.empty(length, dtype=torch.float32, device="cpu") for field in ("before", "after")}

@@ -179,25 +179,6 @@ def check_distributed_checkpoint() -> None:
 
 
 @together(2)
-def check_distributed_checkpoint_of_another_model() -> None:
-    base = build("llama", width=WIDTH)
-    path = folder("other-checkpoint")
-    model = adapted(copy.deepcopy(base))
-    dcp.save({"pissa": pk.PissaState(model)}, checkpoint_id=path)
-    state = pk.PissaState(model).state_dict()
-    other = adapted(copy.deepcopy(base), target_modules=["q_proj"])
-    before = [record for _, layer in lora_layers(other) for record in records(layer)]
-    with pytest.raises(
-        ValueError, match=r"the adapter 'default' of layer 'model\.layers\.0\.self_attn\.k_proj', which"
-    ):
-        pk.PissaState(other).load_state_dict(state)
-    assert [record for _, layer in lora_layers(other) for record in records(layer)] == before
-    model.delete_adapter("default")
-    with pytest.raises(ValueError, match="the residual of an adapter that was deleted"):
-        pk.PissaState(model).state_dict()
-
-
-@together(2)
 def check_replicas_of_ddp() -> None:
     base = build("llama", width=WIDTH)
     logits = output(base)
