@@ -1,5 +1,5 @@
-"""The module in which models pickled by version 0.1.0 look up their records; see :mod:`pissa_kernels.peft.record`."""
+"""Where models pickled by version 0.1.0 look up their records; see :mod:`pissa_kernels.peft.weights.record`."""
 
-from .peft.record import InitRecord as Initial
+from .peft.weights.record import InitRecord as Initial
 
 __all__ = ["Initial"]

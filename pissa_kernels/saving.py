@@ -1,5 +1,5 @@
-"""The module in which models pickled by version 0.1.0 look up their method; see :mod:`pissa_kernels.peft.save`."""
+"""Where models pickled by version 0.1.0 look up their method; see :mod:`pissa_kernels.peft.saving.save`."""
 
-from .peft.save import SavePretrained
+from .peft.saving.save import SavePretrained
 
 __all__ = ["SavePretrained"]

@@ -17,7 +17,7 @@ from ..adapter.wrapped import Known
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checks import layer_context
 from ..files.header import Header, TensorInfo, read_header, read_tensor
-from ..peft import sidecar
+from ..peft.saving import sidecar
 from ..report import REPORT_NAME, Report
 from ..report.strict import load
 from .layer import Layer, read_layers, recorded_layer

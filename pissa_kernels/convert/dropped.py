@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..files.header import read_header
-from ..peft import sidecar
+from ..peft.saving import sidecar
 from ..report import REPORT_NAME, Report
 from .adapter import AdapterFile
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.names import ADAPTER_FOLDER, CONFIG_NAME, WEIGHTS_NAME
-from ..peft import sidecar
+from ..peft.saving import sidecar
 from .adapter import read_adapter
 from .lowrank import FactorPair
 from .pair import AdapterPair

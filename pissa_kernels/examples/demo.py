@@ -18,7 +18,7 @@ from ..files.apart import check_apart
 from ..files.destination import destination
 from ..numerics import UNIT_ROUNDOFF
 from ..peft.patch import patch_peft
-from ..peft.save import save_pissa
+from ..peft.saving.save import save_pissa
 from ..report import LayerReport
 from .initializers import Run, compare_initializers, inject
 from .inputs import model_inputs

@@ -12,9 +12,9 @@ from torch import nn
 from ..adapter.patterns import has_name
 from ..checkpoint.options import ALL_LINEAR, check_expression, is_expression
 from ..checks import check_weight
+from ..peft.injection.targets import check_target
 from ..peft.notices import Notices
-from ..peft.targets import check_target
-from ..peft.ties import Ties
+from ..peft.weights.ties import Ties
 
 
 @dataclass

@@ -15,7 +15,7 @@ from ..convert.plain import MARK as PLAIN
 from ..files.folder import Checkpoint
 from ..files.header import read_header, read_tensor
 from ..ops import WEIGHT_DTYPES
-from ..peft.sidecar import INITIAL_NAME
+from ..peft.saving.sidecar import INITIAL_NAME
 from ..quantize.stored import StoredWeight
 from .names import Place
 

@@ -18,21 +18,23 @@ from torch import nn
 
 from ..adapter.layers import in_scope
 from ..runtime.shards import reshard
-from . import base_weights, kinds, ranks, start, tied
-from .additions import check_addition, removed_on_failure
-from .creation import creating
-from .guard import protect, protect_peft_model
-from .layer import LayerJob
-from .load import Source, loading, replace_records
-from .offload import resident
-from .replicated import follow, split
-from .save import SavePretrained
+from .guards.guard import protect, protect_peft_model
+from .guards.weighted import add_weighted_adapter
+from .injection import kinds, ranks
+from .injection.additions import check_addition, removed_on_failure
+from .injection.creation import creating
+from .injection.targets import is_pissa
+from .injection.wrapping import injected, warn_of_plain_layers, wrapping
+from .layers import tied
+from .layers.layer import LayerJob
+from .layers.replicated import follow, split
+from .layers.tied import is_tied
+from .saving import base_weights, start
+from .saving.load import Source, loading, replace_records
+from .saving.save import SavePretrained
 from .scope import Injection, ReplacedModule, Session, injecting, replacing, setting
-from .targets import is_pissa
-from .tied import is_tied
-from .ties import Ties
-from .weighted import add_weighted_adapter
-from .wrapping import injected, warn_of_plain_layers, wrapping
+from .weights.offload import resident
+from .weights.ties import Ties
 
 Function = Callable[..., Any]
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from ..adapter.layers import lora_layers
 from ..adapter.layouts import layout_of
-from . import forward, state
-from .additions import check_only_ours
-from .guard import protect_layer
+from .guards.guard import protect_layer
+from .injection.additions import check_only_ours
 from .patch import reopened
-from .record import records
-from .state import adapted_layers
+from .weights import forward, state
+from .weights.record import records
+from .weights.state import adapted_layers
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 :mod:`pissa_kernels.peft.hooks` lists what is replaced. When a patch ends, its wrappers are removed, except where other
 code has wrapped them since: those stay and pass calls through. PEFT's hotswap is replaced for good, for the models that
-live on (:mod:`pissa_kernels.peft.swap`).
+live on (:mod:`pissa_kernels.peft.guards.swap`).
 
 Layers are collected while ``inject_adapter`` runs and initialized together before it returns, so ``get_peft_model``,
 ``add_adapter`` and ``from_pretrained`` return finished layers. A layer that PEFT itself reads before that (a gathered
@@ -27,16 +27,16 @@ from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations, check_iteration
 from ..report import LayerReport, Report
 from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
-from . import schedule
-from .division import devices_of
 from .hooks import hooks, install, remove_ended
-from .initialize import prepare
-from .layer import LayerJob
-from .load import loading
-from .ranks import leave_to_first
+from .injection.ranks import leave_to_first
+from .layers import schedule
+from .layers.division import devices_of
+from .layers.initialize import prepare
+from .layers.layer import LayerJob
+from .layers.tied import Follower
+from .saving.load import loading
 from .scope import can_be_deferred, injecting, replacing
 from .settings import NOT_QUANTIZED, QuantizedSettings
-from .tied import Follower
 
 _lock = threading.RLock()
 _active: list[PatchedPeft] = []

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..adapter.layouts import layout_of
 from ..report import LayerReport
-from .layer import LayerJob
+from .layers.layer import LayerJob
+from .layers.tied import Follower
 from .notices import Notices
-from .record import records
-from .tied import Follower
-from .ties import Ties
+from .weights.record import records
+from .weights.ties import Ties
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ import os
 from typing import NamedTuple
 
 from ..quantize.iteration import DEFAULT_ITERATIONS, Iterations
-from .originals import open_originals
-from .quantized_layer import Quantizing
+from .layers.originals import open_originals
+from .layers.quantized_layer import Quantizing
 
 
 class QuantizedSettings(NamedTuple):

@@ -97,7 +97,7 @@ def test_a_layer_without_numbers_is_not_hidden_by_the_others() -> None:
 
 
 def test_a_sloppy_initializer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pissa_kernels.peft import layer as task
+    from pissa_kernels.peft.layers import layer as task
 
     real = task.principal_factors
 

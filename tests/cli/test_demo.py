@@ -18,7 +18,7 @@ from pissa_kernels.examples import demo
 from pissa_kernels.examples.inputs import SENTENCES, model_inputs
 from pissa_kernels.examples.layers import Choice
 from pissa_kernels.examples.measure import worst_reconstruction
-from pissa_kernels.peft import save as saving
+from pissa_kernels.peft.saving import save as saving
 
 from ..support.checkpoints import witness
 from ..support.models import build, output

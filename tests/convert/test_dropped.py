@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import pissa_kernels as pk
 from pissa_kernels.cli.main import main
 from pissa_kernels.convert.report import ConversionReport
-from pissa_kernels.peft import sidecar
+from pissa_kernels.peft.saving import sidecar
 
 from ..peft.test_models import lora_layers
 from ..support.checkpoints import factors, tensors

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches, record
+from pissa_kernels.peft.layers import batches
+from pissa_kernels.peft.weights import record
 from pissa_kernels.runtime import transfer
 from pissa_kernels.runtime.transfer import HostCopy, PinnedTransfer
 from pissa_kernels.svd import cost

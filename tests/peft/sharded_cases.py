@@ -21,7 +21,7 @@ import pissa_kernels as pk
 from pissa_kernels.adapter.layers import lora_layers
 from pissa_kernels.adapter.layouts import layout_of
 from pissa_kernels.ops import reference
-from pissa_kernels.peft.record import of_adapter
+from pissa_kernels.peft.weights.record import of_adapter
 from pissa_kernels.runtime.shards import is_sharded, part_of
 from pissa_kernels.svd import fixed, sharded_steps
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import pissa_kernels as pk
 from pissa_kernels.adapter.layers import lora_layers
-from pissa_kernels.peft.record import records
+from pissa_kernels.peft.weights.record import records
 
 from ..support.models import build, output
 from ..support.together import folder, same_everywhere, together

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from pissa_kernels.ops import batched_reference
-from pissa_kernels.peft import batches, record
-from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.peft.layers import batches
+from pissa_kernels.peft.layers.layer import LayerJob
+from pissa_kernels.peft.weights import record
 from pissa_kernels.runtime.transfer import HostCopy, PinnedTransfer
 from pissa_kernels.runtime.workers import InOrder
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from pissa_kernels.adapter.layouts import Layout
 from pissa_kernels.factors import Recipe
-from pissa_kernels.peft import batches
-from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.peft.layers import batches
+from pissa_kernels.peft.layers.layer import LayerJob
 
 from ..support.reference import ROUNDOFF, energy_deficit, realistic
 from .test_schedule import CPU, Net, jobs_of, on_call

@@ -11,7 +11,7 @@ import torch
 
 import pissa_kernels as pk
 from pissa_kernels.adapter.layers import lora_layers
-from pissa_kernels.peft.record import records
+from pissa_kernels.peft.weights.record import records
 
 from ..support import kinds, quantized
 

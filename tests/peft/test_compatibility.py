@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import pissa_kernels as pk
 from pissa_kernels.cli import main as cli
-from pissa_kernels.peft import sidecar
-from pissa_kernels.peft.record import InitRecord, of_adapter
-from pissa_kernels.peft.save import SavePretrained
+from pissa_kernels.peft.saving import sidecar
+from pissa_kernels.peft.saving.save import SavePretrained
+from pissa_kernels.peft.weights.record import InitRecord, of_adapter
 
 from ..support.models import output
 from ..support.reference import ROUNDOFF

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft.creation import creating
+from pissa_kernels.peft.injection.creation import creating
 
 
 def config(init: Any) -> Any:

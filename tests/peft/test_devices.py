@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches, schedule
-from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.peft.layers import batches, schedule
+from pissa_kernels.peft.layers.layer import LayerJob
 
 from ..support.gpus import GPUS, PATIENCE, Gpus
 from ..support.models import build

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import pissa_kernels as pk
 from pissa_kernels.factors import Recipe
-from pissa_kernels.peft import batches, division
-from pissa_kernels.peft.division import devices_of, divide
-from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.peft.layers import batches, division
+from pissa_kernels.peft.layers.division import devices_of, divide
+from pissa_kernels.peft.layers.layer import LayerJob
 from pissa_kernels.svd import cost
 
 from ..support.gpus import GPUS, Gpus

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft.first_pass import FirstPass
-from pissa_kernels.peft.merging import check_merge
+from pissa_kernels.peft.guards.merging import check_merge
+from pissa_kernels.peft.weights.first_pass import FirstPass
 
 from ..support.models import build, output
 from .test_models import config, lora_layers

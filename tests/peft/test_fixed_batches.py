@@ -17,9 +17,10 @@ from bench.ledger.events import Sizes
 from bench.ledger.recorder import recording
 from bench.ledger.run import stand_ins
 from pissa_kernels.factors import Recipe
-from pissa_kernels.peft import batches, record
-from pissa_kernels.peft.initialize import prepare
-from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.peft.layers import batches
+from pissa_kernels.peft.layers.initialize import prepare
+from pissa_kernels.peft.layers.layer import LayerJob
+from pissa_kernels.peft.weights import record
 from pissa_kernels.runtime.workers import InOrder
 from pissa_kernels.svd import cost, fixed
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft.record import records
+from pissa_kernels.peft.weights.record import records
 
 from ..support.changes import Expected, factors, layers
 from ..support.models import build, output

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pissa_kernels as pk
-from pissa_kernels.peft import layer as layer_module
-from pissa_kernels.peft import writing
+from pissa_kernels.peft.layers import layer as layer_module
+from pissa_kernels.peft.layers import writing
 
 from ..support.reference import realistic
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pissa_kernels as pk
-from pissa_kernels.peft import sidecar
+from pissa_kernels.peft.saving import sidecar
 
 from ..support.models import build, output
 from .test_models import config, lora_layers, moved

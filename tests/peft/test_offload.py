@@ -18,7 +18,7 @@ from torch import nn
 
 import pissa_kernels as pk
 from pissa_kernels.adapter.layers import lora_layers
-from pissa_kernels.peft.offload import resident, values_of
+from pissa_kernels.peft.weights.offload import resident, values_of
 
 from ..support.models import TARGETS, build, linear_weights, output
 from ..support.reference import ROUNDOFF, energy_deficit

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pissa_kernels as pk
 from pissa_kernels.adapter.layers import lora_layers
-from pissa_kernels.peft.record import records
+from pissa_kernels.peft.weights.record import records
 from tests.support.quantized import FORMATS, codes, dequantized, loaded, lora, pack_for_cpu, saved
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -135,7 +135,7 @@ def test_layers_compute_the_weight_and_the_changes(kind: str, folder: Path) -> N
 
 def s_initial(layer: Any) -> Tensor:
     """s·B₀·A₀, from the record."""
-    from pissa_kernels.peft.record import records
+    from pissa_kernels.peft.weights.record import records
 
     record = records(layer)[0]
     return record.report.scaling * record.lora_B.double() @ record.lora_A.double()
@@ -245,7 +245,7 @@ def test_unload_is_refused_but_for_the_recipe(folder: Path, kind: str) -> None:
 
 
 def test_a_failure_after_some_layers_of_a_second_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pissa_kernels.peft import quantized_layer
+    from pissa_kernels.peft.layers import quantized_layer
 
     model = made(folder, config=lora(target_modules=["q_proj"]))
     step(model)

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches, sidecar
+from pissa_kernels.peft.layers import batches
+from pissa_kernels.peft.saving import sidecar
 
 from ..support.models import build, output
 from .test_models import config, lora_layers, moved
@@ -52,7 +53,7 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("an SVD was run")
 
-    monkeypatch.setattr("pissa_kernels.peft.layer.principal_factors", fail)
+    monkeypatch.setattr("pissa_kernels.peft.layers.layer.principal_factors", fail)
     monkeypatch.setattr(batches, "principal_factors_of_batch", fail)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import batches, schedule, writing
-from pissa_kernels.peft import layer as layer_module
-from pissa_kernels.peft.initialize import prepare
-from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.peft.layers import batches, schedule, writing
+from pissa_kernels.peft.layers import layer as layer_module
+from pissa_kernels.peft.layers.initialize import prepare
+from pissa_kernels.peft.layers.layer import LayerJob
 
 from ..support.models import build, linear_weights
 from ..support.reference import energy_deficit, realistic

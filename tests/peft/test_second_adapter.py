@@ -13,9 +13,10 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 
 import pissa_kernels as pk
 from pissa_kernels.numerics import UNIT_ROUNDOFF
-from pissa_kernels.peft import batches, sidecar
-from pissa_kernels.peft.initialize import prepare
-from pissa_kernels.peft.record import ROUNDINGS, fingerprint, matches, of_adapter, records
+from pissa_kernels.peft.layers import batches
+from pissa_kernels.peft.layers.initialize import prepare
+from pissa_kernels.peft.saving import sidecar
+from pissa_kernels.peft.weights.record import ROUNDINGS, fingerprint, matches, of_adapter, records
 
 from ..support.changes import Expected, layers
 from ..support.models import build, output

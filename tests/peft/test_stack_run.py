@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import layer as layer_module
-from pissa_kernels.peft import writing
+from pissa_kernels.peft.layers import layer as layer_module
+from pissa_kernels.peft.layers import writing
 
 from ..support.reference import energy_deficit, realistic
 

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 import pissa_kernels as pk
-from pissa_kernels.peft.start import adapter_state
+from pissa_kernels.peft.saving.start import adapter_state
 
 from ..support.models import build, output
 from .test_models import config, lora_layers

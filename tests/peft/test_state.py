@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import forward
-from pissa_kernels.peft.record import records
+from pissa_kernels.peft.weights import forward
+from pissa_kernels.peft.weights.record import records
 
 from ..support.changes import Expected, layers
 from ..support.models import build, output

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft.utils import hotswap
 
-from pissa_kernels.peft.record import records
+from pissa_kernels.peft.weights.record import records
 
 from ..support.lora_errors import quiet
 from ..support.lora_files import ModelWalk

@@ -13,8 +13,8 @@ import transformers as t
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft.replicated import check_separate
-from pissa_kernels.peft.wrapping import unwrap_aliases
+from pissa_kernels.peft.injection.wrapping import unwrap_aliases
+from pissa_kernels.peft.layers.replicated import check_separate
 
 from ..support.models import TARGETS, build, output
 from ..support.reference import energy_deficit, realistic

@@ -18,8 +18,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import pissa_kernels as pk
 from pissa_kernels.adapter.layers import lora_layers as layers_of
-from pissa_kernels.peft import sidecar
-from pissa_kernels.peft.wrappers import all_names, innermost, unwrapped
+from pissa_kernels.peft.saving import sidecar
+from pissa_kernels.peft.weights.wrappers import all_names, innermost, unwrapped
 
 from ..support.models import build, output
 from .test_models import config, lora_layers, moved

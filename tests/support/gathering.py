@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 import pissa_kernels as pk
-from pissa_kernels.peft import save as saving
-from pissa_kernels.peft.first_pass import FirstPass
+from pissa_kernels.peft.saving import save as saving
+from pissa_kernels.peft.weights.first_pass import FirstPass
 
 from ..peft.test_models import config, lora_layers
 from .models import build

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pissa_kernels.peft import batches
-from pissa_kernels.peft.layer import LayerJob
+from pissa_kernels.peft.layers import batches
+from pissa_kernels.peft.layers.layer import LayerJob
 
 from .streams import Stream, Streams
 

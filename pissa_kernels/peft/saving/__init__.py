@@ -1,0 +1,1 @@
+"""Saving and loading adapters with their initial factors, and what a model was before it was trained."""

@@ -1,0 +1,159 @@
+"""Initial factors in a checkpoint of ``torch.distributed.checkpoint``, beside the state of the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapter.layers import lora_layers
+from ...adapter.layouts import layout_of
+from ...report import Report
+from ...runtime.gathering import shape_of
+from ..weights import forward, state
+from ..weights.awaited import awaited
+from ..weights.record import GONE, InitRecord, places_of, records
+
+_REPORTS, _TENSORS = "reports", ("lora_A", "lora_B", "before", "after")
+
+
+class PissaState:
+    """The initial factors of a PiSSA model, as a part of a checkpoint that ``torch.distributed.checkpoint`` writes.
+
+    A model's state dict has W_res, A and B. What its layers started from is no parameter, and without it nothing can be
+    computed with W, nor converted. Every process has the same factors, and the checkpoint has them once. They may be
+    loaded by another number of processes, into a model with the same adapters: one that :func:`patch_peft` has
+    initialized, or whose layers were on the meta device.
+
+    Args:
+        peft_model: the model, before or after it is sharded.
+
+    Examples:
+        >>> import peft, tempfile, torch, torch.distributed.checkpoint as dcp
+        >>> import pissa_kernels as pk
+        >>> from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+        >>> def build():
+        ...     base = torch.nn.Sequential(torch.nn.Linear(48, 64, bias=False))
+        ...     config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa")
+        ...     with pk.patch_peft():
+        ...         return peft.get_peft_model(base, config)
+        >>> model, folder = build(), tempfile.mkdtemp()
+        >>> saved = {"model": get_model_state_dict(model), "pissa": pk.PissaState(model)}
+        >>> _ = dcp.save(saved, checkpoint_id=folder)
+        >>> other = build()
+        >>> state = {"model": get_model_state_dict(other), "pissa": pk.PissaState(other)}
+        >>> dcp.load(state, checkpoint_id=folder)
+        >>> _ = set_model_state_dict(other, state["model"])
+        >>> x = torch.ones(1, 48)
+        >>> with torch.no_grad(), pk.original_model(model), pk.original_model(other):
+        ...     bool(torch.equal(model(x), other(x)))
+        True
+    """
+
+    def __init__(self, peft_model: Any) -> None:
+        self._model = getattr(peft_model, "_orig_mod", peft_model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by "layer|adapter|field", and the reports of the layers as JSON.
+
+        A layer whose factors are not known has tensors for those that a checkpoint will bring.
+
+        Raises:
+            ValueError: the model has no initial factors, or an adapter that had some is gone, so that no state dict has
+                its A and B.
+        """
+        tensors: dict[str, Tensor] = {}
+        reports: dict[str, Any] = {}
+        for name, layer in lora_layers(self._model):
+            for record in records(layer):
+                if record.adapter == GONE:
+                    raise ValueError(
+                        f"{state.label(layer)}: the weight is the residual of an adapter that was deleted. Unload the "
+                        "model, or keep the adapter, before it is saved in this format"
+                    )
+                key = _key(name, record.adapter)
+                # in memory of their own: adapters may share factors, and a load writes to these
+                tensors |= {f"{key}|{field}": getattr(record, field).clone() for field in _TENSORS}
+                reports[key] = {"shared": record.shared, **Report(layers=[record.report]).to_dict()}
+            for adapter in awaited(layer):
+                tensors |= {f"{_key(name, adapter)}|{field}": each for field, each in _empty(layer, adapter).items()}
+        if not tensors:
+            raise ValueError(
+                f"{type(self._model).__name__} has no layer with initial factors, so there is nothing to save or load "
+                "with PissaState; make the model with get_peft_model inside of pk.patch_peft()"
+            )
+        return {**tensors, _REPORTS: json.dumps(reports)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give the layers the initial factors of a checkpoint.
+
+        Raises:
+            ValueError: it has none, or those of a layer or adapter that the model does not have, or of another shape.
+                Nothing has been changed then.
+        """
+        if _REPORTS not in state_dict:
+            raise ValueError(
+                f"the checkpoint has no initial factors: no key {_REPORTS!r} beside {sorted(state_dict)[:3]}; pass "
+                "what PissaState.state_dict() returned"
+            )
+        reports: dict[str, Any] = json.loads(state_dict[_REPORTS])
+        layers = dict(lora_layers(self._model))
+        found: dict[str, list[InitRecord]] = {}
+        for key, stored in reports.items():
+            name, _, adapter = key.rpartition("|")
+            if name not in layers or adapter not in layout_of(layers[name]).adapters:
+                raise ValueError(
+                    f"the checkpoint has initial factors of the adapter {adapter!r} of layer {name!r}, which the model "
+                    "does not have; make it with the configuration that was saved"
+                )
+            tensors = _tensors(state_dict, name, adapter, _empty(layers[name], adapter))
+            shared = stored.pop("shared")
+            (report,) = Report.from_dict(stored).layers
+            found.setdefault(name, []).append(InitRecord(adapter, report=report, shared=shared, **tensors))
+        for name, kept in found.items():
+            forward.replace_records(layers[name], _joined(kept))
+
+
+def _tensors(state_dict: dict[str, Any], name: str, adapter: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a record, which have the shapes that the model's layer needs."""
+    found = {field: state_dict.get(f"{_key(name, adapter)}|{field}") for field in _TENSORS}
+    for field, tensor in found.items():
+        shape = None if tensor is None else tuple(tensor.shape)
+        if shape != tuple(expected[field].shape):
+            raise ValueError(
+                f"{name}: {field} of the adapter {adapter!r} in the checkpoint "
+                f"{'is missing' if shape is None else f'is {shape}'}, and the model's layer needs "
+                f"{tuple(expected[field].shape)}; make the model with the configuration that was saved"
+            )
+    return {field: tensor for field, tensor in found.items() if tensor is not None}
+
+
+def _joined(kept: list[InitRecord]) -> list[InitRecord]:
+    """Records in which adapters that share their factors share the tensors, by which they are recognized."""
+    joined: list[InitRecord] = []
+    for record in kept:
+        same = next((other for other in joined if _equal(other, record)), record)
+        joined.append(replace(record, lora_A=same.lora_A, lora_B=same.lora_B))
+    return joined
+
+
+def _equal(one: InitRecord, other: InitRecord) -> bool:
+    return torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B)
+
+
+def _key(name: str, adapter: str) -> str:
+    return f"{name}|{adapter}"
+
+
+def _empty(layer: Any, adapter: str) -> dict[str, Tensor]:
+    """Tensors of the shapes and dtypes that the record of a layer will have."""
+    layout = layout_of(layer)
+    dtype, length = layout.weight.dtype, len(places_of(shape_of(layout.weight)))
+    found = {
+        field: torch.empty(shape_of(factor), dtype=dtype, device="cpu")
+        for field, factor in zip(("lora_A", "lora_B"), layout.factors(adapter), strict=True)
+    }
+    return found | {field: torch.empty(length, dtype=torch.float32, device="cpu") for field in ("before", "after")}
