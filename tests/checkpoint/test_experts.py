@@ -18,8 +18,7 @@ import pissa_kernels as pk
 from pissa_kernels.checkpoint import stacks as staging
 from pissa_kernels.cli.main import main
 
-from ..peft.test_models import moved
-from ..peft.test_save import allowed
+from ..support.adapted import allowed, moved
 from ..support.checkpoints import ADAPTER, ADDED, contents, header, layers, tensors, untimed
 from ..support.experts import BOTH, EXPERTS, moe, saved, stacks
 from ..support.models import output

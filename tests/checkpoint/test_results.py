@@ -19,9 +19,7 @@ from pissa_kernels.checkpoint.options import AdapterOptions
 from pissa_kernels.checkpoint.plan import plan_checkpoint
 from pissa_kernels.checkpoint.run import run_job
 
-from ..peft.test_models import lora_layers, moved
-from ..peft.test_save import allowed
-from ..peft.test_schedule import assert_same, state
+from ..support.adapted import allowed, assert_same, lora_layers, moved, state
 from ..support.checkpoints import ADAPTER, ADDED, contents, factors, header, layers, save, tensors, tied_llama
 from ..support.models import TARGETS, build, output
 from ..support.reference import ROUNDOFF, energy_deficit

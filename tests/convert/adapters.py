@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pissa_kernels as pk
 
-from ..peft.test_models import config
-from ..peft.test_save import train
+from ..support.adapted import config, train
 from ..support.models import build
 
 Weights = dict[str, torch.Tensor]

@@ -19,8 +19,7 @@ import pissa_kernels as pk
 from pissa_kernels.cli import main as cli
 from pissa_kernels.convert.convert import convert_adapter
 
-from ..peft.test_models import config, lora_layers, moved
-from ..peft.test_save import allowed
+from ..support.adapted import allowed, config, lora_layers, moved
 from ..support.models import build, output
 from .adapters import Weights, make, retensor, rewrite
 

@@ -19,7 +19,7 @@ from pissa_kernels.cli.main import main
 from pissa_kernels.convert.report import ConversionReport
 from pissa_kernels.peft.saving import sidecar
 
-from ..peft.test_models import lora_layers
+from ..support.adapted import lora_layers
 from ..support.checkpoints import factors, tensors
 from ..support.merging import adapt, quantize, residual, train
 from ..support.models import build

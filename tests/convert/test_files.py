@@ -19,7 +19,7 @@ from pissa_kernels.convert.convert import convert_adapter
 from pissa_kernels.convert.pair import AdapterPair
 from pissa_kernels.files import header
 
-from ..peft.test_models import config
+from ..support.adapted import config
 from ..support.mounts import BindMounts
 from .adapters import rewrite
 

@@ -16,10 +16,9 @@ import pissa_kernels as pk
 from pissa_kernels.cli import main as cli
 from pissa_kernels.convert.convert import convert_adapter
 
-from ..peft.test_models import config
-from ..peft.test_save import allowed, moved, train
-from ..peft.test_start import SETTINGS, VARIANTS, stored, trained
+from ..support.adapted import allowed, config, moved, train
 from ..support.models import build, output
+from ..support.trained import SETTINGS, VARIANTS, stored, trained
 from .adapters import retensor
 
 HEAD = "base_model.model.lm_head.base_layer.weight"

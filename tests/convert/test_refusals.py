@@ -13,7 +13,7 @@ import torch
 
 from pissa_kernels.convert.convert import convert_adapter
 
-from ..peft.test_models import lora_layers
+from ..support.adapted import lora_layers
 from .adapters import make, retensor, rewrite
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import pissa_kernels as pk
 
-from ..peft.test_models import config
+from ..support.adapted import config
 from ..support.models import build
 from ..support.reference import energy_deficit, realistic
 from ..support.together import raises_everywhere, same_everywhere, together

@@ -12,8 +12,7 @@ import torch
 import pissa_kernels as pk
 from pissa_kernels.peft import patch
 
-from ..peft.test_models import config, lora_layers
-from ..peft.test_schedule import assert_same, state
+from ..support.adapted import assert_same, config, lora_layers, state
 from ..support.models import build
 from .test_model import check
 

@@ -16,8 +16,7 @@ from pissa_kernels.runtime import transfer
 from pissa_kernels.runtime.transfer import HostCopy, PinnedTransfer
 from pissa_kernels.svd import cost
 
-from ..peft.test_models import config, lora_layers, moved
-from ..peft.test_schedule import assert_same, state
+from ..support.adapted import assert_same, config, lora_layers, moved, state
 from ..support.models import build, output
 from ..support.reference import ROUNDOFF, energy_deficit
 

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 import pissa_kernels as pk
 
 from ..convert.adapters import retensor, rewrite
-from ..peft.test_models import moved
-from ..peft.test_save import allowed
+from ..support.adapted import allowed, moved
 from ..support.checkpoints import tensors
 from ..support.experts import BOTH, EXPERTS, moe, saved
 from ..support.merging import adapt as adapt_quantized

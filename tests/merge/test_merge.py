@@ -14,8 +14,7 @@ import transformers
 
 import pissa_kernels as pk
 
-from ..peft.test_models import moved
-from ..peft.test_save import allowed
+from ..support.adapted import allowed, moved
 from ..support.checkpoints import tensors
 from ..support.merging import adapt, in_float32, load, quantize, residual, train, worst
 from ..support.models import TARGETS, build, output

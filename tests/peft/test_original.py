@@ -12,9 +12,8 @@ import torch
 
 import pissa_kernels as pk
 
+from ..support.adapted import DTYPES, NAMES, allowed, make, moved, train
 from ..support.models import output
-from .test_models import moved
-from .test_save import DTYPES, NAMES, allowed, make, train
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

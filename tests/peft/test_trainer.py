@@ -12,9 +12,8 @@ import transformers
 
 import pissa_kernels as pk
 
+from ..support.adapted import allowed, config, moved, residuals
 from ..support.models import build, output
-from .test_models import config
-from .test_save import allowed, moved, residuals
 
 STEPS = 6
 

@@ -14,9 +14,8 @@ import transformers
 
 import pissa_kernels as pk
 
+from ..support.adapted import allowed, config, moved, train
 from ..support.models import build, output
-from .test_models import config
-from .test_save import allowed, moved, train
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

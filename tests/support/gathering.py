@@ -1,4 +1,4 @@
-"""One process of tests/peft/test_gathering.py: a model that several processes hold together is saved and merged.
+"""One process of tests/peft/saving/test_gathering.py: a model that several processes hold together is saved and merged.
 
 Prints "done" at the end. The files that it writes are read by the test, in one process.
 """
@@ -22,7 +22,7 @@ import pissa_kernels as pk
 from pissa_kernels.peft.saving import save as saving
 from pissa_kernels.peft.weights.first_pass import FirstPass
 
-from ..peft.test_models import config, lora_layers
+from .adapted import config, lora_layers
 from .models import build
 
 IDS = torch.arange(24).reshape(2, 12) * 4

@@ -14,7 +14,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 
 import pissa_kernels as pk
 
-from ..peft.test_models import lora_layers
+from .adapted import lora_layers
 from .models import build
 
 WIDTH = 64

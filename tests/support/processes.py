@@ -1,4 +1,4 @@
-"""One process of tests/peft/test_distributed.py: initialize a model and compare its bits with the other processes."""
+"""One process of test_distributed.py: initialize a model and compare its bits with the other processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 import pissa_kernels as pk
 
-from ..peft.test_models import config, lora_layers
+from .adapted import config, lora_layers
 from .models import build
 
 
