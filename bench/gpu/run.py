@@ -107,7 +107,8 @@ def _steps(text: str) -> list[str]:
 def in_workers(names: Sequence[str], settings: Settings) -> dict[str, float]:
     """Run steps, each in its own process; the seconds of each."""
     spent: dict[str, float] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the workers are killed as well
+    # so that the workers are killed as well
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     waiting = Worker()
     try:
         for name in names:
@@ -123,6 +124,7 @@ def in_workers(names: Sequence[str], settings: Settings) -> dict[str, float]:
                 Recorder(name, settings).row(name, "step", reason=failure)
     finally:
         waiting.kill()
+        signal.signal(signal.SIGTERM, before)
     return spent
 
 

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..runtime.workers import left_behind
 from . import convert, demo, init, merge, report, verify
 from .arguments import EXIT_FAILED, EXIT_USAGE
-from .streams import accept_all_text, one_line
+from .streams import accept_all_text, one_line, reserved_stdout
 
 _EXTRA = ". The command line needs its extra: pip install 'pissa-kernels[demo]'"
 
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_all_text()
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with reserved_stdout():
+            return int(arguments.run(arguments))
     except KeyboardInterrupt:
         return _fail(f"interrupted; {getattr(arguments, 'interrupted', 'nothing was saved')}", EXIT_FAILED)
     except Exception as error:

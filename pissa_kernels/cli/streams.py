@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from typing import TextIO
 
 # What stands for the signs of our tables and messages; what Unicode itself decomposes, such as "₁", is not listed.
 _ASCII = {
@@ -13,6 +16,7 @@ _ASCII = {
     "≤": "<=", "≥": ">=", "→": "->", "∞": "inf", "’": "'",
 }  # fmt: skip
 _NEAREST = "pissa_kernels.nearest"
+_reserved: TextIO | None = None
 
 
 def _nearest(error: UnicodeError) -> tuple[str, int]:
@@ -40,6 +44,21 @@ def accept_all_text() -> None:
             reconfigure(errors=_NEAREST)
 
 
+@contextlib.contextmanager
+def reserved_stdout() -> Iterator[None]:
+    """Context in which :func:`output` alone prints to standard output, for a program that reads it.
+
+    What other packages print there goes to standard error: DeepSpeed, for example, logs when transformers imports it.
+    """
+    global _reserved
+    _reserved = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _reserved = None
+
+
 def output(text: str) -> None:
     """Print to standard output at once, so that a failure is reported by the command and not by Python at its exit.
 
@@ -47,7 +66,7 @@ def output(text: str) -> None:
         OSError: of the system, with the name of the stream.
     """
     try:
-        print(text, flush=True)
+        print(text, file=_reserved or sys.stdout, flush=True)
     except OSError as error:
         abandon_stdout()
         error.filename = "standard output"
@@ -57,7 +76,7 @@ def output(text: str) -> None:
 def abandon_stdout() -> None:
     """Send what is left of the output nowhere, once its reader is gone. Python would fail on it at its exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, (_reserved or sys.stdout).fileno())
     os.close(nowhere)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -174,6 +175,25 @@ def report(tmp_path: Path) -> Path:
     path = tmp_path / "report.json"
     pk.Report([layer]).write(path)
     return path
+
+
+def test_other_packages_do_not_print_into_the_result(
+    report: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSpeed, whose log goes to standard output."""
+    read = pk.Report.read
+
+    def with_a_log(path: Path) -> pk.Report:
+        print("[WARNING] a log")
+        return read(path)
+
+    monkeypatch.setattr(pk.Report, "read", with_a_log)
+    assert main(["report", str(report), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads(report.read_text())
+    assert captured.err == "[WARNING] a log\n"
+    print("as before")
+    assert capsys.readouterr().out == "as before\n"
 
 
 @pytest.mark.slow
