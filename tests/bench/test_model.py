@@ -47,7 +47,6 @@ def test_a_provider_streams_through_every_gpu(monkeypatch: pytest.MonkeyPatch) -
     assert settings == [{"device": ["cuda:0", "cuda:1", "cuda:2"]}, {"device": "cuda"}]
 
 
-@pytest.mark.slow
 def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     assert main(["model", *TINY, "--no-memory", "--out", str(out)]) == 0

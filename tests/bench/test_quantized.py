@@ -25,7 +25,6 @@ def rows(tmp_path_factory):
     return {(row["case"], row["provider"]): row for row in read_rows(out)}
 
 
-@pytest.mark.slow
 def test_a_row_for_each_method_and_case(rows):
     large, small = "real-like-256x256-nf4-double-r128-bf16", "minilm-query-384x384-nf4-r16-fp32"
     methods = ["ours qpissa", "ours pissa", "torch.linalg.svd"]

@@ -17,12 +17,14 @@ from pissa_kernels.cli.main import main
 
 from ..support.architectures import ARCHITECTURES, difference, outputs, save_with_remote_code
 from ..support.checkpoints import witness
+from ..support.marks import slow_but
 
 # Relative difference of outputs in float32. A layer whose adapter is not used makes one above 1e-1.
 ROUNDING = 5e-6
 RANK = 4
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread_and_few_collections")]
+pytestmark = pytest.mark.usefixtures("one_thread_and_few_collections")
+NAMES = slow_but(ARCHITECTURES, "gpt2", "llama", "bert", "qwen3_moe", "vit")
 
 
 Source = Callable[[str], tuple[Path, dict[str, torch.Tensor]]]
@@ -53,7 +55,7 @@ def check_loads(name: str, out: Path, expected: dict[str, torch.Tensor]) -> None
     assert difference(expected, outputs(name, adapted)) <= ROUNDING
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_init(name: str, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What ``init`` writes, transformers and PEFT load to the original's outputs."""
     model, expected = source(name)
@@ -76,7 +78,7 @@ def test_init(name: str, source: Source, tmp_path: Path, capsys: pytest.CaptureF
     check_loads(name, out, expected)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_demo(name: str, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The demo runs the model with inputs of its own, and what it saves, transformers and PEFT load."""
     model, expected = source(name)

@@ -123,7 +123,6 @@ def classes() -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(classes()))
 def test_a_missing_class_is_found_by_the_tensors(name: str, tmp_path: Path) -> None:
     """Without a class, transformers makes its base model, on whose module names PEFT would find no layer later."""
@@ -136,7 +135,6 @@ def test_a_missing_class_is_found_by_the_tensors(name: str, tmp_path: Path) -> N
     assert without.adapter.config["task_type"] == with_class.adapter.config["task_type"]
 
 
-@pytest.mark.slow
 def test_the_adapter_of_a_missing_class_fits_what_people_load(tmp_path: Path) -> None:
     original = tied_llama()
     original.save_pretrained(tmp_path / "model")
@@ -157,7 +155,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", OTHERS)
 def test_the_class_of_the_tensors_is_taken_if_another_is_named(case: str, tmp_path: Path) -> None:
     stored, named, loader = OTHERS[case]

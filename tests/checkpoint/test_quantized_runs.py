@@ -51,14 +51,12 @@ def test_two_workers(model: Path, expected: tuple[Path, dict[str, Any]], out: Pa
     assert untimed(out.parent) == expected[1]
 
 
-@pytest.mark.slow
 def test_two_processes(model: Path, expected: tuple[Path, dict[str, Any]], out: Path) -> None:
     children = start(model, out, 2, options=OPTIONS, quantize=NF4)
     assert [child.ended() for child in children] == [0, 0]
     assert untimed(out.parent) == expected[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [("pwritev", 1), ("pwritev", 30), ("journal", 0), ("journal", 5), ("journal", 11)])
 def test_killed_and_resumed(
     step: tuple[str, int], model: Path, expected: tuple[Path, dict[str, Any]], out: Path

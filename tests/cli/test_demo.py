@@ -39,7 +39,6 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_real_model(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("demo", "--json", "--out", out)
@@ -217,6 +216,7 @@ def test_reconstruction_is_measured_against_the_bound() -> None:
     assert worst_reconstruction(original, adapted) > 1
 
 
+@pytest.mark.slow
 def test_a_rank_above_the_width_of_a_layer_is_clipped(gpt2: Path) -> None:
     done = run("demo", str(gpt2), "--rank", "97", "--no-compare")
     assert done.returncode == 0, done.stderr

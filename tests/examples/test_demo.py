@@ -65,7 +65,6 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: object, code: int =
 # Inputs
 
 
-@pytest.mark.slow
 def test_an_image_processor_makes_the_inputs(tmp_path: Path) -> None:
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     pixels = inputs_of(saved("vit", tmp_path, processor))["pixel_values"]
@@ -73,7 +72,6 @@ def test_an_image_processor_makes_the_inputs(tmp_path: Path) -> None:
     assert pixels.abs().max() <= 1, "normalized from bytes"
 
 
-@pytest.mark.slow
 def test_the_processor_is_saved_with_the_model(tmp_path: Path) -> None:
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     out = tmp_path / "out"
@@ -201,7 +199,6 @@ def test_warnings_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "is a Embedding, and the demo compares linear layers" in line
 
 
-@pytest.mark.slow
 def test_without_a_class_the_model_has_no_head(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path / "model")
     config_without(folder, architectures=None)
@@ -226,14 +223,12 @@ def test_a_name_that_no_module_has(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is not a regular expression" in one_line(capsys, folder, "--target-modules", "(q_proj")
 
 
-@pytest.mark.slow
 def test_a_regular_expression(tmp_path: Path) -> None:
     result = run_demo(saved("llama", tmp_path), rank=4, target_modules=r".*\.0\..*_proj", compare=False)
     assert len(result.layers) == 7
     assert result.holds
 
 
-@pytest.mark.slow
 def test_a_layer_that_is_named_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved("siglip_vision", tmp_path)
     for others in ("fc1", "all-linear"):
@@ -277,7 +272,6 @@ def test_a_left_out_layer_whose_name_ends_others(named: str) -> None:
     assert choice.left_out.keys() == {"linear", "long.linear", "other"} - expected
 
 
-@pytest.mark.slow
 def test_shared_experts_beside_fused_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT takes the names of shared experts' layers for those of the fused experts."""
     config = transformers.DeepseekV3Config(
@@ -293,7 +287,6 @@ def test_shared_experts_beside_fused_ones(tmp_path: Path, capsys: pytest.Capture
     assert "model.layers.1.self_attn.q_b_proj" in printed
 
 
-@pytest.mark.slow
 def test_a_layer_whose_weight_is_read_under_some_condition(tmp_path: Path) -> None:
     """Jamba's mixer calls one layer, or reads its weight, as its type tells."""
     config = transformers.JambaConfig(
@@ -308,7 +301,6 @@ def test_a_layer_whose_weight_is_read_under_some_condition(tmp_path: Path) -> No
     assert "model.layers.0.mamba.in_proj" in {layer.name for layer in result.layers}
 
 
-@pytest.mark.slow
 def test_layers_that_the_inputs_do_not_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,7 +319,6 @@ def test_layers_that_the_inputs_do_not_reach(
 # Bounds
 
 
-@pytest.mark.slow
 def test_rounding_that_a_model_amplifies_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Large attention scores in many layers let differences grow tenfold. A wrong adapter is found all the same."""
     with torch.random.fork_rng():
@@ -352,7 +343,6 @@ def test_rounding_that_a_model_amplifies_is_measured(tmp_path: Path, capsys: pyt
     assert "rounding, measured on this model, which amplifies it," in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_wrong_adapter_of_a_vision_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pissa_kernels.examples import demo
 
@@ -380,7 +370,6 @@ def test_a_model_that_returns_nan(tmp_path: Path, capsys: pytest.CaptureFixture[
 # PEFT's own
 
 
-@pytest.mark.slow
 def test_an_initializer_of_peft_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

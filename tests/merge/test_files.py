@@ -181,7 +181,6 @@ run.merge_checkpoint(sys.argv[1], sys.argv[1] + "/pissa_init", sys.argv[2], prog
 """
 
 
-@pytest.mark.slow
 def test_a_killed_merge_leaves_nothing_in_its_place(folders: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, folders / "residual", tmp_path / "merged"], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL

@@ -11,6 +11,7 @@ from torch import Tensor
 from pissa_kernels.ops import batched_reference
 
 from ..support.backends import DEVICE, randn
+from ..support.marks import slow_but
 
 pytest.importorskip("triton")
 
@@ -39,7 +40,7 @@ def exact(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     return C, L.diagonal(dim1=-2, dim2=-1) * norms
 
 
-@pytest.mark.parametrize("size", [1, 8, 31, 33, 64, 129, 160])
+@pytest.mark.parametrize("size", slow_but([1, 8, 31, 33, 64, 129, 160], 8, 33, 160))
 def test_errors_are_those_of_lapack(size: int, poison: None) -> None:
     gram = gram_of(12 if size < 100 else 4, size)  # the error of a single one depends on the CPU's LAPACK
     shift = 1e-6

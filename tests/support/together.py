@@ -40,7 +40,9 @@ def together(*worlds: int) -> Callable[[Callable[[], None]], Callable[[], None]]
 def cases(module: Any) -> list[Any]:
     """A parameter of pytest for each function of a module and each number of processes."""
     return [
-        pytest.param(name, world, id=f"{name.removeprefix('check_')}-{world}")
+        pytest.param(
+            name, world, id=f"{name.removeprefix('check_')}-{world}", marks=[pytest.mark.slow] if world > 2 else []
+        )
         for name, function in vars(module).items()
         for world in getattr(function, _MARK, ())
     ]

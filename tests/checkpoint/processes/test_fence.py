@@ -63,6 +63,7 @@ def test_hosts_of_all_runs_are_known(tmp_path: Path) -> None:
     assert first_process(tmp_path).startswith("host ")
 
 
+@pytest.mark.slow
 def test_run_of_one_process_writes_no_number_and_loads_no_group(pristine: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pissa_kernels.checkpoint import fence, run\n"

@@ -21,6 +21,7 @@ from pissa_kernels.checkpoint.run import run_job
 from ...support.checkpoints import small, untimed
 from ...support.crashing import KILLED, OPTIONS, Child, Processes, start
 from ...support.kills import kill
+from ...support.marks import slow_but
 
 ROOT = Path(__file__).resolve().parents[3]
 ADVICE = "; finished tensors are kept, and --resume continues with any number of processes"
@@ -50,8 +51,7 @@ def at_work(children: list[Child], out: Path, seconds: float = 1.5) -> None:
     time.sleep(seconds)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1, 2])
+@pytest.mark.parametrize("killed", slow_but([0, 1, 2], 1))
 def test_killed_process_is_named_and_one_process_resumes(
     killed: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
 ) -> None:
@@ -137,8 +137,7 @@ def test_process_in_a_long_computation_is_not_lost(
     assert untimed(out.parent) == expected[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ended", [0, 1])
+@pytest.mark.parametrize("ended", slow_but([0, 1], 1))
 def test_sigterm_of_one_process_ends_all(
     ended: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
 ) -> None:

@@ -20,6 +20,7 @@ from pissa_kernels.checkpoint.run import run_job
 
 from ...support.checkpoints import untimed
 from ...support.crashing import KILLED, OPTIONS, Child, Processes, outcomes, start
+from ...support.marks import slow_but
 from ...support.refusing import edit_tensor
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[3]
 PACED = Processes(pace=0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_write_the_bytes_of_one(
     world: int, model: Path, expected: tuple[Path, dict[str, Any]], out: Path
@@ -130,7 +130,7 @@ def test_error_of_one_process_ends_all(
     assert second == f"RuntimeError: process 0: {first.partition(': ')[2]}"
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", slow_but([0, 1], 1))
 def test_refused_weight_of_one_process_leaves_nothing(process: int, model: Path, out: Path, tmp_path: Path) -> None:
     """The process that meets the weight names it, whichever it is, and the others end with it."""
     spoiled = Path(shutil.copytree(model, tmp_path / "model"))

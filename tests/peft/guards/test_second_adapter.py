@@ -302,6 +302,7 @@ def test_hotswap(kind: str, tmp_path: Path) -> None:
         assert off(expected, adapted) <= allowed(torch.float32)
 
 
+@pytest.mark.slow
 def test_hotswap_of_a_compiled_model(tmp_path: Path) -> None:
     torch.compiler.reset()
     alone = saved(tmp_path, seed=3, **OTHER["rank"])

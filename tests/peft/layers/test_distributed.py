@@ -15,14 +15,14 @@ import torch
 import pissa_kernels as pk
 
 from ...support.adapted import config
+from ...support.marks import slow_but
 from ...support.models import build
 from ...support.processes import WAYS, digest
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("way", slow_but(sorted(WAYS), "partitioned"))
 def test_two_processes_agree_with_each_other_and_with_one(way: str, tmp_path: Path) -> None:
     if way == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed; [partitioned] simulates its gather without it")

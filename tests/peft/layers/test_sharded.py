@@ -8,7 +8,6 @@ from ...support.together import assert_holds, cases
 from . import sharded_cases
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "world"), cases(sharded_cases))
 def test_several_processes(name: str, world: int) -> None:
     assert_holds(sharded_cases, name, world)

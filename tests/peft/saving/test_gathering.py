@@ -16,6 +16,7 @@ import pissa_kernels as pk
 
 from ...support.adapted import moved
 from ...support.gathering import ADAPTER, RESIDUAL, TRAINED, WAYS, logits
+from ...support.marks import slow_but
 from ...support.models import build
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 ROUNDING = 5e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("way", slow_but(sorted(WAYS), "fsdp2"))
 def test_what_two_processes_save_loads_in_one(way: str, tmp_path: Path) -> None:
     if way in ("zero3", "modifier_rank") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")

@@ -94,6 +94,7 @@ def test_a_batch_with_an_adapter_for_each_sample() -> None:
             assert moved(alone, mixed[row : row + 1].double()) <= allowed(torch.float32), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_compiled_model(dynamic: bool | None) -> None:
     torch.compiler.reset()

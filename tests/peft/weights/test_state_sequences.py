@@ -327,6 +327,7 @@ def test_a_model_that_no_patch_has_made_is_swapped_by_peft(walk: ModelWalk) -> N
         assert not records(layer)
 
 
+@pytest.mark.slow
 def test_a_hotswap_in_a_process_that_has_only_unpickled_the_model(tmp_path: Path) -> None:
     """There no patch has been active, and the names were imported before the model was unpickled."""
     walk = ModelWalk()
