@@ -24,7 +24,18 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_overlap(weight: Tensor) -> bool:
-    """Whether two elements of a ``weight`` may share memory, as in an expanded tensor."""
+    """Whether two elements of a weight may share memory, as in an expanded tensor.
+
+    Args:
+        weight: of any shape and dtype. Its strides are looked at, not its elements.
+
+    Examples:
+        >>> import torch
+        >>> from pissa_kernels import ops
+        >>> weight = torch.ones(64, 48)
+        >>> ops.has_overlap(weight.mT), ops.has_overlap(weight[:1].expand(64, 48))
+        (False, True)
+    """
     if not weight.numel():
         return False
     last = 0  # place of the last element of the dimensions with smaller strides

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import doctest
 import json
 import sys
 from collections.abc import Iterator
@@ -282,15 +280,3 @@ def test_cuda_where_there_is_none(pristine: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(RuntimeError, match="device='cuda': this torch sees no CUDA device"):
         init(pristine, tmp_path / "out", device="cuda")
     assert list(tmp_path.iterdir()) == []
-
-
-# Example
-
-
-def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
-    [example] = doctest.DocTestFinder(recurse=False).find(pk.init_checkpoint, "init_checkpoint", globs={})
-    assert len(example.examples) > 5
-    with contextlib.redirect_stderr(sys.stdout):
-        assert doctest.DocTestRunner().run(example).failed == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import json
 import math
 from pathlib import Path
@@ -143,13 +142,6 @@ def test_an_untrained_adapter_changes_nothing(rank: int | None, llama: tuple[Pat
     assert {layer.loss for layer in done.layers} == {0}
     assert done.notes[-1].endswith("pissa_init equals its initial adapter, so the result changes nothing")
     assert moved(output(base), output(loaded(base, tmp_path / "lora"))) <= allowed(torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:peft")
-def test_the_docstring_example() -> None:
-    (example,) = doctest.DocTestFinder(recurse=False).find(convert_adapter, "convert_adapter", globs={})
-    assert example.examples
-    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 # The base model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import json
 import math
 import os
@@ -267,19 +265,3 @@ def test_reports_do_not_share_layers() -> None:
 
 def test_pickled_models_find_the_class_of_a_layers_report() -> None:
     assert (LayerReport.__module__, LayerReport.__qualname__) == ("pissa_kernels.report.layer", "LayerReport")
-
-
-@pytest.mark.parametrize(
-    ("module", "objects"),
-    [
-        ("layer", {"LayerReport"}),
-        ("report", {"Report", "Report.read", "Report.summary", "Report.table", "Report.write", "find_report"}),
-    ],
-)
-def test_examples_of_the_docstrings(module: str, objects: set[str]) -> None:
-    found = doctest.DocTestFinder().find(importlib.import_module(f"pissa_kernels.report.{module}"), module)
-    examples = [test for test in found if test.examples]
-    assert {test.name.removeprefix(f"{module}.") for test in examples} == objects
-    for example in examples:
-        example.globs.clear()  # a user who runs the example does not have the names of its module
-        assert doctest.DocTestRunner().run(example).failed == 0, example.name
