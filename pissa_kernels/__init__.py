@@ -13,11 +13,11 @@ from .checkpoint.verify import verify_checkpoint
 from .convert.convert import convert_adapter
 from .convert.report import ConversionReport
 from .merge.run import merge_checkpoint
-from .peft.injection.ranks import share_initial
+from .peft.injection.first_process import share_initial
 from .peft.layers.initialize import pissa_init
 from .peft.original import original_model
 from .peft.patch import PatchedPeft, patch_peft, unpatch_peft
-from .peft.saving.checkpointing import PissaState
+from .peft.saving.distributed_state import PissaState
 from .peft.saving.save import save_pissa
 from .pissa import Decomposition, decompose
 from .report import LayerReport, Report

@@ -49,6 +49,11 @@ def layer_context(layer: str) -> Iterator[None]:
         raise
 
 
+def asks_for_pissa(init: object) -> bool:
+    """Whether PEFT takes a value of ``init_lora_weights`` for PiSSA, valid or not: it looks at the first letters."""
+    return isinstance(init, str) and init.startswith("pissa")
+
+
 def parse_init(init: str) -> int | None:
     """Parse PEFT's ``init_lora_weights``.
 

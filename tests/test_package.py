@@ -59,6 +59,7 @@ def test_import_sets_nothing() -> None:
     assert run(code) == "True"
 
 
+@pytest.mark.slow
 def test_import_patches_nothing() -> None:
     code = (
         "from peft.tuners.lora.layer import LoraLayer; before = dict(vars(LoraLayer)); "

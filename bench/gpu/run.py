@@ -109,8 +109,9 @@ def in_workers(names: Sequence[str], settings: Settings) -> dict[str, float]:
     spent: dict[str, float] = {}
     # so that the workers are killed as well
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    waiting = Worker()
+    waiting = None
     try:
+        waiting = Worker()
         for name in names:
             if skipped(name, settings):
                 continue
@@ -123,7 +124,8 @@ def in_workers(names: Sequence[str], settings: Settings) -> dict[str, float]:
             if failure:
                 Recorder(name, settings).row(name, "step", reason=failure)
     finally:
-        waiting.kill()
+        if waiting is not None:
+            waiting.kill()
         signal.signal(signal.SIGTERM, before)
     return spent
 

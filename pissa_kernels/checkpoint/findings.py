@@ -21,7 +21,7 @@ class Finding(NamedTuple):
 
 
 class Verification(list[Finding]):
-    """The findings of :func:`verify_checkpoint`, sorted: an empty list where everything holds.
+    """The findings of :func:`pissa_kernels.verify_checkpoint`, sorted: an empty list where everything holds.
 
     Attributes:
         layers: check of every residual in a float dtype, in the report's order.

@@ -39,7 +39,7 @@ def verify_checkpoint(
 
     Args:
         base: folder of the original checkpoint.
-        out: folder that :func:`init_checkpoint` has written.
+        out: folder that :func:`pissa_kernels.init_checkpoint` has written.
         workers: tensors at a time; None for as many as torch has threads.
         progress: show a bar where stderr is a terminal.
 
@@ -51,7 +51,7 @@ def verify_checkpoint(
         ValueError: the original or the manifest is damaged, or ``base`` is itself a result of init.
 
     Examples:
-        See :func:`init_checkpoint`.
+        See :func:`pissa_kernels.init_checkpoint`.
     """
     base, out = Path(base), Path(out)
     checkpoint = open_checkpoint(base)

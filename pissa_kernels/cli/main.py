@@ -17,7 +17,7 @@ from . import convert, demo, init, merge, report, verify
 from .arguments import EXIT_FAILED, EXIT_USAGE
 from .streams import accept_all_text, one_line, reserved_stdout
 
-_EXTRA = ". The command line needs its extra: pip install 'pissa-kernels[demo]'"
+_EXTRA = ". The command line needs its extra: pip install 'pissa-kernels[cli]'"
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""Standard output and standard error in any encoding: a finished run does not fail for a sign that a terminal lacks."""
+"""Standard output and standard error: in any encoding, and the first one with nothing but the result.
+
+A finished run does not fail for a sign that a terminal lacks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _ASCII = {
     "≤": "<=", "≥": ">=", "→": "->", "∞": "inf", "’": "'",
 }  # fmt: skip
 _NEAREST = "pissa_kernels.nearest"
-_reserved: TextIO | None = None
+_results: list[TextIO | None] = []  # within `reserved_stdout`, the stream for results
 
 
 def _nearest(error: UnicodeError) -> tuple[str, int]:
@@ -48,15 +51,15 @@ def accept_all_text() -> None:
 def reserved_stdout() -> Iterator[None]:
     """Context in which :func:`output` alone prints to standard output, for a program that reads it.
 
-    What other packages print there goes to standard error: DeepSpeed, for example, logs when transformers imports it.
+    What Python code of other packages prints there goes to standard error: DeepSpeed, for example, logs when
+    transformers imports it.
     """
-    global _reserved
-    _reserved = sys.stdout
+    _results.append(sys.stdout if not _results else _results[-1])
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        _reserved = None
+        _results.pop()
 
 
 def output(text: str) -> None:
@@ -66,7 +69,9 @@ def output(text: str) -> None:
         OSError: of the system, with the name of the stream.
     """
     try:
-        print(text, file=_reserved or sys.stdout, flush=True)
+        stream = _results[-1] if _results else sys.stdout
+        if stream is not None:  # it is None where the program was started with a closed one
+            print(text, file=stream, flush=True)
     except OSError as error:
         abandon_stdout()
         error.filename = "standard output"
@@ -76,7 +81,9 @@ def output(text: str) -> None:
 def abandon_stdout() -> None:
     """Send what is left of the output nowhere, once its reader is gone. Python would fail on it at its exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, (_reserved or sys.stdout).fileno())
+    stream = _results[-1] if _results else sys.stdout
+    if stream is not None:
+        os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 

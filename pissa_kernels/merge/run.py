@@ -41,11 +41,11 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Merge a trained adapter into the checkpoint that it was trained on, without loading the model.
 
-    ``out`` may be a residual checkpoint of :func:`init_checkpoint`, quantized or not, or any checkpoint in safetensors
-    with a LoRA that was trained on it. ``merged`` becomes a full checkpoint: every adapted weight is W + s·B·A, summed
-    in float32 and rounded once; weights in NF4, FP4 or int8 are dequantized, whether they are adapted or not; trained
-    copies of whole modules replace those of ``out``; everything else is copied. One weight per worker is in memory at a
-    time. The result appears complete or not at all.
+    ``out`` may be a residual checkpoint of :func:`pissa_kernels.init_checkpoint`, quantized or not, or any checkpoint
+    in safetensors with a LoRA that was trained on it. ``merged`` becomes a full checkpoint: every adapted weight is
+    W + s·B·A, summed in float32 and rounded once; weights in NF4, FP4 or int8 are dequantized, whether they are adapted
+    or not; trained copies of whole modules replace those of ``out``; everything else is copied. One weight per worker
+    is in memory at a time. The result appears complete or not at all.
 
     Args:
         out: folder of the checkpoint.

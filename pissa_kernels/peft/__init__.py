@@ -1,1 +1,6 @@
-"""The hook into PEFT: replacing its initializer, initializing layers under it, and saving and loading them."""
+"""The hook into PEFT.
+
+:mod:`.patch` replaces what :mod:`.hooks` lists. PEFT then injects adapters (``injection``), whose layers are
+initialized (``layers``) and compute with residuals (``weights``). ``saving`` and ``guards`` come after:
+files, and operations on the model.
+"""

@@ -20,15 +20,15 @@ from ..adapter.layers import in_scope
 from ..runtime.shards import reshard
 from .guards.guard import protect, protect_peft_model
 from .guards.weighted import add_weighted_adapter
-from .injection import kinds, ranks
+from .injection import first_process, kinds
 from .injection.additions import check_addition, removed_on_failure
 from .injection.creation import creating
 from .injection.targets import is_pissa
 from .injection.wrapping import injected, warn_of_plain_layers, wrapping
-from .layers import tied
+from .layers import tied_embeddings
 from .layers.layer import LayerJob
 from .layers.replicated import follow, split
-from .layers.tied import is_tied
+from .layers.tied_embeddings import is_tied
 from .saving import base_weights, start
 from .saving.load import Source, loading, replace_records
 from .saving.save import SavePretrained
@@ -162,7 +162,7 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
         replicated = any(getattr(config, "layer_replication", None) for config in configs.values())
         kept = functools.partial(is_tied, configs[adapter_name])
         injection = Injection(Ties(model, replicated=replicated, kept=kept), model)
-        group = ranks.filled_from_first(model) if is_pissa(configs[adapter_name]) else None
+        group = first_process.filled_from_first(model) if is_pissa(configs[adapter_name]) else None
         injection.filled_later = group is not None and not group.first
         if loading.get() is not None:  # each process has the file with the initial factors
             group = None
@@ -178,7 +178,7 @@ def wrap_inject_adapter(session: Session, previous: Function) -> Function:
                     if not injection.filled_later:
                         run_together(session, injection, model, jobs, copies)
                 if group is not None:
-                    session.layers += ranks.follow_first(group, model, adapter_name, injection.jobs)
+                    session.layers += first_process.follow_first(group, model, adapter_name, injection.jobs)
                     injection.notices.left_alone.clear()
                 if is_pissa(configs[adapter_name]) and loading.get() is None:
                     warn_of_plain_layers(injection, model, adapter_name)
@@ -199,7 +199,7 @@ def run_together(
     if jobs:
         session.run(jobs)
     session.layers += [follow(job, first) for job, first in copies]
-    session.layers += tied.follow(injection.tied, model)
+    session.layers += tied_embeddings.follow(injection.tied, model)
 
 
 def wrap_from_pretrained(session: Session, previous: Function) -> Function:

@@ -28,12 +28,12 @@ from ..report import LayerReport, Report
 from ..runtime.memory import Peak
 from ..runtime.progress import progress as progress_bar
 from .hooks import hooks, install, remove_ended
-from .injection.ranks import leave_to_first
+from .injection.first_process import leave_to_first
 from .layers import schedule
-from .layers.division import devices_of
 from .layers.initialize import prepare
 from .layers.layer import LayerJob
-from .layers.tied import Follower
+from .layers.several_gpus import devices_of
+from .layers.tied_embeddings import Follower
 from .saving.load import loading
 from .scope import can_be_deferred, injecting, replacing
 from .settings import NOT_QUANTIZED, QuantizedSettings
@@ -60,10 +60,11 @@ def patch_peft(
     (``with patch_peft() as report:``) it applies to the thread that entered it, until the block ends. Patches nest, and
     the innermost one does the work. When a patch ends, the methods that it replaced are restored, PEFT's own or those
     of other code. Initialized are ``nn.Linear``, ``Conv1D``, embeddings, convolutions, ``nn.MultiheadAttention``, and
-    parameters (``target_parameters``), such as stacks of experts, each expert by itself. Layers whose weight the model
-    reads without calling them, and sharded weights, are refused, before the model has been changed; Megatron's
-    tensor-parallel layers go to the method that was there. A rank above a layer's width is limited to it, with a
-    warning; one more warning lists the layers that stay plain LoRA, if there are any.
+    parameters (``target_parameters``), such as stacks of experts, each expert by itself. Sharded weights are decomposed
+    where their shards are. Layers whose weight the model reads without calling them, and shards that PEFT cannot adapt,
+    are refused, before the model has been changed; Megatron's tensor-parallel layers go to the method that was there. A
+    rank above a layer's width is limited to it, with a warning; one more warning lists the layers that stay plain LoRA,
+    if there are any.
 
     Args:
         seed: seed of every layer's sketch.

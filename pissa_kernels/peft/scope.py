@@ -13,7 +13,7 @@ from torch import nn
 from ..adapter.layouts import layout_of
 from ..report import LayerReport
 from .layers.layer import LayerJob
-from .layers.tied import Follower
+from .layers.tied_embeddings import Follower
 from .notices import Notices
 from .weights.record import records
 from .weights.ties import Ties

@@ -11,7 +11,7 @@ from .layers.quantized_layer import Quantizing
 
 
 class QuantizedSettings(NamedTuple):
-    """The arguments of :func:`patch_peft` for quantized layers."""
+    """The arguments of :func:`pissa_kernels.patch_peft` for quantized layers."""
 
     original: str | os.PathLike[str] | None = None
     iterations: Iterations = DEFAULT_ITERATIONS

@@ -100,7 +100,7 @@ def test_help_of_init_has_the_options_by_group(capsys: pytest.CaptureFixture[str
         (TypeError("a type"), 1, "a type"),
         (RuntimeError("a run"), 1, "a run"),
         (ModuleNotFoundError("No module named 'peft'"), 1, "No module named 'peft'. The command line needs its extra: "
-         "pip install 'pissa-kernels[demo]'"),
+         "pip install 'pissa-kernels[cli]'"),
         (ImportError("a kernel is missing"), 1, "a kernel is missing"),
         (BrokenPipeError(32, "Broken pipe"), 1, "nothing reads the output any more; finished tensors are kept, and "
          "--resume continues the run"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..support.backends import DEVICE, randn
 from ..support.block_jacobi import UNIT_ROUNDOFF
 from ..support.block_jacobi import block_jacobi as transcribed
+from ..support.marks import slow_but
 
 pytest.importorskip("triton")
 
@@ -88,7 +89,7 @@ def test_sizes(size: int) -> None:
     check(matrix, values[0], vectors[0])
 
 
-@pytest.mark.parametrize("kind", ["gram", "indefinite", "repeated"])
+@pytest.mark.parametrize("kind", slow_but(["gram", "indefinite", "repeated"], "indefinite"))
 def test_pairs_of_blocks_and_the_transcription(kind: str, poison: None) -> None:
     matrix = symmetric(kind, 13)
     values, vectors = block_jacobi(matrix[None], 8)

@@ -13,6 +13,7 @@ import transformers
 import pissa_kernels as pk
 
 from ..support.adapted import allowed, config, moved, residuals
+from ..support.marks import slow_but
 from ..support.models import build, output
 
 STEPS = 6
@@ -103,7 +104,7 @@ EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("extra", slow_but(EXTRAS, "dora and head"))
 def test_after_the_best_model_is_loaded_everything_is_saved_right(extra: str, tmp_path: Path) -> None:
     """The best checkpoint, the initial state and the plain LoRA give the outputs that they should."""
     name, changes = EXTRAS[extra]

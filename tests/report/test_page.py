@@ -18,6 +18,7 @@ from pissa_kernels import Report
 from pissa_kernels.report.layer import HEADS, layer_row
 from pissa_kernels.report.spectrum import least_rank, suggestion
 
+from ..support.marks import slow_but
 from ..support.reports import LLAMA, in_first_triplets, layer, llama, power_law
 
 pytest.importorskip("matplotlib", reason="the page has pictures, which need matplotlib")
@@ -267,7 +268,7 @@ def test_refusals_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "old", "<svg></svg>", "\0\1<html>"])
+@pytest.mark.parametrize("content", slow_but(['{"a": 1}', "old", "<svg></svg>", "\0\1<html>"], "old"))
 def test_only_a_page_is_replaced(content: str, tmp_path: Path) -> None:
     path, link = tmp_path / "file", tmp_path / "link"
     path.write_text(content)

@@ -14,6 +14,7 @@ import pytest
 from pissa_kernels import Report
 from pissa_kernels.report.spectrum import cumulative_energy, least_rank
 
+from ..support.marks import slow_but
 from ..support.reports import LLAMA, layer, llama, power_law
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
@@ -219,7 +220,7 @@ def test_draw_writes_three_files(tmp_path: Path) -> None:
     assert all("<svg" in path.read_text() for path in vector)
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("suffix", slow_but(["png", "svg", "pdf"], "png"))
 def test_only_its_own_pictures_are_replaced(suffix: str, tmp_path: Path) -> None:
     drawn = draw(SMALL, tmp_path, suffix=suffix)
     os.link(drawn[0], tmp_path / "kept")

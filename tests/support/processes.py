@@ -1,4 +1,4 @@
-"""One process of test_distributed.py: initialize a model and compare its bits with the other processes."""
+"""One process of peft/layers/test_distributed.py: initialize a model and compare its bits with the other processes."""
 
 from __future__ import annotations
 

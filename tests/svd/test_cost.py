@@ -103,8 +103,8 @@ def test_the_workspace_is_an_upper_estimate_of_measured_peaks() -> None:
     ("shape", "dtype", "further_rounds"),
     [
         ((300, 280), torch.bfloat16, 0),
-        ((300, 280), torch.bfloat16, 1),
-        ((300, 280), torch.float32, 1),
+        pytest.param((300, 280), torch.bfloat16, 1, marks=pytest.mark.slow),
+        pytest.param((300, 280), torch.float32, 1, marks=pytest.mark.slow),
         ((640, 200), torch.bfloat16, 1),
     ],
 )

@@ -19,7 +19,7 @@ from ..saving.pieces import check_gathered
 from ..weights import forward, state
 from ..weights.state import adapted_layers
 from . import merging, of_diffusers
-from .guarded import UNLOAD, Guard, Reopen, guard, unguard
+from .replaced_method import UNLOAD, Guard, Reopen, guard, unguard
 from .unloading import check_kept, check_one_residual, keeping_residuals, unload
 
 # Models that were pickled by version 0.1.0 look for Guard and unload here.

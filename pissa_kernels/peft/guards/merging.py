@@ -17,8 +17,8 @@ from ...adapter.layouts import layout_of
 from ...runtime.shards import is_sharded, put_
 from ..saving.pieces import check_gathered
 from ..weights import state
-from ..weights.divided import plan_of
 from ..weights.quantized import copied, is_quantized, put, scheme_of
+from ..weights.tensor_parallel import plan_of
 
 _MERGED = "pissa_merged"
 # The packed weight before the merge.

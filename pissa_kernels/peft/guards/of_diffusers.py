@@ -6,7 +6,7 @@ from typing import Any
 
 from ..weights import forward, state
 from ..weights.state import adapted_layers
-from .guarded import Reopen, unguard
+from .replaced_method import Reopen, unguard
 from .unloading import check_kept
 
 

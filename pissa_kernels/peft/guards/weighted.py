@@ -21,7 +21,7 @@ from ..injection.additions import removed_on_failure
 from ..weights import forward, state
 from ..weights.record import InitRecord, of_adapter
 from ..weights.state import adapted_layers
-from .guarded import Guard, Reopen
+from .replaced_method import Guard, Reopen
 
 # PEFT combines the products, so that those of the initial factors can be combined alike.
 EXACT = ("cat", "svd")

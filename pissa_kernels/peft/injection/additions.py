@@ -80,7 +80,7 @@ def check_active_variant(layer: Any, adapter: str) -> None:
         adapter: name of the new adapter.
 
     Raises:
-        ValueError: with the name of the variant; :func:`layer_context` adds the layer's.
+        ValueError: with the name of the variant; :func:`pissa_kernels.checks.layer_context` adds the layer's.
     """
     active = [name for name in layer.active_adapters if name in layer.lora_variant and name != adapter]
     if active and not records(layer):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...checks import asks_for_pissa
+
 # Fill a tensor with random numbers. A mode sees the outermost function only, and torch.nn.init has some of its own.
 RANDOM = frozenset((nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.normal_))
 
@@ -47,7 +49,7 @@ def creating(config: Any, target: nn.Module, parameter: str | None = None) -> It
     if isinstance(target, BaseTunerLayer):
         base = target.get_base_layer()
     weight: Any = getattr(base, parameter or "weight", None)
-    if isinstance(init, str) and init.startswith("pissa") and _is_initialized(base, weight, parameter):
+    if asks_for_pissa(init) and _is_initialized(base, weight, parameter):
         # every call of torch passes through each mode, so the device is set only where it is another one
         elsewhere = weight.device != torch.get_default_device()
         with torch.device(weight.device) if elsewhere else contextlib.nullcontext(), _Zeros():

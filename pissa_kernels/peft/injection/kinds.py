@@ -16,6 +16,7 @@ from torch import nn
 from ...adapter.attention import mark_projection
 from ...adapter.layouts import layout_of
 from ...adapter.patterns import pattern_key, rank_of
+from ...checks import asks_for_pissa
 from ..scope import Session, replacing
 from .targets import is_pissa
 
@@ -26,7 +27,7 @@ def wrap_reset_parameters(session: Session, previous: Function) -> Function:
     """What PEFT calls for an embedding and a convolution, whatever their initializer is."""
 
     def reset_lora_parameters(layer: Any, adapter_name: str, init_lora_weights: Any) -> None:
-        if session.applies() and isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa"):
+        if session.applies() and asks_for_pissa(init_lora_weights):
             previous(layer, adapter_name, True)
             with _gathered(layer):
                 session.initialize(layer, adapter_name, init_lora_weights)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...adapter.readers import reader_of, reading
-from ...checks import layer_context
+from ...checks import asks_for_pissa, layer_context
 from ..notices import Notices
 from ..weights.offload import is_offloaded, loads_children
 
@@ -20,8 +20,7 @@ VARIANTS = frozenset(("alora_invocation_tokens", "arrow_config", "kasa_config", 
 
 def is_pissa(config: Any) -> bool:
     """Whether a ``LoraConfig`` asks for PiSSA."""
-    init = getattr(config, "init_lora_weights", None)
-    return isinstance(init, str) and init.startswith("pissa")
+    return asks_for_pissa(getattr(config, "init_lora_weights", None))
 
 
 def check_options(config: Any) -> None:

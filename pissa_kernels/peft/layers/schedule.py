@@ -22,8 +22,8 @@ from ...report import LayerReport
 from ...runtime import memory
 from ...runtime.workers import run_jobs
 from .batches import Emit, needed_bytes, plan_batches, run_batches
-from .division import divide
 from .layer import LayerJob
+from .several_gpus import divide
 from .sharded_run import run_sharded
 from .stack_run import StackRun, Work, is_shared
 

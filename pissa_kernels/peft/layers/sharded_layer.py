@@ -16,8 +16,8 @@ from ...report import LayerReport
 from ...runtime.shards import ShardedStack, is_sharded, on_mesh, taken
 from ...svd.cost import machine_of, workspace
 from ..weights import state
-from ..weights.divided import check_plan, make_whole, plan_of
 from ..weights.record import places_of
+from ..weights.tensor_parallel import check_plan, make_whole, plan_of
 from .joint import JointJob
 from .layer import LayerJob
 

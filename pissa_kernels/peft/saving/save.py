@@ -17,6 +17,7 @@ import torch
 
 from ...adapter.layers import lora_layers
 from ...adapter.names import ADAPTER_FOLDER, KEY_PREFIX, WEIGHTS_NAME, own_name
+from ...checks import asks_for_pissa
 from ...files.atomic import atomic_folder
 from ...report import REPORT_NAME
 from ...runtime.gathering import agreeing, gather_to_first, owners_of
@@ -200,7 +201,7 @@ def _save(peft_model: Any, call: inspect.BoundArguments) -> None:
             continue
         init = getattr(peft_model.peft_config[adapter], "init_lora_weights", None)
         records = records_of(peft_model, adapter)
-        if records and isinstance(init, str) and init.startswith("pissa"):
+        if records and asks_for_pissa(init):
             sidecar.write(folder, records, embeddings_of(peft_model))
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from ...adapter.layouts import layout_of
 from . import state, substitute
 from .awaited import check_awaited, mark, settle
-from .divided import divided_product, plan_of
 from .first_pass import watch
 from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
 from .record import remember as keep
 from .state import COPIES, TERMS, Factors, Terms, label, variant_name
+from .tensor_parallel import divided_product, plan_of
 
 
 class DeviceCopies:

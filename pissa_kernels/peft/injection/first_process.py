@@ -39,10 +39,10 @@ def filled_from_first(model: nn.Module) -> Connected | None:
 def share_initial(peft_model: Any) -> None:
     """Give every process the initial factors that process 0 has of a PiSSA model.
 
-    For models whose weights only process 0 has loaded, while the others have them on the meta device, before they are
-    sharded from process 0. With accelerate's ``fsdp_cpu_ram_efficient_loading`` ``get_peft_model`` does it. Every
-    process of ``torch.distributed``'s default group calls this; the layers are sent one by one, and no parameter is
-    changed. Without the factors, a process cannot disable the adapter, and refuses to. Over nccl, each process has
+    For models whose weights only process 0 has loaded, while the others have them on the meta device, before or after
+    they are sharded from process 0. With accelerate's ``fsdp_cpu_ram_efficient_loading`` ``get_peft_model`` does it.
+    Every process of ``torch.distributed``'s default group calls this; the layers are sent one by one, and no parameter
+    is changed. Without the factors, a process cannot disable the adapter, and refuses to. Over nccl, each process has
     chosen its GPU before (``torch.cuda.set_device``).
 
     Args:

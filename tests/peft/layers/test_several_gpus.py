@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import pissa_kernels as pk
 from pissa_kernels.factors import Recipe
-from pissa_kernels.peft.layers import batches, division
-from pissa_kernels.peft.layers.division import devices_of, divide
+from pissa_kernels.peft.layers import batches, several_gpus
 from pissa_kernels.peft.layers.layer import LayerJob
+from pissa_kernels.peft.layers.several_gpus import devices_of, divide
 from pissa_kernels.svd import cost
 
 from ...support.gpus import GPUS, Gpus
@@ -49,7 +49,7 @@ class FakeJob:
 
 def divided(jobs: Sequence[FakeJob], count: int, budgets: Sequence[int] = (PLENTY,) * 8) -> Shares:
     devices = [torch.device("cuda", index) for index in range(count)]
-    with mock.patch.object(division, "seconds", lambda job, device: job.cost):
+    with mock.patch.object(several_gpus, "seconds", lambda job, device: job.cost):
         return divide(jobs, devices, lambda device: budgets[device.index])  # type: ignore[arg-type]
 
 
@@ -142,16 +142,16 @@ def test_a_real_model_is_divided_evenly_and_equal_shapes_stay_batches(count: int
 
 def test_times_of_layers() -> None:
     def seconds(shape: tuple[int, int], rank: int) -> float:
-        return division.seconds(Projection(shape, rank), GPUS[0])  # type: ignore[arg-type]
+        return several_gpus.seconds(Projection(shape, rank), GPUS[0])  # type: ignore[arg-type]
 
     small, large = seconds((4096, 4096), 16), seconds((11008, 4096), 16)
     assert large == seconds((4096, 11008), 16) == pytest.approx(11008 / 4096 * small)
     assert small < seconds((4096, 4096), 128) < seconds((4096, 4096), 512)  # the last without the fixed schedule
     job: Any = Projection((4096, 4096))
     job.weight.device = GPUS[0]
-    assert small - division.seconds(job, GPUS[0]) == pytest.approx(2 * 2 * 4096**2 / division.COPIED_BYTES)
+    assert small - several_gpus.seconds(job, GPUS[0]) == pytest.approx(2 * 2 * 4096**2 / several_gpus.COPIED_BYTES)
     job.parts = 8  # a stack of experts
-    assert division.seconds(job, GPUS[0]) == pytest.approx(8 * cost.seconds(4096, 4096, 16, None, machine="cuda"))
+    assert several_gpus.seconds(job, GPUS[0]) == pytest.approx(8 * cost.seconds(4096, 4096, 16, None, machine="cuda"))
 
 
 def test_estimates_are_within_a_factor_of_two_of_times_on_an_h200() -> None:

@@ -1,4 +1,7 @@
-"""What ``PissaState`` refuses. Its round trip, by several processes, is in ``sharded_later_cases``."""
+"""``PissaState`` of one process: the factors of every kind of layer, and what is refused.
+
+That several processes save and load it is in ``sharded_later_cases``.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,18 @@ from pissa_kernels.peft.weights.record import records
 from ...support import kinds, quantized
 
 
-def build(targets: tuple[str, ...] = ("0", "1"), rank: int = 4, initial: Any = "pissa") -> Any:
-    base = torch.nn.Sequential(torch.nn.Linear(24, 32, bias=False), torch.nn.Linear(32, 16, bias=False))
+def build(
+    targets: tuple[str, ...] = ("0", "1"),
+    rank: int = 4,
+    initial: Any = "pissa",
+    device: str = "cpu",
+    adapter: str = "default",
+) -> Any:
+    with torch.device(device):
+        base = torch.nn.Sequential(torch.nn.Linear(24, 32, bias=False), torch.nn.Linear(32, 16, bias=False))
     config = peft.LoraConfig(r=rank, target_modules=list(targets), init_lora_weights=initial)
     with pk.patch_peft():
-        return peft.get_peft_model(base, config)
+        return peft.get_peft_model(base, config, adapter_name=adapter)
 
 
 def kept(model: Any) -> list[Any]:
@@ -39,6 +49,25 @@ def test_model_takes_the_factors_of_another(saved: dict[str, Any]) -> None:
     for record, name in zip(kept(other), "01", strict=True):
         for field in ("lora_A", "lora_B", "before", "after"):
             assert torch.equal(getattr(record, field), saved[f"{name}|default|{field}"])
+
+
+def test_model_whose_factors_are_not_known_takes_them_but_cannot_save_them(saved: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="meta device"):
+        empty = build(device="meta")
+    with pytest.raises(ValueError, match=r"layer '0', weight \(32, 24\): this process does not know .*share_initial"):
+        pk.PissaState(empty).state_dict()
+    to_load = pk.PissaState(empty, loading=True)
+    assert {key: value.dtype for key, value in to_load.state_dict().items() if key != "reports"} == {
+        key: value.dtype for key, value in saved.items() if key != "reports"
+    }
+    to_load.load_state_dict(saved)
+    again = pk.PissaState(empty).state_dict()
+    assert again["reports"] == saved["reports"]
+    assert all(torch.equal(value, again[key]) for key, value in saved.items() if key != "reports")
+
+
+def test_name_of_an_adapter_with_the_separator_of_keys() -> None:
+    assert_round_trip(build(adapter="a|b"), build(adapter="a|b"))
 
 
 @pytest.mark.parametrize("name", kinds.KINDS)
@@ -96,13 +125,22 @@ def test_deleted_adapter_cannot_be_saved() -> None:
         (
             {"1|default|lora_B": None},
             {},
-            r"1: lora_B of the adapter 'default' in the checkpoint is missing, .* needs \(16, 4\)",
+            r"layer '1': lora_B of the adapter 'default' in the checkpoint is missing, .* needs \(16, 4\)",
         ),
-        ({}, {"rank": 3}, r"0: lora_A of the adapter 'default' in the checkpoint is \(4, 24\), .* needs \(3, 24\)"),
+        (
+            {},
+            {"rank": 3},
+            r"layer '0': lora_A of .* in the checkpoint is \(4, 24\), .* needs \(3, 24\)",
+        ),
         ({}, {"targets": ("0",)}, r"initial factors of the adapter 'default' of layer '1', which the model does not"),
-        ({"0|default|before": torch.zeros(3)}, {}, r"0: before of the adapter 'default' in the checkpoint is \(3,\)"),
+        ({"reports": "[]"}, {}, r"layer '0', weight \(32, 24\): the checkpoint has no initial factors of the adapter"),
+        (
+            {"0|default|before": torch.zeros(3)},
+            {},
+            r"layer '0': before of .* in the checkpoint is \(3,\)",
+        ),
     ],
-    ids=["nothing", "a missing factor", "another rank", "another layer", "a short fingerprint"],
+    ids=["nothing", "a missing factor", "another rank", "another layer", "no report", "a short fingerprint"],
 )
 def test_state_of_another_model_is_refused(
     changes: dict[str, Any], model: dict[str, Any], words: str, saved: dict[str, Any]
