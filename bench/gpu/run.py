@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -104,14 +104,22 @@ def _steps(text: str) -> list[str]:
     return [name for name in STEPS if name in names]
 
 
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM raises ``SystemExit``, so that workers are killed as well."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@exit_on_sigterm()
 def in_workers(names: Sequence[str], settings: Settings) -> dict[str, float]:
     """Run steps, each in its own process; the seconds of each."""
     spent: dict[str, float] = {}
-    # so that the workers are killed as well
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    waiting = None
+    waiting = Worker()
     try:
-        waiting = Worker()
         for name in names:
             if skipped(name, settings):
                 continue
@@ -124,9 +132,7 @@ def in_workers(names: Sequence[str], settings: Settings) -> dict[str, float]:
             if failure:
                 Recorder(name, settings).row(name, "step", reason=failure)
     finally:
-        if waiting is not None:
-            waiting.kill()
-        signal.signal(signal.SIGTERM, before)
+        waiting.kill()
     return spent
 
 

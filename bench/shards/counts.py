@@ -25,7 +25,7 @@ from pissa_kernels.runtime.mesh import Processes
 from pissa_kernels.runtime.shards import EVERYTHING, Shard, ShardedStack
 from pissa_kernels.svd import driver, sketches
 from pissa_kernels.svd.cost import SolverPlan
-from pissa_kernels.svd.sharded import Blocks
+from pissa_kernels.svd.sharded_products import Blocks
 
 from ..initializers.suites import real_like
 from ..kernels.cases import forced
@@ -43,7 +43,7 @@ BY_COLUMNS = {aten.linalg_cholesky_ex, aten.linalg_solve_triangular, aten.linalg
 
 
 class Request(NamedTuple):
-    """A request of the first process, see :class:`pissa_kernels.svd.sharded.Blocks`.
+    """A request of the first process, see :class:`pissa_kernels.svd.sharded_products.Blocks`.
 
     Attributes:
         verb: of :data:`pissa_kernels.svd.sharded.VERBS`.

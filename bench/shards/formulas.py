@@ -16,7 +16,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from pissa_kernels.svd.cost import DENSE_FALLBACK_WIDTH, MACHINES, choose_plan, workspace
+from pissa_kernels.svd.cost import DENSE_FALLBACK_WIDTH, choose_plan, workspace
+from pissa_kernels.svd.machines import MACHINES
 from pissa_kernels.svd.sketches import KEPT_ELEMENTS
 
 from ..ledger.events import Event

@@ -1,8 +1,8 @@
-"""The constants of the cost model for this CPU: one :class:`pissa_kernels.svd.cost.Machine` for each set of kernels.
+"""Constants of the cost model for this CPU: one :class:`pissa_kernels.svd.machines.Machine` for each set of kernels.
 
 Products with weights of several sizes and panels of several widths are timed, then products of panels, small operations
 and eigenproblems, all with the threads that torch has (``OMP_NUM_THREADS``). Each group is fitted by least squares of
-the relative errors. The output is Python: entries of ``MACHINES`` in ``pissa_kernels/svd/cost.py``.
+the relative errors. The output is Python: entries of ``MACHINES`` in ``pissa_kernels/svd/machines.py``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import torch
 
 from ..files.header import TensorInfo
 from ..quantize.iteration import DEFAULT_ITERATIONS
-from ..svd.cost import choose_plan, machine_of, workspace
+from ..svd.cost import choose_plan, workspace
+from ..svd.machines import machine_of
 from .quantization import QuantizationPlan
 from .weights import LinearWeight, Stack, Target
 

@@ -54,12 +54,17 @@ def reserved_stdout() -> Iterator[None]:
     What Python code of other packages prints there goes to standard error: DeepSpeed, for example, logs when
     transformers imports it.
     """
-    _results.append(sys.stdout if not _results else _results[-1])
+    _results.append(_stdout())
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         _results.pop()
+
+
+def _stdout() -> TextIO | None:
+    """The stream for results; None where the program was started with a closed one."""
+    return _results[-1] if _results else sys.stdout
 
 
 def output(text: str) -> None:
@@ -69,8 +74,7 @@ def output(text: str) -> None:
         OSError: of the system, with the name of the stream.
     """
     try:
-        stream = _results[-1] if _results else sys.stdout
-        if stream is not None:  # it is None where the program was started with a closed one
+        if (stream := _stdout()) is not None:
             print(text, file=stream, flush=True)
     except OSError as error:
         abandon_stdout()
@@ -81,8 +85,7 @@ def output(text: str) -> None:
 def abandon_stdout() -> None:
     """Send what is left of the output nowhere, once its reader is gone. Python would fail on it at its exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    stream = _results[-1] if _results else sys.stdout
-    if stream is not None:
+    if (stream := _stdout()) is not None:
         os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 

@@ -15,7 +15,7 @@ from ..adapter.layouts import layout_of
 from .guards.guard import protect_layer
 from .injection.additions import check_only_ours
 from .patch import reopened
-from .weights import forward, state
+from .weights import forward, known
 from .weights.record import records
 from .weights.state import adapted_layers
 
@@ -73,7 +73,7 @@ def original_model(peft_model: Any) -> Iterator[Any]:
         raise ValueError(f"an adapter is merged into layer {merged[0]!r} and {len(merged) - 1} more; unmerge it first")
     check_only_ours(peft_model, getattr(peft_model, "peft_config", {}))
     for _, layer in layers:
-        state.check_known(layer)
+        known.check_known(layer)
     _attach(layer for _, layer in layers)
     with _disabled(peft_model):
         yield peft_model

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..numerics import exact_arithmetic
 from . import fixed
 from .chebyshev import chebyshev_subspaces, deficit_of_block
-from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, machine_of, widened
+from .cost import DENSE_FALLBACK_WIDTH, SolverPlan, choose_plan, widened
 from .krylov import block_krylov
+from .machines import machine_of
 from .operators import GramOperator, ScaledOperator
 from .rayleigh_ritz import Triplets, as_triplets, certified, dense_triplets, gram_triplets, rayleigh_ritz
 from .result import TruncatedSVD
@@ -115,7 +116,7 @@ def by_plan(
 
     Args:
         operator: products with the weight.
-        machine: a key of :data:`pissa_kernels.svd.cost.MACHINES`.
+        machine: a key of :data:`pissa_kernels.svd.machines.MACHINES`.
         rank, tol, niter, seed: as for :func:`pissa_kernels.truncated_svd`.
         formed: whether methods that form AᵀA, or A in float32, may be chosen where there is another.
     """

@@ -10,8 +10,9 @@ import torch
 from ..numerics import exact_arithmetic
 from ..runtime.shards import Shard, ShardedStack
 from . import fixed, sharded_steps
-from .cost import DENSE_FALLBACK_WIDTH, machine_of
+from .cost import DENSE_FALLBACK_WIDTH
 from .driver import by_plan, of_solution
+from .machines import machine_of
 from .result import TruncatedSVD
 from .sharded import serving
 

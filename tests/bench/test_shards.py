@@ -26,8 +26,9 @@ from bench.shards.providers import ALONE, GATHERED, OURS, PROVIDERS, Held
 from bench.shards.table import table
 from bench.shards.worker import Found, rejection
 from pissa_kernels.runtime.shards import EVERYTHING, Shard
-from pissa_kernels.svd.cost import MACHINES, SolverPlan
-from pissa_kernels.svd.sharded import Blocks
+from pissa_kernels.svd.cost import SolverPlan
+from pissa_kernels.svd.machines import MACHINES
+from pissa_kernels.svd.sharded_products import Blocks
 
 
 @pytest.mark.slow

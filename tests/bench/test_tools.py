@@ -19,7 +19,7 @@ from bench.harness.table import table
 from bench.initializers.cases import Case
 from bench.tools import calibrate, plot, split
 from bench.tools.table import tables, totals
-from pissa_kernels.svd import cost
+from pissa_kernels.svd import machines
 
 
 def test_totals_sum_over_cases_and_leave_out_who_is_red_in_one():
@@ -166,7 +166,7 @@ def test_calibration_prints_entries_of_the_cost_model(capsys, monkeypatch):
     monkeypatch.setattr(calibrate, "EIGENPROBLEMS", (8, 16, 24))
     assert calibrate.main("calibrate", []) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    found = eval("{" + "".join(lines) + "}", {"Machine": cost.Machine})
+    found = eval("{" + "".join(lines) + "}", {"Machine": machines.Machine})
     assert "cpu" in found
-    assert set(found) <= set(cost.MACHINES)
+    assert set(found) <= set(machines.MACHINES)
     assert all(machine.products > 0 and machine.eigenproblem(100) > 0 for machine in found.values())

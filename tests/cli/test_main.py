@@ -196,6 +196,14 @@ def test_other_packages_do_not_print_into_the_result(
     assert capsys.readouterr().out == "as before\n"
 
 
+def test_without_a_standard_output_the_result_goes_nowhere(
+    report: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["report", str(report), "--json"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "name", "head"),

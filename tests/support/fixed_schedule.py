@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pissa_kernels.svd import fixed
-from pissa_kernels.svd.cost import MACHINES
+from pissa_kernels.svd.machines import MACHINES
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pissa_kernels as pk
 from pissa_kernels.factors import tolerance
 from pissa_kernels.runtime import shards
-from pissa_kernels.svd import fixed, sharded, sharded_steps
+from pissa_kernels.svd import fixed, sharded_products, sharded_steps
 
 from ..support.reference import EPS, ROUNDOFF, energy_deficit, realistic, singular_values, true_residual, with_spectrum
 from ..support.together import raises_everywhere, same_everywhere, together
@@ -205,7 +205,7 @@ def check_refusals_reach_every_process() -> None:
             W[place] = value
             raises_everywhere(partial(pk.truncated_svd, divided(W, [placement]), 4), ValueError, found)
     D = divided(realistic(1300, 1250, seed=3).float(), [Shard(0)])
-    original = sharded.Blocks._body
+    original = sharded_products.Blocks._body
     calls = 0
 
     def failing(blocks: Any, verb: str, dtype: torch.dtype) -> Any:
@@ -216,7 +216,7 @@ def check_refusals_reach_every_process() -> None:
         return original(blocks, verb, dtype)
 
     requests: list[str] = []
-    request = sharded.Blocks.request
+    request = sharded_products.Blocks.request
 
     def requested(blocks: Any, verb: str, *args: Any, **kwargs: Any) -> Tensor:
         requests.append(verb)
@@ -226,8 +226,8 @@ def check_refusals_reach_every_process() -> None:
         calls = 0
         requests.clear()
         with (
-            mock.patch.object(sharded.Blocks, "request", requested),
-            mock.patch.object(sharded.Blocks, "_body", failing if rank == failed else original),
+            mock.patch.object(sharded_products.Blocks, "request", requested),
+            mock.patch.object(sharded_products.Blocks, "_body", failing if rank == failed else original),
         ):
             raises_everywhere(partial(pk.truncated_svd, D, RANK), RuntimeError, "no memory left")
         assert len(requests) < 30, requests  # it does not go on to a full SVD
@@ -276,7 +276,7 @@ def check_traffic_is_that_of_panels() -> None:
         for m in (700, 2800):
             D = divided(realistic(m, n, seed=5).float(), placements)
             stack = shards.sharded_stack(D, D.to_local())
-            blocks = sharded.Blocks(stack.matrices[0])
+            blocks = sharded_products.Blocks(stack.matrices[0])
             over = stack.matrices[0].over_both, stack.matrices[0].over_columns
             counted = {"apply": n + m, "adjoint": m + n, "normal": of_normal(m)}
             for verb, rows in counted.items():
@@ -284,7 +284,7 @@ def check_traffic_is_that_of_panels() -> None:
                 if over[0].is_first:
                     panel = torch.ones(m if verb == "adjoint" else n, k)
                     blocks.request(verb, 3, panel)
-                    blocks.request(sharded.STOP)
+                    blocks.request(sharded_products.STOP)
                 else:
                     blocks.serve()
                 moved = sum(each.bytes_moved for each in over) - before

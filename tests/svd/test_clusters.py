@@ -21,7 +21,7 @@ import pissa_kernels as pk
 from pissa_kernels.numerics import exact_arithmetic
 from pissa_kernels.svd import cost, fixed, krylov
 from pissa_kernels.svd import driver as svd
-from pissa_kernels.svd.cost import MACHINES
+from pissa_kernels.svd.machines import MACHINES
 from pissa_kernels.svd.weight_operator import WeightOperator
 
 from ..support.reference import check_triplets, energy_deficit, matrix, optimal_energies, with_spectrum

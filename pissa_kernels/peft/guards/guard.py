@@ -16,7 +16,7 @@ from ..injection.additions import check_init
 from ..injection.wrapping import unwrap_aliases
 from ..layers.replicated import check_separate
 from ..saving.pieces import check_gathered
-from ..weights import forward, state
+from ..weights import forward, known
 from ..weights.state import adapted_layers
 from . import merging, of_diffusers
 from .replaced_method import UNLOAD, Guard, Reopen, guard, unguard
@@ -147,7 +147,7 @@ def unload_and_optionally_merge(
     with keeping_residuals(kept):
         for _, layer in adapted_layers(tuner):
             check_gathered(layer, "take the adapter from the weight")
-            state.check_known(layer)
+            known.check_known(layer)
             if not merge:
                 check_one_residual(layer)
             check_kept(layer, merge, adapter_names)

@@ -16,7 +16,7 @@ from ...adapter.attention import is_projection
 from ...adapter.layouts import layout_of
 from ...runtime.shards import is_sharded, put_
 from ..saving.pieces import check_gathered
-from ..weights import state
+from ..weights import known, state
 from ..weights.quantized import copied, is_quantized, put, scheme_of
 from ..weights.tensor_parallel import plan_of
 
@@ -145,7 +145,7 @@ def check_merge(layer: Any, names: Sequence[str]) -> None:
         ValueError: with the name of the layer.
     """
     check_gathered(layer, "merge into the weight")
-    state.check_known(layer)
+    known.check_known(layer)
     _check_whole(layer, names)
     found = state.terms(layer)
     for name in names:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...adapter.layers import lora_layers
 from ...adapter.layouts import adapters_of, layout_of
 from ..injection.additions import removed_on_failure
-from ..weights import forward, state
+from ..weights import forward, known, state
 from ..weights.record import InitRecord, of_adapter
 from ..weights.state import adapted_layers
 from .replaced_method import Guard, Reopen
@@ -123,7 +123,7 @@ def _combined(layer: Any, adapters: Sequence[str], weights: Sequence[float], nam
     lora_B = torch.cat([total / scaling * B for _, B, total in used], dim=1)
     lora_A, lora_B, singular_values = _of_rank(lora_A, lora_B, len(layout.factors(name)[0]))
     first = next(record for adapter in adapters if (record := of_adapter(layer, adapter)) is not None)
-    product = state.sampled(state.values(layer), (lora_A, lora_B), layout)
+    product = known.sampled(state.values(layer), (lora_A, lora_B), layout)
     report = replace(
         first.report,
         rank=lora_A.shape[0],

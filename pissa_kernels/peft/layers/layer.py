@@ -13,8 +13,9 @@ from ...checks import layer_context
 from ...factors import Factors
 from ...pissa import principal_factors, principal_factors_of_batch
 from ...report import LayerReport
-from ...svd.cost import machine_of, workspace
-from ..weights import forward, state
+from ...svd.cost import workspace
+from ...svd.machines import machine_of
+from ..weights import forward, known, state
 from ..weights.record import InitRecord, check_given, matches, of_adapter, records
 from .writing import LayerWriter
 
@@ -192,12 +193,12 @@ class LayerJob(LayerWriter):
             dtype = self.adapter_dtype
             factors = self._decomposed(original, dtype)
         else:
-            self._check_given(state.original_fingerprint(self.layer), original.dtype)
+            self._check_given(known.original_fingerprint(self.layer), original.dtype)
             factors, dtype = self._given_factors(), self.given.lora_A.dtype
         joined = self.joined(factors)
         kept = self.kept(factors, dtype, joined)
         before = self.fingerprint(original)
-        product = state.sampled(self.weight, (kept.lora_A, kept.lora_B), self.layout)
+        product = known.sampled(self.weight, (kept.lora_A, kept.lora_B), self.layout)
         with self.restored_on_failure():
             self.set_adapter(*joined)
         after = (before.double() - self.recipe.scaling * product).to(original.dtype).float()

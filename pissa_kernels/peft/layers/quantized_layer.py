@@ -23,8 +23,9 @@ from ...quantize.iteration import (
     quantized_weight,
 )
 from ...report import LayerReport, Quantization
-from ...svd.cost import machine_of, workspace
-from ..weights import forward, quantized, state
+from ...svd.cost import workspace
+from ...svd.machines import machine_of
+from ..weights import forward, known, quantized, state
 from ..weights.quantized import BnbPacked, BnbScheme
 from ..weights.record import InitRecord, fingerprint, matches, records
 from .layer import LayerJob
@@ -223,7 +224,7 @@ class QuantizedLayerJob(LayerJob):
         kept = self.kept([factors], self._stored_dtype)
         after = fingerprint(values)
         # of W − E, which is what the layer knows of its weight
-        product = state.sampled(values, (kept.lora_A, kept.lora_B), self.layout)
+        product = known.sampled(values, (kept.lora_A, kept.lora_B), self.layout)
         before = (after.double() + self.recipe.scaling * product).float()
         with self.restored_on_failure():
             self.set_adapter(factors.lora_A, factors.lora_B)

@@ -14,7 +14,8 @@ from ...factors import Factors
 from ...pissa import principal_factors_of_stack, subtract_from_blocks_
 from ...report import LayerReport
 from ...runtime.shards import ShardedStack, is_sharded, on_mesh, taken
-from ...svd.cost import machine_of, workspace
+from ...svd.cost import workspace
+from ...svd.machines import machine_of
 from ..weights import state
 from ..weights.record import places_of
 from ..weights.tensor_parallel import check_plan, make_whole, plan_of

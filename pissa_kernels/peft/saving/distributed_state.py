@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ...report import Report
 from ...runtime.gathering import shape_of
 from ..weights import forward, state
 from ..weights.awaited import awaited
-from ..weights.record import GONE, InitRecord, places_of, records, same_factors
+from ..weights.record import GONE, InitRecord, places_of, records, sharing
 
 _REPORTS, _TENSORS = "reports", ("lora_A", "lora_B", "before", "after")
 
@@ -126,9 +125,10 @@ class PissaState:
                 )
             tensors = _tensors(state_dict, name, adapter, _empty(layers[name], adapter))
             (report,) = Report.from_dict(stored["report"]).layers
-            found.setdefault(name, []).append(InitRecord(adapter, report=report, shared=stored["shared"], **tensors))
+            kept = found.setdefault(name, [])
+            kept.append(sharing(InitRecord(adapter, report=report, shared=stored["shared"], **tensors), kept))
         for name, kept in found.items():
-            forward.replace_records(layers[name], _joined(kept))
+            forward.replace_records(layers[name], kept)
 
 
 def _tensors(state_dict: dict[str, Any], name: str, adapter: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,15 +143,6 @@ def _tensors(state_dict: dict[str, Any], name: str, adapter: str, expected: dict
                 f"{tuple(expected[field].shape)}; make the model with the configuration that was saved"
             )
     return {field: tensor for field, tensor in found.items() if tensor is not None}
-
-
-def _joined(kept: list[InitRecord]) -> list[InitRecord]:
-    """Records in which adapters that share their factors share the tensors, by which they are recognized."""
-    joined: list[InitRecord] = []
-    for record in kept:
-        same = next((other for other in joined if same_factors(other, record)), record)
-        joined.append(replace(record, lora_A=same.lora_A, lora_B=same.lora_B))
-    return joined
 
 
 def _key(name: str, adapter: str, field: str) -> str:

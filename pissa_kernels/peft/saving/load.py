@@ -18,7 +18,7 @@ from ...adapter.names import CONFIG_NAME
 from ...checks import layer_context
 from ...numerics import UNIT_ROUNDOFF
 from ...report import REPORT_NAME, LayerReport, Report
-from ..weights import forward, state
+from ..weights import forward, known, state
 from ..weights.record import InitRecord, fingerprint, matches, of_adapter, records, same_factors
 from ..weights.wrappers import all_names, base_of
 from . import sidecar
@@ -126,10 +126,10 @@ class Source:
 
     def _is_of(self, given: InitRecord, layer: Any) -> bool:
         """Whether values that were trained from ``given`` belong on a layer."""
-        if not state.can_be_compared(layer):
+        if not known.can_be_compared(layer):
             return True
         if records(layer):
-            return state.is_known(layer) and state.is_original(layer, given)
+            return known.is_known(layer) and known.is_original(layer, given)
         weight = state.values(layer)
         dtypes = (given.report.dtype, weight.dtype)
         # without records the residual itself has to be the same one; that of another sketch may be near

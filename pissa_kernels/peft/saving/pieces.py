@@ -13,7 +13,7 @@ from ...adapter.names import KEY_PREFIX
 from ...checks import layer_context
 from ...runtime.gathering import is_partitioned
 from ...runtime.shards import is_sharded
-from ..weights import state
+from ..weights import known, state
 from ..weights.record import fingerprint, matches, of_adapter, records
 from ..weights.wrappers import base_of, own_names
 from .start import stored_key
@@ -97,7 +97,7 @@ def check_residuals(model: Any, adapter_name: str, tensors: Mapping[str, Any]) -
         with layer_context(state.label_of(layer, name)):
             if record.report.quantization is not None:
                 raise ValueError("the weight is quantized and sharded, which save_pissa cannot gather")
-            product = state.sampled(weight, (record.lora_A, record.lora_B), layout)
+            product = known.sampled(weight, (record.lora_A, record.lora_B), layout)
             found = fingerprint(weight).double() + record.report.scaling * product
             if not matches(record.before, found, (record.report.dtype, weight.dtype), other=record.after):
                 raise ValueError(

@@ -22,10 +22,10 @@ from ...files.atomic import atomic_folder
 from ...report import REPORT_NAME
 from ...runtime.gathering import agreeing, gather_to_first, owners_of
 from ...runtime.shards import reshard
+from ..weights.known import check_known
 from ..weights.offload import resident
 from ..weights.quantized import in_standard_order
 from ..weights.record import InitRecord, of_adapter
-from ..weights.state import check_known
 from ..weights.wrappers import alive, base_of, innermost, repeated_names, unwrapped
 from . import sidecar
 from .conversion import check_convertible, complete_conversion, embeddings_to_save

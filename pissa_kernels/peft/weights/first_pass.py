@@ -15,7 +15,7 @@ from torch import nn
 
 from ...adapter.layouts import layout_of
 from ...runtime.gathering import is_partitioned
-from . import state
+from . import known, state
 
 
 class FirstPass:
@@ -45,7 +45,7 @@ class FirstPass:
         if layer is not None:
             if layer.merged or is_partitioned(layout_of(layer).weight):
                 return
-            if not state.is_known(layer):
+            if not known.is_known(layer):
                 raise ValueError(
                     f"{state.label(layer)}: the stored weight is not the residual that PiSSA left here. If the layer "
                     "was initialized within deepspeed.zero.GatheredParameters, DeepSpeed keeps what is written only "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...adapter.layouts import layout_of
-from . import state, substitute
+from . import known, state, substitute
 from .awaited import check_awaited, mark, settle
 from .first_pass import watch
 from .record import InitRecord, fingerprint, forgotten, matches, records, set_records
@@ -208,7 +208,7 @@ def adopt(layer: Any, adapter: str) -> None:
         set_records(layer, records(base, parameter))
         attach(layer)
     set_records(base, [], parameter)
-    if state.is_known(layer):
+    if known.is_known(layer):
         return
     first, weight = records(layer)[0], state.values(layer)
     # the original weight again, loaded over the residual
@@ -216,7 +216,7 @@ def adopt(layer: Any, adapter: str) -> None:
     if replaced and not any(name != adapter for name in layout.adapters):
         drop(layer)
     else:
-        state.check_known(layer)
+        known.check_known(layer)
 
 
 def restore_(layer: Any) -> None:

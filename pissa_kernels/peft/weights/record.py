@@ -157,10 +157,13 @@ def remember(layer: nn.Module, record: InitRecord) -> None:
     A previous record of the same adapter ends: it is dropped, or loses its name if it is of the subtraction.
     """
     kept = forgotten(records(layer), record.adapter)
-    same = next((old for old in kept if same_factors(old, record)), None)
-    if same is not None:  # one object each, by which the adapters that share them are found
-        record = replace(record, lora_A=same.lora_A, lora_B=same.lora_B)
-    set_records(layer, [*kept, record])
+    set_records(layer, [*kept, sharing(record, kept)])
+
+
+def sharing(record: InitRecord, kept: Sequence[InitRecord]) -> InitRecord:
+    """A record with the tensors of the first one that has the same factors: by them, adapters that share are found."""
+    same = next((other for other in kept if same_factors(other, record)), record)
+    return replace(record, lora_A=same.lora_A, lora_B=same.lora_B)
 
 
 def set_records(layer: nn.Module, kept: Sequence[InitRecord], parameter: str = "weight") -> None:
