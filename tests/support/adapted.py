@@ -46,7 +46,7 @@ def make(name: str, dtype: torch.dtype, **changes: Any) -> tuple[Any, Any]:
     return base, adapted.eval()
 
 
-def train(adapted: Any, steps: int = 3) -> None:
+def train(adapted: Any) -> None:
     """Move every A and B, as training does."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():
